@@ -1,0 +1,28 @@
+"""Objectives that bring a target domain's features or predictions to the source's."""
+
+from hf_adapt.alignment.adversarial import (
+    DANN,
+    DomainAdversarialCallback,
+    DomainDiscriminator,
+    dann_loss,
+    reverse_gradient,
+)
+from hf_adapt.alignment.discrepancy import MMD, mmd_loss
+from hf_adapt.alignment.entropy import (
+    InformationMaximization,
+    prediction_diversity,
+    prediction_entropy,
+)
+
+__all__ = [
+    "DANN",
+    "MMD",
+    "DomainAdversarialCallback",
+    "DomainDiscriminator",
+    "InformationMaximization",
+    "dann_loss",
+    "mmd_loss",
+    "prediction_diversity",
+    "prediction_entropy",
+    "reverse_gradient",
+]

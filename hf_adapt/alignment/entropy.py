@@ -1,0 +1,145 @@
+"""Objectives on the model's own predictions for target rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from hf_adapt.engine.adaptation import Objective, Term
+from hf_adapt.engine.progress import Schedule
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from hf_adapt.engine.batch import Batch, Rows
+
+
+def prediction_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Shannon entropy of each row's prediction; making it smaller makes predictions confident.
+
+    Reference:
+        Grandvalet & Bengio 2004, "Semi-supervised Learning by Entropy Minimization".
+
+    Args:
+        logits: Scores of each class, any floating dtype; computed in at least float32.
+
+    Shape:
+        - logits: (..., C); output: (...), in nats.
+
+    Example:
+        >>> [round(value, 4) for value in prediction_entropy(torch.zeros(1, 2)).tolist()]
+        [0.6931]
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probabilities = F.log_softmax(logits.to(dtype), dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+def prediction_diversity(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of the mean prediction; making it larger uses all classes.
+
+    Reference:
+        Liang et al. 2020, "Do We Really Need to Access the Source Data?", Eq. 5, arXiv:2002.08546.
+
+    Args:
+        logits: Scores of each class, any floating dtype; computed in at least float32.
+
+    Shape:
+        - logits: (N, C), N at least 1; output: (), in nats, at most ln C.
+
+    Example:
+        >>> logits = torch.tensor([[9.0, -9.0], [-9.0, 9.0]])
+        >>> round(prediction_diversity(logits).item(), 4)
+        0.6931
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    mean = F.log_softmax(logits.to(dtype), dim=-1).logsumexp(0) - torch.log(
+        torch.tensor(float(len(logits)), dtype=dtype, device=logits.device)
+    )
+    return -(mean.exp() * mean).sum()
+
+
+class InformationMaximization(Objective):
+    """Confident predictions on target rows, spread over all classes.
+
+    Low entropy of each row's prediction, high entropy of the mean prediction: the mutual
+    information between input and prediction. Strong when the classes are about as frequent in the
+    target as they are balanced; with a rare class (a few per cent) the diversity term pushes
+    against the truth: lower `diversity_weight`.
+
+    Reference:
+        Krause et al. 2010, "Discriminative Clustering by Regularized Information Maximization";
+        Liang et al. 2020, "Do We Really Need to Access the Source Data?", Eq. 5, arXiv:2002.08546.
+
+    Args:
+        weight: Factor of the term, or a schedule of it.
+        entropy_weight: Factor of the rows' entropy within the term.
+        diversity_weight: Factor of the mean prediction's entropy, which is subtracted. It couples
+            the rows of a micro-batch; with 0 the term is exact under any accumulation.
+        name: Prefix of the logs.
+
+    Logs:
+        `loss/information_maximization`, `information_maximization/entropy`,
+        `information_maximization/negative_diversity`.
+
+    Raises:
+        ValueError: If a weight is negative.
+
+    Example:
+        >>> InformationMaximization(weight=0.5).name
+        'information_maximization'
+    """
+
+    name = "information_maximization"
+    needs_target = True
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        entropy_weight: float = 1.0,
+        diversity_weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name=name)
+        if entropy_weight < 0 or diversity_weight < 0:
+            raise ValueError(
+                f"entropy_weight={entropy_weight} and diversity_weight={diversity_weight} must "
+                "not be negative (diversity is subtracted already)."
+            )
+        self.entropy_weight = entropy_weight
+        self.diversity_weight = diversity_weight
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse a model without classes."""
+        config = getattr(trainer.model, "config", None)
+        problem = getattr(config, "problem_type", None)
+        if problem in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"InformationMaximization needs predictions over exclusive classes; this model's "
+                f"problem_type is {problem!r}. Use an objective on features (DANN, MMD)."
+            )
+
+    def num_items(self, rows: Rows) -> torch.Tensor:
+        """Every target row (or token) has a prediction."""
+        return rows.num_predictions(target_only=True)
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        """The two components, on the target rows."""
+        logits, domain = batch.logits()
+        if logits.ndim != 2 or logits.shape[-1] < 2:
+            raise ValueError(
+                f"InformationMaximization needs logits of at least two classes, got "
+                f"{tuple(logits.shape)}. A regression head has none: use DANN or MMD."
+            )
+        target = logits[domain > 0]
+        count = torch.as_tensor(len(target), device=logits.device)
+        terms: dict[str, Term] = {
+            "entropy": (self.entropy_weight * prediction_entropy(target).sum(), count)
+        }
+        if self.diversity_weight:
+            none = logits.sum() * 0.0
+            diversity = prediction_diversity(target) if len(target) else none
+            terms["negative_diversity"] = -self.diversity_weight * diversity
+        return terms

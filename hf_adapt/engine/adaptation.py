@@ -1,0 +1,163 @@
+"""What may be added to a training run: the two classes that every method derives from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hf_adapt.engine.progress import Schedule, value_at
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from hf_adapt.engine.batch import Batch, Rows
+    from hf_adapt.engine.features import Pooling
+
+Term = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""A loss term: a scalar mean over one micro-batch, or a (sum, count) over its items."""
+
+
+class Adaptation:
+    """Something added to a Trainer's training run, through small hooks that are all optional.
+
+    An adaptation may build auxiliary modules (trained in an optimizer of their own, outside the
+    model's ``state_dict``), act around the model's forward, keep state in the checkpoint and
+    react to what is logged. One that adds a loss term derives from [`Objective`].
+
+    Attributes:
+        name: Prefix of everything it logs and stores; must be unique within a run. The class
+            name in lower case unless set.
+        needs_target: Whether each batch must hold target rows.
+        learning_rate: Peak learning rate of its auxiliary modules; it follows the run's own
+            learning-rate schedule.
+        module: What `build_modules` returned; the engine sets, trains and stores it.
+    """
+
+    name: str = ""
+    needs_target: bool = False
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    module: nn.Module | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__.lower()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it changes the run at all; an inactive one leaves the Trainer untouched."""
+        return True
+
+    def setup(self, trainer: Trainer) -> None:
+        """Called once per `train()`, before the dataloader and the optimizer exist.
+
+        The place to check that the model and the arguments fit, and to raise if not.
+        """
+
+    def build_modules(self, batch: Batch) -> nn.Module | None:
+        """Make the auxiliary modules, once, from the sizes seen in a first batch.
+
+        Called without gradients and under a seeded random state of its own, so that building
+        does not shift the run's random numbers and all processes build the same.
+        """
+        return None
+
+    def around_forward(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """A context held open while the base loss of a training micro-batch is computed."""
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive in the checkpoint besides `module` (tensors and plain values)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, when training resumes."""
+
+    def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
+        """See the averaged values of a logging step (a warning belongs here)."""
+
+
+class Objective(Adaptation):
+    """An adaptation that adds a loss term to the training loss.
+
+    A subclass needs only `loss`. What it returns is scaled by the engine so that gradient
+    accumulation and several processes change nothing: a scalar is taken as a mean over the
+    micro-batch; a (sum, count) is divided by the number of items in the whole optimizer step,
+    over micro-batches and processes, as counted by `num_items`.
+
+    Args:
+        weight: Factor of the term, or a schedule of it (a function of progress from 0 to 1). A
+            constant 0 makes the objective inactive: the run is then the stock Trainer's.
+        feature_layer: The module whose output `batch.features()` reads, by its dotted name; by
+            default the base model's last hidden state (of the encoder, if there is one).
+        pooling: How a row's feature is made of its tokens: `"mean"` (mask-aware), `"cls"`,
+            `"last"`, `"tokens"` (every token is an item), a callable `(hidden, mask) -> (B, D)`,
+            or `"auto"`: tokens for token classification, else the mean.
+        name: Prefix of what is logged and stored.
+
+    Raises:
+        ValueError: If a constant weight is negative or not finite.
+
+    Example:
+        >>> class CentreDistance(Objective):
+        ...     needs_target = True
+        ...
+        ...     def loss(self, batch):
+        ...         features, domain = batch.features()
+        ...         source, target = features[domain == 0], features[domain > 0]
+        ...         return (source.mean(0) - target.mean(0)).square().sum()
+        >>> CentreDistance(weight=0.1).name
+        'centredistance'
+    """
+
+    weight: float | Schedule = 1.0
+    feature_layer: str | None = None
+    pooling: Pooling = "auto"
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        feature_layer: str | None = None,
+        pooling: Pooling = "auto",
+        name: str | None = None,
+    ) -> None:
+        if not callable(weight) and not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"{type(self).__name__}(weight={weight}): the weight must be a finite number >= 0, "
+                "or a function of progress. To turn the objective off pass 0; a gradient is "
+                "reversed inside the objective (as DANN does), not by a negative weight."
+            )
+        self.weight = weight
+        self.feature_layer = feature_layer
+        self.pooling = pooling
+        if name is not None:
+            self.name = name
+
+    @property
+    def is_active(self) -> bool:
+        """False where the weight is the constant 0."""
+        return callable(self.weight) or self.weight != 0
+
+    def term_weight(self, progress: float) -> float:
+        """The factor of the term at this progress."""
+        return value_at(self.weight, progress)
+
+    def num_items(self, rows: Rows) -> torch.Tensor | None:
+        """How many items of a micro-batch a (sum, count) runs over, known before the forward.
+
+        Needed only by a `loss` that returns a (sum, count).
+        """
+        return None
+
+    def loss(self, batch: Batch) -> Term | dict[str, Term]:
+        """The term on one micro-batch, in float32: a scalar mean, a (sum, count), or a dict.
+
+        The components of a dict are added up and each is logged as `name/component`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss(self, batch).")

@@ -1,0 +1,262 @@
+"""A micro-batch as an objective sees it: its rows, their domains, features and logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hf_adapt.engine.features import Pooling, pool, token_mask, unwrapped_base
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from hf_adapt.engine.adaptation import Objective
+    from hf_adapt.engine.metrics import MetricAverager
+
+
+def resolve_pooling(pooling: Pooling, model: nn.Module) -> Pooling:
+    """What `"auto"` means for this model: tokens for token classification, else the mean."""
+    if pooling != "auto":
+        return pooling
+    name = type(unwrapped_base(model)).__name__
+    return "tokens" if name.endswith("ForTokenClassification") else "mean"
+
+
+@dataclass
+class Part:
+    """The rows that went through the model in one forward.
+
+    Attributes:
+        inputs: What the model was given, without the domain column.
+        domain: (B,) long, 0 for source rows.
+        hidden: The captured output of each tapped feature module, by the module's id.
+        outputs: The model's own outputs.
+    """
+
+    inputs: Mapping[str, Any]
+    domain: torch.Tensor
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: Any = None
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """(B, T) with 1 on real tokens, or None where the model has no mask."""
+        mask = self.inputs.get("attention_mask")
+        return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    @property
+    def token_counts(self) -> torch.Tensor:
+        """(B,) the number of real tokens in each row."""
+        if (mask := self.attention_mask) is not None:
+            return mask.sum(1)
+        ids = self.inputs.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            raise ValueError(
+                "Counting tokens needs an attention_mask or input_ids in the batch; it has "
+                f"{', '.join(self.inputs)}. Use another pooling than 'tokens'."
+            )
+        return torch.full((ids.shape[0],), ids.shape[1], device=ids.device)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The model's logits."""
+        outputs = self.outputs
+        if isinstance(outputs, Mapping):
+            logits = outputs.get("logits")
+        elif isinstance(outputs, (tuple, list)):
+            logits = next((o for o in outputs if isinstance(o, torch.Tensor) and o.ndim >= 2), None)
+        else:
+            logits = getattr(outputs, "logits", None)
+        if not isinstance(logits, torch.Tensor):
+            found = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+            raise ValueError(
+                f"The model's outputs hold no logits (found {found}), and this objective needs "
+                "predictions. Use it on a classification head, or an objective on features."
+            )
+        return logits
+
+
+class Rows:
+    """The rows of a micro-batch and their domains: what is known before the forward.
+
+    Attributes:
+        parts: One part, or two when source and target go through the model separately.
+        model: The unwrapped model.
+        num_domains: Number of domains of the run, the source included.
+    """
+
+    def __init__(self, parts: list[Part], model: nn.Module, num_domains: int) -> None:
+        self.parts = parts
+        self.model = model
+        self.num_domains = num_domains
+        self._objective: Objective | None = None
+
+    def for_objective(self, objective: Objective) -> Self:
+        """The same rows, as seen with this objective's feature layer, pooling and name."""
+        bound = copy.copy(self)
+        bound._objective = objective
+        return bound
+
+    @property
+    def domain(self) -> torch.Tensor:
+        """(B,) long: 0 for source rows, 1 and up for the target domains."""
+        return torch.cat([part.domain for part in self.parts])
+
+    @property
+    def pooling(self) -> Pooling:
+        """How this objective pools, with `"auto"` resolved for the model."""
+        return resolve_pooling(self._objective.pooling if self._objective else "auto", self.model)
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model's predictions are one per token rather than one per row."""
+        name = type(unwrapped_base(self.model)).__name__
+        return name.endswith(
+            ("ForTokenClassification", "ForMaskedLM", "LMHeadModel", "ForCausalLM")
+        )
+
+    def num_features(self, target_only: bool = False) -> torch.Tensor:
+        """How many items `features()` has, as a tensor: rows, or tokens with pooling tokens."""
+        return self._count(self.pooling == "tokens", target_only)
+
+    def num_predictions(self, target_only: bool = False) -> torch.Tensor:
+        """How many items `logits()` has, as a tensor: rows, or tokens for token heads."""
+        return self._count(self.predicts_tokens, target_only)
+
+    def _count(self, tokens: bool, target_only: bool) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.long, device=self.parts[0].domain.device)
+        for part in self.parts:
+            per_row = part.token_counts if tokens else torch.ones_like(part.domain)
+            total = total + (per_row * (part.domain > 0) if target_only else per_row).sum()
+        return total
+
+
+class Batch(Rows):
+    """One training micro-batch after the forward, as an objective sees it.
+
+    Attributes:
+        progress: `global_step / max_steps`.
+    """
+
+    def __init__(
+        self,
+        parts: list[Part],
+        model: nn.Module,
+        num_domains: int,
+        progress: float,
+        module_of: Mapping[str | None, nn.Module | ValueError],
+        metrics: MetricAverager,
+    ) -> None:
+        super().__init__(parts, model, num_domains)
+        self.progress = progress
+        self._module_of = module_of
+        self._metrics = metrics
+
+    def features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pooled features and the domain of each, source and target rows together.
+
+        Shape:
+            - features: (N, D) float32, N rows (or real tokens with pooling `"tokens"`);
+              domain: (N,) long, 0 for the source.
+
+        Raises:
+            ValueError: If the feature layer cannot be found, was not run by the forward, or gave
+                a tensor that no gradient can flow through.
+        """
+        layer = self._objective.feature_layer if self._objective else None
+        module = self._module_of[layer]
+        if isinstance(module, ValueError):
+            raise module
+        features, domains = [], []
+        for part in self.parts:
+            if id(module) not in part.hidden:
+                raise ValueError(
+                    f"The feature layer ({layer or 'the base model'}: {type(module).__name__}) "
+                    f"captured nothing for the {len(part.domain)} rows of this batch: the loss "
+                    "was computed without running it, or its output holds no tensor with one "
+                    "entry per row. Pass feature_layer= with a module that the loss runs."
+                )
+            hidden = self._observed(part.hidden[id(module)])
+            mask = torch.ones_like(part.domain, dtype=torch.bool)
+            if hidden.ndim == 3:
+                mask = token_mask(hidden, part.attention_mask, self.model)
+            features.append(pool(hidden, mask, self.pooling))
+            tokens = self.pooling == "tokens" and hidden.ndim == 3
+            domains.append(part.domain.repeat_interleave(mask.sum(1)) if tokens else part.domain)
+        return torch.cat(features), torch.cat(domains)
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The predictions and the domain of each; for token heads one per real token.
+
+        Shape:
+            - logits: (N, C) float32; domain: (N,) long, 0 for the source.
+
+        Raises:
+            ValueError: If the model gives no logits, or is an encoder-decoder, whose unlabelled
+                rows have no decoder tokens to predict.
+        """
+        logits, domains = [], []
+        for part in self.parts:
+            values, domain = part.logits.float(), part.domain
+            if values.ndim == 3:
+                if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+                    raise ValueError(
+                        "An objective on predictions needs target rows with predictions, and the "
+                        "decoder of an encoder-decoder has none for unlabelled rows. Use an "
+                        "objective on features (DANN, MMD)."
+                    )
+                mask = token_mask(values, part.attention_mask, self.model)
+                values, domain = values[mask], domain.repeat_interleave(mask.sum(1))
+            logits.append(values)
+            domains.append(domain)
+        return torch.cat(logits), torch.cat(domains)
+
+    def log(
+        self, name: str, value: torch.Tensor | float, count: torch.Tensor | float = 1.0
+    ) -> None:
+        """Log a diagnostic as `<objective>/<name>`, averaged until the next logging step.
+
+        Args:
+            name: Name of the diagnostic.
+            value: A mean over `count` items of this micro-batch.
+            count: Weight of the value in the average.
+        """
+        if torch.is_grad_enabled() and self._objective is not None:
+            self._metrics.add(f"{self._objective.name}/{name}", value, count)
+
+    def _observed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """An alias of the hidden state whose gradient is measured, for `gradient_ratio`."""
+        if not torch.is_grad_enabled():
+            return hidden
+        if not hidden.requires_grad:
+            if any(p.requires_grad for p in self.model.parameters()):
+                name = self._objective.name if self._objective else "objective"
+                raise ValueError(
+                    f"The feature layer of {name!r} gave a tensor without a gradient, so the term "
+                    "could not train the model: every module below it is frozen, or it runs "
+                    "inside a reentrant gradient checkpoint. Choose a feature_layer above a "
+                    "trainable module, or use gradient_checkpointing_kwargs="
+                    "{'use_reentrant': False}."
+                )
+            return hidden
+        if self._objective is None:
+            return hidden
+        alias = hidden.view_as(hidden)
+        share = f"{self._objective.name}/gradient_ratio"
+        held: list[torch.Tensor] = []
+
+        def measure(total: torch.Tensor) -> None:
+            if held:
+                own = held.pop().detach().float()
+                own_norm, rest_norm = own.norm(), (total.detach().float() - own).norm()
+                ratio = own_norm / (own_norm + rest_norm).clamp(min=torch.finfo(own.dtype).tiny)
+                self._metrics.add(share, ratio)
+
+        alias.register_hook(held.append)  # type: ignore[no-untyped-call]
+        hidden.register_hook(measure)  # type: ignore[no-untyped-call]
+        return alias

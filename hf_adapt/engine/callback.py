@@ -1,0 +1,183 @@
+"""The same engine on a Trainer that already exists: `adapt()` and the one-line callback."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any, TypeVar
+
+from transformers import Trainer, TrainerCallback
+
+from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.domains import TargetForward
+from hf_adapt.engine.plan import Plan
+from hf_adapt.engine.trainer import AdaptationMixin
+
+TrainerT = TypeVar("TrainerT", bound=Trainer)
+
+
+_adapted: dict[type[Trainer], type[Trainer]] = {}
+
+
+def adapted_class(cls: type[Trainer]) -> type[Trainer]:
+    """`cls` with `AdaptationMixin` before it, made once and named like `cls`."""
+    if issubclass(cls, AdaptationMixin):
+        return cls
+    if cls in _adapted:
+        return _adapted[cls]
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    metaclass: Any = type(cls)
+    _adapted[cls] = metaclass(cls.__name__, (AdaptationMixin, cls), namespace)
+    return _adapted[cls]
+
+
+def adapt(
+    trainer: TrainerT,
+    *adaptations: Adaptation,
+    target_dataset: Any = None,
+    target_ratio: float = 1.0,
+    use_target_labels: bool = False,
+    target_forward: TargetForward = "joint",
+    source_domain: int | str | None = None,
+) -> TrainerT:
+    """Add adaptations to a Trainer that already exists, of any class.
+
+    Overrides of the Trainer's own class, and their `super()`, keep working.
+
+    Args:
+        trainer: The Trainer; it is changed in place.
+        *adaptations: What to add.
+        target_dataset: Rows of the target domain, prepared like `train_dataset`.
+        target_ratio: Target rows that each source row brings along.
+        use_target_labels: Train on the target's labels too.
+        target_forward: `"joint"` or `"separate"`.
+        source_domain: Which value of a `domain` column in `train_dataset` is the source.
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        TypeError: If `trainer` is not a Trainer or an argument is not an Adaptation.
+
+    Example:
+        ```python
+        adapt(trainer, MMD(), InformationMaximization(), target_dataset=target).train()
+        ```
+    """
+    plan = Plan(
+        adaptations,
+        target_dataset,
+        target_ratio,
+        use_target_labels,
+        target_forward,
+        source_domain,
+    )
+    _attach(trainer, plan)
+    return trainer
+
+
+def _attach(trainer: Trainer, plan: Plan) -> None:
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"Expected a transformers Trainer, got {type(trainer).__name__}.")
+    trainer.__class__ = adapted_class(type(trainer))
+    assert isinstance(trainer, AdaptationMixin)
+    trainer.add_adaptation_plan(plan)
+
+
+def _wrap_train() -> None:
+    """Let `Trainer.train` attach waiting callbacks, once per process.
+
+    A callback is never handed its trainer, and needs it before the dataloader and the optimizer
+    exist.
+    """
+    original = Trainer.train
+    if getattr(original, "_attaches_adaptations", False):
+        return
+
+    @functools.wraps(original)
+    def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        for callback in list(self.callback_handler.callbacks):
+            if isinstance(callback, AdaptationCallback):
+                callback.attach(self)
+        return original(self, *args, **kwargs)
+
+    train._attaches_adaptations = True  # type: ignore[attr-defined]
+    Trainer.train = train  # type: ignore[method-assign]
+
+
+class AdaptationCallback(TrainerCallback):
+    """Adds adaptations to an existing script in one line.
+
+    Args:
+        *adaptations: What to add.
+        target_dataset: Rows of the target domain, prepared (tokenised) like `train_dataset`;
+            labels may be missing and are hidden. A list or dict of datasets for several target
+            domains. May be left out if `train_dataset` has a `domain` column.
+        target_ratio: Target rows that each source row brings along.
+        use_target_labels: Train on the target's labels too.
+        target_forward: `"joint"`: one forward for both domains; `"separate"`: one for each, for
+            losses that do not ignore the label -100.
+        source_domain: Which value of a `domain` column is the source.
+
+    Raises:
+        TypeError: If an argument is not an Adaptation.
+        ValueError: If `target_ratio` is not positive.
+
+    Example:
+        ```python
+        trainer.add_callback(AdaptationCallback(MMD(), target_dataset=target))
+        trainer.train()
+        ```
+    """
+
+    def __init__(
+        self,
+        *adaptations: Adaptation,
+        target_dataset: Any = None,
+        target_ratio: float = 1.0,
+        use_target_labels: bool = False,
+        target_forward: TargetForward = "joint",
+        source_domain: int | str | None = None,
+    ) -> None:
+        self.plan = Plan(
+            adaptations,
+            target_dataset,
+            target_ratio,
+            use_target_labels,
+            target_forward,
+            source_domain,
+            origin=self,
+        )
+        self._trainer: weakref.ref[Trainer] | None = None
+        _wrap_train()
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attach to a trainer by hand; `train()` does it for callbacks in its list.
+
+        Raises:
+            ValueError: If the callback is attached to another trainer.
+        """
+        attached = self._trainer() if self._trainer is not None else None
+        if attached is trainer:
+            return
+        if attached is not None:
+            raise ValueError(
+                f"This {type(self).__name__} is attached to another Trainer already, whose "
+                "modules and state it holds. Make a new callback for each Trainer."
+            )
+        self._trainer = weakref.ref(trainer)
+        _attach(trainer, self.plan)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to be silently without effect."""
+        attached = self._trainer() if self._trainer is not None else None
+        if attached is None or attached.state is not state:
+            raise RuntimeError(
+                f"This {type(self).__name__} was never attached to its Trainer, so it would have "
+                "no effect: it was added after train() began, or train() is not the Trainer's "
+                "own. Add it before train(), or call callback.attach(trainer) first."
+            )

@@ -1,0 +1,364 @@
+"""Target rows that travel with source rows.
+
+Each source row brings its target rows along, so a script's batch size, epoch, sampler and resume
+go on meaning what they meant before a target was added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+DOMAIN = "domain"
+"""The column that says which domain a row is from: 0 is the source."""
+
+TARGET_BATCH = "hf_adapt_target"
+"""The key of the target rows' own batch where source and target go through the model apart."""
+
+IGNORED = -100
+"""The label that losses ignore."""
+
+TargetForward = Literal["joint", "separate"]
+
+
+@dataclass
+class PairedRow:
+    """A source row and the target rows it brings along, as (domain, row)."""
+
+    source: Any
+    targets: list[tuple[int, Any]]
+
+
+def rows_at(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """Rows of a map-style dataset, by its batched access where it has one."""
+    if hasattr(dataset, "__getitems__"):
+        return list(dataset.__getitems__(list(indices)))
+    return [dataset[i] for i in indices]
+
+
+def target_order(
+    sizes: Sequence[int], start: int, stop: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which target rows stand at positions `start` to `stop` of the endless target stream.
+
+    The targets take turns; each is gone through in one random permutation after another, so every
+    row is used equally often, whatever the sizes. A pure function of its arguments.
+
+    Args:
+        sizes: Number of rows of each target.
+        start: First position.
+        stop: One past the last position.
+        seed: Seed of the permutations.
+
+    Returns:
+        For each position the target's index (0 for the first target) and the row in it.
+
+    Example:
+        >>> which, row = target_order([3, 2], 0, 12, seed=0)
+        >>> which.tolist()
+        [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1]
+        >>> sorted(row[which == 0].tolist())
+        [0, 0, 1, 1, 2, 2]
+    """
+    positions = np.arange(start, stop)
+    which, turn = positions % len(sizes), positions // len(sizes)
+    row = np.empty(len(positions), dtype=np.int64)
+    for index, size in enumerate(sizes):
+        mine = which == index
+        cycles, offsets = turn[mine] // size, turn[mine] % size
+        picked = np.empty(len(cycles), dtype=np.int64)
+        for cycle in np.unique(cycles):
+            permutation = np.random.default_rng((seed, index, int(cycle))).permutation(size)
+            inside = cycles == cycle
+            picked[inside] = permutation[offsets[inside]]
+        row[mine] = picked
+    return which, row
+
+
+def _shared_counter() -> torch.Tensor:
+    """An epoch that persistent workers see too, although they hold copies of the dataset."""
+    counter: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+    return counter
+
+
+class PairedDataset(torch.utils.data.Dataset[PairedRow]):
+    """A map-style source whose row i brings target rows along.
+
+    Which rows is a pure function of (seed, epoch, i): the order in which a sampler visits the
+    source, the number of workers and of processes, and resuming change nothing.
+
+    Args:
+        source: Map-style dataset of the source rows.
+        targets: Map-style datasets of the target domains, which take turns.
+        ratio: Target rows per source row; fractions are allowed (0.5: every second row).
+        seed: Seed of the pairing.
+    """
+
+    def __init__(self, source: Any, targets: Sequence[Any], ratio: float, seed: int) -> None:
+        self.source = source
+        self.targets = list(targets)
+        self.ratio = ratio
+        self.seed = seed
+        self._epoch = _shared_counter()
+        self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Number of source rows."""
+        return len(self.source)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other target rows from here on."""
+        self._epoch.fill_(epoch)
+
+    def _targets_of(self, index: int) -> list[tuple[int, int]]:
+        epoch = int(self._epoch)
+        if self._order is None or self._order[0] != epoch:
+            per_epoch = int(len(self.source) * self.ratio)
+            sizes = [len(target) for target in self.targets]
+            start = epoch * per_epoch
+            self._order = (epoch, *target_order(sizes, start, start + per_epoch, self.seed))
+        _, which, row = self._order
+        span = range(int(index * self.ratio), int((index + 1) * self.ratio))
+        return [(int(which[i]), int(row[i])) for i in span]
+
+    def __getitem__(self, index: int) -> PairedRow:
+        """The source row and its target rows."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[PairedRow]:
+        """Several rows at once: a `datasets.Dataset` reads them in one go."""
+        indices = [int(i) for i in indices]
+        wanted = [self._targets_of(i) for i in indices]
+        fetched: dict[int, Iterator[Any]] = {}
+        for which, target in enumerate(self.targets):
+            rows = [row for pairs in wanted for w, row in pairs if w == which]
+            fetched[which] = iter(rows_at(target, rows) if rows else [])
+        return [
+            PairedRow(source, [(which + 1, next(fetched[which])) for which, _ in pairs])
+            for source, pairs in zip(rows_at(self.source, indices), wanted, strict=True)
+        ]
+
+
+class PairedIterableDataset(IterableDataset[PairedRow]):
+    """A streaming source zipped with target streams (or map-style targets).
+
+    A target stream that ends before the source is started again.
+    """
+
+    def __init__(
+        self, source: Iterable[Any], targets: Sequence[Any], ratio: float, seed: int
+    ) -> None:
+        self.source = source
+        self.targets = list(targets)
+        self.ratio = ratio
+        self.seed = seed
+        self._epoch = _shared_counter()
+
+    def __len__(self) -> int:
+        """Number of source rows, where the source knows it."""
+        return len(self.source)  # type: ignore[arg-type]  # raises TypeError where it does not
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle the streams anew, where they can be shuffled."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[PairedRow]:
+        """Pair the streams; each DataLoader worker pairs its own share."""
+        epoch = int(self._epoch)
+        if callable(set_epoch := getattr(self.source, "set_epoch", None)):
+            set_epoch(epoch)
+        streams = [self._endless(i, target, epoch) for i, target in enumerate(self.targets)]
+        turn = 0
+        for index, row in enumerate(self.source):
+            targets = []
+            for _ in range(int(index * self.ratio), int((index + 1) * self.ratio)):
+                which = turn % len(streams)
+                targets.append((which + 1, next(streams[which])))
+                turn += 1
+            yield PairedRow(row, targets)
+
+    def _endless(self, index: int, target: Any, epoch: int) -> Iterator[Any]:
+        worker = get_worker_info()
+        if is_map_style(target):
+            seed = self.seed + 7919 * (worker.id if worker else 0)
+            cycle = epoch << 20  # each epoch starts at permutations of its own
+            while True:
+                span = (cycle * len(target), (cycle + 1) * len(target))
+                _, rows = target_order([len(target)], *span, seed=seed + index)
+                for row in rows:
+                    yield target[int(row)]
+                cycle += 1
+        repeat = 0
+        while True:
+            if callable(set_epoch := getattr(target, "set_epoch", None)):
+                set_epoch((epoch << 20) + repeat)
+            empty = True
+            for row in target:
+                empty = False
+                yield row
+            if empty:
+                place = f" in worker {worker.id} of {worker.num_workers}" if worker else ""
+                raise ValueError(
+                    f"The target stream {index} gave no row{place}: it is empty, or has fewer "
+                    "shards than there are workers. Use a smaller dataloader_num_workers or "
+                    "reshard the stream."
+                )
+            repeat += 1
+
+
+def is_map_style(dataset: Any) -> bool:
+    """Whether rows are read by index (else the dataset is a stream)."""
+    return (
+        not isinstance(dataset, IterableDataset)
+        and hasattr(dataset, "__getitem__")
+        and hasattr(dataset, "__len__")
+    )
+
+
+def pair(
+    source: Any, targets: Sequence[Any], ratio: float, seed: int
+) -> PairedDataset | PairedIterableDataset:
+    """Pair a source with its targets, map-style or streaming as the source is.
+
+    Raises:
+        ValueError: If the source is map-style and a target is a stream.
+    """
+    if not is_map_style(source):
+        return PairedIterableDataset(source, targets, ratio, seed)
+    if not all(is_map_style(target) for target in targets):
+        raise ValueError(
+            "A map-style train_dataset is paired with target rows by index, and a target_dataset "
+            "is a stream. Make the target map-style (`Dataset.from_list(list(stream.take(n)))`) "
+            "or stream the source too (`train_dataset.to_iterable_dataset()`)."
+        )
+    return PairedDataset(source, targets, ratio, seed)
+
+
+class PairedCollator:
+    """Collates source and target rows as one batch with a `domain` column.
+
+    The author's collator is called on all rows together, so they are padded alike; source rows
+    come first. Labels of target rows are hidden (-100) before and after it: before, so that the
+    columns agree; after, because a language-model collator makes labels from the tokens.
+
+    Args:
+        collator: The author's collator.
+        label_names: Names of label columns.
+        use_target_labels: Keep the target's labels, for semi-supervised adaptation and domain
+            generalisation.
+        separate: Collate the target rows into a batch of their own under `TARGET_BATCH`.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], Any],
+        label_names: Sequence[str],
+        use_target_labels: bool = False,
+        separate: bool = False,
+    ) -> None:
+        self.collator = collator
+        self.label_names = {*label_names, "label", "labels", "label_ids"}
+        self.use_target_labels = use_target_labels
+        self.separate = separate
+
+    def __call__(self, rows: list[PairedRow]) -> Any:
+        """Collate paired rows."""
+        sources = [_without_domain(row.source) for row in rows]
+        domains, targets = [0] * len(sources), []
+        for row in rows:
+            for domain, target in row.targets:
+                domains.append(domain)
+                targets.append(self._target_row(_without_domain(target), sources[0]))
+        domain_column = torch.tensor(domains)
+        if not self.separate:
+            return self._collate(sources + targets, domain_column)
+        batch = self._collate(sources, domain_column[: len(sources)])
+        if targets:
+            batch[TARGET_BATCH] = self._collate(targets, domain_column[len(sources) :])
+        return batch
+
+    def _collate(self, rows: list[Any], domain: torch.Tensor) -> Any:
+        batch = self.collator(rows)
+        if not isinstance(batch, MutableMapping):
+            raise TypeError(
+                "Adapting to a target needs a data collator that returns a dict of tensors; "
+                f"{type(self.collator).__name__} returned {type(batch).__name__}."
+            )
+        sizes = {k: v.shape[0] for k, v in batch.items() if _is_tensor(v) and v.ndim > 0}
+        if len(rows) not in sizes.values():
+            raise ValueError(
+                f"The data collator made a batch with first dimensions {sizes} of {len(rows)} "
+                "rows: it merges rows (packing, padding-free), so source and target rows can no "
+                "longer be told apart. Turn packing and padding_free off."
+            )
+        if not self.use_target_labels:
+            for name in {*self.label_names, "shift_labels"} & set(sizes):
+                if sizes[name] == len(rows):
+                    batch[name][domain > 0] = IGNORED
+        batch[DOMAIN] = domain
+        return batch
+
+    def _target_row(self, target: Any, like: Any) -> Any:
+        """The target row with the source row's columns, its labels hidden."""
+        if not isinstance(target, Mapping) or not isinstance(like, Mapping):
+            return target
+        row = {key: target[key] for key in like if key in target and self._keeps(key)}
+        missing = [key for key in like if key not in row and key not in self.label_names]
+        if missing:
+            raise ValueError(missing_columns_message(missing, list(target)))
+        for key in like:
+            if key in self.label_names and key not in row:
+                row[key] = _hidden_label(like, target, key)
+        return row
+
+    def _keeps(self, key: str) -> bool:
+        return self.use_target_labels or key not in self.label_names
+
+
+def missing_columns_message(missing: Sequence[str], found: Sequence[str]) -> str:
+    """What to say of a target set that lacks columns of the source."""
+    return (
+        f"The target_dataset lacks the column(s) {', '.join(map(repr, missing))} that the "
+        f"train_dataset gives the model; it has {', '.join(map(repr, found))}. Prepare (tokenise) "
+        "the target as the source was, for example "
+        "`target.map(same_function, remove_columns=...)`; labels may be left out."
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _without_domain(row: Any) -> Any:
+    if isinstance(row, Mapping) and DOMAIN in row:
+        return {key: value for key, value in row.items() if key != DOMAIN}
+    return row
+
+
+def _hidden_label(like: Mapping[str, Any], target: Mapping[str, Any], key: str) -> Any:
+    """A label of -100 in the form of the source's: a number, a vector, or one per token."""
+    label = like[key]
+    if isinstance(label, (torch.Tensor, np.ndarray)) and label.ndim > 0:
+        per_token = label.ndim == 1 and len(label) == _length(like)
+        if per_token and (length := _length(target)) is not None:
+            label = label[:1].repeat(length)
+        full = torch.full_like if isinstance(label, torch.Tensor) else np.full_like
+        return full(label, IGNORED)
+    if isinstance(label, (list, tuple)):
+        if label and isinstance(label[0], float):
+            return [float(IGNORED)] * len(label)
+        per_token = len(label) == _length(like)
+        return [IGNORED] * ((_length(target) or 1) if per_token else 1)
+    if isinstance(label, (torch.Tensor, np.ndarray, np.generic)):
+        return type(label)(IGNORED) if isinstance(label, np.generic) else label * 0 + IGNORED
+    return float(IGNORED) if isinstance(label, float) else IGNORED
+
+
+def _length(row: Mapping[str, Any]) -> int | None:
+    ids = row.get("input_ids")
+    return None if ids is None else len(ids)

@@ -1,0 +1,188 @@
+"""Hidden states of a named layer of any model, and pooling that honours the mask."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Pooling = (
+    Literal["auto", "mean", "cls", "last", "tokens"]
+    | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+)
+
+
+def unwrapped_base(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, else the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    if not callable(get_base_model):
+        return model
+    base: nn.Module = get_base_model()
+    return base
+
+
+def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Module:
+    """The module whose output is the feature.
+
+    Args:
+        model: The unwrapped model (a PEFT model is looked through).
+        feature_layer: A dotted module name, or None for the base model without its head: the
+            encoder of an encoder-decoder, the first module of a sentence-transformer.
+
+    Returns:
+        The module to hook.
+
+    Raises:
+        ValueError: If there is no module of that name (near names are listed), or no default.
+    """
+    base = unwrapped_base(model)
+    if feature_layer is not None:
+        for root in (model, base):
+            modules = dict(root.named_modules())
+            if feature_layer in modules:
+                return modules[feature_layer]
+        names = [name for name, _ in base.named_modules() if name]
+        near = difflib.get_close_matches(feature_layer, names, n=5, cutoff=0.3)
+        raise ValueError(
+            f"feature_layer={feature_layer!r} is not a module of {type(base).__name__}. "
+            f"Near names: {', '.join(near) or 'none'}. "
+            "`[name for name, _ in model.named_modules()]` lists them all."
+        )
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        get_encoder = getattr(base, "get_encoder", None)
+        if callable(get_encoder) and isinstance(encoder := get_encoder(), nn.Module):
+            return encoder
+    headless = getattr(base, "base_model", None)
+    if isinstance(headless, nn.Module) and headless is not base:
+        return headless
+    if isinstance(base, nn.Sequential) and len(base) > 0:  # sentence-transformers
+        return base[0]
+    raise ValueError(
+        f"{type(base).__name__} has no base model without a head, so the feature layer must be "
+        "named: pass feature_layer='...' with a module of the model, for example one of "
+        f"{', '.join([name for name, _ in base.named_children()][:8])}."
+    )
+
+
+def hidden_state(output: Any) -> torch.Tensor | None:
+    """The hidden state in a module's output, whatever form the output has."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for key in ("last_hidden_state", "token_embeddings", "sentence_embedding"):
+            if isinstance(value := output.get(key), torch.Tensor):
+                return value
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        for value in output:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return value
+    return None
+
+
+class FeatureTap:
+    """Keeps the outputs of one module while it is told to record.
+
+    Gradient checkpointing runs the module once more during the backward, and evaluation runs it
+    too: neither is seen, because recording is on only while a training loss is computed.
+    """
+
+    def __init__(self, module: nn.Module, extract: Callable[[Any], Any] = hidden_state) -> None:
+        self._extract = extract
+        self._handle = module.register_forward_hook(self._hook)
+        self.recording = False
+        self.captured: list[Any] = []
+
+    def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.recording and (value := self._extract(output)) is not None:
+            self.captured.append(value)
+
+    def take(self) -> list[Any]:
+        """What was captured, handed over: the tap is empty afterwards."""
+        captured, self.captured = self.captured, []
+        return captured
+
+    def remove(self) -> None:
+        """Take the hook off the module."""
+        self._handle.remove()
+
+
+def token_mask(
+    hidden: torch.Tensor, attention_mask: torch.Tensor | None, model: nn.Module
+) -> torch.Tensor:
+    """Which positions of a hidden state are real, as (B, T) bool.
+
+    Args:
+        hidden: (B, T, D).
+        attention_mask: (B, T) with 1 on real positions, or None if all are; for an audio model
+            (B, samples), reduced to frames by the model's own rule.
+        model: The model, asked for that rule.
+
+    Raises:
+        ValueError: If the mask does not fit the hidden state.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+    if attention_mask.shape == hidden.shape[:2]:
+        return attention_mask.bool()
+    reduce = getattr(unwrapped_base(model), "_get_feature_vector_attention_mask", None)
+    if callable(reduce):  # audio: frames are fewer than samples
+        return torch.as_tensor(reduce(hidden.shape[1], attention_mask)).bool()
+    raise ValueError(
+        f"The attention mask has shape {tuple(attention_mask.shape)} but the feature layer's "
+        f"output is {tuple(hidden.shape)}: expected (B, T) and (B, T, D). Pass a callable "
+        "pooling=, or a feature_layer whose output follows the tokens."
+    )
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """Make one feature per row (or per token) of a hidden state, in float32.
+
+    Args:
+        hidden: (B, T, D); (B, D) is taken as pooled already, (B, C, H, W) as a feature map,
+            which is averaged over H and W.
+        mask: (B, T) bool, true on real positions. Padding on either side is honoured.
+        pooling: `"mean"`, `"cls"` (first real token), `"last"` (last real token), `"tokens"`, or
+            a callable `(hidden, mask) -> (B, D)`.
+
+    Shape:
+        - output: (B, D), or (number of real tokens, D) for `"tokens"`.
+
+    Raises:
+        ValueError: If `pooling` is unknown or the hidden state has another number of dimensions.
+
+    Example:
+        >>> hidden = torch.tensor([[[1.0], [3.0], [9.0]]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> [pool(hidden, mask, how).tolist() for how in ("mean", "last", "tokens")]
+        [[[2.0]], [[3.0]], [[1.0], [3.0]]]
+    """
+    hidden = hidden.float()
+    if callable(pooling):
+        return pooling(hidden, mask)
+    if hidden.ndim == 2:
+        return hidden
+    if hidden.ndim == 4:
+        return hidden.mean(dim=(2, 3))
+    if hidden.ndim != 3:
+        raise ValueError(
+            f"The feature layer's output has shape {tuple(hidden.shape)}; expected (B, D), "
+            "(B, T, D) or (B, C, H, W). Pass a callable pooling=(hidden, mask) -> (B, D)."
+        )
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+    if pooling == "tokens":
+        return hidden[mask]
+    if pooling in ("cls", "last"):
+        order = mask.int() if pooling == "cls" else mask.flip(1).int()
+        first = order.argmax(dim=1)
+        index = first if pooling == "cls" else mask.shape[1] - 1 - first
+        return hidden[torch.arange(len(hidden), device=hidden.device), index]
+    raise ValueError(
+        f"pooling={pooling!r} is unknown: use 'auto', 'mean', 'cls', 'last', 'tokens' or a "
+        "callable (hidden, mask) -> (B, D)."
+    )

@@ -1,0 +1,279 @@
+"""Which adaptations and which target domains a Trainer was given, and its paired training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import datasets
+import numpy as np
+
+from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.auxiliary import preserved_random_state
+from hf_adapt.engine.domains import (
+    DOMAIN,
+    PairedCollator,
+    PairedDataset,
+    PairedIterableDataset,
+    TargetForward,
+    is_map_style,
+    missing_columns_message,
+    pair,
+)
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+HfDataset = (datasets.Dataset, datasets.IterableDataset)
+
+
+@dataclass(eq=False)
+class Plan:
+    """Adaptations given together, with their target.
+
+    Attributes:
+        adaptations: What is added to the run.
+        target_dataset: Target rows, prepared (tokenised) like the source; a list or a dict of
+            datasets for several domains; None if `train_dataset` has a `domain` column.
+        target_ratio: Target rows per source row; fractions are allowed.
+        use_target_labels: Train on the target's labels too (semi-supervised adaptation, domain
+            generalisation). By default they are hidden.
+        target_forward: `"joint"`: source and target rows go through the model in one batch;
+            `"separate"`: the loss sees source rows alone and the target rows get a forward of
+            their own (for losses that do not ignore -100, or that couple the rows of a batch).
+        source_domain: Which value of a `domain` column is the source (0 or "source" by default).
+        origin: The callback that brought the plan, if one did.
+    """
+
+    adaptations: tuple[Adaptation, ...]
+    target_dataset: Any = None
+    target_ratio: float = 1.0
+    use_target_labels: bool = False
+    target_forward: TargetForward = "joint"
+    source_domain: int | str | None = None
+    origin: Any = None
+
+    def __post_init__(self) -> None:
+        for adaptation in self.adaptations:
+            if not isinstance(adaptation, Adaptation):
+                raise TypeError(
+                    f"Expected an Adaptation or Objective, got {type(adaptation).__name__} "
+                    f"({adaptation!r}). A target dataset is passed as target_dataset=..."
+                )
+        if not self.target_ratio > 0:
+            raise ValueError(
+                f"target_ratio={self.target_ratio} must be positive: the number of target rows "
+                "that each source row brings along (0.5 is one for every second source row)."
+            )
+        if self.target_forward not in get_args(TargetForward):
+            raise ValueError(
+                f"target_forward={self.target_forward!r} is unknown: use 'joint' or 'separate'."
+            )
+
+
+def active_adaptations(plans: Sequence[Plan]) -> list[Adaptation]:
+    """The adaptations that change the run, with unique names.
+
+    Raises:
+        ValueError: If two have the same name.
+    """
+    active = [a for plan in plans for a in plan.adaptations if a.is_active]
+    names = [a.name for a in active]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Several adaptations are named {', '.join(map(repr, twice))}: their logs and their "
+            f"state in the checkpoint would collide. Give one of them another name=."
+        )
+    return active
+
+
+class DomainData:
+    """The target domains of a run and the training set paired with them.
+
+    Args:
+        trainer: The Trainer whose `train_dataset` is the source.
+        plans: The plans of the run; they must agree on the target.
+    """
+
+    def __init__(self, trainer: Trainer, plans: Sequence[Plan]) -> None:
+        self.trainer = trainer
+        plan = _agreed(plans)
+        self._plan = plan
+        source, targets = _split(trainer, plan)
+        targets = [_prepared(trainer, source, target) for target in targets]
+        for target in targets:
+            _check_not_empty(target)
+        self.num_domains = 1 + len(targets)
+        self.separate = plan.target_forward == "separate" or hasattr(trainer, "collect_features")
+        source_rows = _without_unused_columns(trainer, source)
+        target_rows = [_without_unused_columns(trainer, target) for target in targets]
+        _check_columns(trainer, source_rows, target_rows)
+        seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
+        self._source = source
+        self._paired: PairedDataset | PairedIterableDataset = pair(
+            source_rows, target_rows, plan.target_ratio, seed
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the target rows of this epoch from here on."""
+        self._paired.set_epoch(epoch)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the paired set and collator where the author's were, while a loader is built."""
+        trainer = self.trainer
+        dataset, collator = trainer.train_dataset, trainer.data_collator
+        inner = collator
+        if not isinstance(self._source, datasets.Dataset) and not self.separate:
+            # The Trainer cleans the rows of other datasets in the collator; ours are wrapped.
+            inner = trainer._get_collator_with_removed_columns(collator, description="training")
+        trainer.train_dataset = self._paired
+        trainer.data_collator = PairedCollator(
+            inner, trainer.label_names, self._plan.use_target_labels, self.separate
+        )
+        try:
+            yield
+        finally:
+            trainer.train_dataset, trainer.data_collator = dataset, collator
+
+    def is_paired(self, dataset: Any) -> bool:
+        """Whether this is the paired set (its sampler is the source's)."""
+        return dataset is self._paired
+
+    @property
+    def source(self) -> Any:
+        """The source rows, as the author's sampler must see them."""
+        return self._source
+
+
+def _agreed(plans: Sequence[Plan]) -> Plan:
+    """The one target that all plans share."""
+    with_target = [plan for plan in plans if plan.target_dataset is not None]
+    first = with_target[0] if with_target else plans[0]
+    for plan in with_target[1:]:
+        if plan.target_dataset is not first.target_dataset:
+            raise ValueError(
+                "Two adaptations were given different target datasets, but a batch has one set "
+                "of target rows. Pass the same dataset to both, give target_dataset to one of "
+                "them only, or a list of all target domains to one: target_dataset=[a, b]."
+            )
+        for option in ("target_ratio", "use_target_labels", "target_forward"):
+            if getattr(plan, option) != getattr(first, option):
+                raise ValueError(
+                    f"Two adaptations of one run disagree on {option}: {getattr(first, option)!r} "
+                    f"and {getattr(plan, option)!r}. Give the target and its options to one."
+                )
+    return first
+
+
+def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
+    """Source and targets: as given, or split by the `domain` column of `train_dataset`."""
+    source: Any = trainer.train_dataset
+    target = plan.target_dataset
+    if source is None:
+        raise ValueError("Training needs a train_dataset: it is the source domain.")
+    if target is not None:
+        if isinstance(target, Mapping) and not isinstance(target, HfDataset):
+            return source, list(target.values())
+        return source, list(target) if isinstance(target, (list, tuple)) else [target]
+    columns = getattr(source, "column_names", None) or []
+    if DOMAIN not in columns:
+        needing = [a.name for a in plan.adaptations if a.needs_target]
+        raise ValueError(
+            f"{', '.join(needing) or 'The adaptation'} needs target rows: pass target_dataset=, "
+            f"or a train_dataset with a {DOMAIN!r} column (found {columns or 'no column names'})."
+        )
+    if isinstance(source, datasets.IterableDataset):
+        value = plan.source_domain if plan.source_domain is not None else 0
+        return (
+            source.filter(lambda row: row[DOMAIN] == value),
+            [source.filter(lambda row: row[DOMAIN] != value)],
+        )
+    domains = np.asarray(source[DOMAIN])
+    values = np.unique(domains).tolist()
+    chosen = plan.source_domain
+    if chosen is None:
+        chosen = next((v for v in (0, "source") if v in values), None)
+    if chosen not in values or len(values) < 2:
+        raise ValueError(
+            f"The {DOMAIN!r} column of train_dataset holds {values}: it needs a source and at "
+            "least one other domain. Pass source_domain= to say which value is the source "
+            "(0 or 'source' by default)."
+        )
+    return (
+        source.select(np.flatnonzero(domains == chosen)),
+        [source.select(np.flatnonzero(domains == v)) for v in values if v != chosen],
+    )
+
+
+def _prepared(trainer: Trainer, source: Any, target: Any) -> Any:
+    """A raw target of a Trainer that tokenises its own datasets (TRL), tokenised by it."""
+    prepare = getattr(trainer, "_prepare_dataset", None)
+    names = getattr(target, "column_names", None) or []
+    if not callable(prepare) or "input_ids" in names or not isinstance(target, HfDataset):
+        return target
+    if "input_ids" not in (getattr(source, "column_names", None) or []):
+        return target
+    args = trainer.args
+    return prepare(target, trainer.processing_class, args, False, None, "target")
+
+
+def _check_not_empty(target: Any) -> None:
+    if hasattr(target, "__len__") and len(target) == 0:
+        raise ValueError(
+            "The target_dataset is empty: adaptation needs unlabelled target rows (an empty set "
+            "is often the result of a filter or a wrong split name)."
+        )
+
+
+def _without_unused_columns(trainer: Trainer, dataset: Any) -> Any:
+    if isinstance(dataset, datasets.Dataset) and not hasattr(trainer, "collect_features"):
+        if DOMAIN in dataset.column_names:
+            dataset = dataset.remove_columns(DOMAIN)
+        return trainer._remove_unused_columns(dataset, description="training")
+    return dataset
+
+
+def _check_columns(trainer: Trainer, source: Any, targets: Sequence[Any]) -> None:
+    """Refuse a target without the source's model inputs, before anything is trained."""
+    labels = {*trainer.label_names, "label", "labels", "label_ids", DOMAIN}
+    used: set[str] | None = None
+    if trainer.args.remove_unused_columns:
+        trainer._set_signature_columns_if_needed()
+        used = set(getattr(trainer, "_signature_columns", None) or ())
+    wanted = _columns(source)
+    for target in targets:
+        found = _columns(target)
+        if wanted is None or found is None:
+            continue  # streams without known columns are checked row by row
+        missing = [
+            name
+            for name in wanted
+            if name not in found and name not in labels and (used is None or name in used)
+        ]
+        if missing:
+            raise ValueError(missing_columns_message(missing, found))
+
+
+def _columns(dataset: Any) -> list[str] | None:
+    if isinstance(dataset, HfDataset) and dataset.column_names is not None:
+        return list(dataset.column_names)
+    if is_map_style(dataset):
+        with preserved_random_state():
+            row = dataset[0]
+        return list(row) if isinstance(row, Mapping) else None
+    return None
+
+
+def has_domain_needs(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> bool:
+    """Whether the run must pair its rows with target rows."""
+    if any(a.needs_target for a in adaptations):
+        return True
+    active = set(map(id, adaptations))
+    return any(
+        plan.target_dataset is not None and any(id(a) in active for a in plan.adaptations)
+        for plan in plans
+    )

@@ -1,0 +1,66 @@
+"""Schedules: pure functions of training progress, so that resuming needs no state."""
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[float], float]
+"""Maps progress (``global_step / max_steps``, from 0 to 1) to a value."""
+
+
+def dann_ramp(gamma: float = 10.0) -> Schedule:
+    """The ramp of domain-adversarial training: 0 at the start, close to 1 at the end.
+
+    Reference:
+        Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", section 5.2.2,
+        arXiv:1505.07818: ``2 / (1 + exp(-gamma * p)) - 1``.
+
+    Args:
+        gamma: How fast it rises, unitless; must be positive.
+
+    Returns:
+        A schedule: progress to a factor from 0 to 1.
+
+    Raises:
+        ValueError: If ``gamma`` is not positive.
+
+    Example:
+        >>> ramp = dann_ramp()
+        >>> [round(ramp(p), 6) for p in (0.0, 0.1, 0.5, 1.0)]
+        [0.0, 0.462117, 0.986614, 0.999909]
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive, got {gamma}. The published value is 10.")
+    return lambda progress: 2.0 / (1.0 + math.exp(-gamma * progress)) - 1.0
+
+
+def linear_ramp(start: float = 0.0, end: float = 1.0) -> Schedule:
+    """A straight line from 0 at progress ``start`` to 1 at progress ``end``, flat outside.
+
+    Args:
+        start: Progress at which the factor leaves 0.
+        end: Progress at which the factor reaches 1; must lie after ``start``.
+
+    Returns:
+        A schedule: progress to a factor from 0 to 1.
+
+    Raises:
+        ValueError: If ``0 <= start < end`` does not hold.
+
+    Example:
+        >>> ramp = linear_ramp(0.2, 0.6)
+        >>> [round(ramp(p), 3) for p in (0.1, 0.4, 0.9)]
+        [0.0, 0.5, 1.0]
+    """
+    if not 0.0 <= start < end:
+        raise ValueError(f"linear_ramp needs 0 <= start < end, got start={start} and end={end}.")
+    return lambda progress: min(1.0, max(0.0, (progress - start) / (end - start)))
+
+
+def value_at(value: float | Schedule, progress: float) -> float:
+    """The value of a constant or of a schedule at ``progress``.
+
+    Example:
+        >>> value_at(0.3, 0.5), value_at(lambda p: 2 * p, 0.5)
+        (0.3, 1.0)
+    """
+    return value(progress) if callable(value) else value

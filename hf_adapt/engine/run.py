@@ -1,0 +1,473 @@
+"""One training run with adaptations: what happens between `train()` and its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_adapt.engine.adaptation import Adaptation, Objective
+from hf_adapt.engine.auxiliary import (
+    AuxiliaryOptimizer,
+    base_schedule,
+    preserved_random_state,
+    seed_for,
+)
+from hf_adapt.engine.batch import Batch, Part, Rows
+from hf_adapt.engine.checkpoint import load_state, load_weights, save_state, save_weights
+from hf_adapt.engine.domains import DOMAIN, IGNORED, TARGET_BATCH
+from hf_adapt.engine.features import FeatureTap, find_feature_module
+from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
+from hf_adapt.engine.normalisation import (
+    count_labels,
+    data_parallel_size,
+    rows_of,
+    trainer_divides,
+)
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from hf_adapt.engine.plan import DomainData
+
+logger = logging.getLogger(__name__)
+
+BaseLoss = Callable[[Any, dict[str, Any], Any], torch.Tensor]
+"""The author's `compute_loss` as (model, inputs, num_items_in_batch) -> loss."""
+
+
+class Memory:
+    """What outlives a run: the auxiliary modules and their optimizer belong to a model."""
+
+    def __init__(self, model: nn.Module, adaptations: Sequence[Adaptation]) -> None:
+        self.model = model
+        self.adaptations = list(adaptations)
+        self.optimizer: AuxiliaryOptimizer | None = None
+        for adaptation in adaptations:
+            adaptation.module = None
+
+    def save_weights(self, folder: str) -> None:
+        """Write the auxiliary modules beside the model."""
+        save_weights(self.adaptations, folder)
+
+    def load_weights(self, folder: str) -> None:
+        """Bring the auxiliary modules to where a model was saved."""
+        load_weights(self.adaptations, folder)
+
+    def save_state(self, folder: str) -> None:
+        """Write the auxiliary optimizer beside the Trainer's."""
+        if self.optimizer is not None:
+            save_state(self.adaptations, self.optimizer, folder)
+
+    def belongs_to(self, model: nn.Module, adaptations: Sequence[Adaptation]) -> bool:
+        """Whether these modules were built for this model and these adaptations."""
+        return self.model is model and self.adaptations == list(adaptations)
+
+
+class AdaptationRun:
+    """The state of one `train()`: taps on the model, counts of the current step, what is logged.
+
+    Args:
+        trainer: The Trainer, before its dataloader and optimizer exist.
+        adaptations: The active adaptations.
+        data: The target domains, or None if nothing is paired.
+        base_loss: The author's `compute_loss`.
+        memory: What an earlier run of the same model left, or None.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        adaptations: Sequence[Adaptation],
+        data: DomainData | None,
+        base_loss: BaseLoss,
+        memory: Memory | None,
+    ) -> None:
+        self.trainer = trainer
+        self.adaptations = list(adaptations)
+        self.objectives = [a for a in adaptations if isinstance(a, Objective)]
+        self.data = data
+        self.model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+        if memory is None or not memory.belongs_to(self.model, adaptations):
+            memory = Memory(self.model, adaptations)
+        self.memory = memory
+        self.metrics = MetricAverager(trainer.accelerator)
+        self.guard = FiniteGuard()
+        self._base_loss = base_loss
+        self._ready = False
+        self._ignores_num_items = False
+        self._resume_from: str | None = None
+        self._totals: dict[str, torch.Tensor] = {}
+        self._label_total: torch.Tensor | None = None
+        self._module_of: dict[str | None, nn.Module | ValueError] = {}
+        self._taps: dict[int, FeatureTap] = {}
+        self._outputs: FeatureTap | None = None
+
+    # ---- start and end ----
+
+    def start(self) -> None:
+        """Check the adaptations against the model and tap its features."""
+        for adaptation in self.adaptations:
+            adaptation.setup(self.trainer)
+        for layer in {objective.feature_layer for objective in self.objectives}:
+            try:
+                module = find_feature_module(self.model, layer)
+            except ValueError as error:
+                if layer is not None:
+                    raise
+                self._module_of[layer] = error  # raised if an objective asks for features
+                continue
+            self._module_of[layer] = module
+            if id(module) not in self._taps:
+                self._taps[id(module)] = FeatureTap(module)
+        self._outputs = FeatureTap(self.model, extract=lambda output: output)
+
+    def close(self) -> None:
+        """Leave the model without a trace."""
+        for tap in self._all_taps():
+            tap.remove()
+
+    def _all_taps(self) -> list[FeatureTap]:
+        return [*self._taps.values(), *([self._outputs] if self._outputs else [])]
+
+    def resume(self, checkpoint: str) -> None:
+        """Take the auxiliary state from this checkpoint once the modules are built."""
+        self._resume_from = checkpoint
+
+    # ---- one forward ----
+
+    def _parts(self, inputs: Mapping[str, Any]) -> list[Part]:
+        """Split a batch into what goes through the model together, without the domain column."""
+        inputs = dict(inputs)
+        apart = inputs.pop(TARGET_BATCH, None)
+        domain = inputs.pop(DOMAIN, None)
+        if domain is None:
+            if self.data is not None:
+                raise ValueError(
+                    "A training batch came without its target rows: the Trainer's "
+                    "get_train_dataloader() does not build on self.train_dataset and "
+                    "self.data_collator, which hf_adapt pairs with the target. Build the "
+                    "DataLoader from these two attributes."
+                )
+            rows = next((v.shape[0] for v in inputs.values() if isinstance(v, torch.Tensor)), 0)
+            domain = torch.zeros(rows, dtype=torch.long, device=self.trainer.args.device)
+        parts = [Part(inputs, domain)]
+        if apart is not None:
+            apart = dict(apart)
+            parts.append(Part(apart, apart.pop(DOMAIN)))
+        return parts
+
+    @contextmanager
+    def _recording(self, part: Part) -> Iterator[None]:
+        taps = self._all_taps()
+        for tap in taps:
+            tap.take()
+            tap.recording = True
+        try:
+            yield
+        finally:
+            for tap in taps:
+                tap.recording = False
+            captured = {key: tap.take() for key, tap in self._taps.items()}
+            outputs = self._outputs.take() if self._outputs else []
+        # An author's loss may run the model several times (R-Drop, adversarial training, one
+        # forward per column): the first run over all rows is the plain one.
+        size = len(part.domain)
+        for key, values in captured.items():
+            fitting = [value for value in values if value.shape[0] == size]
+            if fitting:
+                part.hidden[key] = fitting[0]
+        part.outputs = outputs[0] if outputs else None
+
+    def _forward(self, model: nn.Module, parts: list[Part], num_items: Any) -> torch.Tensor:
+        """The base loss on the first part; the features and outputs of all parts."""
+        first = parts[0]
+        with ExitStack() as stack:
+            for adaptation in self.adaptations:
+                stack.enter_context(adaptation.around_forward(first.inputs))
+            with self._recording(first):
+                loss = self._base_loss(model, dict(first.inputs), num_items)
+        for part in parts[1:]:
+            with self._recording(part):
+                self._forward_apart(model, part)
+        return loss
+
+    def _forward_apart(self, model: nn.Module, part: Part) -> None:
+        """Run the model on target rows alone, for their features; there is no loss."""
+        collect = getattr(self.trainer, "collect_features", None)
+        if callable(collect):  # sentence-transformers: one forward per text column
+            for features in collect(dict(part.inputs))[0]:
+                model(features)
+            return
+        config = getattr(self.model, "config", None)
+        drop = () if getattr(config, "is_encoder_decoder", False) else self.trainer.label_names
+        model(**{key: value for key, value in part.inputs.items() if key not in drop})
+
+    def _batch(self, parts: list[Part]) -> Batch:
+        return Batch(
+            parts, self.model, self._num_domains, self.progress, self._module_of, self.metrics
+        )
+
+    @property
+    def _num_domains(self) -> int:
+        return 1 if self.data is None else self.data.num_domains
+
+    @property
+    def progress(self) -> float:
+        """`global_step / max_steps`."""
+        state = self.trainer.state
+        return state.global_step / max(1, state.max_steps)
+
+    # ---- the first batch: probe the base loss, build the modules ----
+
+    def ensure_ready(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """On the first batch of a run: probe the loss, build modules, read the checkpoint."""
+        if self._ready:
+            return
+        self._ready = True
+        modes = {module: module.training for module in self.model.modules()}
+        # Some Trainers count tokens or keep metrics in compute_loss; the probe must not add to it.
+        kept = {k: _copy_metrics(getattr(self.trainer, k, None)) for k in ("_metrics",)}
+        try:
+            with preserved_random_state(), torch.no_grad():
+                model.eval()
+                parts = self._parts(inputs)
+                self._probe(model, parts)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for key, value in kept.items():
+                if value is not None:
+                    setattr(self.trainer, key, value)
+        self._load()
+
+    def _probe(self, model: nn.Module, parts: list[Part]) -> None:
+        items = count_labels(self.trainer, parts[0].inputs)
+        reference = items if items is not None and self.trainer.model_accepts_loss_kwargs else None
+        if reference is None and self.trainer.compute_loss_func is not None:
+            reference = items
+        once = self._forward(model, parts, reference)
+        self._check_unlabelled_rows(model, parts[0], reference, once)
+        if reference is not None and getattr(self.trainer, "loss_is_scaled_for_ga", None) is None:
+            twice = self._base_loss(model, dict(parts[0].inputs), reference * 2)
+            self._ignores_num_items = bool(torch.isclose(once, twice, rtol=1e-4, atol=0.0))
+            if self._ignores_num_items:
+                logger.info(
+                    "The training loss ignores num_items_in_batch although the Trainer takes it "
+                    "as scaled (transformers issue 47688): hf_adapt weights each micro-batch by "
+                    "its share of the labels instead, so that gradient accumulation and several "
+                    "processes give the gradient of one large batch."
+                )
+        batch = self._batch(parts)
+        device = self.trainer.args.device
+        for adaptation in self.adaptations:
+            if adaptation.module is None:
+                bound = batch
+                if isinstance(adaptation, Objective):
+                    bound = batch.for_objective(adaptation)
+                with preserved_random_state(seed_for(adaptation.name, self.trainer.args.seed)):
+                    adaptation.module = adaptation.build_modules(bound)
+                if adaptation.module is not None:
+                    adaptation.module.to(device=device, dtype=torch.float32)
+            if isinstance(adaptation, Objective):
+                with torch.autocast(device.type, enabled=False):
+                    _components(adaptation, adaptation.loss(batch.for_objective(adaptation)))
+        if self.memory.optimizer is None:
+            self.memory.optimizer = AuxiliaryOptimizer(self.adaptations)
+
+    def _check_unlabelled_rows(
+        self, model: nn.Module, part: Part, items: Any, loss: torch.Tensor
+    ) -> None:
+        """Refuse a head whose loss takes the -100 of unlabelled rows for a label."""
+        source = part.domain == 0
+        labels = part.inputs.get("labels")
+        if bool(source.all()) or not isinstance(labels, torch.Tensor):
+            return
+        if not bool((labels[~source] == IGNORED).any()):
+            return  # the target's labels are used
+        alone = self._base_loss(model, rows_of(part.inputs, source), items)
+        if not torch.isclose(loss.float(), alone.float(), rtol=1e-3, atol=1e-5):
+            problem = getattr(getattr(self.model, "config", None), "problem_type", None)
+            raise ValueError(
+                f"The loss of {type(self.model).__name__} (problem_type={problem!r}) does not "
+                f"ignore unlabelled target rows: it is {float(alone):.4g} on the source rows and "
+                f"{float(loss):.4g} with target rows labelled -100 beside them (regression and "
+                "multi-label losses take -100 for a value). Pass target_forward='separate', which "
+                "computes the loss on source rows alone, or mask -100 in your own compute_loss."
+            )
+
+    def _load(self) -> None:
+        if self._resume_from is None:
+            return
+        folder, self._resume_from = self._resume_from, None
+        built = [a for a in self.adaptations if a.module is not None]
+        if not load_weights(self.adaptations, folder) and built:
+            logger.warning(
+                "%s holds no auxiliary modules (it was saved by a plain Trainer): %s start anew.",
+                folder,
+                ", ".join(a.name for a in built),
+            )
+            return
+        assert self.memory.optimizer is not None
+        load_state(self.adaptations, self.memory.optimizer, folder)
+
+    # ---- each optimizer step ----
+
+    def begin_step(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Count the items of all micro-batches of the coming optimizer step, on all processes."""
+        self._totals, self._label_total = {}, None
+        if not batches:
+            return
+        self.ensure_ready(self.trainer.model_wrapped, self._prepared(batches[0]))
+        counted: dict[str, torch.Tensor] = {}
+        device = self.trainer.args.device
+        for inputs in batches:
+            parts = self._parts(inputs)
+            counts = {"": count_labels(self.trainer, parts[0].inputs)}
+            rows = Rows(parts, self.model, self._num_domains)
+            for objective in self.objectives:
+                counts[objective.name] = objective.num_items(rows.for_objective(objective))
+            for name, count in counts.items():
+                if count is not None:
+                    count = torch.as_tensor(count, dtype=torch.float64, device=device)
+                    counted[name] = counted[name] + count if name in counted else count
+        if counted and self.trainer.accelerator.num_processes > 1:
+            table = torch.stack(list(counted.values()))
+            table = self.trainer.accelerator.reduce(table, reduction="sum")
+            counted = dict(zip(counted, table.unbind(), strict=True))
+        self._label_total = counted.pop("", None)
+        self._totals = counted
+
+    def _prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        prepared: Mapping[str, Any] = self.trainer._prepare_inputs(dict(inputs))
+        return prepared
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """The base loss and all terms on one micro-batch, scaled as the Trainer expects.
+
+        Returns:
+            The loss and the model's outputs.
+        """
+        self.ensure_ready(model, inputs)
+        parts = self._parts(inputs)
+        size = data_parallel_size(self.trainer)
+        steps = self.trainer.current_gradient_accumulation_steps
+        divided = steps if trainer_divides(self.trainer, num_items_in_batch) else 1
+        if self._ignores_num_items:
+            mean = self._forward(model, parts, None)
+            items = count_labels(self.trainer, parts[0].inputs)
+            assert items is not None
+            total = items if self._label_total is None else self._label_total
+            loss = mean * (items / total.clamp(min=1)).to(mean.dtype) * (size * divided)
+            loss = torch.where(items > 0, loss, torch.zeros_like(loss))  # a mean over none is NaN
+        else:
+            loss = self._forward(model, parts, num_items_in_batch)
+        # What this micro-batch adds to the step's loss, so that sums over the step are exact.
+        self.metrics.add("loss/task", loss.detach() * (steps / divided), 1 / steps)
+        batch = self._batch(parts)
+        with torch.autocast(loss.device.type, enabled=False):
+            for objective in self.objectives:
+                term = self._term(objective, batch.for_objective(objective), steps, size)
+                self.metrics.add(f"loss/{objective.name}", term.detach() * steps, 1 / steps)
+                self.guard.add(objective.name, term)
+                weight = objective.term_weight(self.progress)
+                if callable(objective.weight):
+                    self.metrics.add(f"{objective.name}/weight", weight)
+                if weight != 0:
+                    loss = loss + (weight * divided) * term
+        return loss, parts[0].outputs
+
+    def _term(self, objective: Objective, batch: Batch, steps: int, size: int) -> torch.Tensor:
+        """The micro-batch's share of a term: the shares of a step add up to the term."""
+        components = _components(objective, objective.loss(batch))
+        share = torch.zeros((), device=self.trainer.args.device)
+        for name, component in components.items():
+            if isinstance(component, tuple):
+                total = self._totals.get(objective.name)
+                if total is None:
+                    total = component[1].double() * steps
+                part = component[0] * (size / total.clamp(min=1)).to(component[0].dtype)
+            else:
+                part = component / steps
+            if name:
+                self.metrics.add(f"{objective.name}/{name}", part.detach() * steps, 1 / steps)
+            share = share + part
+        return share
+
+    # ---- around the optimizer step, logging, checkpoints ----
+
+    def before_main_step(self) -> None:
+        """Check the terms and make the auxiliary gradients ready."""
+        self.guard.end_step(self.trainer.state.global_step)
+        if self.memory.optimizer is not None:
+            for name, norm in self.memory.optimizer.before_main_step(self.trainer).items():
+                self.metrics.add(f"{name}/module_gradient_norm", norm)
+
+    def after_main_step(self) -> None:
+        """Step the auxiliary optimizer."""
+        if self.memory.optimizer is not None:
+            factor = base_schedule(self.trainer, self.trainer.state.max_steps)
+            self.memory.optimizer.after_main_step(self.trainer, factor)
+
+    def drain_metrics(self) -> dict[str, float]:
+        """What to add to a training log."""
+        metrics = self.metrics.drain()
+        for adaptation in self.adaptations:
+            adaptation.on_log(metrics, self.progress)
+        return metrics
+
+
+class RunCallback(TrainerCallback):
+    """Hears the Trainer's events for a run; in the callback list only while the run lasts."""
+
+    def __init__(self, run: AdaptationRun) -> None:
+        self.run = run
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the paired dataset its epoch (accelerate does not always)."""
+        if self.run.data is not None:
+            self.run.data.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The gradients are complete."""
+        self.run.before_main_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The main optimizer has stepped, or has skipped."""
+        self.run.after_main_step()
+
+
+def _components(objective: Objective, value: Any) -> dict[str, Any]:
+    """The components of what `loss` returned, checked."""
+    components = value if isinstance(value, dict) else {"": value}
+    for name, component in components.items():
+        where = f"{type(objective).__name__}.loss" + (f" component {name!r}" if name else "")
+        parts = component if isinstance(component, tuple) else (component,)
+        if len(parts) > 2 or not all(isinstance(p, torch.Tensor) and p.ndim == 0 for p in parts):
+            found = [tuple(p.shape) if isinstance(p, torch.Tensor) else type(p) for p in parts]
+            raise ValueError(
+                f"{where} returned {found}; expected a scalar tensor (the mean over the "
+                "micro-batch) or a (sum, count) of two scalar tensors."
+            )
+        if len(parts) == 2 and type(objective).num_items is Objective.num_items:
+            raise ValueError(
+                f"{where} returned a (sum, count), which is divided by the number of items in the "
+                "whole optimizer step: define num_items(self, rows) to count them before the "
+                "forward (for example `return rows.num_features()`), or return the mean."
+            )
+    return components
+
+
+def _copy_metrics(metrics: Any) -> Any:
+    if not isinstance(metrics, dict):
+        return None
+    import copy
+
+    return copy.deepcopy(metrics)

@@ -1,0 +1,237 @@
+"""AdaptationMixin: the one place where adaptations meet the Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+from transformers.training_args import ParallelMode
+
+from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.domains import DOMAIN, TargetForward
+from hf_adapt.engine.plan import DomainData, Plan, active_adaptations, has_domain_needs
+from hf_adapt.engine.run import AdaptationRun, Memory, RunCallback
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+
+class AdaptationMixin(_Base):
+    """Put before any Trainer class, lets adaptations take part in its training.
+
+    Without an active adaptation every method is the Trainer's own. The saved model, the callback
+    list and the author's attributes stay what the plain Trainer makes them.
+
+    Args:
+        *args: Passed on to the Trainer.
+        objectives: What to add to training: objectives and other adaptations.
+        target_dataset: Rows of the target domain, prepared like `train_dataset`; labels may be
+            missing and are hidden. A list or dict of datasets for several target domains. May be
+            left out if `train_dataset` has a `domain` column.
+        target_ratio: Target rows that each source row brings along.
+        use_target_labels: Train on the target's labels too.
+        target_forward: `"joint"` or `"separate"`: one forward for both domains, or one for each.
+        source_domain: Which value of a `domain` column is the source.
+        **kwargs: Passed on to the Trainer.
+
+    Example:
+        >>> from transformers import Seq2SeqTrainer
+        >>> class Mine(AdaptationMixin, Seq2SeqTrainer):
+        ...     pass
+        >>> [base.__name__ for base in Mine.__mro__[:4]]
+        ['Mine', 'AdaptationMixin', 'Seq2SeqTrainer', 'Trainer']
+    """
+
+    # Class-level defaults: the Trainer's __init__ may call methods that are overridden here.
+    _adaptation_plans: tuple[Plan, ...] = ()
+    _adaptation_run: AdaptationRun | None = None
+    _adaptation_memory: Memory | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        objectives: Sequence[Adaptation] | None = None,
+        target_dataset: Any = None,
+        target_ratio: float = 1.0,
+        use_target_labels: bool = False,
+        target_forward: TargetForward = "joint",
+        source_domain: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if objectives:
+            self._adaptation_plans = (
+                Plan(
+                    tuple(objectives),
+                    target_dataset,
+                    target_ratio,
+                    use_target_labels,
+                    target_forward,
+                    source_domain,
+                ),
+            )
+        elif target_dataset is not None:
+            raise ValueError(
+                "target_dataset was given without objectives: pass objectives=[DANN()] or others."
+            )
+        super().__init__(*args, **kwargs)
+
+    def add_adaptation_plan(self, plan: Plan) -> None:
+        """Add adaptations to the runs to come."""
+        self._adaptation_plans = (*self._adaptation_plans, plan)
+
+    # ---- the run ----
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._start_adaptation_run()
+        if run is None:
+            return super()._inner_training_loop(*args, **kwargs)
+        callback = RunCallback(run)
+        self._adaptation_run, self._adaptation_memory = run, run.memory
+        try:
+            run.start()
+            self.callback_handler.callbacks.append(callback)
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self._adaptation_run = None
+            if callback in self.callback_handler.callbacks:
+                self.callback_handler.callbacks.remove(callback)
+            run.close()
+
+    def _start_adaptation_run(self) -> AdaptationRun | None:
+        present = self.callback_handler.callbacks
+        plans = [p for p in self._adaptation_plans if p.origin is None or p.origin in present]
+        adaptations = active_adaptations(plans)
+        if not adaptations:
+            self._adaptation_memory = None
+            return None
+        self._refuse_unsupported()
+        data = DomainData(self, plans) if has_domain_needs(plans, adaptations) else None
+        return AdaptationRun(self, adaptations, data, self._base_loss, self._adaptation_memory)
+
+    def _refuse_unsupported(self) -> None:
+        if self.args.n_gpu > 1 and self.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+            raise ValueError(
+                f"The Trainer would use nn.DataParallel over {self.args.n_gpu} GPUs, whose "
+                "replicas lose hooks and auxiliary gradients. Launch one process per GPU: "
+                f"`torchrun --nproc_per_node {self.args.n_gpu} script.py` (or accelerate "
+                "launch), or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
+            )
+        if self.is_deepspeed_enabled and self.args.fp16:
+            raise ValueError(
+                "DeepSpeed's fp16 keeps its loss scale to itself, so the gradients of auxiliary "
+                "modules could not be unscaled. Use bf16 with DeepSpeed."
+            )
+
+    def _base_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> Any:
+        """The author's loader, over source rows that bring their target rows along."""
+        run = self._adaptation_run
+        if run is None or run.data is None:
+            return super().get_train_dataloader()
+        with run.data.in_place():
+            return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        run = self._adaptation_run
+        if run is not None and run.data is not None:
+            if train_dataset is None:
+                train_dataset = self.train_dataset
+            if run.data.is_paired(train_dataset):
+                return super()._get_train_sampler(run.data.source)
+        return super()._get_train_sampler(*(() if train_dataset is None else (train_dataset,)))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of one optimizer step; the items of each term are counted."""
+        samples = super().get_batch_samples(*args, **kwargs)
+        if self._adaptation_run is not None:
+            self._adaptation_run.begin_step(samples[0])
+        return samples
+
+    # ---- one step ----
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The author's loss; in training, the terms of the active objectives added to it."""
+        run = self._adaptation_run
+        if run is None or not model.training or not torch.is_grad_enabled():
+            return super().compute_loss(
+                model,
+                inputs,
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+        loss, outputs = run.compute_loss(model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The author's; a `domain` column in evaluation data is not shown to the model."""
+        if self._adaptation_plans and DOMAIN in inputs:
+            inputs = {key: value for key, value in inputs.items() if key != DOMAIN}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    # ---- logs and checkpoints ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The author's; each term, its weight and its diagnostics join the training log."""
+        if self._adaptation_run is not None and "loss" in logs:
+            logs.update(self._adaptation_run.drain_metrics())
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adaptation_run is not None:
+            self._adaptation_run.guard.check()  # a run gone NaN must not replace a checkpoint
+        return super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """The author's; auxiliary weights are put beside the model, in a file of their own."""
+        if self._adaptation_memory is not None and self.args.should_save:
+            self._adaptation_memory.save_weights(output_dir or str(self.args.output_dir))
+        super().save_model(output_dir, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._adaptation_memory is not None and self.args.should_save:
+            self._adaptation_memory.save_state(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._adaptation_run is not None and checkpoint is not None:
+            self._adaptation_run.resume(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._adaptation_memory is not None and self.state.best_model_checkpoint:
+            self._adaptation_memory.load_weights(self.state.best_model_checkpoint)
+
+
+class AdaptationTrainer(AdaptationMixin, Trainer):
+    """A `Trainer` that takes objectives and a target: see [`AdaptationMixin`].
+
+    Example:
+        ```python
+        trainer = AdaptationTrainer(
+            model=model, args=args, train_dataset=source, processing_class=tokenizer,
+            objectives=[DANN()], target_dataset=target,
+        )
+        ```
+    """
