@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,10 +18,7 @@ Pooling = (
 def unwrapped_base(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, else the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
-    if not callable(get_base_model):
-        return model
-    base: nn.Module = get_base_model()
-    return base
+    return cast(nn.Module, get_base_model()) if callable(get_base_model) else model
 
 
 def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Module:
@@ -41,7 +38,7 @@ def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Modul
     base = unwrapped_base(model)
     if feature_layer is not None:
         for root in (model, base):
-            modules = dict(root.named_modules())
+            modules: dict[str, nn.Module] = dict(root.named_modules())
             if feature_layer in modules:
                 return modules[feature_layer]
         names = [name for name, _ in base.named_modules() if name]
