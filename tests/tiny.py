@@ -39,7 +39,9 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZE, **tokens))
 
 
-def rows(number: int, seed: int, labels: str | None = "row", low: int = 5) -> datasets.Dataset:
+def rows(
+    number: int, seed: int, labels: str | None = "row", low: int = 5, high: int = VOCABULARY
+) -> datasets.Dataset:
     """Rows of random tokens of ragged length.
 
     Args:
@@ -48,6 +50,7 @@ def rows(number: int, seed: int, labels: str | None = "row", low: int = 5) -> da
         labels: None, "row" (one of three classes), "token" (one per token, some -100) or "lm"
             (the tokens themselves).
         low: Smallest token id: another one makes another domain.
+        high: One more than the largest token id.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -57,7 +60,7 @@ def rows(number: int, seed: int, labels: str | None = "row", low: int = 5) -> da
     made: Rows = []
     for _ in range(number):
         length = integers(4, 11, 1)[0]
-        row: dict[str, Any] = {"input_ids": integers(low, VOCABULARY, length)}
+        row: dict[str, Any] = {"input_ids": integers(low, high, length)}
         row["attention_mask"] = [1] * length
         if labels == "row":
             row["labels"] = integers(0, 3, 1)[0]

@@ -199,6 +199,7 @@ class DANN(Objective):
         self.weight_decay = weight_decay
         self._warned: set[str] = set()
         self._best_margin = float("-inf")
+        self._num_domains = 2
 
     def term_weight(self, progress: float) -> float:
         """1: λ acts in the reversal, so that the discriminator learns at full rate."""
@@ -213,6 +214,7 @@ class DANN(Objective):
         """The discriminator, as wide as the features are."""
         features, _ = batch.features()
         self._warned, self._best_margin = set(), float("-inf")
+        self._num_domains = batch.num_domains
         return DomainDiscriminator(
             features.shape[1], batch.num_domains, self.hidden_sizes, self.dropout
         )
@@ -226,12 +228,14 @@ class DANN(Objective):
         assert self.module is not None
         features, domain = batch.features()
         scale = self.lambda_at(batch.progress)
+        if scale == 0:
+            batch.log("gradient_ratio", 0.0)
         logits = self.module(reverse_gradient(features, scale))
         with torch.no_grad():
-            share = torch.bincount(domain, minlength=batch.num_domains).max() / len(domain)
+            source_share = (domain == 0).float().mean()
             accuracy = (logits.argmax(1) == domain).float().mean()
         batch.log("domain_accuracy", accuracy, len(domain))
-        batch.log("majority_share", share, len(domain))
+        batch.log("source_share", source_share, len(domain))
         batch.log("lambda", scale)
         count = torch.as_tensor(len(domain), device=logits.device)
         return dann_loss(logits, domain, reduction="sum"), count
@@ -239,16 +243,17 @@ class DANN(Objective):
     def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
         """Warn of a discriminator that cannot teach the model anything."""
         accuracy = metrics.get(f"{self.name}/domain_accuracy")
-        chance = metrics.get(f"{self.name}/majority_share")
+        source_share = metrics.get(f"{self.name}/source_share")
         norm = metrics.get(f"{self.name}/module_gradient_norm")
-        if accuracy is None or chance is None:
+        if accuracy is None or source_share is None:
             return
+        chance = max(source_share, (1 - source_share) / (self._num_domains - 1))
         self._best_margin = max(self._best_margin, accuracy - chance)
         if norm == 0:
             self._warn(
                 "no gradient", "its discriminator gets no gradient (every gradient is exactly 0)"
             )
-        if progress >= 0.2 and self._best_margin < 0.05:
+        if progress >= 0.3 and self._best_margin < 0.05:
             self._warn(
                 "chance",
                 f"its discriminator was at chance from the start (accuracy {accuracy:.2f}, "

@@ -23,8 +23,12 @@ def resolve_pooling(pooling: Pooling, model: nn.Module) -> Pooling:
     """What `"auto"` means for this model: tokens for token classification, else the mean."""
     if pooling != "auto":
         return pooling
-    name = type(unwrapped_base(model)).__name__
-    return "tokens" if name.endswith("ForTokenClassification") else "mean"
+    return "tokens" if _is_a(model, ("ForTokenClassification",)) else "mean"
+
+
+def _is_a(model: nn.Module, endings: tuple[str, ...]) -> bool:
+    """Whether the model is of a class, or of an author's subclass of one, named with an ending."""
+    return any(cls.__name__.endswith(endings) for cls in type(unwrapped_base(model)).__mro__)
 
 
 @dataclass
@@ -35,12 +39,14 @@ class Part:
         inputs: What the model was given, without the domain column.
         domain: (B,) long, 0 for source rows.
         hidden: The captured output of each tapped feature module, by the module's id.
+        masks: The attention mask in such an output, where it holds one of its own.
         outputs: The model's own outputs.
     """
 
     inputs: Mapping[str, Any]
     domain: torch.Tensor
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: Any = None
 
     @property
@@ -115,10 +121,8 @@ class Rows:
     @property
     def predicts_tokens(self) -> bool:
         """Whether the model's predictions are one per token rather than one per row."""
-        name = type(unwrapped_base(self.model)).__name__
-        return name.endswith(
-            ("ForTokenClassification", "ForMaskedLM", "LMHeadModel", "ForCausalLM")
-        )
+        heads = ("ForTokenClassification", "ForMaskedLM", "LMHeadModel", "ForCausalLM")
+        return _is_a(self.model, heads)
 
     def num_features(self, target_only: bool = False) -> torch.Tensor:
         """How many items `features()` has, as a tensor: rows, or tokens with pooling tokens."""
@@ -184,7 +188,8 @@ class Batch(Rows):
             hidden = self._observed(part.hidden[id(module)])
             mask = torch.ones_like(part.domain, dtype=torch.bool)
             if hidden.ndim == 3:
-                mask = token_mask(hidden, part.attention_mask, self.model)
+                given = part.masks.get(id(module), part.attention_mask)
+                mask = token_mask(hidden, given, self.model)
             features.append(pool(hidden, mask, self.pooling))
             tokens = self.pooling == "tokens" and hidden.ndim == 3
             domains.append(part.domain.repeat_interleave(mask.sum(1)) if tokens else part.domain)

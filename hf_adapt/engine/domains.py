@@ -6,10 +6,12 @@ go on meaning what they meant before a target was added.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -22,6 +24,14 @@ TARGET_BATCH = "hf_adapt_target"
 
 IGNORED = -100
 """The label that losses ignore."""
+
+UNPAIRED = (
+    "A training batch came without its target rows: the Trainer's get_train_dataloader() does not "
+    "read self.train_dataset, which hf_adapt pairs with the target, or makes another dataset of "
+    "it (select, filter, map, a wrapper). Build the DataLoader from self.train_dataset and "
+    "self.data_collator, and prepare the rows before the Trainer is made."
+)
+"""What to say of rows or batches that come without their target rows."""
 
 TargetForward = Literal["joint", "separate"]
 
@@ -111,6 +121,12 @@ class PairedDataset(torch.utils.data.Dataset[PairedRow]):
         """Number of source rows."""
         return len(self.source)
 
+    def __getattr__(self, name: str) -> Any:
+        # An author's own loader may ask the dataset for its labels, weights or lengths.
+        if name.startswith("__") or "source" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
     def set_epoch(self, epoch: int) -> None:
         """Draw other target rows from here on."""
         self._epoch.fill_(epoch)
@@ -118,7 +134,7 @@ class PairedDataset(torch.utils.data.Dataset[PairedRow]):
     def _targets_of(self, index: int) -> list[tuple[int, int]]:
         epoch = int(self._epoch)
         if self._order is None or self._order[0] != epoch:
-            per_epoch = int(len(self.source) * self.ratio)
+            per_epoch = int(len(self) * self.ratio)
             sizes = [len(target) for target in self.targets]
             start = epoch * per_epoch
             self._order = (epoch, *target_order(sizes, start, start + per_epoch, self.seed))
@@ -140,8 +156,42 @@ class PairedDataset(torch.utils.data.Dataset[PairedRow]):
             fetched[which] = iter(rows_at(target, rows) if rows else [])
         return [
             PairedRow(source, [(which + 1, next(fetched[which])) for which, _ in pairs])
-            for source, pairs in zip(rows_at(self.source, indices), wanted, strict=True)
+            for source, pairs in zip(self._source_rows(indices), wanted, strict=True)
         ]
+
+    def _source_rows(self, indices: Sequence[int]) -> list[Any]:
+        return rows_at(self.source, indices)
+
+
+class PairedHfDataset(PairedDataset, datasets.Dataset):  # type: ignore[misc]  # untyped
+    """A `datasets.Dataset` that brings target rows along, and is else the one it was made from.
+
+    Only a DataLoader, which fetches rows by `__getitems__`, is given pairs. Whoever reads it by
+    row or column (a sampler, an author's own loader code, a Trainer that accepts nothing but a
+    `datasets.Dataset`) finds the source.
+    """
+
+    def __init__(
+        self, source: datasets.Dataset, targets: Sequence[Any], ratio: float, seed: int
+    ) -> None:
+        self.__dict__.update(source.__dict__)
+        super().__init__(source, targets, ratio, seed)
+
+    __len__ = datasets.Dataset.__len__
+    __getitem__ = datasets.Dataset.__getitem__
+
+    def _source_rows(self, indices: Sequence[int]) -> list[Any]:
+        rows: list[Any] = datasets.Dataset.__getitems__(self, list(indices))
+        return rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PairedHfDataset:
+        # Methods that remove a column or change the format copy first: the copy is paired with
+        # the same targets and hears of the same epoch.
+        for shared in (self.source, self.targets, self._epoch):
+            memo[id(shared)] = shared
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return clone
 
 
 class PairedIterableDataset(IterableDataset[PairedRow]):
@@ -236,7 +286,17 @@ def pair(
             "is a stream. Make the target map-style (`Dataset.from_list(list(stream.take(n)))`) "
             "or stream the source too (`train_dataset.to_iterable_dataset()`)."
         )
+    if isinstance(source, datasets.Dataset):
+        return PairedHfDataset(source, targets, ratio, seed)
     return PairedDataset(source, targets, ratio, seed)
+
+
+def label_columns(label_names: Sequence[str], collator: Any) -> set[str]:
+    """The columns that only say what is to be learnt from a row: a target row needs none."""
+    # TRL's masks choose which tokens are labels; sentence-transformers' collator names its own.
+    masks = ("completion_mask", "assistant_masks")
+    declared = getattr(collator, "valid_label_columns", None) or ()
+    return {*label_names, "label", "labels", "label_ids", *masks, *declared}
 
 
 class PairedCollator:
@@ -262,12 +322,18 @@ class PairedCollator:
         separate: bool = False,
     ) -> None:
         self.collator = collator
-        self.label_names = {*label_names, "label", "labels", "label_ids"}
+        self.label_names = label_columns(label_names, collator)
         self.use_target_labels = use_target_labels
         self.separate = separate
 
     def __call__(self, rows: list[PairedRow]) -> Any:
-        """Collate paired rows."""
+        """Collate paired rows.
+
+        Raises:
+            ValueError: If the rows come without their target rows.
+        """
+        if not all(isinstance(row, PairedRow) for row in rows):
+            raise ValueError(UNPAIRED)
         sources = [_without_domain(row.source) for row in rows]
         domains, targets = [0] * len(sources), []
         for row in rows:

@@ -80,22 +80,46 @@ def hidden_state(output: Any) -> torch.Tensor | None:
     return None
 
 
+def hidden_and_mask(output: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The hidden state in a module's output, and the mask where the output holds one.
+
+    A sentence-transformer's inputs have a mask per text column; its modules hand on the one that
+    belongs to what they give.
+    """
+    if (hidden := hidden_state(output)) is None:
+        return None
+    mask = output.get("attention_mask") if isinstance(output, Mapping) else None
+    return hidden, mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
 class FeatureTap:
     """Keeps the outputs of one module while it is told to record.
 
     Gradient checkpointing runs the module once more during the backward, and evaluation runs it
-    too: neither is seen, because recording is on only while a training loss is computed.
+    too: neither is seen, because recording is on only while a training loss is computed. Nor is a
+    forward without gradients inside a loss that is trained (a teacher, a virtual adversary).
     """
 
-    def __init__(self, module: nn.Module, extract: Callable[[Any], Any] = hidden_state) -> None:
+    def __init__(self, module: nn.Module, extract: Callable[[Any], Any] = hidden_and_mask) -> None:
         self._extract = extract
         self._handle = module.register_forward_hook(self._hook)
-        self.recording = False
+        self._recording = self._with_gradient = False
         self.captured: list[Any] = []
 
+    def record(self) -> None:
+        """Start anew; gradients are on or off throughout what is recorded, as they are now."""
+        self.captured = []
+        self._recording, self._with_gradient = True, torch.is_grad_enabled()
+
+    def stop(self) -> None:
+        """Record no more."""
+        self._recording = False
+
     def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.recording and (value := self._extract(output)) is not None:
-            self.captured.append(value)
+        if self._recording and torch.is_grad_enabled() == self._with_gradient:
+            value = self._extract(output)
+            if value is not None:
+                self.captured.append(value)
 
     def take(self) -> list[Any]:
         """What was captured, handed over: the tap is empty afterwards."""

@@ -19,6 +19,7 @@ from hf_adapt.engine.domains import (
     PairedIterableDataset,
     TargetForward,
     is_map_style,
+    label_columns,
     missing_columns_message,
     pair,
 )
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 HfDataset = (datasets.Dataset, datasets.IterableDataset)
+
+SOURCE_NAMES = (0, "source")
+"""What the source is called in a `domain` column, unless the author says otherwise."""
 
 
 @dataclass(eq=False)
@@ -100,6 +104,11 @@ class DomainData:
 
     def __init__(self, trainer: Trainer, plans: Sequence[Plan]) -> None:
         self.trainer = trainer
+        if getattr(trainer.args, "packing", False):
+            raise ValueError(
+                "packing=True merges rows, so source and target rows could not be told apart. "
+                "Turn packing off."
+            )
         plan = _agreed(plans)
         self._plan = plan
         source, targets = _split(trainer, plan)
@@ -175,6 +184,12 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
     target = plan.target_dataset
     if source is None:
         raise ValueError("Training needs a train_dataset: it is the source domain.")
+    if isinstance(source, Mapping):
+        raise ValueError(
+            f"train_dataset is a {type(source).__name__} of {', '.join(map(str, source))}, which "
+            "the Trainer concatenates itself; target rows are paired with the rows of one dataset. "
+            "Pass datasets.concatenate_datasets([...])."
+        )
     if target is not None:
         if isinstance(target, Mapping) and not isinstance(target, HfDataset):
             return source, list(target.values())
@@ -187,25 +202,25 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
             f"or a train_dataset with a {DOMAIN!r} column (found {columns or 'no column names'})."
         )
     if isinstance(source, datasets.IterableDataset):
-        value = plan.source_domain if plan.source_domain is not None else 0
+        chosen = SOURCE_NAMES if plan.source_domain is None else (plan.source_domain,)
         return (
-            source.filter(lambda row: row[DOMAIN] == value),
-            [source.filter(lambda row: row[DOMAIN] != value)],
+            source.filter(lambda row: row[DOMAIN] in chosen),
+            [source.filter(lambda row: row[DOMAIN] not in chosen)],
         )
     domains = np.asarray(source[DOMAIN])
     values = np.unique(domains).tolist()
-    chosen = plan.source_domain
-    if chosen is None:
-        chosen = next((v for v in (0, "source") if v in values), None)
-    if chosen not in values or len(values) < 2:
+    value = plan.source_domain
+    if value is None:
+        value = next((v for v in SOURCE_NAMES if v in values), None)
+    if value not in values or len(values) < 2:
         raise ValueError(
             f"The {DOMAIN!r} column of train_dataset holds {values}: it needs a source and at "
             "least one other domain. Pass source_domain= to say which value is the source "
             "(0 or 'source' by default)."
         )
     return (
-        source.select(np.flatnonzero(domains == chosen)),
-        [source.select(np.flatnonzero(domains == v)) for v in values if v != chosen],
+        source.select(np.flatnonzero(domains == value)),
+        [source.select(np.flatnonzero(domains == v)) for v in values if v != value],
     )
 
 
@@ -217,8 +232,8 @@ def _prepared(trainer: Trainer, source: Any, target: Any) -> Any:
         return target
     if "input_ids" not in (getattr(source, "column_names", None) or []):
         return target
-    args = trainer.args
-    return prepare(target, trainer.processing_class, args, False, None, "target")
+    formatting = getattr(trainer, "_formatting_func", None)
+    return prepare(target, trainer.processing_class, trainer.args, False, formatting, "target")
 
 
 def _check_not_empty(target: Any) -> None:
@@ -239,7 +254,7 @@ def _without_unused_columns(trainer: Trainer, dataset: Any) -> Any:
 
 def _check_columns(trainer: Trainer, source: Any, targets: Sequence[Any]) -> None:
     """Refuse a target without the source's model inputs, before anything is trained."""
-    labels = {*trainer.label_names, "label", "labels", "label_ids", DOMAIN}
+    labels = {*label_columns(trainer.label_names, trainer.data_collator), DOMAIN}
     used: set[str] | None = None
     if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()

@@ -20,7 +20,7 @@ from hf_adapt.engine.auxiliary import (
 )
 from hf_adapt.engine.batch import Batch, Part, Rows
 from hf_adapt.engine.checkpoint import load_state, load_weights, save_state, save_weights
-from hf_adapt.engine.domains import DOMAIN, IGNORED, TARGET_BATCH
+from hf_adapt.engine.domains import DOMAIN, IGNORED, TARGET_BATCH, UNPAIRED
 from hf_adapt.engine.features import FeatureTap, find_feature_module
 from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
 from hf_adapt.engine.normalisation import (
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from hf_adapt.engine.plan import DomainData
 
 logger = logging.getLogger(__name__)
+
+KEPT_METRICS = ("_metrics", "accum_loss_components")
+"""Where TRL's and sentence-transformers' Trainers keep what their compute_loss logs."""
 
 BaseLoss = Callable[[Any, dict[str, Any], Any], torch.Tensor]
 """The author's `compute_loss` as (model, inputs, num_items_in_batch) -> loss."""
@@ -148,12 +151,7 @@ class AdaptationRun:
         domain = inputs.pop(DOMAIN, None)
         if domain is None:
             if self.data is not None:
-                raise ValueError(
-                    "A training batch came without its target rows: the Trainer's "
-                    "get_train_dataloader() does not build on self.train_dataset and "
-                    "self.data_collator, which hf_adapt pairs with the target. Build the "
-                    "DataLoader from these two attributes."
-                )
+                raise ValueError(UNPAIRED)
             rows = next((v.shape[0] for v in inputs.values() if isinstance(v, torch.Tensor)), 0)
             domain = torch.zeros(rows, dtype=torch.long, device=self.trainer.args.device)
         parts = [Part(inputs, domain)]
@@ -166,22 +164,23 @@ class AdaptationRun:
     def _recording(self, part: Part) -> Iterator[None]:
         taps = self._all_taps()
         for tap in taps:
-            tap.take()
-            tap.recording = True
+            tap.record()
         try:
             yield
         finally:
             for tap in taps:
-                tap.recording = False
+                tap.stop()
             captured = {key: tap.take() for key, tap in self._taps.items()}
             outputs = self._outputs.take() if self._outputs else []
         # An author's loss may run the model several times (R-Drop, adversarial training, one
         # forward per column): the first run over all rows is the plain one.
         size = len(part.domain)
         for key, values in captured.items():
-            fitting = [value for value in values if value.shape[0] == size]
+            fitting = [value for value in values if value[0].shape[0] == size]
             if fitting:
-                part.hidden[key] = fitting[0]
+                part.hidden[key], mask = fitting[0]
+                if mask is not None:
+                    part.masks[key] = mask
         part.outputs = outputs[0] if outputs else None
 
     def _forward(self, model: nn.Module, parts: list[Part], num_items: Any) -> torch.Tensor:
@@ -203,6 +202,8 @@ class AdaptationRun:
         if callable(collect):  # sentence-transformers: one forward per text column
             for features in collect(dict(part.inputs))[0]:
                 model(features)
+                if all(tap.captured for tap in self._taps.values()):
+                    return  # only the first column's features are used
             return
         config = getattr(self.model, "config", None)
         drop = () if getattr(config, "is_encoder_decoder", False) else self.trainer.label_names
@@ -232,7 +233,7 @@ class AdaptationRun:
         self._ready = True
         modes = {module: module.training for module in self.model.modules()}
         # Some Trainers count tokens or keep metrics in compute_loss; the probe must not add to it.
-        kept = {k: _copy_metrics(getattr(self.trainer, k, None)) for k in ("_metrics",)}
+        kept = {k: _copy_metrics(getattr(self.trainer, k, None)) for k in KEPT_METRICS}
         try:
             with preserved_random_state(), torch.no_grad():
                 model.eval()

@@ -1,0 +1,104 @@
+"""One process of a distributed run; started by test_distributed.py under torchrun.
+
+Trains the same tiny model on the same rows whatever the number of processes, and writes what must
+agree: the model, the discriminator, the gradients and the logs.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from transformers import Trainer
+
+from hf_adapt import DANN, MMD, InformationMaximization, adapt
+from tests.tiny import GradientRecorder, arguments, bert, collate, rows, weights
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate refuses to shard on a CPU, though torch's fully_shard runs there over gloo."""
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if getattr(self, "fsdp_plugin", None) is not None:
+            # Every new AcceleratorState takes the process group's own type over again.
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def main(folder: Path, setting: str, per_device: int, steps: int) -> None:
+    """Train and write the results of this process.
+
+    Args:
+        folder: Where to write.
+        setting: Options as `key=value`, separated by commas.
+        per_device: Rows per process in a micro-batch.
+        steps: Micro-batches per optimizer step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    options = dict(item.split("=") for item in setting.split(",") if item)
+    head = options.get("head", "sequence")
+    if "fsdp" in options:
+        allow_fsdp_on_cpu()
+    fsdp: dict[str, Any] = (
+        dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]})
+        if "fsdp" in options
+        else {}
+    )
+    args = arguments(
+        folder / "out",
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=steps,
+        max_steps=int(options.get("max_steps", 4)),
+        max_grad_norm=0.5,
+        save_strategy="steps",
+        save_steps=2,
+        **({"gradient_checkpointing": True} if "checkpointing" in options else {}),
+        optim="adamw_torch",
+        adam_epsilon=1e-3,  # Adam turns rounding of tiny gradients into whole steps
+        **fsdp,
+    )
+    recorder = GradientRecorder()
+    trainer = Trainer(
+        bert(head),
+        args,
+        train_dataset=rows(40, 1, "token" if head == "token" else "row"),
+        data_collator=collate,
+        callbacks=[] if fsdp else [recorder],
+    )
+    assert trainer.is_fsdp_enabled == bool(fsdp)
+    dann = DANN(ramp=None, hidden_sizes=(8,))
+    objectives = [dann, InformationMaximization(weight=0.3, diversity_weight=0.0)]
+    if "mmd" in options:
+        objectives = [dann, MMD()]
+    adapt(trainer, *objectives, target_dataset=rows(23, 2, None, low=20))
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    trainer.save_model(str(folder / "final"))
+    state = {f"model.{k}": v for k, v in full_state(trainer).items()}
+    state.update({f"dann.{k}": v for k, v in weights(dann.module).items()})
+    if recorder.gradients:
+        state["gradient"] = recorder.gradients[0]
+    torch.save(state, folder / f"rank{args.process_index}.pt")
+    if args.process_index == 0:
+        (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def full_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The whole weights, gathered where they are sharded."""
+    state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    return {
+        k: getattr(v, "full_tensor", lambda v=v: v)().detach().clone() for k, v in state.items()
+    }
+
+
+if __name__ == "__main__":
+    for job in sys.argv[2:]:
+        name, setting, per_device, steps = job.split(":")
+        main(Path(sys.argv[1]) / name, setting, int(per_device), int(steps))
