@@ -87,6 +87,34 @@ class Part:
         return logits
 
 
+@dataclass
+class Layout:
+    """What a run knows of its model's outputs; the first batch is looked at to learn it.
+
+    Attributes:
+        model: The unwrapped model.
+        num_domains: Number of domains, the source included.
+        module_of: The module behind each feature layer, or why there is none.
+        token_features: Ids of the modules whose output has one vector per token.
+        token_logits: Whether the model predicts per token rather than per row.
+    """
+
+    model: nn.Module
+    num_domains: int = 1
+    module_of: dict[str | None, nn.Module | ValueError] = field(default_factory=dict)
+    token_features: set[int] = field(default_factory=set)
+    token_logits: bool = False
+
+    def learn(self, parts: list[Part]) -> None:
+        """Take the number of dimensions from a first forward."""
+        for part in parts:
+            self.token_features |= {key for key, h in part.hidden.items() if h.ndim == 3}
+            try:
+                self.token_logits = self.token_logits or part.logits.ndim == 3
+            except ValueError:
+                continue  # no logits; an objective that needs them says so
+
+
 class Rows:
     """The rows of a micro-batch and their domains: what is known before the forward.
 
@@ -96,10 +124,11 @@ class Rows:
         num_domains: Number of domains of the run, the source included.
     """
 
-    def __init__(self, parts: list[Part], model: nn.Module, num_domains: int) -> None:
+    def __init__(self, parts: list[Part], layout: Layout) -> None:
         self.parts = parts
-        self.model = model
-        self.num_domains = num_domains
+        self.model = layout.model
+        self.num_domains = layout.num_domains
+        self._layout = layout
         self._objective: Objective | None = None
 
     def for_objective(self, objective: Objective) -> Self:
@@ -118,19 +147,15 @@ class Rows:
         """How this objective pools, with `"auto"` resolved for the model."""
         return resolve_pooling(self._objective.pooling if self._objective else "auto", self.model)
 
-    @property
-    def predicts_tokens(self) -> bool:
-        """Whether the model's predictions are one per token rather than one per row."""
-        heads = ("ForTokenClassification", "ForMaskedLM", "LMHeadModel", "ForCausalLM")
-        return _is_a(self.model, heads)
-
     def num_features(self, target_only: bool = False) -> torch.Tensor:
         """How many items `features()` has, as a tensor: rows, or tokens with pooling tokens."""
-        return self._count(self.pooling == "tokens", target_only)
+        layer = self._objective.feature_layer if self._objective else None
+        per_token = id(self._layout.module_of.get(layer)) in self._layout.token_features
+        return self._count(self.pooling == "tokens" and per_token, target_only)
 
     def num_predictions(self, target_only: bool = False) -> torch.Tensor:
         """How many items `logits()` has, as a tensor: rows, or tokens for token heads."""
-        return self._count(self.predicts_tokens, target_only)
+        return self._count(self._layout.token_logits, target_only)
 
     def _count(self, tokens: bool, target_only: bool) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.long, device=self.parts[0].domain.device)
@@ -150,15 +175,12 @@ class Batch(Rows):
     def __init__(
         self,
         parts: list[Part],
-        model: nn.Module,
-        num_domains: int,
+        layout: Layout,
         progress: float,
-        module_of: Mapping[str | None, nn.Module | ValueError],
         metrics: MetricAverager,
     ) -> None:
-        super().__init__(parts, model, num_domains)
+        super().__init__(parts, layout)
         self.progress = progress
-        self._module_of = module_of
         self._metrics = metrics
 
     def features(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +195,7 @@ class Batch(Rows):
                 a tensor that no gradient can flow through.
         """
         layer = self._objective.feature_layer if self._objective else None
-        module = self._module_of[layer]
+        module = self._layout.module_of[layer]
         if isinstance(module, ValueError):
             raise module
         features, domains = [], []

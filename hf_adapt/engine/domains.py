@@ -326,6 +326,12 @@ class PairedCollator:
         self.use_target_labels = use_target_labels
         self.separate = separate
 
+    def __getattr__(self, name: str) -> Any:
+        # A Trainer may ask its collator for more than a batch (sentence-transformers does).
+        if name.startswith("__") or "collator" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
     def __call__(self, rows: list[PairedRow]) -> Any:
         """Collate paired rows.
 

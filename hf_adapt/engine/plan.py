@@ -193,7 +193,10 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
     if target is not None:
         if isinstance(target, Mapping) and not isinstance(target, HfDataset):
             return source, list(target.values())
-        return source, list(target) if isinstance(target, (list, tuple)) else [target]
+        several = isinstance(target, (list, tuple)) and len(target) > 0
+        if several and not isinstance(target[0], Mapping):  # else it is a list of rows
+            return source, list(target)
+        return source, [target]
     columns = getattr(source, "column_names", None) or []
     if DOMAIN not in columns:
         needing = [a.name for a in plan.adaptations if a.needs_target]

@@ -18,7 +18,7 @@ from hf_adapt.engine.auxiliary import (
     preserved_random_state,
     seed_for,
 )
-from hf_adapt.engine.batch import Batch, Part, Rows
+from hf_adapt.engine.batch import Batch, Layout, Part, Rows
 from hf_adapt.engine.checkpoint import load_state, load_weights, save_state, save_weights
 from hf_adapt.engine.domains import DOMAIN, IGNORED, TARGET_BATCH, UNPAIRED
 from hf_adapt.engine.features import FeatureTap, find_feature_module
@@ -107,7 +107,7 @@ class AdaptationRun:
         self._resume_from: str | None = None
         self._totals: dict[str, torch.Tensor] = {}
         self._label_total: torch.Tensor | None = None
-        self._module_of: dict[str | None, nn.Module | ValueError] = {}
+        self._layout = Layout(self.model, 1 if data is None else data.num_domains)
         self._taps: dict[int, FeatureTap] = {}
         self._outputs: FeatureTap | None = None
 
@@ -123,9 +123,9 @@ class AdaptationRun:
             except ValueError as error:
                 if layer is not None:
                     raise
-                self._module_of[layer] = error  # raised if an objective asks for features
+                self._layout.module_of[layer] = error  # raised if an objective asks for features
                 continue
-            self._module_of[layer] = module
+            self._layout.module_of[layer] = module
             if id(module) not in self._taps:
                 self._taps[id(module)] = FeatureTap(module)
         self._outputs = FeatureTap(self.model, extract=lambda output: output)
@@ -210,13 +210,7 @@ class AdaptationRun:
         model(**{key: value for key, value in part.inputs.items() if key not in drop})
 
     def _batch(self, parts: list[Part]) -> Batch:
-        return Batch(
-            parts, self.model, self._num_domains, self.progress, self._module_of, self.metrics
-        )
-
-    @property
-    def _num_domains(self) -> int:
-        return 1 if self.data is None else self.data.num_domains
+        return Batch(parts, self._layout, self.progress, self.metrics)
 
     @property
     def progress(self) -> float:
@@ -253,6 +247,7 @@ class AdaptationRun:
         if reference is None and self.trainer.compute_loss_func is not None:
             reference = items
         once = self._forward(model, parts, reference)
+        self._layout.learn(parts)
         self._check_unlabelled_rows(model, parts[0], reference, once)
         if reference is not None and getattr(self.trainer, "loss_is_scaled_for_ga", None) is None:
             twice = self._base_loss(model, dict(parts[0].inputs), reference * 2)
@@ -286,11 +281,11 @@ class AdaptationRun:
     ) -> None:
         """Refuse a head whose loss takes the -100 of unlabelled rows for a label."""
         source = part.domain == 0
-        labels = part.inputs.get("labels")
-        if bool(source.all()) or not isinstance(labels, torch.Tensor):
-            return
-        if not bool((labels[~source] == IGNORED).any()):
-            return  # the target's labels are used
+        names = {*self.trainer.label_names, "labels"} & set(part.inputs)
+        labels = [part.inputs[name] for name in names]
+        fitting = [v for v in labels if isinstance(v, torch.Tensor) and len(v) == len(source)]
+        if bool(source.all()) or not any(bool((v[~source] == IGNORED).any()) for v in fitting):
+            return  # nothing is hidden: no target rows here, or the target's labels are used
         alone = self._base_loss(model, rows_of(part.inputs, source), items)
         if not torch.isclose(loss.float(), alone.float(), rtol=1e-3, atol=1e-5):
             problem = getattr(getattr(self.model, "config", None), "problem_type", None)
@@ -330,7 +325,7 @@ class AdaptationRun:
         for inputs in batches:
             parts = self._parts(inputs)
             counts = {"": count_labels(self.trainer, parts[0].inputs)}
-            rows = Rows(parts, self.model, self._num_domains)
+            rows = Rows(parts, self._layout)
             for objective in self.objectives:
                 counts[objective.name] = objective.num_items(rows.for_objective(objective))
             for name, count in counts.items():

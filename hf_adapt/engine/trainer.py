@@ -97,7 +97,9 @@ class AdaptationMixin(_Base):
         try:
             run.start()
             self.callback_handler.callbacks.append(callback)
-            return super()._inner_training_loop(*args, **kwargs)
+            output = super()._inner_training_loop(*args, **kwargs)
+            run.guard.check()
+            return output
         finally:
             self._adaptation_run = None
             if callback in self.callback_handler.callbacks:

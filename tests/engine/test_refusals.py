@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import BertForQuestionAnswering, Trainer, TrainerCallback
 
 from hf_adapt import (
     DANN,
@@ -103,6 +103,33 @@ def test_heads_that_take_minus_100_for_a_label(problem: str, tmp_path: Path) -> 
     trainer.data_collator = pad
     adapt(trainer, DANN(), target_dataset=rows(9, 2, None))
     refused(trainer, "does not ignore unlabelled target rows.*target_forward='separate'")
+
+
+def question_answering(folder: Path) -> Trainer:
+    settings = bert().config
+    torch.manual_seed(0)
+    source = rows(12, 1, None).map(lambda row: {"start_positions": 1, "end_positions": 2})
+
+    def pad(features: Any) -> Any:
+        names = ("start_positions", "end_positions")
+        bare = [{k: v for k, v in row.items() if k not in names} for row in features]
+        return {**collate(bare), **{n: torch.tensor([row[n] for row in features]) for n in names}}
+
+    trainer = trainer_with(folder, BertForQuestionAnswering(settings), source)
+    trainer.data_collator = pad
+    return trainer
+
+
+def test_question_answering_would_learn_position_0_of_target_rows(tmp_path: Path) -> None:
+    """Its loss clamps -100 to the first token instead of ignoring it."""
+    trainer = adapt(question_answering(tmp_path), MMD(), target_dataset=rows(9, 2, None))
+    refused(trainer, "does not ignore unlabelled target rows")
+
+
+def test_question_answering_with_separate_forwards(tmp_path: Path) -> None:
+    trainer = question_answering(tmp_path)
+    adapt(trainer, MMD(), target_dataset=rows(9, 2, None), target_forward="separate").train()
+    assert trainer.state.log_history[0]["loss/mmd"] > 0
 
 
 def test_information_maximization_on_a_regression_head(tmp_path: Path) -> None:
