@@ -106,7 +106,7 @@ def test_heads_that_take_minus_100_for_a_label(problem: str, tmp_path: Path) -> 
 
 
 def question_answering(folder: Path) -> Trainer:
-    settings = bert().config
+    settings = bert(num_labels=2).config
     torch.manual_seed(0)
     source = rows(12, 1, None).map(lambda row: {"start_positions": 1, "end_positions": 2})
 
