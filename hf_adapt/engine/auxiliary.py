@@ -168,7 +168,7 @@ def base_schedule(trainer: Trainer, max_steps: int) -> Callable[[int], float]:
     in, or that reacts to a metric, is read off the main optimizer's first group.
     """
     if getattr(trainer, "_created_lr_scheduler", False):
-        probe = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+        probe = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=trainer.args.learning_rate)
         with_lambda = get_scheduler(
             trainer.args.lr_scheduler_type,
             optimizer=probe,

@@ -425,7 +425,7 @@ def _hidden_label(like: Mapping[str, Any], target: Mapping[str, Any], key: str) 
         if label and isinstance(label[0], float):
             return [float(IGNORED)] * len(label)
         per_token = len(label) == _length(like)
-        return [IGNORED] * ((_length(target) or 1) if per_token else 1)
+        return [IGNORED] * ((_length(target) if per_token else None) or len(label))
     if isinstance(label, (torch.Tensor, np.ndarray, np.generic)):
         return type(label)(IGNORED) if isinstance(label, np.generic) else label * 0 + IGNORED
     return float(IGNORED) if isinstance(label, float) else IGNORED

@@ -184,6 +184,11 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
     hidden = hidden.float()
     if callable(pooling):
         return pooling(hidden, mask)
+    if pooling not in ("mean", "cls", "last", "tokens"):
+        raise ValueError(
+            f"pooling={pooling!r} is unknown: use 'auto', 'mean', 'cls', 'last', 'tokens' or a "
+            "callable (hidden, mask) -> (B, D)."
+        )
     if hidden.ndim == 2:
         return hidden
     if hidden.ndim == 4:
@@ -194,16 +199,11 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
             "(B, T, D) or (B, C, H, W). Pass a callable pooling=(hidden, mask) -> (B, D)."
         )
     if pooling == "mean":
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        real = mask.unsqueeze(-1)
+        return hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
     if pooling == "tokens":
         return hidden[mask]
-    if pooling in ("cls", "last"):
-        order = mask.int() if pooling == "cls" else mask.flip(1).int()
-        first = order.argmax(dim=1)
-        index = first if pooling == "cls" else mask.shape[1] - 1 - first
-        return hidden[torch.arange(len(hidden), device=hidden.device), index]
-    raise ValueError(
-        f"pooling={pooling!r} is unknown: use 'auto', 'mean', 'cls', 'last', 'tokens' or a "
-        "callable (hidden, mask) -> (B, D)."
-    )
+    order = mask.int() if pooling == "cls" else mask.flip(1).int()
+    first = order.argmax(dim=1)
+    index = first if pooling == "cls" else mask.shape[1] - 1 - first
+    return hidden[torch.arange(len(hidden), device=hidden.device), index]

@@ -21,7 +21,8 @@ class MetricAverager:
         """Add a mean over `count` items; nothing is copied to the host."""
         device = self._accelerator.device
         count = torch.as_tensor(count, dtype=torch.float32, device=device).detach()
-        value = torch.as_tensor(value, dtype=torch.float32, device=device).detach() * count
+        value = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+        value = torch.where(count > 0, value * count, torch.zeros_like(value))  # a mean of none
         if name in self._sums:
             self._sums[name] += value
             self._counts[name] += count

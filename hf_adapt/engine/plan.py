@@ -136,7 +136,8 @@ class DomainData:
         trainer = self.trainer
         dataset, collator = trainer.train_dataset, trainer.data_collator
         inner = collator
-        if not isinstance(self._source, datasets.Dataset) and not self.separate:
+        own_columns = hasattr(trainer, "collect_features")  # sentence-transformers
+        if not isinstance(self._source, datasets.Dataset) and not own_columns:
             # The Trainer cleans the rows of other datasets in the collator; ours are wrapped.
             inner = trainer._get_collator_with_removed_columns(collator, description="training")
         trainer.train_dataset = self._paired

@@ -1,0 +1,390 @@
+"""Does a text classifier work in another domain, and how much do unlabelled texts from there help?
+
+Fine-tunes one model several times, tests it in the domain it was trained on (source) and in another
+one (target), and prints a table of the methods:
+
+    source   fine-tuned on the source's labels alone, as anyone would
+    dann     the same, and one line that adds domain-adversarial training on unlabelled target texts
+    mmd+im   the same, and one line that adds two other terms on the same unlabelled target texts
+    oracle   fine-tuned on the target's labels: the upper bound
+
+Labels of the target are used by the oracle, and for testing; never for training or choosing any
+other model. Every model is the last of its run.
+
+    python examples/domain_shift_text.py
+    python examples/domain_shift_text.py --benchmark spam2 --source sms --target email --seeds 3
+    python examples/domain_shift_text.py --source mine.csv --target theirs.csv --num_train 5000
+
+Takes about five minutes on two CPU cores. What is finished is kept in --output_dir: the same
+command again goes on where it stopped. Every option of TrainingArguments can be given as well.
+"""
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from domain_data import (
+    BENCHMARKS,
+    LICENCES,
+    MINILM_LICENCE,
+    DataError,
+    Pair,
+    load_pair,
+    minilm_path,
+)
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_adapt import MMD, AdaptationCallback, DomainAdversarialCallback, InformationMaximization
+
+METHODS = {
+    "source": "source only",
+    "dann": "DANN",
+    "mmd+im": "MMD + IM",
+    "oracle": "oracle",
+}
+SCORES = ("source_accuracy", "source_f1", "target_accuracy", "target_f1")
+
+
+DEFAULT_PAIRS = {"vader4": ("movies", "tweets"), "spam2": ("sms", "email")}
+# Every other TrainingArgument keeps its own default; all can be given on the command line.
+TRAINING_DEFAULTS = {
+    "output_dir": "runs/domain_shift_text/BENCHMARK-SOURCE-TARGET",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 3e-4,
+    "logging_steps": 20,
+    "save_strategy": "no",
+    "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DemoArguments:
+    benchmark: str = option("vader4", " ".join(LICENCES.values()), choices=list(BENCHMARKS))
+    source: str | None = option(
+        None, "Domain with labels: one of the benchmark, a csv/json/jsonl/parquet file, or a hub id"
+    )
+    target: str | None = option(None, "Domain to adapt to, given in the same way")
+    text_column: str = option("text", "Column with the text, in data of your own")
+    label_column: str = option("label", "Column with the label, in data of your own")
+    model_name_or_path: str | None = option(None, f"Folder or hub id. Default: {MINILM_LICENCE}")
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Any of: {', '.join(METHODS)}"}
+    )
+    seeds: int = option(2, "Runs of each method, with seeds from --seed on")
+    num_train: int = option(480, "Training rows of each domain, at most")
+    num_test: int = option(500, "Test rows of each domain, at most")
+    balanced: bool = option(False, "Keep as many rows of every label, in both domains")
+    max_length: int = option(64, "Tokens of a text that are read")
+    freeze_layers: int = option(3, "Train neither embeddings nor the first N layers (0: train all)")
+    save_models: bool = option(False, "Save every model, as a Hugging Face folder")
+    overwrite: bool = option(False, "Train again what is already finished")
+
+    def __post_init__(self) -> None:
+        self.source = self.source or DEFAULT_PAIRS[self.benchmark][0]
+        self.target = self.target or DEFAULT_PAIRS[self.benchmark][1]
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"unknown --methods {sorted(unknown)}: choose from {list(METHODS)}")
+
+
+def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
+    """Turn off the gradients of the embeddings and of the first layers, for speed."""
+    layers = next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    if count >= len(layers):
+        raise ValueError(f"--freeze_layers {count}, but the model has {len(layers)} layers")
+    first_trained = next(layers[count].parameters())
+    for parameter in model.base_model.parameters() if count else ():
+        if parameter is first_trained:
+            break
+        parameter.requires_grad_(False)
+
+
+def train_and_test(
+    method: str, seed: int, pair: Pair, script: DemoArguments, args: TrainingArguments
+) -> dict:
+    """Fine-tune once; return accuracy and macro-F1 in both domains, and the seconds of training."""
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+    transformers.logging.set_verbosity_error()  # else it tells each time that the head is new
+    model = AutoModelForSequenceClassification.from_pretrained(
+        script.model_name_or_path,
+        id2label=dict(enumerate(pair.labels)),
+        label2id={label: i for i, label in enumerate(pair.labels)},
+    )
+    transformers.logging.set_verbosity_warning()
+    freeze_first_layers(model, script.freeze_layers)
+
+    def tokenized(dataset: Dataset) -> Dataset:
+        return dataset.map(
+            lambda rows: tokenizer(rows["text"], truncation=True, max_length=script.max_length),
+            batched=True,
+            remove_columns="text",
+        )
+
+    train_domain = pair.target if method == "oracle" else pair.source
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=tokenized(train_domain["train"]),
+        eval_dataset=tokenized(train_domain["dev"]),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    target = tokenized(pair.target_unlabelled)  # has no label column
+    if method == "dann":
+        trainer.add_callback(DomainAdversarialCallback(target_dataset=target))
+    elif method == "mmd+im":
+        trainer.add_callback(
+            AdaptationCallback(MMD(), InformationMaximization(), target_dataset=target)
+        )
+
+    start = time.perf_counter()
+    trainer.train()
+    result = {"method": method, "seed": seed, "seconds": time.perf_counter() - start}
+    for name, domain in (("source", pair.source), ("target", pair.target)):
+        predicted = trainer.predict(tokenized(domain["test"]))
+        logits = predicted.predictions
+        guess = (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+        result[f"{name}_accuracy"] = accuracy_score(predicted.label_ids, guess)
+        result[f"{name}_f1"] = f1_score(predicted.label_ids, guess, average="macro")
+    if script.save_models:
+        trainer.save_model()
+    return result
+
+
+def fingerprint(pair: Pair, script: DemoArguments, args: TrainingArguments) -> str:
+    """Changes with whatever changes a result: the texts, the settings, the versions."""
+    no_effect = {
+        "output_dir",
+        "seed",
+        "seeds",
+        "methods",
+        "overwrite",
+        "save_models",
+        "logging_dir",
+    }
+    options = {**asdict(script), **args.to_dict(), "processes": args.world_size}
+    settings = {name: value for name, value in options.items() if name not in no_effect}
+    texts = [domain[split].to_dict() for domain in (pair.source, pair.target) for split in domain]
+    described = json.dumps([settings, texts, versions()], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    names = ("hf-adapt", "transformers", "torch", "datasets", "accelerate", "scikit-learn")
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {n: found[n] for n in names if n in found}
+
+
+def write(path: Path, text: str) -> None:
+    """Write a whole file or none, so that an interrupted run leaves nothing half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def summarize(results: list[dict]) -> dict[str, dict]:
+    """Mean and standard deviation over seeds, and the share of the gap that each method closes."""
+    summary: dict[str, dict] = {}
+    for method in METHODS:
+        runs = [result for result in results if result["method"] == method]
+        if runs:
+            summary[method] = {"seeds": len(runs)}
+            for key in (*SCORES, "seconds"):
+                values = [run[key] for run in runs]
+                deviation = statistics.stdev(values) if len(values) > 1 else None
+                summary[method][key] = {"mean": statistics.mean(values), "sd": deviation}
+    if {"source", "oracle"} <= summary.keys():
+        floor, ceiling = (summary[m]["target_accuracy"]["mean"] for m in ("source", "oracle"))
+        for method in summary.keys() - {"source", "oracle"}:
+            gained = summary[method]["target_accuracy"]["mean"] - floor
+            summary[method]["gap_closed"] = gained / (ceiling - floor) if ceiling > floor else None
+    return summary
+
+
+def table_rows(summary: dict[str, dict]) -> list[list[str]]:
+    """The table's cells, header first."""
+
+    def cell(score: dict) -> str:
+        mean = f"{100 * score['mean']:.1f}"
+        return mean if score["sd"] is None else f"{mean} ± {100 * score['sd']:.1f}"
+
+    scores = ("source acc.", "source F1", "target acc.", "target F1")
+    rows = [["method", *scores, "gap closed", "seconds"]]
+    for method, values in summary.items():
+        gap = values.get("gap_closed")
+        scores = [cell(values[key]) for key in SCORES]
+        share = "–" if gap is None else f"{gap:.0%}"
+        rows.append([METHODS[method], *scores, share, f"{values['seconds']['mean']:.0f}"])
+    return rows
+
+
+def plot(summary: dict[str, dict], title: str, majority: float, path: Path) -> None:
+    """Bars of the accuracy on the target, between the lines of source-only and oracle."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    scores = {METHODS[method]: values["target_accuracy"] for method, values in summary.items()}
+    means = [100 * score["mean"] for score in scores.values()]
+    errors = [100 * (score["sd"] or 0) for score in scores.values()]
+    colours = {"source": "#9aa5b1", "oracle": "#52606d"}
+    bars = axes.bar(
+        list(scores),
+        means,
+        yerr=errors,
+        capsize=4,
+        width=0.62,
+        color=[colours.get(method, "#2a78c2") for method in summary],
+    )
+    axes.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontweight="bold")
+    for method in colours.keys() & summary.keys():
+        level = 100 * summary[method]["target_accuracy"]["mean"]
+        axes.axhline(level, ls="--", lw=1, color=colours[method], zorder=0)
+    axes.axhline(100 * majority, ls=":", lw=1.5, color="#c25d2a", label="most frequent label")
+    axes.set_ylim(max(0, min([*means, 100 * majority]) - 10), min(100, max(means) + 6))
+    axes.set_ylabel("accuracy on the target, %")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=150, format="png")
+    os.replace(part, path)
+
+
+def report(
+    results: list[dict], script: DemoArguments, about: dict, output_dir: Path, console: Console
+) -> None:
+    """Print the table; write it, the numbers and the plot."""
+    summary = summarize(results)
+    rows = table_rows(summary)
+    title = f"{script.source} → {script.target}"
+    legend = (
+        f"In %, mean ± sd over {script.seeds} seed(s). IM: information maximization. oracle: "
+        "trained on the target's labels. gap closed: share of the way, in target accuracy, from "
+        "source only to oracle. seconds: of training."
+    )
+    table = Table(title=title, caption=legend, caption_justify="left", box=box.SIMPLE_HEAD)
+    for heading in rows[0]:
+        justify = "left" if heading == "method" else "right"
+        table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+    markdown = [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    written = [output_dir / name for name in ("results.json", "table.md", "target_accuracy.png")]
+    command = shlex.join(["python", *sys.argv])
+    document = about | {"command": command, "versions": versions(), "summary": summary}
+    write(written[0], json.dumps(document | {"runs": results}, indent=2))
+    write(written[1], "\n".join([f"{title}\n", *markdown, f"\n{legend}"]) + "\n")
+    plot(summary, title, about["majority_share_of_target"], written[2])
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    if script.save_models:
+        console.print(f"models in {output_dir}/METHOD-seedN-*", soft_wrap=True, highlight=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((DemoArguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    script, args = parser.parse_args_into_dataclasses(argv)
+    console = Console(quiet=args.process_index != 0)
+    if {script.source, script.target} & BENCHMARKS[script.benchmark].keys():
+        console.print(f"[dim]{script.benchmark}: {LICENCES[script.benchmark]}[/dim]")
+    pair = load_pair(
+        script.benchmark,
+        script.source,
+        script.target,
+        num_train=script.num_train,
+        num_test=script.num_test,
+        balanced=script.balanced,
+        text_column=script.text_column,
+        label_column=script.label_column,
+    )
+    settings = fingerprint(pair, script, args)
+    if script.model_name_or_path is None:
+        console.print(f"[dim]{MINILM_LICENCE}[/dim]")
+        script.model_name_or_path = str(minilm_path())
+    output_dir = Path(args.output_dir)
+    if args.output_dir == TRAINING_DEFAULTS["output_dir"]:
+        names = [Path(part).stem for part in (script.source, script.target)]
+        output_dir = output_dir.with_name("-".join([script.benchmark, *names]))
+
+    truth = pair.target["test"]["label"][:]
+    about = {
+        "benchmark": script.benchmark,
+        "source": script.source,
+        "target": script.target,
+        "training_rows_source": pair.source["train"].num_rows,
+        "training_rows_target": pair.target_unlabelled.num_rows,
+        "test_rows_source": pair.source["test"].num_rows,
+        "test_rows_target": len(truth),
+        "majority_share_of_target": max(map(truth.count, set(truth))) / len(truth),
+    }
+    console.print(
+        f"[bold]{script.source} → {script.target}[/bold]: {about['training_rows_source']} training "
+        f"rows with labels, {about['training_rows_target']} of the target without; "
+        f"{about['test_rows_source']} and {len(truth)} to test on. Always answering the most "
+        f"frequent label of the target is right in {about['majority_share_of_target']:.1%}."
+    )
+
+    results = []
+    for seed in range(args.seed, args.seed + script.seeds):
+        for method in script.methods:
+            run_dir = output_dir / f"{method}-seed{seed}-{settings}"
+            finished = run_dir / "result.json"
+            complete = finished.exists()
+            if script.save_models:
+                complete = complete and (run_dir / "config.json").exists()
+            if complete and not script.overwrite:
+                console.print(f"{METHODS[method]}, seed {seed}: kept from an earlier run")
+                results.append(json.loads(finished.read_text()))
+                continue
+            console.print(f"[bold]{METHODS[method]}[/bold], seed {seed}")
+            run_args = copy.copy(args)
+            run_args.seed, run_args.output_dir = seed, str(run_dir)
+            results.append(train_and_test(method, seed, pair, script, run_args))
+            if args.process_index == 0:
+                write(finished, json.dumps(results[-1], indent=2))
+    if args.process_index == 0:
+        report(results, script, about, output_dir, console)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"error: {error}")
