@@ -110,7 +110,9 @@ class MMD(Objective):
         weight: Factor of the term, or a schedule of it.
         scales: Factors of the median bandwidth, one kernel each.
         bandwidths: Fixed σ² instead of the median.
-        unbiased: Use the unbiased estimate.
+        unbiased: Leave each row's kernel with itself out. The biased estimate of a batch of n rows
+            has a floor of order 1/n even on equal domains, and its gradient makes rows of one
+            domain alike: on batches of 16 that kept a classifier from learning at all.
         feature_layer: Dotted name of the module; the base model's last hidden state by default.
         pooling: `"mean"`, `"cls"`, `"last"`, `"tokens"`, a callable, or `"auto"`.
         name: Prefix of the logs.
@@ -134,7 +136,7 @@ class MMD(Objective):
         weight: float | Schedule = 1.0,
         scales: Sequence[float] = SCALES,
         bandwidths: Sequence[float] | None = None,
-        unbiased: bool = False,
+        unbiased: bool = True,
         feature_layer: str | None = None,
         pooling: Pooling = "auto",
         name: str | None = None,
@@ -147,14 +149,29 @@ class MMD(Objective):
         self.bandwidths = None if bandwidths is None else tuple(bandwidths)
         self.unbiased = unbiased
 
+    @property
+    def _least(self) -> int:
+        return 2 if self.unbiased else 1
+
+    def build_modules(self, batch: Batch) -> None:
+        """Nothing to build; refuse batches in which the term could only be 0."""
+        _, domain = batch.features()
+        counts = torch.bincount(domain, minlength=batch.num_domains).tolist()
+        if counts[0] < self._least or max(counts[1:], default=0) < self._least:
+            raise ValueError(
+                f"MMD(unbiased={self.unbiased}) needs at least {self._least} rows of the source "
+                f"and of a target in each micro-batch; the first has {counts} rows of each "
+                "domain. Raise per_device_train_batch_size (and lower "
+                "gradient_accumulation_steps) or target_ratio."
+            )
+
     def loss(self, batch: Batch) -> Term:
         """The discrepancy of source and target, averaged over the target domains."""
         features, domain = batch.features()
         source = features[domain == 0]
-        least = 2 if self.unbiased else 1
         terms = []
         for index in range(1, batch.num_domains):
             target = features[domain == index]
-            if len(target) >= least and len(source) >= least:
+            if len(target) >= self._least and len(source) >= self._least:
                 terms.append(mmd_loss(source, target, self.bandwidths, self.scales, self.unbiased))
         return torch.stack(terms).mean() if terms else features.sum() * 0.0

@@ -81,12 +81,13 @@ def target_order(
     for index, size in enumerate(sizes):
         mine = which == index
         cycles, offsets = turn[mine] // size, turn[mine] % size
-        picked = np.empty(len(cycles), dtype=np.int64)
-        for cycle in np.unique(cycles):
-            permutation = np.random.default_rng((seed, index, int(cycle))).permutation(size)
-            inside = cycles == cycle
-            picked[inside] = permutation[offsets[inside]]
-        row[mine] = picked
+        _, starts = np.unique(cycles, return_index=True)  # cycles are ascending: one run each
+        picked = []
+        for span in np.split(np.arange(len(cycles)), starts[1:]) if len(cycles) else []:
+            cycle = int(cycles[span[0]])
+            permutation = np.random.default_rng((seed, index, cycle)).permutation(size)
+            picked.append(permutation[offsets[span]])
+        row[mine] = np.concatenate(picked) if picked else 0
     return which, row
 
 

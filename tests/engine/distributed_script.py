@@ -102,3 +102,5 @@ if __name__ == "__main__":
     for job in sys.argv[2:]:
         name, setting, per_device, steps = job.split(":")
         main(Path(sys.argv[1]) / name, setting, int(per_device), int(steps))
+    torch.distributed.barrier()  # none leaves while another still talks
+    torch.distributed.destroy_process_group()

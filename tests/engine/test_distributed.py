@@ -12,7 +12,11 @@ import torch
 
 from tests.engine import distributed_script
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("distributed"),  # one launch at a time, and its fixtures made once
+]
 ROOT = Path(__file__).parents[2]
 
 

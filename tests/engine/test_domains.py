@@ -491,19 +491,21 @@ def test_every_label_column_is_hidden(name):
     assert batch[key].tolist() == [label, hidden]
 
 
+@pytest.mark.parametrize("length", [1, 5], ids=["shorter", "longer"])
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array], ids=["list", "tensor", "array"])
 @pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
 @pytest.mark.parametrize("labelled", [False, True], ids=["unlabelled", "labelled"])
-def test_token_labels_have_the_target_rows_length(tokenizer, labelled, separate):
-    own = {"labels": [SENTINEL] * 5} if labelled else {}
+def test_token_labels_have_the_target_rows_length(tokenizer, labelled, separate, kind, length):
+    own = {"labels": kind([SENTINEL] * length)} if labelled else {}
     rows = [
-        PairedRow(tokens(3, labels=[1, 0, 2]), [(1, tokens(5, 100, **own))]),
-        PairedRow(tokens(2, labels=[1, 1]), [(1, tokens(5, 120, **own))]),
+        PairedRow(tokens(3, labels=kind([1, 0, 2])), [(1, tokens(length, 100, **own))]),
+        PairedRow(tokens(2, labels=kind([1, 1])), [(1, tokens(length, 120, **own))]),
     ]
     batch = collate(rows, DataCollatorForTokenClassification(tokenizer), separate=separate)
     assert SENTINEL not in values_in(batch)
     assert [row[:3] for row in batch["labels"][:2].tolist()] == [[1, 0, 2], [1, 1, -100]]
-    there = batch[TARGET_BATCH]["labels"] if separate else batch["labels"][2:]
-    assert there.tolist() == [[-100] * 5] * 2
+    there = batch[TARGET_BATCH] if separate else {key: value[2:] for key, value in batch.items()}
+    assert there["labels"].tolist() == [[-100] * there["input_ids"].shape[1]] * 2
 
 
 @pytest.mark.parametrize("length", [2, 3, 6])
