@@ -138,11 +138,15 @@ class DANN(Objective):
 
     Reference:
         Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818.
-        Deviation: the discriminator has an optimizer of its own (AdamW) and learns at full rate
-        from the first step, while λ ramps for the model.
+        Deviations: the discriminator has an optimizer of its own (AdamW) and learns at full rate
+        from the first step, while λ ramps for the model. The peak of λ is 0.1 by default, not 1:
+        AdamW fine-tunes a whole transformer faster than a small discriminator can follow, and at 1
+        the model drove the discriminator's loss up without end and did not learn its task.
 
     Args:
-        weight: Peak λ, or a schedule of it; a constant 0 turns the objective off.
+        weight: Peak λ, or a schedule of it; a constant 0 turns the objective off. With a learning
+            rate of 2e-5 or so, or a frozen lower half, more (0.3 to 1) may be right: watch
+            `dann/domain_accuracy`, which must not fall below chance.
         ramp: Factor of λ as a function of progress; `dann_ramp()` by default, None for none.
         feature_layer: Dotted name of the module whose output is aligned; by default the base
             model's last hidden state.
@@ -172,7 +176,7 @@ class DANN(Objective):
 
     def __init__(
         self,
-        weight: float | Schedule = 1.0,
+        weight: float | Schedule = 0.1,
         ramp: Schedule | None = dann_ramp(),  # noqa: B008 - a pure function
         feature_layer: str | None = None,
         pooling: Pooling = "auto",
@@ -253,7 +257,14 @@ class DANN(Objective):
             self._warn(
                 "no gradient", "its discriminator gets no gradient (every gradient is exactly 0)"
             )
-        if progress >= 0.3 and self._best_margin < 0.05:
+        if progress >= 0.3 and accuracy < chance - 0.2:
+            self._warn(
+                "outrun",
+                f"its discriminator is worse than chance (accuracy {accuracy:.2f}, majority "
+                f"{chance:.2f}): the model changes faster than it can learn, and drives its loss "
+                "up without end. Try a lower weight or a higher learning_rate",
+            )
+        elif progress >= 0.3 and self._best_margin < 0.05:
             self._warn(
                 "chance",
                 f"its discriminator was at chance from the start (accuracy {accuracy:.2f}, "

@@ -299,6 +299,16 @@ def test_chance_is_the_largest_domains_share(caplog, num_domains, source_share, 
     assert log(dann(), caplog, 0.4, chance + 0.1, source_share=source_share) == []
 
 
+def test_warns_once_of_a_discriminator_that_the_model_outruns(caplog):
+    """On real text a high weight drove the accuracy to 0.04, and the task was never learnt."""
+    dann = DANN()
+    assert log(dann, caplog, 0.1, 0.7) == []
+    (message,) = log(dann, caplog, 0.4, 0.04)
+    assert "worse than chance (accuracy 0.04, majority 0.50)" in message
+    assert "lower weight or a higher learning_rate" in message
+    assert log(dann, caplog, 0.5, 0.04) == []
+
+
 def test_warns_once_of_a_saturated_discriminator(caplog):
     dann = DANN()
     assert log(dann, caplog, 0.4, 1.0) == []
