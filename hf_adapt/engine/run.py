@@ -251,7 +251,8 @@ class AdaptationRun:
         self._check_unlabelled_rows(model, parts[0], reference, once)
         if reference is not None and getattr(self.trainer, "loss_is_scaled_for_ga", None) is None:
             twice = self._base_loss(model, dict(parts[0].inputs), reference * 2)
-            self._ignores_num_items = bool(torch.isclose(once, twice, rtol=1e-4, atol=0.0))
+            ignored = bool(torch.isclose(once, twice, rtol=1e-4, atol=0.0))
+            self._ignores_num_items = self._any_process(ignored)
             if self._ignores_num_items:
                 logger.info(
                     "The training loss ignores num_items_in_batch although the Trainer takes it "
@@ -276,6 +277,13 @@ class AdaptationRun:
         if self.memory.optimizer is None:
             self.memory.optimizer = AuxiliaryOptimizer(self.adaptations)
 
+    def _any_process(self, flag: bool) -> bool:
+        """Whether it is so in any process: all must run the same forwards, which communicate."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return flag
+        return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+
     def _check_unlabelled_rows(
         self, model: nn.Module, part: Part, items: Any, loss: torch.Tensor
     ) -> None:
@@ -284,10 +292,12 @@ class AdaptationRun:
         names = {*self.trainer.label_names, "labels"} & set(part.inputs)
         labels = [part.inputs[name] for name in names]
         fitting = [v for v in labels if isinstance(v, torch.Tensor) and len(v) == len(source)]
-        if bool(source.all()) or not any(bool((v[~source] == IGNORED).any()) for v in fitting):
-            return  # nothing is hidden: no target rows here, or the target's labels are used
+        hidden = any(bool((v[~source] == IGNORED).any()) for v in fitting)
+        if not self._any_process(hidden):
+            return  # there are no target rows here, or their labels are used
         alone = self._base_loss(model, rows_of(part.inputs, source), items)
-        if not torch.isclose(loss.float(), alone.float(), rtol=1e-3, atol=1e-5):
+        # Without a label in the batch both are NaN.
+        if not torch.isclose(loss.float(), alone.float(), rtol=1e-3, atol=1e-5, equal_nan=True):
             problem = getattr(getattr(self.model, "config", None), "problem_type", None)
             raise ValueError(
                 f"The loss of {type(self.model).__name__} (problem_type={problem!r}) does not "
@@ -319,7 +329,10 @@ class AdaptationRun:
         self._totals, self._label_total = {}, None
         if not batches:
             return
-        self.ensure_ready(self.trainer.model_wrapped, self._prepared(batches[0]))
+        if not self._ready:
+            labelled = (b for b in batches if (count_labels(self.trainer, b) or 0) > 0)
+            first = next(labelled, batches[0])  # a loss over no label is NaN and tells nothing
+            self.ensure_ready(self.trainer.model_wrapped, self._prepared(first))
         counted: dict[str, torch.Tensor] = {}
         device = self.trainer.args.device
         for inputs in batches:

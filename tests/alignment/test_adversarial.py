@@ -164,7 +164,8 @@ def test_dann_refuses_arguments(arguments, message):
     [(0.0, 0.0), (0.1, 0.462117), (0.25, 0.848284), (0.5, 0.986614), (1.0, 0.999909)],
 )
 def test_lambda_follows_the_paper(progress, value):
-    assert DANN().lambda_at(progress) == pytest.approx(value, abs=1e-6)
+    assert DANN(weight=1.0).lambda_at(progress) == pytest.approx(value, abs=1e-6)
+    assert DANN().lambda_at(progress) == pytest.approx(value / 10, abs=1e-6)
     assert DANN(weight=0.5).lambda_at(progress) == pytest.approx(value / 2, abs=1e-6)
 
 

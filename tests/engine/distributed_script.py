@@ -6,6 +6,7 @@ agree: the model, the discriminator, the gradients and the logs.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,13 @@ def main(folder: Path, setting: str, per_device: int, steps: int) -> None:
         **fsdp,
     )
     recorder = GradientRecorder()
+    source = rows(40, 1, "token" if head == "token" else "row")
     trainer = Trainer(
         bert(head),
         args,
-        train_dataset=rows(40, 1, "token" if head == "token" else "row"),
-        data_collator=collate,
+        train_dataset=source.to_iterable_dataset() if "stream" in options else source,
+        # accelerate cuts a stream's batches for each process out of one: all must be as long.
+        data_collator=partial(collate, length=10 if "stream" in options else None),
         callbacks=[] if fsdp else [recorder],
     )
     assert trainer.is_fsdp_enabled == bool(fsdp)

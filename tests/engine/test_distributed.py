@@ -63,6 +63,7 @@ def ddp(tmp_path_factory: Any) -> Path:
         "accumulated:head=token:2:2",
         "checkpointing:checkpointing=1:4:1",
         "coupled:mmd=1:4:1",
+        "streamed:stream=1:4:1",
     )
     return folder
 
@@ -82,6 +83,7 @@ def fsdp(tmp_path_factory: Any) -> Path:
         ("tokens", "head=token", 8, 1),
         ("accumulated", "head=token", 8, 1),
         ("checkpointing", "", 8, 1),
+        ("streamed", "stream=1", 8, 1),
         ("coupled", "mmd=1", 4, 2),  # a coupled term is the mean over micro-batches and ranks
     ],
 )

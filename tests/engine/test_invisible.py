@@ -256,7 +256,7 @@ def test_the_discriminator_learns_the_domain_and_the_model_hides_it(tmp_path: Pa
             train_dataset=rows(64, 1, high=34),
             data_collator=collate,
         )
-        dann = DANN(ramp=lambda progress, peak=peak: peak, learning_rate=3e-3)
+        dann = DANN(weight=1.0, ramp=lambda progress, peak=peak: peak, learning_rate=3e-3)
         adapt(trainer, dann, target_dataset=rows(64, 2, None, low=34))
         trainer.train()
         late = [e["dann/domain_accuracy"] for e in trainer.state.log_history[-31:-1]]

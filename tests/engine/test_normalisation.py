@@ -259,7 +259,7 @@ def test_coupled_terms_are_the_mean_over_micro_batches(steps: int, tmp_path: Any
     entropies = []
     for batch in trainer.kept:
         features, domain = features_of(model, batch, tokens=False)
-        coupled = 2.0 * mmd_loss(features[domain == 0], features[domain == 1])
+        coupled = 2.0 * mmd_loss(features[domain == 0], features[domain == 1], unbiased=True)
         inputs = {k: v for k, v in batch.items() if k not in (DOMAIN, "labels")}
         target = model(**inputs).logits[batch[DOMAIN] > 0]
         coupled = coupled - 0.5 * prediction_diversity(target)
@@ -341,3 +341,27 @@ def test_a_ragged_last_accumulation_window_is_exact(tmp_path: Any) -> None:
     hand_loss(model, discriminator, trainer.kept[6:], True, True, 0.0).backward()
     expected = flat_gradient(model)
     assert (recorder.gradients[-1] - expected).norm() / expected.norm() < 1e-6
+
+
+def test_micro_batches_without_a_label(tmp_path: Any) -> None:
+    """A mean over no label is NaN: such a micro-batch must add nothing, and not fool the probe."""
+
+    def blank_every_other(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {"labels": [-100] * len(row["labels"])} if index % 2 else row
+
+    gradients = []
+    for micro, steps in ((1, 8), (8, 1)):
+        recorder = GradientRecorder()
+        settings = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=steps)
+        trainer = Trainer(
+            bert("token"),
+            arguments(tmp_path, max_steps=2, max_grad_norm=0, learning_rate=0.0, **settings),
+            train_dataset=rows(16, 1, "token").map(blank_every_other, with_indices=True),
+            data_collator=collate,
+            callbacks=[recorder],
+        )
+        adapt(trainer, *uncoupled(), target_dataset=rows(30, 2, None, low=20)).train()
+        gradients.append(recorder.gradients)
+    for many, one in zip(*gradients, strict=True):
+        assert torch.isfinite(many).all()
+        assert cosine_and_ratio(many, one) == pytest.approx((1.0, 1.0), abs=1e-4)
