@@ -296,7 +296,14 @@ def report(
         "trained on the target's labels. gap closed: share of the way, in target accuracy, from "
         "source only to oracle. seconds: of training."
     )
-    table = Table(title=title, caption=legend, caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title,
+        caption=legend,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,  # all columns fit in 80 characters
+        collapse_padding=True,
+    )
     for heading in rows[0]:
         justify = "left" if heading == "method" else "right"
         table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
