@@ -129,7 +129,7 @@ def test_question_answering_would_learn_position_0_of_target_rows(tmp_path: Path
 def test_question_answering_with_separate_forwards(tmp_path: Path) -> None:
     trainer = question_answering(tmp_path)
     adapt(trainer, MMD(), target_dataset=rows(9, 2, None), target_forward="separate").train()
-    assert trainer.state.log_history[0]["loss/mmd"] > 0
+    assert trainer.state.log_history[0]["loss/mmd"] != 0  # unbiased: may be negative
 
 
 def test_information_maximization_on_a_regression_head(tmp_path: Path) -> None:
