@@ -48,11 +48,12 @@ def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Modul
             f"Near names: {', '.join(near) or 'none'}. "
             "`[name for name, _ in model.named_modules()]` lists them all."
         )
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        get_encoder = getattr(base, "get_encoder", None)
-        if callable(get_encoder) and isinstance(encoder := get_encoder(), nn.Module):
-            return encoder
     headless = getattr(base, "base_model", None)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        for owner in (base, headless):  # some heads of transformers 4.57 do not pass it on
+            get_encoder = getattr(owner, "get_encoder", None)
+            if callable(get_encoder) and isinstance(encoder := get_encoder(), nn.Module):
+                return encoder
     if isinstance(headless, nn.Module) and headless is not base:
         return headless
     if isinstance(base, nn.Sequential) and len(base) > 0:  # sentence-transformers

@@ -260,6 +260,10 @@ class AdaptationRun:
                     "its share of the labels instead, so that gradient accumulation and several "
                     "processes give the gradient of one large batch."
                 )
+        elif reference is None and items is not None and trainer_divides(self.trainer, None):
+            # The Trainer would take the mean of the micro-batches' means, which is not the mean
+            # over the labels where these have unequal numbers of them.
+            self._ignores_num_items = True
         batch = self._batch(parts)
         device = self.trainer.args.device
         for adaptation in self.adaptations:

@@ -101,4 +101,4 @@ def test_a_scheduled_weight_is_followed_and_logged(tmp_path: Path) -> None:
     for entry, weight in zip(trainer.state.log_history, (0.0, 0.5, 1.0, 1.5), strict=False):
         assert entry["centredistance/weight"] == weight
         parts = entry["loss/task"] + weight * entry["loss/centredistance"]
-        assert entry["loss"] == pytest.approx(parts, rel=1e-5)
+        assert entry["loss"] == pytest.approx(parts, abs=1e-4)  # 4.57 rounds it

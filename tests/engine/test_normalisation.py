@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
@@ -31,6 +32,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "causal_lm": (llama, "lm"),
 }
 LAMBDA = 0.7
+FIVE = int(transformers.__version__.split(".")[0]) >= 5
 
 
 def uncoupled() -> list[Objective]:
@@ -118,6 +120,7 @@ def test_accumulation_with_a_compute_loss_func(loss: Any, tmp_path: Any) -> None
     assert cosine_and_ratio(many, one) == pytest.approx((1.0, 1.0), abs=1e-4)
 
 
+@pytest.mark.skipif(not FIVE, reason="BERT's head takes no **kwargs before 5.0")
 def test_the_stock_trainer_fails_where_ours_holds(tmp_path: Any) -> None:
     """transformers issue 47688: heads that ignore num_items_in_batch are scaled eightfold.
 
@@ -227,6 +230,8 @@ def fresh_copy(trainer: BatchKeeper, make: Callable[[], Any]) -> tuple[Any, nn.M
 def test_gradients_equal_a_hand_written_loop(
     kind: str, settings: dict[str, Any], steps: int, tmp_path: Any
 ) -> None:
+    if kind == "causal_lm" and not FIVE:
+        pytest.skip("before 5.0 the Trainer counts the first token, which is never predicted")
     make, labels = MODELS[kind]
     objectives = uncoupled()
     objectives[0].learning_rate = 1e-12  # the discriminator must still be the one of step 0
@@ -247,7 +252,7 @@ def test_gradients_equal_a_hand_written_loop(
     reversed_terms = logged["loss/task"] + logged["loss/dann"]
     entropy = logged["loss/information_maximization"]
     assert reversed_terms + 0.3 * entropy == pytest.approx(loss.item(), rel=1e-6)
-    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert logged["loss"] == pytest.approx(loss.item(), abs=1e-4)  # 4.57 rounds it
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -360,7 +365,9 @@ def test_micro_batches_without_a_label(tmp_path: Any) -> None:
             data_collator=collate,
             callbacks=[recorder],
         )
-        adapt(trainer, *uncoupled(), target_dataset=rows(30, 2, None, low=20)).train()
+        objectives = uncoupled()
+        objectives[0].learning_rate = 1e-12  # Adam would turn rounding into whole steps
+        adapt(trainer, *objectives, target_dataset=rows(30, 2, None, low=20)).train()
         gradients.append(recorder.gradients)
     for many, one in zip(*gradients, strict=True):
         assert torch.isfinite(many).all()
