@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from tests.engine import distributed_script
+from tests.tiny import FIVE
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
     pytest.mark.xdist_group("distributed"),  # one launch at a time, and its fixtures made once
 ]
+no_sharding = pytest.mark.skipif(not FIVE, reason="accelerate 1.10 shards on no CPU")
 ROOT = Path(__file__).parents[2]
 
 
@@ -58,7 +60,7 @@ def ddp(tmp_path_factory: Any) -> Path:
     launch(
         folder,
         "rows::4:1",
-        f"resumed:{resume}:4:1",
+        *([f"resumed:{resume}:4:1"] if FIVE else []),
         "tokens:head=token:4:1",
         "accumulated:head=token:2:2",
         "checkpointing:checkpointing=1:4:1",
@@ -109,12 +111,14 @@ def test_discriminators_are_in_step(ddp: Path) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.skipif(not FIVE, reason="the plain Trainer of 4.57 cannot resume under DDP on a CPU")
 def test_resume_under_ddp_is_bit_exact(ddp: Path) -> None:
     whole, resumed = results(ddp / "rows"), results(ddp / "resumed")
     assert len(whole) > 10
     assert all(torch.equal(whole[name], resumed[name]) for name in set(whole) - {"gradient"})
 
 
+@no_sharding
 def test_two_fsdp2_processes_are_one(fsdp: Path, tmp_path: Path) -> None:
     distributed_script.main(tmp_path, "", 8, 1)
     assert (fsdp / "rows" / "out" / "checkpoint-2" / "pytorch_model_fsdp.bin").exists()
@@ -122,10 +126,12 @@ def test_two_fsdp2_processes_are_one(fsdp: Path, tmp_path: Path) -> None:
     assert_same(results(fsdp / "rows", 0), results(fsdp / "rows", 1), rtol=0, atol=0)
 
 
+@no_sharding
 def test_resume_under_fsdp2_is_exact(fsdp: Path) -> None:
     assert_same(results(fsdp / "rows"), results(fsdp / "resumed"), rtol=0, atol=0)
 
 
+@no_sharding
 def test_an_fsdp2_run_saves_a_plain_model(fsdp: Path) -> None:
     from transformers import BertForSequenceClassification
 

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 
 from hf_adapt import (
@@ -23,12 +29,9 @@ from hf_adapt.alignment import dann_loss
 from tests.tiny import arguments, bert, collate, rows, same_bits, weights
 
 
-def settings(folder: Path, cls: Any = None, **more: Any) -> dict[str, Any]:
-    args = arguments(
-        folder, max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=2, **more
-    )
-    if cls is not None:
-        args = cls(**{k: v for k, v in args.to_dict().items() if not k.startswith("_")})
+def settings(folder: Path, cls: Any = TrainingArguments, **more: Any) -> dict[str, Any]:
+    sizes = dict(max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    args = arguments(folder, cls, **sizes, **more)
     return dict(args=args, train_dataset=rows(20, 1), data_collator=collate)
 
 

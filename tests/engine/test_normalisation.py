@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
@@ -16,6 +15,7 @@ from hf_adapt import DANN, MMD, InformationMaximization, Objective, adapt
 from hf_adapt.alignment import mmd_loss, prediction_diversity, prediction_entropy
 from hf_adapt.engine.domains import DOMAIN
 from tests.tiny import (
+    FIVE,
     GradientRecorder,
     arguments,
     bert,
@@ -32,7 +32,6 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "causal_lm": (llama, "lm"),
 }
 LAMBDA = 0.7
-FIVE = int(transformers.__version__.split(".")[0]) >= 5
 
 
 def uncoupled() -> list[Objective]:
