@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -105,6 +106,7 @@ class AdaptationRun:
         self._ready = False
         self._ignores_num_items = False
         self._resume_from: str | None = None
+        self._schedule: Callable[[int], float] | None = None
         self._totals: dict[str, torch.Tensor] = {}
         self._label_total: torch.Tensor | None = None
         self._layout = Layout(self.model, 1 if data is None else data.num_domains)
@@ -426,8 +428,9 @@ class AdaptationRun:
     def after_main_step(self) -> None:
         """Step the auxiliary optimizer."""
         if self.memory.optimizer is not None:
-            factor = base_schedule(self.trainer, self.trainer.state.max_steps)
-            self.memory.optimizer.after_main_step(self.trainer, factor)
+            if self._schedule is None:
+                self._schedule = base_schedule(self.trainer, self.trainer.state.max_steps)
+            self.memory.optimizer.after_main_step(self.trainer, self._schedule)
 
     def drain_metrics(self) -> dict[str, float]:
         """What to add to a training log."""
@@ -481,6 +484,4 @@ def _components(objective: Objective, value: Any) -> dict[str, Any]:
 def _copy_metrics(metrics: Any) -> Any:
     if not isinstance(metrics, dict):
         return None
-    import copy
-
     return copy.deepcopy(metrics)

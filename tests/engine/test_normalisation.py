@@ -320,7 +320,6 @@ def test_terms_are_computed_in_float32_under_autocast(tmp_path: Any) -> None:
 
 def test_a_ragged_last_accumulation_window_is_exact(tmp_path: Any) -> None:
     """16 rows in windows of 3 x 2 rows leave a last window of 2 micro-batches."""
-    trainer, _ = run(tmp_path, partial(bert, "token"), "token", 2, 3, None)
     objectives = uncoupled()
     objectives[0].learning_rate = 1e-12
     recorder = GradientRecorder()
