@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from hf_adapt.engine.batch import Batch, Rows
     from hf_adapt.engine.features import Pooling
+    from hf_adapt.engine.rates import RateFactors
 
 Term = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """A loss term: a scalar mean over one micro-batch, or a (sum, count) over its items."""
@@ -26,8 +27,9 @@ class Adaptation:
     """Something added to a Trainer's training run, through small hooks that are all optional.
 
     An adaptation may build auxiliary modules (trained in an optimizer of their own, outside the
-    model's ``state_dict``), act around the model's forward, keep state in the checkpoint and
-    react to what is logged. One that adds a loss term derives from [`Objective`].
+    model's ``state_dict``), act before each optimizer step and around the model's forward, scale
+    the learning rates of parts of the model, keep state in the checkpoint and react to what is
+    logged. One that adds a loss term derives from [`Objective`].
 
     Attributes:
         name: Prefix of everything it logs and stores; must be unique within a run. The class
@@ -36,6 +38,8 @@ class Adaptation:
         learning_rate: Peak learning rate of its auxiliary modules; it follows the run's own
             learning-rate schedule.
         module: What `build_modules` returned; the engine sets, trains and stores it.
+        rate_schedule: A learning-rate schedule that takes the place of the Trainer's (a function
+            of progress from 0 to 1).
     """
 
     name: str = ""
@@ -43,6 +47,7 @@ class Adaptation:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     module: nn.Module | None = None
+    rate_schedule: Schedule | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,6 +73,19 @@ class Adaptation:
         """
         return None
 
+    def begin(self, trainer: Trainer) -> None:
+        """Called when the model is wrapped and the optimizer exists, before the first step."""
+
+    def before_step(self, step: int) -> None:
+        """Called before the first forward of each optimizer step; `step` is `global_step`."""
+
+    def rate_factors(self, step: int) -> RateFactors:
+        """Factors on the learning rate of the model's parameters for this optimizer step.
+
+        A parameter of factor 0 is left out of the step; one that is not named has factor 1.
+        """
+        return {}
+
     def around_forward(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """A context held open while the base loss of a training micro-batch is computed."""
         return nullcontext()
@@ -79,8 +97,21 @@ class Adaptation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave, when training resumes."""
 
+    def logged(self) -> Mapping[str, float]:
+        """Values of now that join the training log as they are (averages go to `batch.log`)."""
+        return {}
+
+    def on_evaluate(self, metrics: Mapping[str, float], step: int) -> None:
+        """See the metrics of an evaluation after `step` optimizer steps, before anything is saved.
+
+        All processes see the same values.
+        """
+
     def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
         """See the averaged values of a logging step (a warning belongs here)."""
+
+    def close(self) -> None:
+        """Called when the run ends, also by an error: leave the model without a trace."""
 
 
 class Objective(Adaptation):

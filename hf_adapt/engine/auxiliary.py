@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -161,23 +160,14 @@ class AuxiliaryOptimizer:
                 group["lr"], group["peak_lr"] = lr, peak
 
 
-def base_schedule(trainer: Trainer, max_steps: int) -> Callable[[int], float]:
-    """The run's learning-rate factor as a function of `global_step`, whatever a group's own is.
+def base_schedule(trainer: Trainer) -> Callable[[int], float]:
+    """The run's learning-rate factor as a function of `global_step`, whatever a part's own is.
 
-    A schedule that the Trainer made is evaluated as a pure function; one that the author passed
-    in, or that reacts to a metric, is read off the main optimizer's first group.
+    A schedule that is a pure function is evaluated as one; another (one that reacts to a metric) is
+    read off the main optimizer's first group.
     """
-    if getattr(trainer, "_created_lr_scheduler", False):
-        probe = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=trainer.args.learning_rate)
-        with_lambda = get_scheduler(
-            trainer.args.lr_scheduler_type,
-            optimizer=probe,
-            num_warmup_steps=trainer.args.get_warmup_steps(max_steps),
-            num_training_steps=max_steps,
-            scheduler_specific_kwargs=trainer.args.lr_scheduler_kwargs,  # type: ignore[arg-type]
-        )
-        if isinstance(with_lambda, torch.optim.lr_scheduler.LambdaLR):
-            return with_lambda.lr_lambdas[0]
+    if isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return trainer.lr_scheduler.lr_lambdas[0]
 
     def ratio(step: int) -> float:
         assert trainer.optimizer is not None

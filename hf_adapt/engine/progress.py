@@ -56,6 +56,42 @@ def linear_ramp(start: float = 0.0, end: float = 1.0) -> Schedule:
     return lambda progress: min(1.0, max(0.0, (progress - start) / (end - start)))
 
 
+def slanted_triangular(cut_fraction: float = 0.1, ratio: float = 32.0) -> Schedule:
+    """The learning-rate schedule of ULMFiT: a short steep rise, a long slow fall.
+
+    Reference:
+        Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", Eq. 3,
+        arXiv:1801.06146. Deviation: progress is continuous, so the cut is not rounded to a step.
+
+    Args:
+        cut_fraction: Share of the steps in which the rate rises, between 0 and 1.
+        ratio: How many times smaller the rate is at both ends than at its peak; at least 1.
+
+    Returns:
+        A schedule: progress to a factor from ``1 / ratio`` to 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> rate = slanted_triangular()
+        >>> [round(rate(p), 4) for p in (0.0, 0.1, 0.55, 1.0)]
+        [0.0312, 1.0, 0.5156, 0.0312]
+    """
+    if not (0.0 < cut_fraction < 1.0 and ratio >= 1.0):
+        raise ValueError(
+            "slanted_triangular needs 0 < cut_fraction < 1 and ratio >= 1, got "
+            f"cut_fraction={cut_fraction} and ratio={ratio}. Published: 0.1 and 32."
+        )
+
+    def schedule(progress: float) -> float:
+        rising = progress / cut_fraction
+        falling = (1.0 - progress) / (1.0 - cut_fraction)
+        return (1.0 + max(0.0, min(rising, falling)) * (ratio - 1.0)) / ratio
+
+    return schedule
+
+
 def value_at(value: float | Schedule, progress: float) -> float:
     """The value of a constant or of a schedule at ``progress``.
 

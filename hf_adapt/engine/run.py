@@ -30,6 +30,8 @@ from hf_adapt.engine.normalisation import (
     rows_of,
     trainer_divides,
 )
+from hf_adapt.engine.progress import Schedule
+from hf_adapt.engine.rates import DividedGroups
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -112,6 +114,7 @@ class AdaptationRun:
         self._layout = Layout(self.model, 1 if data is None else data.num_domains)
         self._taps: dict[int, FeatureTap] = {}
         self._outputs: FeatureTap | None = None
+        self._divided_groups = DividedGroups()
 
     # ---- start and end ----
 
@@ -132,10 +135,29 @@ class AdaptationRun:
                 self._taps[id(module)] = FeatureTap(module)
         self._outputs = FeatureTap(self.model, extract=lambda output: output)
 
+    def begin(self) -> None:
+        """The model is wrapped and the optimizer exists."""
+        for adaptation in self.adaptations:
+            adaptation.begin(self.trainer)
+
     def close(self) -> None:
         """Leave the model without a trace."""
+        self._divided_groups.restore()
+        for adaptation in self.adaptations:
+            adaptation.close()
         for tap in self._all_taps():
             tap.remove()
+
+    @property
+    def rate_schedule(self) -> Schedule | None:
+        """The learning-rate schedule that an adaptation brings instead of the Trainer's."""
+        brought = [a for a in self.adaptations if a.rate_schedule is not None]
+        if len(brought) > 1:
+            raise ValueError(
+                f"{' and '.join(a.name for a in brought)} each bring a learning-rate schedule; a "
+                "run has one. Give rate_schedule to one of them."
+            )
+        return brought[0].rate_schedule if brought else None
 
     def _all_taps(self) -> list[FeatureTap]:
         return [*self._taps.values(), *([self._outputs] if self._outputs else [])]
@@ -418,26 +440,44 @@ class AdaptationRun:
 
     # ---- around the optimizer step, logging, checkpoints ----
 
+    def before_step(self) -> None:
+        """An optimizer step begins."""
+        for adaptation in self.adaptations:
+            adaptation.before_step(self.trainer.state.global_step)
+
     def before_main_step(self) -> None:
-        """Check the terms and make the auxiliary gradients ready."""
-        self.guard.end_step(self.trainer.state.global_step)
+        """Check the terms, make the auxiliary gradients ready and set the model's rates."""
+        step = self.trainer.state.global_step
+        self.guard.end_step(step)
         if self.memory.optimizer is not None:
             for name, norm in self.memory.optimizer.before_main_step(self.trainer).items():
                 self.metrics.add(f"{name}/module_gradient_norm", norm)
+        assert self.trainer.optimizer is not None
+        self._divided_groups.apply(
+            self.trainer.optimizer, [a.rate_factors(step) for a in self.adaptations]
+        )
 
     def after_main_step(self) -> None:
-        """Step the auxiliary optimizer."""
+        """Take the model's own rates back and step the auxiliary optimizer."""
+        self._divided_groups.restore()
         if self.memory.optimizer is not None:
             if self._schedule is None:
-                self._schedule = base_schedule(self.trainer, self.trainer.state.max_steps)
+                self._schedule = base_schedule(self.trainer)
             self.memory.optimizer.after_main_step(self.trainer, self._schedule)
 
     def drain_metrics(self) -> dict[str, float]:
         """What to add to a training log."""
         metrics = self.metrics.drain()
         for adaptation in self.adaptations:
+            metrics.update(adaptation.logged())
+        for adaptation in self.adaptations:
             adaptation.on_log(metrics, self.progress)
         return metrics
+
+    def on_evaluate(self, metrics: Mapping[str, float]) -> None:
+        """An evaluation has ended."""
+        for adaptation in self.adaptations:
+            adaptation.on_evaluate(metrics, self.trainer.state.global_step)
 
 
 class RunCallback(TrainerCallback):
@@ -450,6 +490,20 @@ class RunCallback(TrainerCallback):
         """Tell the paired dataset its epoch (accelerate does not always)."""
         if self.run.data is not None:
             self.run.data.set_epoch(int(state.epoch or 0))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The model is wrapped, the optimizer made, a checkpoint loaded."""
+        self.run.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The micro-batches of an optimizer step follow."""
+        self.run.before_step()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """An evaluation during training has ended; nothing is saved yet."""
+        self.run.on_evaluate(metrics or {})
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The gradients are complete."""

@@ -162,6 +162,24 @@ class AdaptationMixin(_Base):
             self._adaptation_run.begin_step(samples[0])
         return samples
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The author's, unless an adaptation brings a learning-rate schedule."""
+        run = self._adaptation_run
+        schedule = None if run is None else run.rate_schedule
+        if schedule is None:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.lr_scheduler is not None:
+            raise ValueError(
+                "The Trainer was given a learning-rate scheduler in optimizers=, and an "
+                "adaptation brings a rate_schedule: a run has one. Drop one of the two."
+            )
+        assert self.optimizer is not None
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: schedule(min(1.0, step / max(1, num_training_steps)))
+        )
+        self._created_lr_scheduler = True  # so that the next train() makes its own
+        return self.lr_scheduler
+
     # ---- one step ----
 
     def compute_loss(

@@ -98,7 +98,9 @@ def schedule_of(folder, kind, options):
         lr_scheduler_kwargs=options,
         warmup_steps=WARMUP,
     )
-    return base_schedule(SimpleNamespace(_created_lr_scheduler=True, args=args), STEPS)
+    trainer = Trainer(bert(), args)
+    trainer.create_optimizer_and_scheduler(STEPS)
+    return base_schedule(trainer)
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -130,7 +132,7 @@ def test_base_schedule_ignores_a_groups_own_factor(tmp_path):
     trainer = Trainer(bert(), arguments(tmp_path, lr_scheduler_type="constant"))
     trainer.create_optimizer_and_scheduler(STEPS)
     trainer.optimizer.param_groups[0]["lr"] = 0.0
-    assert base_schedule(trainer, STEPS)(5) == 1.0
+    assert base_schedule(trainer)(5) == 1.0
 
 
 def test_authors_own_schedule_is_read_off_the_optimizer(tmp_path):
@@ -140,7 +142,7 @@ def test_authors_own_schedule_is_read_off_the_optimizer(tmp_path):
     trainer = Trainer(
         model, arguments(tmp_path, learning_rate=9.0), optimizers=(optimizer, scheduler)
     )
-    factor = base_schedule(trainer, STEPS)
+    factor = base_schedule(trainer)
     assert factor(0) == 1.0
     optimizer.step()
     scheduler.step()
@@ -150,13 +152,18 @@ def test_authors_own_schedule_is_read_off_the_optimizer(tmp_path):
 def test_schedule_that_reacts_to_a_metric_is_read_off_the_optimizer(tmp_path):
     args = arguments(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
     group = {"lr": args.learning_rate / 4, "initial_lr": args.learning_rate}
-    trainer = SimpleNamespace(
-        _created_lr_scheduler=True, args=args, optimizer=SimpleNamespace(param_groups=[group])
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau.__new__(
+        torch.optim.lr_scheduler.ReduceLROnPlateau
     )
-    assert base_schedule(trainer, STEPS)(5) == pytest.approx(0.25)
+    trainer = SimpleNamespace(
+        args=args, optimizer=SimpleNamespace(param_groups=[group]), lr_scheduler=scheduler
+    )
+    assert base_schedule(trainer)(5) == pytest.approx(0.25)
 
 
 def test_a_rate_of_0_gives_a_factor_of_0(tmp_path):
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
-    trainer = SimpleNamespace(args=arguments(tmp_path, learning_rate=0.0), optimizer=optimizer)
-    assert base_schedule(trainer, STEPS)(0) == 0.0
+    trainer = SimpleNamespace(
+        args=arguments(tmp_path, learning_rate=0.0), optimizer=optimizer, lr_scheduler=None
+    )
+    assert base_schedule(trainer)(0) == 0.0
