@@ -8,22 +8,47 @@ from hf_adapt.alignment import (
 )
 from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.callback import AdaptationCallback, adapt
-from hf_adapt.engine.progress import dann_ramp, linear_ramp
+from hf_adapt.engine.progress import dann_ramp, linear_ramp, slanted_triangular
 from hf_adapt.engine.trainer import AdaptationMixin, AdaptationTrainer
+from hf_adapt.unfreezing import (
+    LPFT,
+    FreezeOnly,
+    GradualUnfreezing,
+    GradualUnfreezingCallback,
+    Phase,
+    Plateau,
+    RandomLayers,
+    Surgical,
+    UnfreezingPlan,
+    layer_groups,
+    unfreezing_plan,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DANN",
+    "LPFT",
     "MMD",
     "Adaptation",
     "AdaptationCallback",
     "AdaptationMixin",
     "AdaptationTrainer",
     "DomainAdversarialCallback",
+    "FreezeOnly",
+    "GradualUnfreezing",
+    "GradualUnfreezingCallback",
     "InformationMaximization",
     "Objective",
+    "Phase",
+    "Plateau",
+    "RandomLayers",
+    "Surgical",
+    "UnfreezingPlan",
     "adapt",
     "dann_ramp",
+    "layer_groups",
     "linear_ramp",
+    "slanted_triangular",
+    "unfreezing_plan",
 ]

@@ -38,6 +38,8 @@ class Adaptation:
         learning_rate: Peak learning rate of its auxiliary modules; it follows the run's own
             learning-rate schedule.
         module: What `build_modules` returned; the engine sets, trains and stores it.
+        freezes: Whether it may freeze parts of the model for a while; features may then have no
+            gradient.
         rate_schedule: A learning-rate schedule that takes the place of the Trainer's (a function
             of progress from 0 to 1).
     """
@@ -47,6 +49,7 @@ class Adaptation:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     module: nn.Module | None = None
+    freezes: bool = False
     rate_schedule: Schedule | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

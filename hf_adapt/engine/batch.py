@@ -97,6 +97,7 @@ class Layout:
         module_of: The module behind each feature layer, or why there is none.
         token_features: Ids of the modules whose output has one vector per token.
         token_logits: Whether the model predicts per token rather than per row.
+        may_be_frozen: Whether an adaptation freezes parts of the model for a while.
     """
 
     model: nn.Module
@@ -104,6 +105,7 @@ class Layout:
     module_of: dict[str | None, nn.Module | ValueError] = field(default_factory=dict)
     token_features: set[int] = field(default_factory=set)
     token_logits: bool = False
+    may_be_frozen: bool = False
 
     def learn(self, parts: list[Part]) -> None:
         """Take the number of dimensions from a first forward."""
@@ -261,7 +263,8 @@ class Batch(Rows):
         if not torch.is_grad_enabled():
             return hidden
         if not hidden.requires_grad:
-            if any(p.requires_grad for p in self.model.parameters()):
+            frozen_for_now = self._layout.may_be_frozen
+            if not frozen_for_now and any(p.requires_grad for p in self.model.parameters()):
                 name = self._objective.name if self._objective else "objective"
                 raise ValueError(
                     f"The feature layer of {name!r} gave a tensor without a gradient, so the term "

@@ -111,7 +111,11 @@ class AdaptationRun:
         self._schedule: Callable[[int], float] | None = None
         self._totals: dict[str, torch.Tensor] = {}
         self._label_total: torch.Tensor | None = None
-        self._layout = Layout(self.model, 1 if data is None else data.num_domains)
+        self._layout = Layout(
+            self.model,
+            1 if data is None else data.num_domains,
+            may_be_frozen=any(a.freezes for a in adaptations),
+        )
         self._taps: dict[int, FeatureTap] = {}
         self._outputs: FeatureTap | None = None
         self._divided_groups = DividedGroups()

@@ -1,0 +1,141 @@
+"""The command line: `hf-adapt schedule MODEL`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from transformers import AutoConfig
+
+from hf_adapt.unfreezing import LPFT, Gradual, UnfreezingSchedule, unfreezing_plan
+from hf_adapt.unfreezing.phases import Moment
+
+app = typer.Typer(
+    help="Domain adaptation and knowledge transfer for the Hugging Face Trainer.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+class Task(enum.StrEnum):
+    """What a model's head is for."""
+
+    sequence_classification = "sequence-classification"
+    token_classification = "token-classification"
+    question_answering = "question-answering"
+    masked_lm = "masked-lm"
+    causal_lm = "causal-lm"
+    seq2seq_lm = "seq2seq-lm"
+    image_classification = "image-classification"
+    audio_classification = "audio-classification"
+    none = "none"
+
+
+HEADS = {
+    Task.sequence_classification: "AutoModelForSequenceClassification",
+    Task.token_classification: "AutoModelForTokenClassification",
+    Task.question_answering: "AutoModelForQuestionAnswering",
+    Task.masked_lm: "AutoModelForMaskedLM",
+    Task.causal_lm: "AutoModelForCausalLM",
+    Task.seq2seq_lm: "AutoModelForSeq2SeqLM",
+    Task.image_classification: "AutoModelForImageClassification",
+    Task.audio_classification: "AutoModelForAudioClassification",
+    Task.none: "AutoModel",
+}
+
+
+class Preset(enum.StrEnum):
+    """Schedules by name."""
+
+    gradual = "gradual"
+    lp_ft = "lp-ft"
+
+
+class Direction(enum.StrEnum):
+    """Where unfreezing starts."""
+
+    top_down = "top_down"
+    bottom_up = "bottom_up"
+
+
+@app.callback()
+def _main() -> None:
+    """Domain adaptation and knowledge transfer for the Hugging Face Trainer."""
+
+
+@app.command()
+def schedule(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its id on the hub.")],
+    task: Annotated[
+        Task | None, typer.Option(help="The head; by default the model's own.", show_default=False)
+    ] = None,
+    preset: Annotated[Preset, typer.Option(help="Which schedule.")] = Preset.gradual,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the run.", min=1)] = None,
+    every_steps: Annotated[int | None, typer.Option(help="Steps of a phase.", min=1)] = None,
+    every_epochs: Annotated[float | None, typer.Option(help="Epochs of a phase.")] = None,
+    direction: Annotated[Direction, typer.Option(help="Start here.")] = Direction.top_down,
+    until: Annotated[str | None, typer.Option(help="The last group to be unfrozen.")] = None,
+    switch: Annotated[str, typer.Option(help="lp-ft: when everything trains.")] = "50%",
+    layer_decay: Annotated[
+        float | None, typer.Option(help="Learning rate of a level relative to the one above.")
+    ] = None,
+    rewarm_steps: Annotated[
+        int, typer.Option(help="Warm-up steps of a newly unfrozen group.", min=0)
+    ] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan here, as YAML.")
+    ] = None,
+) -> None:
+    """Print when each layer group of MODEL trains, and what a step then costs.
+
+    Only the configuration is read, not the weights.
+    """
+    try:
+        chosen: UnfreezingSchedule = (
+            LPFT(Moment.parse(switch))
+            if preset is Preset.lp_ft
+            else Gradual(every_steps, every_epochs, direction.value, until)
+        )
+        plan = unfreezing_plan(
+            _empty_model(model, task),
+            schedule=chosen,
+            max_steps=steps,
+            layer_decay=layer_decay,
+            rewarm_steps=rewarm_steps,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(str(plan))
+    if output is not None:
+        plan.save(output)
+        typer.echo(
+            f"\nWritten to {output}. Edit it, and: "
+            f'trainer.add_callback(GradualUnfreezingCallback("{output}"))'
+        )
+
+
+def _empty_model(name: str, task: Task | None) -> Any:
+    """The model without weights, on the meta device."""
+    config = AutoConfig.from_pretrained(name)
+    if task is not None:
+        factory: Any = getattr(transformers, HEADS[task]).from_config
+    else:
+        named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+        found = getattr(transformers, named, None)
+        if found is None:
+            raise ValueError(
+                f"{name} names the class {named!r}, which transformers {transformers.__version__} "
+                f"does not have. Pass --task: {', '.join(Task)}."
+            )
+        factory = found.from_config if found is transformers.AutoModel else found
+    with torch.device("meta"):
+        return factory(config)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,39 @@
+"""Gradual unfreezing and layer-wise learning rates."""
+
+from hf_adapt.unfreezing.gradual import (
+    GradualUnfreezing,
+    GradualUnfreezingCallback,
+    unfreezing_plan,
+)
+from hf_adapt.unfreezing.layers import LayerGroup, Stack, find_stacks, layer_groups
+from hf_adapt.unfreezing.phases import Moment, Phase
+from hf_adapt.unfreezing.plan import UnfreezingPlan
+from hf_adapt.unfreezing.schedules import (
+    LPFT,
+    FreezeOnly,
+    Gradual,
+    Plateau,
+    RandomLayers,
+    Surgical,
+    UnfreezingSchedule,
+)
+
+__all__ = [
+    "LPFT",
+    "FreezeOnly",
+    "Gradual",
+    "GradualUnfreezing",
+    "GradualUnfreezingCallback",
+    "LayerGroup",
+    "Moment",
+    "Phase",
+    "Plateau",
+    "RandomLayers",
+    "Stack",
+    "Surgical",
+    "UnfreezingPlan",
+    "UnfreezingSchedule",
+    "find_stacks",
+    "layer_groups",
+    "unfreezing_plan",
+]

@@ -1,0 +1,117 @@
+"""What a phase costs: predicted time and memory of a step, relative to full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.unfreezing.layers import LayerGroup
+
+WEIGHT, GRADIENT, MOMENTS = 1.0, 1.0, 2.0
+"""Numbers held per parameter: its value, its gradient, AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """The size of a layer group.
+
+    Attributes:
+        level: Its place from the bottom.
+        parameters: Its trainable parameters.
+        work: Multiplications per token of its forward, in parameters: the weights of matrix
+            products, also those that do not train (under adapters); embeddings only look up.
+        trained_work: The part of `work` whose weights can train.
+    """
+
+    level: int
+    parameters: int
+    work: float
+    trained_work: float
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """A step of a phase, relative to one in which every group trains.
+
+    Attributes:
+        parameters: How many parameters train.
+        time: Forward and backward; the head-to-bottom part of the backward ends at the lowest
+            group that trains.
+        memory: Weights, gradients and AdamW's moments.
+        activations: What the forward keeps for the backward.
+    """
+
+    parameters: int
+    time: float
+    memory: float
+    activations: float
+
+
+def group_costs(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, GroupCost]:
+    """Measure the groups of a model, from the shapes of its weights alone.
+
+    Frozen weights are counted to the group whose module they lie in, or to the bottom.
+    """
+    parameters = dict(model.named_parameters())
+    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    group_of = {name: group.name for group in groups for name in group.parameters}
+    work = {group.name: 0.0 for group in groups}
+    trained = dict(work)
+    sizes = {group.name: 0 for group in groups}
+    place: dict[str, str] = {}  # module path -> the group of the nearest trainable parameter in it
+    for name, group in group_of.items():
+        parts = name.split(".")
+        for i in range(len(parts) - 1, 0, -1):
+            place.setdefault(".".join(parts[:i]), group)
+    for name, parameter in parameters.items():
+        owner = group_of.get(name)
+        if owner is None:
+            parts = name.split(".")
+            paths = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
+            owner = next((place[path] for path in paths if path in place), groups[0].name)
+        products = parameter.numel() if parameter.ndim >= 2 and id(parameter) not in lookups else 0
+        work[owner] += products
+        if name in group_of:
+            trained[owner] += products
+            sizes[owner] += parameter.numel()
+    base = unwrapped_base(model)
+    output = getattr(base, "get_output_embeddings", lambda: None)()
+    weight = getattr(output, "weight", None)
+    if weight is not None and id(weight) in lookups:
+        work[groups[-1].name] += weight.numel()  # a tied output layer multiplies after all
+    return {
+        group.name: GroupCost(group.level, sizes[group.name], work[group.name], trained[group.name])
+        for group in groups
+    }
+
+
+def phase_cost(costs: Mapping[str, GroupCost], trained: frozenset[str]) -> PhaseCost:
+    """The cost of a step in which `trained` train.
+
+    Time is counted in passes over the weights: one forward; in the backward one for the gradient
+    of each layer's input, down to the lowest group that trains, and one for each weight's own.
+
+    Example:
+        >>> layers = {f"layer.{i}": GroupCost(i, 100, 100.0, 100.0) for i in range(12)}
+        >>> cost = phase_cost(layers, frozenset(["layer.9", "layer.10", "layer.11"]))
+        >>> round(cost.time, 2), cost.parameters  # F + B (1 - 9/12), with B = 2 F
+        (0.5, 300)
+    """
+
+    def units(names: frozenset[str]) -> tuple[float, float, float]:
+        lowest = min((costs[name].level for name in names), default=0)
+        forward = sum(c.work for c in costs.values())
+        above = sum(c.work for c in costs.values() if c.level >= lowest)
+        own = sum(costs[name].trained_work for name in names)
+        size = sum(costs[name].parameters for name in names)
+        everything = sum(c.parameters for c in costs.values())
+        states = WEIGHT * everything + (GRADIENT + MOMENTS) * size
+        return forward + above + own, states, above
+
+    whole = units(frozenset(costs))
+    part = units(trained)
+    time, memory, kept = (p / w if w else 1.0 for p, w in zip(part, whole, strict=True))
+    return PhaseCost(sum(costs[name].parameters for name in trained), time, memory, kept)

@@ -1,0 +1,539 @@
+"""Ordered layer groups of any model, bottom to top: what is unfrozen or learns alike."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_List = nn.ModuleList | nn.Sequential
+Kind = Literal["embeddings", "layer", "norm", "head", "other"]
+Groups = Mapping[str, str | Sequence[str]] | Sequence["str | Sequence[str] | LayerGroup"]
+
+_EMBEDDING = re.compile(
+    r"embed|^rel(ative)?_(pos|att)|^pos(ition)?_(emb|bias)|^per_layer|prompt|tokens?$"
+)
+_INPUT_CONVOLUTION = re.compile(r"embed|feature_extractor|conv_layers")
+_BRIDGE = re.compile(
+    r"multi_?modal|enc_to_dec|image_to_text|connector|aligner|resampler|^(mm_)?projector$"
+)
+_HEAD = re.compile(r"lm_head|score|fc|qa_outputs|\w*classifier|(text|visual|audio)_projection")
+_LATE = re.compile(r"(^|_)(final|post|last|out|pooler)(_|$)|ln_f|norm_f")
+# Where neither the order of registration nor the name tells where the forward uses a module.
+_EXCEPTIONS = (
+    # Normalises the relative position embeddings, not the output of the layers.
+    (re.compile(r"Deberta(V2)?Encoder\.LayerNorm"), "embeddings"),
+    # Runs beside the first layer and is added to its output.
+    (re.compile(r"DebertaV2Encoder\.conv"), "bottom"),
+    # Registered before the layers and applied after them, unlike in other encoders.
+    (re.compile(r"\w+EncoderStableLayerNorm\.layer_norm|\w+ConformerEncoder\.layer_norm"), "norm"),
+    (re.compile(r"T5Gemma\w*(En|De)coder\.norm"), "norm"),
+    # Registered after the layers and applied before them.
+    (re.compile(r"Qwen3\w+Encoder\.conv\w+"), "embeddings"),
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers that follow one another.
+
+    Args:
+        path: Module name of the list, such as `"bert.encoder.layer"`.
+        tower: `""` if the model has one stack, else a short name that tells its stacks apart, such
+            as `"encoder"` and `"decoder"`.
+        layers: Module names of the layers, bottom first.
+    """
+
+    path: str
+    tower: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Trainable parameters that are unfrozen together and share a learning rate.
+
+    Args:
+        name: `"embeddings"`, `"layer.0"`, …, `"norm"`, `"head"`; with several towers the tower
+            comes first: `"encoder.layer.0"`.
+        parameters: Names as in `model.named_parameters()`.
+        kind: What the group is.
+        tower: The tower it stands in, `""` for none.
+        level: 0 is the bottom. A final norm has the level of the top layer.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    kind: Kind
+    tower: str
+    level: int
+
+
+class _Place(NamedTuple):
+    """Where a parameter belongs; places of one `level` are unfrozen together."""
+
+    level: tuple[int, int, int]  # tower, (embeddings, layer, bridge), index
+    kind: Kind
+    tower: str
+    name: str
+
+
+def matches(pattern: str, name: str) -> bool:
+    r"""Whether a pattern holds a module or parameter.
+
+    Args:
+        pattern: The name of a module or parameter, or a regular expression for the whole name.
+        name: The name of a parameter (or module).
+
+    Returns:
+        True if `pattern` is the name or a module above it, or fully matches it.
+
+    Raises:
+        ValueError: If the pattern is no valid regular expression.
+
+    Example:
+        >>> [matches("layer.1", name) for name in ("layer.1", "layer.1.weight", "layer.10.weight")]
+        [True, True, False]
+        >>> matches(r".*\.bias", "layer.1.bias")
+        True
+    """
+    if name == pattern or name.startswith(f"{pattern}."):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(
+            f"The pattern {pattern!r} is neither the name of a module or parameter nor a valid "
+            f"regular expression ({error}). Name a module as `named_modules()` does, or correct "
+            "the expression."
+        ) from error
+
+
+def _under(name: str, module: str) -> bool:
+    return not module or name == module or name.startswith(f"{module}.")
+
+
+def _prefixes(name: str) -> list[str]:
+    """The names of the modules around a name, the whole model ("") first, and the name itself."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    kept: list[str] = []
+    for path in paths:  # a module comes before those inside it
+        if not any(_under(path, outer) for outer in kept):
+            kept.append(path)
+    return kept
+
+
+def _classes(layers: nn.Module) -> set[type[nn.Module]]:
+    """The classes of a list's members, looking into PEFT's `modules_to_save`."""
+    originals = (getattr(layer, "original_module", layer) for layer in layers.children())
+    return {type(layer) for layer in originals}
+
+
+def _checkpointed(layers: nn.Module) -> bool:
+    return all(issubclass(cls, GradientCheckpointingLayer) for cls in _classes(layers))
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The model's towers of layers, in the order of registration.
+
+    A stack is an outermost `ModuleList` (or `Sequential`) of `GradientCheckpointingLayer`s or, in
+    a base model that has none, of at least two modules of one class: a stage is a layer. ALBERT,
+    whose depth shares one set of weights, is a stack of one layer. Frozen stacks count, so that
+    the names do not depend on what is frozen.
+
+    Args:
+        model: Any model; a PEFT model is looked through.
+
+    Returns:
+        The stacks; empty if there is none.
+
+    Example:
+        >>> layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        >>> find_stacks(nn.ModuleDict({"embed": nn.Embedding(9, 4), "layers": layers}))
+        [Stack(path='layers', tower='', layers=('layers.0', 'layers.1'))]
+    """
+    modules = dict(model.named_modules())
+    lists = {
+        path: module
+        for path, module in modules.items()
+        if isinstance(module, _List)
+        and not isinstance(module, ParametrizationList)
+        and any(True for _ in module.parameters())
+    }
+    paths = _towers([path for path in lists if _checkpointed(lists[path])], lists)
+    parts = _parts_without(paths, modules)
+    alike = [
+        path
+        for path, layers in lists.items()
+        if len(_classes(layers)) == 1 and any(_under(path, part) for part in parts)
+    ]
+    several = [path for path in alike if len(lists[path]) > 1]
+    paths += _without_twins(_towers(several if several or paths else alike, lists), lists)
+    paths.sort(key=list(modules).index)
+    names = _tower_names(paths)
+    return [
+        Stack(path, names[path], tuple(f"{path}.{i}".strip(".") for i in range(len(lists[path]))))
+        for path in paths
+    ]
+
+
+def _towers(paths: Sequence[str], lists: Mapping[str, _List]) -> list[str]:
+    """The outermost lists: stages rather than their blocks, layers rather than convolutions."""
+
+    def lifted(path: str) -> str:
+        for outer in _prefixes(path)[:-1]:
+            if outer in lists and len(lists[outer]) > 1 and len(_classes(lists[outer])) == 1:
+                if not isinstance(lists[outer][0], PreTrainedModel):
+                    return outer
+        return path
+
+    outer = _outermost(dict.fromkeys(map(lifted, paths)))
+    layers = [p for p in outer if not _INPUT_CONVOLUTION.search(".".join(p.split(".")[-2:]))]
+    return layers or outer
+
+
+def _parts_without(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The base models that hold none of the stacks found; a head is no base model."""
+    names = {id(module): name for name, module in modules.items()}
+    bases = {
+        name: names.get(id(module.base_model), name)
+        for name, module in modules.items()
+        if isinstance(module, PreTrainedModel)
+    }
+    if not bases:
+        return [] if paths else [""]
+    parts = [
+        part
+        for part in bases
+        if not any(_under(path, part) for path in paths)
+        and all(_under(part, bases[name]) for name in bases if name != part and _under(part, name))
+    ]
+    return [bases[part] for part in _outermost(parts)]
+
+
+def _without_twins(paths: Sequence[str], lists: Mapping[str, _List]) -> list[str]:
+    """One list of those that stand side by side and are run through together (XLM, SegFormer)."""
+    first: dict[object, str] = {}
+    for path in paths:
+        parent, _, own = path.rpartition(".")
+        together = isinstance(lists[path], nn.ModuleList) and "coder" not in own
+        first.setdefault((parent, len(lists[path])) if together else path, path)
+    return list(first.values())
+
+
+def _tower_names(paths: Sequence[str]) -> dict[str, str]:
+    """Short names that tell the paths apart: their first parts that differ."""
+    if len(paths) == 1:
+        return {paths[0]: ""}
+    parts = {path: path.split(".") for path in paths}
+    depth = 0
+    while paths and len({".".join(part[: depth + 1]) for part in parts.values()}) == 1:
+        depth += 1
+    names: dict[str, str] = {}
+    for first in dict.fromkeys(part[depth] for part in parts.values()):
+        rest = {".".join(p[depth + 1 :]): path for path, p in parts.items() if p[depth] == first}
+        for tail, name in _tower_names(list(rest)).items():
+            names[rest[tail]] = f"{first}.{name}".strip(".")
+    return names
+
+
+class _Layout:
+    """Where each parameter of a model belongs, relative to its stacks."""
+
+    def __init__(self, model: nn.Module, stacks: Sequence[Stack]) -> None:
+        self.stacks = stacks
+        self.modules = dict(model.named_modules())
+        self.order = {name: position for position, name in enumerate(self.modules)}
+        self.lists = {stack.path: index for index, stack in enumerate(stacks)}
+        self.around = {name for stack in stacks for name in _prefixes(stack.path)}
+        self.head_owners = self._above_base(model)
+
+    def _unit(self, name: str) -> tuple[str, str]:
+        """The outermost module around a parameter that holds no stack, and that module's owner."""
+        names = _prefixes(name)
+        end = next(i for i, prefix in enumerate(names) if prefix not in self.around)
+        return names[end], names[end - 1]
+
+    def _scope(self, owner: str) -> list[int]:
+        return [i for i, stack in enumerate(self.stacks) if _under(stack.path, owner)]
+
+    def _pretrained(self, name: str) -> bool:
+        """Whether a module of transformers holds it."""
+        return any(isinstance(self.modules.get(n), PreTrainedModel) for n in _prefixes(name))
+
+    def _above_base(self, model: nn.Module) -> set[str]:
+        """Modules around a stack whose other children are heads."""
+        owners = set()
+        for name in self.around - self.lists.keys():
+            module, scope = self.modules[name], self._scope(name)
+            if isinstance(module, PreTrainedModel):
+                if module.base_model is not module:
+                    owners.add(name)
+            elif len(scope) == 1 and not self._pretrained(name):
+                if self._pretrained(self.stacks[scope[0]].path):
+                    owners.add(name)  # a user's own module around a base model, or PEFT's
+        if len(self.stacks) == 1:  # heads beside an encoder that is no `base_model` (Whisper)
+            units = [self._unit(name) for name, _ in model.named_parameters()]
+            beside = [
+                (unit, owner)
+                for unit, owner in units
+                if unit in self.modules and owner not in owners | self.lists.keys()
+            ]
+            inputs = [owner for unit, owner in beside if _EMBEDDING.search(unit.rpartition(".")[2])]
+            for owner in sorted([owner for _, owner in beside[:1]] + inputs, key=len)[:1]:
+                owners |= set(_prefixes(owner)[:-1])
+        return owners
+
+    def place(self, name: str) -> _Place:
+        """Where one parameter belongs."""
+        unit, owner = self._unit(name)
+        own = unit.rpartition(".")[2]
+        if owner in self.lists:
+            tower = self.lists[owner]
+            return self._layer(tower, self.stacks[tower].layers.index(unit))
+        scope = self._scope(owner)
+        if owner in self.head_owners:
+            return self._embeddings(scope) if "prompt" in own else self._head()
+        if self._twin(unit, scope):
+            return self._layer(scope[0], int(name.removeprefix(f"{unit}.").split(".")[0]))
+        rule = f"{type(self.modules[owner]).__name__}.{own}"
+        special = next((where for known, where in _EXCEPTIONS if known.fullmatch(rule)), None)
+        if special == "bottom":
+            return self._layer(scope[0], 0)
+        if special == "norm":
+            return self._norm(scope[0])
+        if special or _EMBEDDING.search(own):
+            return self._embeddings(scope)
+        if len(scope) > 1:
+            return self._between(unit, own, scope)
+        return self._in_tower(unit, own, scope)
+
+    def _twin(self, unit: str, scope: list[int]) -> bool:
+        """Whether a list has one member for each layer, run through together with it."""
+        stack, module = self.stacks[scope[0]], self.modules.get(unit)
+        return (
+            len(scope) == 1
+            and isinstance(module, nn.ModuleList)
+            and len(module) == len(stack.layers) > 1
+            and not _checkpointed(self.modules[stack.path])
+        )
+
+    def _between(self, unit: str, own: str, scope: list[int]) -> _Place:
+        """A module that stands beside several towers."""
+        if unit not in self.modules or _HEAD.fullmatch(own) or own == "head":
+            return self._head()
+        below = [i for i in scope if self.order[self.stacks[i].path] < self.order[unit]]
+        if below == scope and _BRIDGE.search(own):  # registered after the towers it stands between
+            below = scope[:-1]
+        if not below:
+            return self._embeddings(scope)
+        if below[-1] == len(self.stacks) - 1:
+            return self._head()
+        tower = self._common_tower(scope)
+        level = (below[-1], 2, self.order[unit])
+        return _Place(level, "other", tower, f"{tower}.{own}".strip("."))
+
+    def _in_tower(self, unit: str, own: str, scope: list[int]) -> _Place:
+        """A module beside the layers of one tower."""
+        (tower,) = scope
+        stack = self.stacks[tower]
+        if _HEAD.fullmatch(own):
+            return self._head()
+        module = self.modules.get(unit)
+        before = self.order.get(unit, 0) < self.order[stack.path]
+        if before and not _LATE.search(own):
+            return self._embeddings(scope)
+        if module is not None and _is_norm(module):
+            return self._norm(tower)
+        last = tower == len(self.stacks) - 1
+        if last and "pool" not in own and not self._pretrained(stack.path):
+            return self._head()
+        return self._layer(tower, len(stack.layers) - 1)
+
+    def _named(self, tower: int, name: str) -> tuple[str, str]:
+        prefix = self.stacks[tower].tower
+        return prefix, f"{prefix}.{name}".strip(".")
+
+    def _layer(self, tower: int, index: int) -> _Place:
+        return _Place((tower, 1, index), "layer", *self._named(tower, f"layer.{index}"))
+
+    def _norm(self, tower: int) -> _Place:
+        top = len(self.stacks[tower].layers) - 1
+        return _Place((tower, 1, top), "norm", *self._named(tower, "norm"))
+
+    def _embeddings(self, scope: list[int]) -> _Place:
+        tower = self._common_tower(scope)
+        return _Place((scope[0], 0, 0), "embeddings", tower, f"{tower}.embeddings".strip("."))
+
+    def _head(self) -> _Place:
+        return _Place((len(self.stacks), 0, 0), "head", "", "head")
+
+    def _common_tower(self, scope: list[int]) -> str:
+        names = [_prefixes(self.stacks[i].tower) for i in scope]
+        return max(set(names[0]).intersection(*names[1:]), key=len)
+
+
+def layer_groups(model: nn.Module, groups: Groups | None = None) -> list[LayerGroup]:
+    """The trainable parameters of a model, divided into layer groups from bottom to top.
+
+    Each trainable parameter is in exactly one group. A tied weight counts once, under its first
+    name, in the lowest group it has a place in: a head tied to the embeddings is embeddings.
+    Embeddings that towers share have the level of the first tower's own. What stands above a
+    tower's layers (a pooler, a projection) goes with its top layer, and what stands between towers
+    (a multi-modal projector) is a group of its own. Frozen parameters are in no group, and
+    a group that would be empty is left out.
+
+    Args:
+        model: Any model; the adapters of a PEFT model stand in the group of their layer.
+        groups: None to find the groups, or the groups from bottom to top: a mapping from a group's
+            name to a pattern or several (see `matches`), or a sequence of patterns, of lists of
+            patterns or of `LayerGroup`s. Each has its own level.
+
+    Returns:
+        The groups, bottom first.
+
+    Raises:
+        ValueError: If nothing is trainable, no stack of layers is found, or `groups` are not a
+            division of the trainable parameters.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2ForSequenceClassification
+        >>> config = GPT2Config(vocab_size=8, n_embd=4, n_layer=2, n_head=1)
+        >>> model = GPT2ForSequenceClassification(config)
+        >>> [(group.name, group.level) for group in layer_groups(model)]
+        [('embeddings', 0), ('layer.0', 1), ('layer.1', 2), ('norm', 2), ('head', 3)]
+        >>> groups = layer_groups(model, {"body": "transformer", "head": "score"})
+        >>> groups[1].parameters
+        ('score.weight',)
+    """
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: expected some with "
+            "requires_grad=True. Divide the layers into groups before freezing them."
+        )
+    if groups is not None:
+        return _given_groups(model, trainable, groups)
+    stacks = find_stacks(model)
+    if not stacks:
+        raise ValueError(
+            f"No stack of layers in {type(model).__name__}: looked for a ModuleList or Sequential "
+            "of GradientCheckpointingLayer, or of two or more modules of one class. Pass "
+            "groups={name: pattern, …}, bottom first, for example with "
+            f"{_few([name for name, _ in model.named_children()])}."
+        )
+    layout = _Layout(model, stacks)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    members: dict[_Place, list[str]] = {}
+    for tied in names.values():
+        place = min((layout.place(name) for name in tied), key=lambda place: place.level)
+        members.setdefault(place, []).append(tied[0])
+    levels = sorted({place.level for place in members})
+    return [
+        LayerGroup(
+            place.name, tuple(members[place]), place.kind, place.tower, levels.index(place.level)
+        )
+        for place in sorted(
+            members, key=lambda place: (place.level, place.kind == "norm", len(place.name))
+        )
+    ]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether all its parameters are those of norms."""
+    owners = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+    return bool(owners) and all("norm" in type(owner).__name__.lower() for owner in owners)
+
+
+def _few(names: Sequence[str], number: int = 5) -> str:
+    more = f" and {len(names) - number} more" if len(names) > number else ""
+    return ", ".join(map(repr, names[:number])) + more
+
+
+def _given_groups(model: nn.Module, trainable: list[str], groups: Groups) -> list[LayerGroup]:
+    """The user's groups, checked to be a division of the trainable parameters."""
+    made, holder = [], dict[str, str]()
+    for level, (name, patterns, kind) in enumerate(_entries(groups)):
+        held = [p for p in trainable if any(matches(pattern, p) for pattern in patterns)]
+        for pattern in patterns:
+            if not any(matches(pattern, p) for p in trainable):
+                raise ValueError(_matches_nothing(model, name, pattern))
+        if twice := [p for p in held if p in holder]:
+            raise ValueError(
+                f"The groups {holder[twice[0]]!r} and {name!r} both hold {_few(twice, 1)}: "
+                "expected each trainable parameter in one group. Make the patterns disjoint."
+            )
+        holder.update(dict.fromkeys(held, name))
+        made.append(LayerGroup(name, tuple(held), kind, "", level))
+    if strays := [p for p in trainable if p not in holder]:
+        raise ValueError(
+            f"{len(strays)} of {len(trainable)} trainable parameters are in no group: "
+            f"{_few(strays)}. Expected the groups to cover all: add them to a group, or freeze "
+            "them with requires_grad=False if they are not to learn."
+        )
+    return made
+
+
+def _entries(groups: Groups) -> list[tuple[str, Sequence[str], Kind]]:
+    """Name, patterns and kind of each group given."""
+    if isinstance(groups, str) or not groups:
+        raise ValueError(
+            f"groups={groups!r}: expected a mapping from names to patterns, or a sequence of "
+            "patterns, with at least one group. Pass groups={'all': '.*'} for a single one."
+        )
+    pairs: Iterable[tuple[str, str | Sequence[str] | LayerGroup]] = (
+        groups.items()
+        if isinstance(groups, Mapping)
+        else ((g if isinstance(g, str) else f"group.{i}", g) for i, g in enumerate(groups))
+    )
+    entries: list[tuple[str, Sequence[str], Kind]] = []
+    for name, given in pairs:
+        if isinstance(given, LayerGroup):
+            entries.append((given.name, given.parameters, given.kind))
+        else:
+            patterns = [given] if isinstance(given, str) else list(given)
+            entries.append((name, patterns, _kind_named(name)))
+    names = [name for name, _, _ in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two groups have one name: found {_few(names)}; rename one of them.")
+    return entries
+
+
+def _kind_named(name: str) -> Kind:
+    """The kind of a group that has the name of a found one."""
+    own = re.sub(r"(^|\.)layer\.\d+$", ".layer", name).rpartition(".")[2]
+    return cast(Kind, own) if own in ("embeddings", "layer", "norm", "head") else "other"
+
+
+def _matches_nothing(model: nn.Module, group: str, pattern: str) -> str:
+    """What to say of a pattern that no trainable parameter matches."""
+    message = f"In the group {group!r}, the pattern {pattern!r} matches no trainable parameter: "
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if frozen := [name for name in every if matches(pattern, name)]:
+        message += f"{_few(frozen, 3)} are frozen (requires_grad=False)"
+        if hasattr(model, "peft_config"):
+            return message + (
+                ". They are base weights, which the adapter checkpoint does not hold: to train "
+                "them, name their module in `modules_to_save=[...]` of the PEFT config."
+            )
+        return message + ". Unfreeze them before the groups are made, or leave the pattern out."
+    known = [name for name, _ in model.named_modules() if name] + every
+    near = difflib.get_close_matches(pattern, known, n=5, cutoff=0.3)
+    return message + (
+        f"expected the name of a module or parameter, or a regular expression for the whole name "
+        f"of a parameter (such as '.*\\.bias'). Near names: {', '.join(near) or 'none'}."
+    )

@@ -1,0 +1,184 @@
+"""When each layer group trains: moments, phases, and the timeline they make of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["step", "percent", "epoch", "plateau"]
+
+_MOMENT = re.compile(
+    r"(?P<amount>\d+(\.\d+)?(e-?\d+)?)\s*(?P<unit>%|epochs?|steps?)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point in training: an optimizer step, a share of the run, an epoch, or "on a plateau".
+
+    Attributes:
+        amount: How many of the unit have passed; 0 for a plateau.
+        unit: `"step"`, `"percent"`, `"epoch"` or `"plateau"`.
+    """
+
+    amount: float
+    unit: Unit = "step"
+
+    @classmethod
+    def parse(cls, value: int | str | Moment) -> Moment:
+        """Read a moment as a person writes it.
+
+        Args:
+            value: `120` (optimizer steps), `"25%"`, `"1.5 epochs"`, `"120 steps"` or `"plateau"`.
+
+        Raises:
+            ValueError: If it is none of these.
+
+        Example:
+            >>> Moment.parse("25%")
+            Moment(amount=25.0, unit='percent')
+            >>> str(Moment.parse(120)), str(Moment.parse("1.5 epochs"))
+            ('120', '1.5 epochs')
+        """
+        if isinstance(value, Moment):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return cls(value)
+        text = str(value).strip()
+        if text == "plateau":
+            return cls(0, "plateau")
+        if isinstance(value, str) and text.isdecimal():
+            return cls(int(text))
+        found = _MOMENT.fullmatch(text)
+        if found is None:
+            raise ValueError(
+                f"{value!r} is not a moment of training: expected a step (120), a share of the run "
+                '("25%"), epochs ("1.5 epochs") or "plateau".'
+            )
+        amount, unit = float(found["amount"]), found["unit"][0].lower()
+        if unit == "%" and amount >= 100:
+            raise ValueError(f"{value!r} is the end of the run or later: expected less than 100%.")
+        if unit == "s":
+            return cls(int(amount))
+        return cls(amount, "percent" if unit == "%" else "epoch")
+
+    def __str__(self) -> str:
+        if self.unit == "plateau":
+            return "plateau"
+        number = f"{self.amount:.6f}".rstrip("0").rstrip(".")
+        epochs = f"{number} epoch" + ("" if number == "1" else "s")
+        return {"step": number, "percent": f"{number}%", "epoch": epochs}[self.unit]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How long a run is.
+
+    Attributes:
+        max_steps: Its optimizer steps.
+        steps_per_epoch: Optimizer steps of an epoch, or None where that is unknown (a stream).
+    """
+
+    max_steps: int
+    steps_per_epoch: float | None = None
+
+    def step_of(self, moment: Moment) -> int:
+        """The optimizer step at which a moment lies.
+
+        Raises:
+            ValueError: If it lies beyond the last step, or is in epochs of unknown length.
+        """
+        if moment.unit == "percent":
+            # The nearest step, always before the end. The small summand lets a share that was
+            # written with six decimals fall on the same step as the exact one.
+            nearest = math.floor(moment.amount / 100 * self.max_steps + 0.5 + 1e-4)
+            return min(nearest, max(0, self.max_steps - 1))
+        step = moment.amount
+        if moment.unit == "epoch":
+            if self.steps_per_epoch is None:
+                raise ValueError(
+                    f"A phase starts after {moment}, but the training set has no length, so an "
+                    "epoch has no number of steps. Give steps (every_steps=, at: 120) or shares "
+                    "of the run (at: 25%)."
+                )
+            step = moment.amount * self.steps_per_epoch
+        if round(step) >= self.max_steps:
+            epochs = (
+                f" of {self.steps_per_epoch:g} steps each" if moment.unit == "epoch" else " steps"
+            )
+            raise ValueError(
+                f"A phase starts after {moment}{epochs}, beyond the last of the run's "
+                f"{self.max_steps} optimizer steps: its groups would never be trained. Start it "
+                "earlier, train longer, or leave the phase out (`until=` names the last group "
+                "that a gradual schedule unfreezes)."
+            )
+        return round(step)
+
+
+@dataclass(frozen=True)
+class Phase:
+    r"""From a moment on, exactly these groups train.
+
+    Args:
+        at: When it starts: a step (120), `"25%"`, `"1.5 epochs"` or `"plateau"`.
+        train: Names of groups, or regular expressions that match them whole.
+
+    Example:
+        >>> Phase(0, ["head"]), str(Phase("25%", ["head", r"layer\..*"]).at)
+        (Phase(at=Moment(amount=0, unit='step'), train=('head',)), '25%')
+    """
+
+    at: Moment
+    train: tuple[str, ...]
+
+    def __init__(self, at: int | str | Moment, train: str | Iterable[str]) -> None:
+        object.__setattr__(self, "at", Moment.parse(at))
+        object.__setattr__(self, "train", (train,) if isinstance(train, str) else tuple(train))
+
+
+class Timeline:
+    """Which groups train at which step: a pure function of `global_step`.
+
+    Args:
+        starts: The first step of each phase, not falling.
+        trained: The groups of each phase.
+    """
+
+    def __init__(self, starts: Sequence[int], trained: Sequence[frozenset[str]]) -> None:
+        self.starts = list(starts)
+        self.trained = list(trained)
+
+    def index(self, step: int) -> int:
+        """The number of the phase that `step` lies in; of several that start at once, the last."""
+        return bisect_right(self.starts, step) - 1
+
+    def at(self, step: int) -> frozenset[str]:
+        """The groups that train at this step."""
+        return self.trained[self.index(step)]
+
+    def since(self, group: str, step: int) -> int:
+        """The first step of the unbroken stretch in which a group that trains now has trained."""
+        index = self.index(step)
+        first = self.starts[index]
+        while index >= 0:
+            # A phase that another starts together with never ran.
+            shadowed = index + 1 < len(self.starts) and self.starts[index + 1] == self.starts[index]
+            if not shadowed and group not in self.trained[index]:
+                break
+            first = self.starts[index]
+            index -= 1
+        return first
+
+    def ever(self, step: int) -> frozenset[str]:
+        """The groups that have trained in some step before `step`."""
+        ran = [
+            groups
+            for i, groups in enumerate(self.trained)
+            if self.starts[i] < step
+            and (i + 1 == len(self.starts) or self.starts[i + 1] > self.starts[i])
+        ]
+        return frozenset().union(*ran)

@@ -1,0 +1,171 @@
+"""Rows of hidden states on disk, found by the content they were computed from."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+
+RECORD = struct.Struct("<16sqiiI")
+"""Key, offset in the data file, first position, number of positions, checksum."""
+
+
+class _Place(NamedTuple):
+    file: str
+    offset: int
+    start: int
+    length: int
+    checksum: int | None  # None once it is known to be right
+
+
+class RowStore:
+    """Hidden states of rows, unpadded, in append-only files that are memory-mapped for reading.
+
+    Each process writes files of its own and reads those of all. A record is written after the data
+    that it points to, and its checksum is verified when a row from an earlier process is first
+    read, so an interrupted write is never taken for a row.
+
+    Args:
+        folder: Where the files lie; made if missing.
+        process: Number of this process, which names its files.
+        dtype: Of the hidden states.
+        tail: Shape of one position.
+    """
+
+    def __init__(
+        self, folder: Path, process: int, dtype: torch.dtype, tail: tuple[int, ...]
+    ) -> None:
+        self.folder, self.dtype, self.tail = folder, dtype, tail
+        self._position_bytes = int(np.prod(tail)) * torch.empty((), dtype=dtype).element_size()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._own = f"{process}"
+        self._places: dict[bytes, _Place] = {}
+        self._read_to: dict[str, int] = {}
+        self._maps: dict[str, np.memmap[Any, Any]] = {}
+        self.refresh()
+        self._drop_torn_end()
+        self._data = open(self._path("rows", self._own), "ab")
+        self._index = open(self._path("index", self._own), "ab")
+        self._end = os.path.getsize(self._path("rows", self._own))
+
+    def _path(self, kind: str, process: str) -> Path:
+        return self.folder / f"{kind}-{process}.bin"
+
+    def _drop_torn_end(self) -> None:
+        """Cut half a record off the own index, so that what is appended lines up."""
+        path = self._path("index", self._own)
+        if path.exists() and path.stat().st_size % RECORD.size:
+            os.truncate(path, path.stat().st_size // RECORD.size * RECORD.size)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def refresh(self) -> None:
+        """Learn of the rows that other processes have written."""
+        for path in sorted(self.folder.glob("index-*.bin")):
+            process = path.stem.removeprefix("index-")
+            with open(path, "rb") as file:
+                file.seek(self._read_to.get(process, 0))
+                content = file.read()
+            data = self._path("rows", process)
+            size = data.stat().st_size if data.exists() else 0
+            whole = len(content) // RECORD.size * RECORD.size
+            for record in RECORD.iter_unpack(content[:whole]):
+                key, offset, start, length, checksum = record
+                if offset + length * self._position_bytes <= size:
+                    place = _Place(process, offset, start, length, checksum)
+                    self._places.setdefault(key, place)
+            self._read_to[process] = self._read_to.get(process, 0) + whole
+
+    def add(self, key: bytes, hidden: torch.Tensor, start: int) -> None:
+        """Keep one row.
+
+        Args:
+            key: What it is found by, 16 bytes.
+            hidden: (positions, *tail), on the CPU.
+            start: The position of its first real token in the padded batch.
+
+        Raises:
+            OSError: If the disk is full; rows that were kept before stay good.
+        """
+        if key in self._places:
+            return
+        content = hidden.contiguous().view(torch.uint8).numpy().tobytes()
+        checksum = zlib.crc32(content)
+        self._data.write(content)
+        self._data.flush()
+        self._index.write(RECORD.pack(key, self._end, start, len(hidden), checksum))
+        self._places[key] = _Place(self._own, self._end, start, len(hidden), None)
+        self._end += len(content)
+
+    def flush(self) -> None:
+        """Let other processes see what was added."""
+        self._index.flush()
+
+    def _row(self, key: bytes) -> tuple[torch.Tensor, int] | None:
+        place = self._places[key]
+        end = place.offset + place.length * self._position_bytes
+        if place.file not in self._maps or end > len(self._maps[place.file]):
+            path = self._path("rows", place.file)
+            # Copy on write: torch wants memory that may be written, the file stays as it is.
+            self._maps[place.file] = np.memmap(path, dtype=np.uint8, mode="c")
+        content = self._maps[place.file][place.offset : end]
+        if place.checksum is not None:
+            if zlib.crc32(content.data) != place.checksum:
+                del self._places[key]
+                return None
+            self._places[key] = place._replace(checksum=None)
+        values = torch.from_numpy(np.asarray(content)).view(self.dtype)
+        return values.view(place.length, *self.tail), place.start
+
+    def batch(self, keys: Sequence[bytes], positions: int | None) -> torch.Tensor | None:
+        """The rows of a batch.
+
+        Args:
+            keys: One per row, all of them in the store.
+            positions: Padded length; None if the rows are whole and of one length.
+
+        Returns:
+            (rows, positions, *tail), zero where there is padding; None if a row is damaged (it is
+            forgotten) or does not fit.
+        """
+        rows = [self._row(key) for key in keys]
+        if any(row is None for row in rows):
+            return None
+        found = [row for row in rows if row is not None]
+        if positions is None:
+            positions = len(found[0][0])
+            if any(len(values) != positions for values, _ in found):
+                return None
+        batch = torch.zeros(len(found), positions, *self.tail, dtype=self.dtype)
+        for target, (values, start) in zip(batch, found, strict=True):
+            target[start : start + len(values)] = values
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._data.close()
+        self._index.close()
+        self._maps.clear()
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Say what a store holds, for a person who finds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "description.json").write_text(json.dumps(description, indent=1), encoding="utf-8")

@@ -1,0 +1,450 @@
+"""The cached prefix: the same gradients, and never a row that is not the one asked for."""
+
+import errno
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_adapt import (
+    DANN,
+    DomainAdversarialCallback,
+    FreezeOnly,
+    GradualUnfreezingCallback,
+    MMD,
+    Phase,
+    adapt,
+)
+from hf_adapt.unfreezing.prefix import cacheable_stack, row_keys
+from hf_adapt.unfreezing.row_store import RECORD, RowStore
+from tests.tiny import GradientRecorder, arguments, bert, collate, llama, rows, weights
+
+LOWER_3 = FreezeOnly("embeddings", r"layer\.[012]")
+
+
+def run(
+    folder: Path,
+    cached: bool,
+    model: Any = None,
+    schedule: Any = LOWER_3,
+    before: Any = None,
+    data: Any = None,
+    cache_dir: Path | None = None,
+    callbacks: Any = (),
+    **settings: Any,
+) -> tuple[Trainer, GradientRecorder, list[float]]:
+    recorder = GradientRecorder()
+    trainer = Trainer(
+        model if model is not None else bert(num_hidden_layers=4, dropout=True),
+        arguments(folder, **{"max_steps": -1, "num_train_epochs": 3, **settings}),
+        train_dataset=rows(22, 1) if data is None else data,
+        data_collator=collate,
+        callbacks=[recorder, *callbacks],
+    )
+    if before is not None:
+        before(trainer)
+    trainer.add_callback(
+        GradualUnfreezingCallback(
+            schedule,
+            cache_frozen_prefix=cached,
+            frozen_dropout=False,
+            cache_dir=cache_dir if cached else None,
+        )
+    )
+    trainer.train()
+    shares = [
+        entry["unfreezing/cached_share"]
+        for entry in trainer.state.log_history
+        if "unfreezing/cached_share" in entry
+    ]
+    return trainer, recorder, shares
+
+
+def assert_same_gradients(one: GradientRecorder, other: GradientRecorder) -> None:
+    assert len(one.gradients) == len(other.gradients) > 0
+    for a, b in zip(one.gradients, other.gradients, strict=True):
+        assert float((a - b).norm() / a.norm()) < 1e-6
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "accumulated": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+    "checkpointed": dict(gradient_checkpointing=True),
+    "tokens": dict(model=lambda: bert("token", num_hidden_layers=4), data=rows(22, 1, "token")),
+    "two layers": dict(
+        model=lambda: bert(num_hidden_layers=4), schedule=FreezeOnly("embeddings", "layer.[01]")
+    ),
+    "one layer of llama": dict(
+        model=llama, data=rows(22, 1, "lm"), schedule=FreezeOnly("embeddings", "layer.0")
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_uncached_run(kind: str, tmp_path: Path) -> None:
+    """Dropout above the prefix included: the cache draws no random number."""
+    settings = dict(KINDS[kind])
+    build = settings.pop("model", None)
+    found = []
+    for cached in (False, True):
+        model = build() if build is not None else None
+        found.append(run(tmp_path, cached, model, **settings))
+    assert_same_gradients(found[0][1], found[1][1])
+    steps = len(found[1][2])
+    assert found[1][2][-steps // 3 :] == [1.0] * len(found[1][2][-steps // 3 :])
+    assert found[1][2][0] == 0.0 and found[0][2] == []
+    differences = [
+        float((a - b).abs().max())
+        for a, b in zip(*(weights(f[0].model).values() for f in found), strict=True)
+    ]
+    assert max(differences) < 1e-5
+
+
+def test_target_rows_are_cached_too(tmp_path: Path) -> None:
+    def add_dann(trainer: Trainer) -> None:
+        adapt(
+            trainer,
+            DANN(hidden_sizes=(4,)),
+            MMD(weight=0.1),
+            target_dataset=rows(9, 2, None, low=20),
+        )
+
+    found = [run(tmp_path, cached, before=add_dann) for cached in (False, True)]
+    assert_same_gradients(found[0][1], found[1][1])
+    assert found[1][2][-1] == 1.0
+
+
+def test_lora_on_the_upper_layers(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="SEQ_CLS", r=2, layers_to_transform=[3])
+        return get_peft_model(bert(num_hidden_layers=4), config)
+
+    found = [run(tmp_path, cached, build(), schedule=[Phase(0, ".*")]) for cached in (False, True)]
+    assert_same_gradients(found[0][1], found[1][1])
+    assert found[1][2][-1] == 1.0
+
+
+def test_each_phase_has_its_own_rows(tmp_path: Path) -> None:
+    schedule = [Phase(0, ["head", "layer.3"]), Phase("50%", ["head", r"layer\.[23]"])]
+    found = [
+        run(tmp_path, cached, schedule=schedule, num_train_epochs=4) for cached in (False, True)
+    ]
+    assert_same_gradients(found[0][1], found[1][1])
+    shares = found[1][2]
+    half = len(shares) // 2
+    assert shares[0] == shares[half] == 0.0 and shares[half - 1] == shares[-1] == 1.0
+
+
+def test_a_phase_of_less_than_an_epoch_is_not_cached(tmp_path: Path, capsys: Any) -> None:
+    _, _, shares = run(tmp_path, True, num_train_epochs=1)
+    assert shares == [] and "caching the output" not in capsys.readouterr().out
+
+
+def test_the_disk_it_needs_is_printed_before_it_starts(tmp_path: Path, capsys: Any) -> None:
+    data = rows(22, 1)
+    kept = tmp_path / "kept"
+    run(tmp_path, True, data=data, cache_dir=kept)
+    text = capsys.readouterr().out
+    assert "caching the output of the lower 3 of 4 layers" in text and "22 rows will take" in text
+    folder = next(kept.iterdir())
+    tokens = sum(len(row["input_ids"]) for row in data)
+    assert (folder / "rows-0.bin").stat().st_size == tokens * 16 * 4, "float32, without padding"
+    assert (folder / "index-0.bin").stat().st_size == 22 * RECORD.size
+
+
+def test_the_rows_of_a_complete_run_are_removed_but_not_those_in_a_chosen_folder(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path, True)
+    assert not (tmp_path / "frozen_prefix_cache").exists()
+    run(tmp_path, True, cache_dir=tmp_path / "kept")
+    _, _, shares = run(tmp_path, True, cache_dir=tmp_path / "kept")
+    assert shares[1:] == [1.0] * (len(shares) - 1), "a second run reads from its second batch on"
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 8
+
+
+def test_an_interrupted_run_goes_on_from_its_rows(tmp_path: Path) -> None:
+    whole, recorder, _ = run(tmp_path / "whole", False)
+    saving = dict(save_strategy="steps", save_steps=8)
+    run(tmp_path / "part", True, callbacks=[StopAt()], **saving)
+    folder = next((tmp_path / "part" / "frozen_prefix_cache").iterdir())
+    with open(folder / "index-0.bin", "ab") as file:
+        file.write(b"torn")  # killed while it wrote
+    trainer = Trainer(
+        bert(num_hidden_layers=4, dropout=True),
+        arguments(tmp_path / "part", max_steps=-1, num_train_epochs=3),
+        train_dataset=rows(22, 1),
+        data_collator=collate,
+    )
+    trainer.add_callback(GradualUnfreezingCallback(LOWER_3, cache_frozen_prefix=True))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-8"))
+    shares = [e.get("unfreezing/cached_share") for e in trainer.state.log_history]
+    assert shares[9] == 1.0 and shares[-2] == 1.0
+    for name, value in weights(whole.model).items():
+        torch.testing.assert_close(weights(trainer.model)[name], value, rtol=1e-5, atol=1e-6)
+
+
+# ---- never silently wrong ----
+
+
+def test_a_changed_data_set_is_computed_anew(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    run(tmp_path, True, cache_dir=kept)
+    other = rows(22, 5)
+    plain = run(tmp_path, False, data=other)
+    cached = run(tmp_path, True, data=other, cache_dir=kept)
+    assert cached[2][0] == 0.0 and cached[2][-1] == 1.0
+    assert_same_gradients(plain[1], cached[1])
+
+
+def test_another_prefix_does_not_read_these_rows(tmp_path: Path, caplog: Any) -> None:
+    kept = tmp_path / "kept"
+    run(tmp_path, True, cache_dir=kept)
+    other = lambda: bert(num_hidden_layers=4, dropout=True, seed=1)  # noqa: E731
+    plain = run(tmp_path, False, other())
+    cached = run(tmp_path, True, other(), cache_dir=kept)
+    assert cached[2][0] == 0.0
+    assert "holds rows of other prefixes" in caplog.text
+    assert_same_gradients(plain[1], cached[1])
+
+
+class Change(TrainerCallback):
+    """Somebody else writes a frozen weight, behind autograd's back."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 12:
+            kwargs["model"].bert.encoder.layer[1].output.dense.weight.data.mul_(1.5)
+
+
+def test_a_prefix_that_is_changed_in_the_run_is_noticed(tmp_path: Path, caplog: Any) -> None:
+    found = [run(tmp_path, cached, callbacks=[Change()]) for cached in (False, True)]
+    assert "A frozen weight has changed" in caplog.text
+    assert_same_gradients(found[0][1], found[1][1])
+
+
+class ChangeInPlace(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 10:
+            with torch.no_grad():
+                kwargs["model"].bert.encoder.layer[1].output.dense.weight.mul_(1.5)
+
+
+def test_a_change_in_place_is_noticed_at_once(tmp_path: Path, caplog: Any) -> None:
+    found = [run(tmp_path, cached, callbacks=[ChangeInPlace()]) for cached in (False, True)]
+    assert "A frozen weight has changed" in caplog.text
+    assert_same_gradients(found[0][1], found[1][1])
+
+
+def test_a_full_disk_while_writing_leaves_a_right_run(
+    tmp_path: Path, caplog: Any, monkeypatch: Any
+) -> None:
+    original = RowStore.add
+
+    def add(self: RowStore, *args: Any) -> None:
+        if len(self) >= 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, *args)
+
+    plain = run(tmp_path, False)
+    monkeypatch.setattr(RowStore, "add", add)
+    cached = run(tmp_path, True)
+    assert "No space left on device" in caplog.text and "after 10 rows" in caplog.text
+    assert_same_gradients(plain[1], cached[1])
+
+
+def test_too_small_a_disk_is_seen_before_anything_is_written(
+    tmp_path: Path, caplog: Any, monkeypatch: Any
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
+    _, _, shares = run(tmp_path, True)
+    assert "and 1 B are free" in caplog.text
+    assert set(shares) == {0.0}
+    assert not list((tmp_path / "frozen_prefix_cache").glob("*/rows-0.bin"))
+
+
+class Random(nn.Module):
+    """Noise that evaluation mode does not turn off."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + 0.0 * torch.rand_like(hidden)
+
+
+class Neighbour(nn.Module):
+    """Lets the rows of a batch see one another."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + 0.3 * hidden.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [(Random(), "draws random numbers"), (Neighbour(), "depend on the padding, on other rows")],
+)
+def test_a_prefix_that_cannot_be_kept_is_noticed(
+    module: nn.Module, message: str, tmp_path: Path, caplog: Any
+) -> None:
+    def build() -> Any:
+        model = bert(num_hidden_layers=4)
+        layer = model.bert.encoder.layer[1].output.dense
+        model.bert.encoder.layer[1].output.dense = nn.Sequential(layer, module)
+        return model
+
+    plain = run(tmp_path, False, build())
+    cached = run(tmp_path, True, build())
+    assert message in caplog.text
+    assert_same_gradients(plain[1], cached[1])
+
+
+def test_layers_that_hand_on_more_than_a_hidden_state_are_not_cached(
+    tmp_path: Path, caplog: Any
+) -> None:
+    from transformers import T5Config, T5ForSequenceClassification
+
+    size = dict(d_model=16, d_kv=8, d_ff=16, num_layers=3, num_heads=2, vocab_size=64)
+    tokens = dict(pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        return T5ForSequenceClassification(
+            T5Config(**size, **tokens, num_labels=3, dropout_rate=0.0)
+        )
+
+    data = rows(22, 1).map(
+        lambda row: {
+            "input_ids": [*row["input_ids"], 2],
+            "attention_mask": [*row["attention_mask"], 1],
+        }
+    )
+    schedule = FreezeOnly("embeddings", "encoder.layer.0")
+    plain = run(tmp_path, False, build(), schedule=schedule, data=data)
+    cached = run(tmp_path, True, build(), schedule=schedule, data=data)
+    assert "hand on more than a hidden state" in caplog.text
+    assert_same_gradients(plain[1], cached[1])
+
+
+def test_a_feature_layer_in_the_prefix_is_not_skipped(tmp_path: Path, caplog: Any) -> None:
+    def add(trainer: Trainer) -> None:
+        adapt(
+            trainer,
+            DANN(hidden_sizes=(4,), feature_layer="bert.encoder.layer.1"),
+            target_dataset=rows(9, 2, None, low=20),
+        )
+
+    found = [run(tmp_path, cached, before=add) for cached in (False, True)]
+    assert "a forward hook on its layer 1 reads it" in caplog.text
+    assert_same_gradients(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(torch_compile=True), "torch_compile=True cannot follow"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, True, **settings)
+
+
+def test_several_towers_are_refused() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    size = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig(text_config=size, vision_config=size))
+    with pytest.raises(ValueError, match="needs a model with one stack"):
+        cacheable_stack(None, model)
+
+
+# ---- what a row is found by ----
+
+
+def test_a_row_is_found_by_its_content_whatever_its_padding() -> None:
+    def keys(*batch: list[int], length: int) -> list[bytes]:
+        made = collate([{"input_ids": r, "attention_mask": [1] * len(r)} for r in batch], length)
+        return row_keys(made)[0]
+
+    a, b = keys([5, 6, 7], [5, 6], length=4)
+    assert keys([5, 6], [5, 6, 7], length=9) == [b, a] and a != b
+    assert keys([5, 6, 8], length=4) != [a]
+    found, spans = row_keys(
+        {"input_ids": torch.tensor([[0, 5, 6, 7]]), "attention_mask": torch.tensor([[0, 1, 1, 1]])}
+    )
+    assert found != [a], "padding on the left moves the positions"
+    assert spans == [(1, 4)]
+
+
+def test_every_input_counts() -> None:
+    base = {
+        "input_ids": torch.tensor([[5, 6], [7, 8]]),
+        "attention_mask": torch.ones(2, 2, dtype=torch.long),
+        "token_type_ids": torch.zeros(2, 2, dtype=torch.long),
+        "shared": torch.zeros(3),
+    }
+    keys, _ = row_keys(base)
+    for name in ("token_type_ids", "shared"):
+        changed = {**base, name: base[name] + 1}
+        assert not set(row_keys(changed)[0]) & set(keys)
+    pixels, spans = row_keys({"pixel_values": torch.arange(24.0).view(2, 3, 2, 2)})
+    assert len(set(pixels)) == 2 and spans is None
+
+
+# ---- rows on disk ----
+
+
+def test_rows_are_read_back_padded(tmp_path: Path) -> None:
+    one, two = torch.randn(2, 3).bfloat16(), torch.randn(4, 3).bfloat16()
+    with RowStore(tmp_path, 0, torch.bfloat16, (3,)) as store:
+        store.add(b"a" * 16, one, 0)
+        store.add(b"b" * 16, two, 1)
+        batch = store.batch([b"b" * 16, b"a" * 16], 5)
+        whole = store.batch([b"b" * 16, b"a" * 16], None)
+    assert batch.shape == (2, 5, 3) and batch.dtype == torch.bfloat16
+    assert torch.equal(batch[0, 1:], two) and torch.equal(batch[1, :2], one)
+    assert not batch[0, 0].any() and not batch[1, 2:].any()
+    assert whole is None, "whole rows are of one length"
+
+
+def test_processes_read_each_other_s_rows(tmp_path: Path) -> None:
+    row = torch.randn(3, 2)
+    with (
+        RowStore(tmp_path, 0, torch.float32, (2,)) as one,
+        RowStore(tmp_path, 1, torch.float32, (2,)) as two,
+    ):
+        one.add(b"a" * 16, row, 0)
+        one.flush()
+        assert b"a" * 16 not in two
+        two.refresh()
+        assert torch.equal(two.batch([b"a" * 16], 3)[0], row)
+
+
+def test_damaged_and_torn_rows_are_not_read(tmp_path: Path) -> None:
+    kept = {bytes([i]) * 16: torch.randn(3, 2) for i in range(3)}
+    with RowStore(tmp_path, 0, torch.float32, (2,)) as store:
+        for key, row in kept.items():
+            store.add(key, row, 0)
+    data = bytearray((tmp_path / "rows-0.bin").read_bytes())
+    data[30] ^= 1  # a bit of the second row
+    (tmp_path / "rows-0.bin").write_bytes(data[:-4])  # and the end of the third
+    keys = list(kept)
+    with RowStore(tmp_path, 0, torch.float32, (2,)) as again:
+        assert keys[2] not in again and len(again) == 2
+        assert torch.equal(again.batch(keys[:1], 3)[0], kept[keys[0]])
+        assert again.batch(keys[:2], 3) is None and keys[1] not in again
+        again.add(keys[2], kept[keys[2]], 0)
+        assert torch.equal(again.batch([keys[2]], 3)[0], kept[keys[2]])
