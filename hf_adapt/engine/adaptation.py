@@ -110,6 +110,16 @@ class Adaptation:
         All processes see the same values.
         """
 
+    def around_optimizer_load(self, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """A context held open while a checkpoint's optimizer is read, before `begin`.
+
+        Sharded optimizers expect a saved state for every parameter that requires a gradient.
+
+        Args:
+            state: What `state_dict` gave when the checkpoint was saved.
+        """
+        return nullcontext()
+
     def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
         """See the averaged values of a logging step (a warning belongs here)."""
 

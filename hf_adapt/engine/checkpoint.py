@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -77,14 +77,22 @@ def save_state(
         os.replace(path + ".tmp", path)
 
 
+def read_state(folder: str) -> dict[str, Any] | None:
+    """What `save_state` wrote, or None if the folder has it not."""
+    path = os.path.join(folder, STATE_FILE)
+    if not os.path.isfile(path):
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
 def load_state(
     adaptations: Sequence[Adaptation], optimizer: AuxiliaryOptimizer, folder: str
 ) -> None:
     """Read back what `save_state` wrote, if the folder has it."""
-    path = os.path.join(folder, STATE_FILE)
-    if not os.path.isfile(path):
+    state = read_state(folder)
+    if state is None:
         return
-    state = torch.load(path, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["auxiliary"])
     for adaptation in adaptations:
         if adaptation.name in state["adaptations"]:

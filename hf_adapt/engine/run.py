@@ -20,7 +20,13 @@ from hf_adapt.engine.auxiliary import (
     seed_for,
 )
 from hf_adapt.engine.batch import Batch, Layout, Part, Rows
-from hf_adapt.engine.checkpoint import load_state, load_weights, save_state, save_weights
+from hf_adapt.engine.checkpoint import (
+    load_state,
+    load_weights,
+    read_state,
+    save_state,
+    save_weights,
+)
 from hf_adapt.engine.domains import DOMAIN, IGNORED, TARGET_BATCH, UNPAIRED
 from hf_adapt.engine.features import FeatureTap, find_feature_module
 from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
@@ -165,6 +171,16 @@ class AdaptationRun:
 
     def _all_taps(self) -> list[FeatureTap]:
         return [*self._taps.values(), *([self._outputs] if self._outputs else [])]
+
+    @contextmanager
+    def loading_optimizer(self, checkpoint: str | None) -> Iterator[None]:
+        """Around the reading of the main optimizer's state."""
+        with ExitStack() as stack:
+            state = None if checkpoint is None else read_state(checkpoint)
+            for adaptation in self.adaptations if state is not None else ():
+                own = state["adaptations"].get(adaptation.name, {})
+                stack.enter_context(adaptation.around_optimizer_load(own))
+            yield
 
     def resume(self, checkpoint: str) -> None:
         """Take the auxiliary state from this checkpoint once the modules are built."""

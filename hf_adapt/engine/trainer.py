@@ -234,9 +234,14 @@ class AdaptationMixin(_Base):
             self._adaptation_memory.save_state(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._adaptation_run is not None and checkpoint is not None:
-            self._adaptation_run.resume(checkpoint)
+        run = self._adaptation_run
+        if run is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with run.loading_optimizer(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            run.resume(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

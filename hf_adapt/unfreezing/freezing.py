@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -47,6 +48,11 @@ class Freezer:
         A gradient left behind would be taken for one of this step by decay and momentum, so a
         frozen parameter has none. Only for between optimizer steps.
         """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # A forward without a backward (an evaluation) leaves the whole parameters in
+                # place, and these take over `requires_grad` only when they are gathered again.
+                module.reshard()
         for name, parameter in self.parameters.items():
             trains = name in names
             if parameter.requires_grad != trains:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
@@ -453,12 +453,38 @@ class GradualUnfreezing(Adaptation):
 
     def state_dict(self) -> dict[str, Any]:
         """What a plateau-driven schedule has seen; others need no state."""
-        if self._plan.plateau is None:
-            return {}
-        return {"plateau_steps": self._plateau_steps, "best": self._best, "waited": self._waited}
+        assert self._trainer is not None
+        state: dict[str, Any] = {}
+        if self._plan.plateau is not None:
+            state = {
+                "plateau_steps": self._plateau_steps,
+                "best": self._best,
+                "waited": self._waited,
+            }
+        if self._trainer.is_fsdp_enabled:
+            state["trained"] = sorted(self._timeline.ever(self._trainer.state.global_step))
+        return state
+
+    @contextmanager
+    def around_optimizer_load(self, state: dict[str, Any]) -> Iterator[None]:
+        """What had not trained when the checkpoint was saved has no optimizer state."""
+        assert self._trainer is not None
+        trained = state.get("trained", [group.name for group in self._groups])
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        named = dict(model.named_parameters())
+        waiting = [named[n] for g in self._groups if g.name not in trained for n in g.parameters]
+        for parameter in waiting:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in waiting:
+                parameter.requires_grad_(True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the steps of the plateaus."""
+        if "plateau_steps" not in state:
+            return
         self._plateau_steps = list(state["plateau_steps"])
         self._best, self._waited = state["best"], state["waited"]
         self._set_timeline()

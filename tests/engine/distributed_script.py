@@ -15,7 +15,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
-from hf_adapt import DANN, MMD, InformationMaximization, adapt
+from hf_adapt import (
+    DANN,
+    MMD,
+    GradualUnfreezing,
+    InformationMaximization,
+    RandomLayers,
+    adapt,
+)
 from tests.tiny import GradientRecorder, arguments, bert, collate, rows, weights
 
 
@@ -32,6 +39,15 @@ def allow_fsdp_on_cpu() -> None:
             self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
+
+
+UNFREEZING: dict[str, dict[str, Any]] = {
+    "gradual": dict(layer_decay=0.5, rewarm_steps=2),  # a transition in each of four steps
+    "random": dict(
+        schedule=RandomLayers(num_layers=1, every_steps=1, always=["head", "embeddings"])
+    ),
+    "cached": dict(until="layer.1", cache_frozen_prefix=True),
+}
 
 
 def main(folder: Path, setting: str, per_device: int, steps: int) -> None:
@@ -81,6 +97,9 @@ def main(folder: Path, setting: str, per_device: int, steps: int) -> None:
     objectives = [dann, InformationMaximization(weight=0.3, diversity_weight=0.0)]
     if "mmd" in options:
         objectives = [dann, MMD()]
+    unfreezing = UNFREEZING.get(options.get("unfreezing", ""))
+    if unfreezing is not None:
+        objectives.append(GradualUnfreezing(**unfreezing))
     adapt(trainer, *objectives, target_dataset=rows(23, 2, None, low=20))
     trainer.train(resume_from_checkpoint=options.get("resume"))
     trainer.save_model(str(folder / "final"))

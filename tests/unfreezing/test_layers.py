@@ -152,7 +152,7 @@ CASES = [
     Case("MixtralForCausalLM", "MixtralConfig", dict(GROUPED, num_local_experts=2)),
     Case("MambaForCausalLM", "MambaConfig",
          dict(vocab_size=64, hidden_size=16, num_hidden_layers=3, state_size=4), head=False),
-    Case("CpmAntForCausalLM", "CpmAntConfig",
+    Case("CpmAntModel", "CpmAntConfig",
          dict(vocab_size=64, hidden_size=16, num_attention_heads=2, dim_head=8, dim_ff=32,
               num_hidden_layers=3), head=False),
     # encoder-decoders

@@ -13,10 +13,9 @@ from transformers import Trainer, TrainerCallback
 
 from hf_adapt import (
     DANN,
-    DomainAdversarialCallback,
+    MMD,
     FreezeOnly,
     GradualUnfreezingCallback,
-    MMD,
     Phase,
     adapt,
 )
@@ -176,7 +175,7 @@ class StopAt(TrainerCallback):
 
 
 def test_an_interrupted_run_goes_on_from_its_rows(tmp_path: Path) -> None:
-    whole, recorder, _ = run(tmp_path / "whole", False)
+    whole, _recorder, _ = run(tmp_path / "whole", False)
     saving = dict(save_strategy="steps", save_steps=8)
     run(tmp_path / "part", True, callbacks=[StopAt()], **saving)
     folder = next((tmp_path / "part" / "frozen_prefix_cache").iterdir())
