@@ -183,7 +183,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     paths.sort(key=list(modules).index)
     names = _tower_names(paths)
     return [
-        Stack(path, names[path], tuple(f"{path}.{i}".strip(".") for i in range(len(lists[path]))))
+        Stack(path, names[path], tuple(f"{path}.{own}".strip(".") for own in lists[path]._modules))
         for path in paths
     ]
 
@@ -193,8 +193,9 @@ def _towers(paths: Sequence[str], lists: Mapping[str, _List]) -> list[str]:
 
     def lifted(path: str) -> str:
         for outer in _prefixes(path)[:-1]:
-            if outer in lists and len(lists[outer]) > 1 and len(_classes(lists[outer])) == 1:
-                if not isinstance(lists[outer][0], PreTrainedModel):
+            if outer in lists and len(lists[outer]) > 1:
+                classes = _classes(lists[outer])
+                if len(classes) == 1 and not issubclass(classes.pop(), PreTrainedModel):
                     return outer
         return path
 

@@ -708,6 +708,18 @@ def test_relative_positions_registered_after_the_layers_are_embeddings() -> None
     )
 
 
+def test_named_and_shared_layers() -> None:
+    named = nn.Sequential()
+    for name in ("low", "high"):
+        named.add_module(name, nn.Linear(4, 4))
+    assert_groups(named, {"layer.0": "low", "layer.1": "high"})
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleList([shared, shared, nn.Linear(4, 4)])
+    groups = layer_groups(model)
+    assert [(group.name, group.level) for group in groups] == [("layer.0", 0), ("layer.2", 1)]
+    assert groups[0].parameters == ("0.weight", "0.bias")
+
+
 class ModelAsHead(BertPreTrainedModel):
     """A head that is itself a model of transformers, without checkpointing layers."""
 
