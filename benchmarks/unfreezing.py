@@ -1,6 +1,7 @@
 """What freezing saves: the time of a training step with the lower k of 12 layers frozen.
 
-All runs alternate in one process, so that a slow machine slows every side:
+All runs alternate in one process, so that a slow machine slows every side. One thread by default:
+several that wait for one another measure what else a shared machine is doing.
 
 1. `k of 12 frozen / full`, against T(k) = F + B (1 - k/12): F is a forward without gradients, B the
    rest of a full step, both measured here.
@@ -152,7 +153,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     steps, device = options.steps, options.device
     transformers.logging.set_verbosity_error()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate, datasets)}

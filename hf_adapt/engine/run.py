@@ -176,9 +176,9 @@ class AdaptationRun:
     def loading_optimizer(self, checkpoint: str | None) -> Iterator[None]:
         """Around the reading of the main optimizer's state."""
         with ExitStack() as stack:
-            state = None if checkpoint is None else read_state(checkpoint)
-            for adaptation in self.adaptations if state is not None else ():
-                own = state["adaptations"].get(adaptation.name, {})
+            state = (None if checkpoint is None else read_state(checkpoint)) or {}
+            for adaptation in self.adaptations:
+                own = state.get("adaptations", {}).get(adaptation.name, {})
                 stack.enter_context(adaptation.around_optimizer_load(own))
             yield
 

@@ -1,13 +1,10 @@
 """Gradual unfreezing and layer-wise learning rates."""
 
-from hf_adapt.unfreezing.gradual import (
-    GradualUnfreezing,
-    GradualUnfreezingCallback,
-    unfreezing_plan,
-)
+from hf_adapt.unfreezing.gradual import GradualUnfreezing, GradualUnfreezingCallback
 from hf_adapt.unfreezing.layers import LayerGroup, Stack, find_stacks, layer_groups
 from hf_adapt.unfreezing.phases import Moment, Phase
 from hf_adapt.unfreezing.plan import UnfreezingPlan
+from hf_adapt.unfreezing.planning import unfreezing_plan
 from hf_adapt.unfreezing.schedules import (
     LPFT,
     FreezeOnly,

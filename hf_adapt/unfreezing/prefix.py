@@ -16,9 +16,18 @@ import transformers
 from torch import nn
 
 from hf_adapt.engine.auxiliary import preserved_random_state
-from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.unfreezing.layers import LayerGroup, Stack, find_stacks
-from hf_adapt.unfreezing.row_store import RowStore, write_description
+from hf_adapt.engine.training import steps_per_epoch
+from hf_adapt.unfreezing.layers import LayerGroup
+from hf_adapt.unfreezing.prefix_checks import (
+    cacheable_stack,
+    hooked_module,
+    output_tensors,
+    random_states,
+    skipping_forward,
+    why_not_kept,
+    wrapper_of,
+)
+from hf_adapt.unfreezing.row_store import RowStore, row_keys, write_description
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -100,7 +109,7 @@ class FrozenPrefix:
         self._formats: list[Callable[[torch.Tensor], Any]] = []
         if self._depth == 0:
             return
-        epoch = self._steps_per_epoch()
+        epoch = steps_per_epoch(self.trainer)
         if epoch is not None and num_steps <= epoch:
             logger.info(
                 "The frozen prefix is not cached in this phase: it lasts %d steps, no more than "
@@ -109,7 +118,7 @@ class FrozenPrefix:
             )
             self._depth = 0
             return
-        hooked = _hooked(self._layers[: self._depth])
+        hooked = hooked_module(self._layers[: self._depth])
         if hooked is not None:
             self._give_up(f"a forward hook on its {hooked} reads it (a feature_layer=?)")
             return
@@ -130,13 +139,6 @@ class FrozenPrefix:
                 break  # something below trains
             depth += 1
         return depth
-
-    def _steps_per_epoch(self) -> int | None:
-        try:
-            batches = len(self.trainer.callback_handler.train_dataloader)  # type: ignore[arg-type]
-        except TypeError:
-            return None
-        return -(-batches // self.trainer.args.gradient_accumulation_steps)
 
     def _prefix_tensors(self) -> list[torch.Tensor]:
         """All that the prefix's output depends on, and perhaps a little more."""
@@ -187,7 +189,7 @@ class FrozenPrefix:
         same = now[:2] == before[:2] and torch.equal(now[2], before[2])
         if same and self._until_rehash > 0:
             return False
-        self._until_rehash = self._steps_per_epoch() or 1000
+        self._until_rehash = steps_per_epoch(self.trainer) or 1000
         known = self._hash
         self._fingerprint()
         return self._hash != known
@@ -276,7 +278,7 @@ class FrozenPrefix:
         if self._store is not None and not all(key in self._store for key in self._keys):
             self._store.refresh()
         if self._store is not None and all(key in self._store for key in self._keys):
-            positions = None if self._spans is None else _padded_length(inputs)
+            positions = None if self._spans is None else inputs["attention_mask"].shape[1]
             hidden = self._store.batch(self._keys, positions)
             if hidden is not None:
                 if self._unchecked > 0 and not self._same(args, kwargs, hidden, inputs):
@@ -314,7 +316,7 @@ class FrozenPrefix:
 
     def _start_capture(self) -> None:
         self._capture = {}
-        self._random_before = _random_states()
+        self._random_before = random_states()
         for number, layer in enumerate(self._layers[: self._depth]):
             last = number == self._depth - 1
             self._patch(layer, self._captured(layer.forward, number, last))
@@ -326,10 +328,10 @@ class FrozenPrefix:
     def _captured(self, forward: Any, number: int, last: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            self._capture[number] = _repeats(output)
+            self._capture[number] = wrapper_of(output)
             if last:
                 self._capture["hidden"] = output[0] if isinstance(output, tuple) else output
-                self._capture["random"] = _random_states()
+                self._capture["random"] = random_states()
             return output
 
         return run
@@ -346,7 +348,7 @@ class FrozenPrefix:
         hidden = capture["hidden"]
         if self._is_new:
             formats = [capture.get(number) for number in range(self._depth)]
-            problem = _problem(hidden, formats, len(keys), before, capture["random"])
+            problem = why_not_kept(hidden, formats, len(keys), before, capture["random"])
             if problem is not None:
                 self._give_up(problem)
                 return
@@ -380,7 +382,7 @@ class FrozenPrefix:
         hidden = hidden.to(self.trainer.args.device, non_blocking=True)
         for number, layer in enumerate(self._layers[: self._depth]):
             value = hidden if number == self._depth - 1 else None
-            self._patch(layer, _skip(self._formats[number], value))
+            self._patch(layer, skipping_forward(self._formats[number], value))
 
     def _same(
         self, args: Any, kwargs: dict[str, Any], hidden: torch.Tensor, inputs: Mapping[str, Any]
@@ -394,7 +396,7 @@ class FrozenPrefix:
                 with torch.no_grad(), preserved_random_state():
                     if replayed:
                         self._replay(hidden)
-                    outputs.append(_tensors(self.model(*args, **kwargs)))
+                    outputs.append(output_tensors(self.model(*args, **kwargs)))
                 self._unpatch()
         finally:
             self._unpatch()
@@ -447,149 +449,6 @@ class FrozenPrefix:
             self.trainer.accelerator.wait_for_everyone()
             if self.trainer.is_world_process_zero():
                 shutil.rmtree(self.root, ignore_errors=True)
-
-
-# ---- what a row is found by ----
-
-
-def row_keys(
-    inputs: Mapping[str, torch.Tensor],
-) -> tuple[list[bytes], list[tuple[int, int]] | None]:
-    """A hash of each row's own content, and where it lies between its padding.
-
-    Args:
-        inputs: Tensors whose first dimension is the row, by name. With a 2-D `attention_mask` the
-            padding on both sides of a row is left out of everything of its shape; the number of
-            positions on the left stays in, for models with absolute positions.
-
-    Returns:
-        16 bytes for each row, and (first, past-the-last) real position of each, or None.
-    """
-    mask = inputs.get("attention_mask")
-    size = len(next(iter(inputs.values())))
-    spans = None
-    if mask is not None and mask.ndim == 2:
-        real = mask.bool().cpu()
-        if bool(real.any(1).all()):
-            first = real.int().argmax(1).tolist()
-            last = real.flip(1).int().argmax(1).tolist()
-            spans = [(lo, real.shape[1] - la) for lo, la in zip(first, last, strict=True)]
-    hashes = [hashlib.blake2b(digest_size=16) for _ in range(size)]
-    for name in sorted(inputs):
-        tensor = inputs[name].detach().cpu().contiguous()
-        per_token = spans is not None and mask is not None and tensor.shape[:2] == mask.shape
-        for row, digest in enumerate(hashes):
-            part = tensor
-            if len(tensor) == size:
-                part = tensor[row]
-                if per_token and spans is not None:
-                    part = part[spans[row][0] : spans[row][1]]
-            digest.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    for row, digest in enumerate(hashes):
-        if spans is not None:
-            digest.update(str(spans[row][0]).encode())
-    return [digest.digest() for digest in hashes], spans
-
-
-def _padded_length(inputs: Mapping[str, torch.Tensor]) -> int:
-    return inputs["attention_mask"].shape[1]
-
-
-# ---- what a layer hands on ----
-
-
-def _repeats(output: Any) -> Callable[[torch.Tensor], Any] | None:
-    """How a layer wraps its hidden state, to do it again; None if it hands on other tensors."""
-    if isinstance(output, torch.Tensor):
-        return lambda hidden: hidden
-    if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
-        rest = output[1:]
-        if not any(isinstance(item, torch.Tensor) for item in rest):
-            return lambda hidden: (hidden, *rest)
-    return None
-
-
-def _skip(wrap: Callable[[torch.Tensor], Any], value: torch.Tensor | None) -> Callable[..., Any]:
-    """A forward that gives `value`, or hands its input on."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if value is not None:
-            return wrap(value)
-        return wrap(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()))))
-
-    return forward
-
-
-def _problem(
-    hidden: torch.Tensor, formats: Sequence[Any], rows: int, before: Any, after: Any
-) -> str | None:
-    """Why the output of a prefix cannot be kept, if so."""
-    if hidden.requires_grad:
-        return "something that trains lies below the frozen layers (a prompt, tied embeddings?)"
-    if any(wrap is None for wrap in formats):
-        return "its layers hand on more than a hidden state (a position bias, attention weights)"
-    if hidden.ndim < 3 or len(hidden) != rows:
-        return f"its output of shape {tuple(hidden.shape)} is not one entry per row of the batch"
-    if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-        return "it draws random numbers (dropout that evaluation mode does not turn off)"
-    return None
-
-
-def _random_states() -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state())
-    return states
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output
-    values = [values] if isinstance(values, torch.Tensor) else values
-    return [v.float() for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
-
-
-def _hooked(layers: Sequence[nn.Module]) -> str | None:
-    """A module of the prefix, its output aside, that somebody has put a forward hook on."""
-    for number, layer in enumerate(layers):
-        for name, module in layer.named_modules():
-            if number == len(layers) - 1 and not name:
-                continue
-            own = [h for h in module._forward_hooks.values() if not _of_transformers(h)]
-            if own:
-                return f"layer {number}" + (f" ({name})" if name else "")
-    return None
-
-
-def _of_transformers(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
-
-
-def cacheable_stack(trainer: Trainer, model: nn.Module) -> Stack:
-    """The stack whose lower layers can be cached.
-
-    Raises:
-        ValueError: If the model or the run can have no cached prefix.
-    """
-    stacks = find_stacks(model)
-    config = getattr(unwrapped_base(model), "config", None)
-    if len(stacks) != 1 and not getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"cache_frozen_prefix needs a model with one stack of layers, or an encoder–decoder; "
-            f"{type(model).__name__} has {len(stacks)}: {', '.join(s.path for s in stacks)}. Drop "
-            "cache_frozen_prefix."
-        )
-    if trainer.is_fsdp_enabled:
-        raise ValueError(
-            "cache_frozen_prefix does not work with FSDP, whose processes must all gather the same "
-            "layers. Use DDP, or drop cache_frozen_prefix."
-        )
-    if trainer.args.torch_compile:
-        raise ValueError(
-            "cache_frozen_prefix changes which layers run from batch to batch, which "
-            "torch_compile=True cannot follow. Drop one of the two."
-        )
-    return stacks[0]
 
 
 def _bytes(number: float) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +16,46 @@ import torch
 
 RECORD = struct.Struct("<16sqiiI")
 """Key, offset in the data file, first position, number of positions, checksum."""
+
+
+def row_keys(
+    inputs: Mapping[str, torch.Tensor],
+) -> tuple[list[bytes], list[tuple[int, int]] | None]:
+    """A hash of each row's own content, and where it lies between its padding.
+
+    Args:
+        inputs: Tensors whose first dimension is the row, by name. With a 2-D `attention_mask` the
+            padding on both sides of a row is left out of everything of its shape; the number of
+            positions on the left stays in, for models with absolute positions.
+
+    Returns:
+        16 bytes for each row, and (first, past-the-last) real position of each, or None.
+    """
+    mask = inputs.get("attention_mask")
+    size = len(next(iter(inputs.values())))
+    spans = None
+    if mask is not None and mask.ndim == 2:
+        real = mask.bool().cpu()
+        if bool(real.any(1).all()):
+            first = real.int().argmax(1).tolist()
+            last = real.flip(1).int().argmax(1).tolist()
+            spans = [(lo, real.shape[1] - la) for lo, la in zip(first, last, strict=True)]
+    hashes = [hashlib.blake2b(digest_size=16) for _ in range(size)]
+    for name in sorted(inputs):
+        tensor = inputs[name].detach().cpu().contiguous()
+        per_token = spans is not None and mask is not None and tensor.shape[:2] == mask.shape
+        for row, digest in enumerate(hashes):
+            part = tensor
+            if len(tensor) == size:
+                part = tensor[row]
+                if per_token and spans is not None:
+                    part = part[spans[row][0] : spans[row][1]]
+            digest.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for row, digest in enumerate(hashes):
+        if spans is not None:
+            digest.update(str(spans[row][0]).encode())
+    return [digest.digest() for digest in hashes], spans
 
 
 class _Place(NamedTuple):

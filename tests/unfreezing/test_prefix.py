@@ -19,8 +19,8 @@ from hf_adapt import (
     Phase,
     adapt,
 )
-from hf_adapt.unfreezing.prefix import cacheable_stack, row_keys
-from hf_adapt.unfreezing.row_store import RECORD, RowStore
+from hf_adapt.unfreezing.prefix_checks import cacheable_stack
+from hf_adapt.unfreezing.row_store import RECORD, RowStore, row_keys
 from tests.tiny import GradientRecorder, arguments, bert, collate, llama, rows, weights
 
 LOWER_3 = FreezeOnly("embeddings", r"layer\.[012]")

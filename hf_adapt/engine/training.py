@@ -1,0 +1,140 @@
+"""What adaptations ask of a Trainer: its model, its length, how it is parallel."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def unwrapped_model(trainer: Trainer) -> nn.Module:
+    """The model with the parameters that the optimizer knows."""
+    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    return model
+
+
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Optimizer steps of an epoch of the run under way, or None for a stream without a length."""
+    try:
+        batches = len(trainer.callback_handler.train_dataloader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return -(-batches // trainer.args.gradient_accumulation_steps)
+
+
+def uses_reentrant_checkpointing(trainer: Trainer) -> bool:
+    """Whether gradient checkpointing is on in its reentrant form."""
+    arguments = trainer.args
+    chosen, on = (
+        getattr(arguments, f"activation_checkpointing{end}", None)
+        or getattr(arguments, f"gradient_checkpointing{end}", None)
+        for end in ("_kwargs", "")
+    )
+    return bool(on) and bool((chosen or {}).get("use_reentrant", False))
+
+
+def refuse_changing_gradients(trainer: Trainer, what: str) -> None:
+    """Refuse what cannot follow parameters that have a gradient in some steps only.
+
+    Args:
+        trainer: The Trainer, before its optimizer exists.
+        what: What needs it, for the message.
+
+    Raises:
+        ValueError: Under DeepSpeed, FSDP 1, static DDP graphs, or reentrant checkpointing in
+            several processes.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"{what} does not work with DeepSpeed, whose optimizer flattens all parameters before "
+            "the first step. Use FSDP2 or DDP."
+        )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            f"{what} does not work with FSDP version 1, which flattens parameters. Use FSDP2: "
+            "fsdp_config={'version': 2}."
+        )
+    if getattr(trainer.args, "ddp_static_graph", None):
+        raise ValueError(
+            f"ddp_static_graph=True promises that the same parameters get gradients in every step, "
+            f"which {what} changes. Drop it."
+        )
+    if trainer.accelerator.num_processes > 1 and uses_reentrant_checkpointing(trainer):
+        raise ValueError(
+            f"{what} in several processes does not work with reentrant gradient checkpointing. Use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, the default."
+        )
+
+
+def expect_unused_parameters(trainer: Trainer) -> Callable[[], None]:
+    """Let DDP expect parameters without a gradient, from its wrapping of the model on.
+
+    Returns:
+        What puts the setting back.
+    """
+    arguments, handler = trainer.args, getattr(trainer.accelerator, "ddp_handler", None)
+    before = arguments.ddp_find_unused_parameters
+    handled = getattr(handler, "find_unused_parameters", None)
+    if trainer.accelerator.num_processes > 1:
+        if before is False:
+            logger.warning(
+                "ddp_find_unused_parameters=False was set, but frozen parameters get no gradient: "
+                "this run uses True."
+            )
+        arguments.ddp_find_unused_parameters = True
+        if handler is not None:  # the Trainer has read its arguments already
+            handler.find_unused_parameters = True
+
+    def undo() -> None:
+        arguments.ddp_find_unused_parameters = before
+        if handler is not None and handled is not None:
+            handler.find_unused_parameters = handled
+
+    return undo
+
+
+def check_unused_parameters(trainer: Trainer) -> None:
+    """Refuse a model that an earlier `train()` wrapped without expecting unused parameters.
+
+    Raises:
+        ValueError: If it did.
+    """
+    wrapped = trainer.model_wrapped
+    if isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters:
+        raise ValueError(
+            "The model was wrapped for DDP by an earlier train() without find_unused_parameters, "
+            "so freezing would fail. Add the callback before the first train(), or set "
+            "ddp_find_unused_parameters=True."
+        )
+
+
+def check_in_optimizer(trainer: Trainer, parameters: dict[str, nn.Parameter], what: str) -> None:
+    """Refuse an optimizer that lacks parameters that are to be trained.
+
+    Args:
+        trainer: The Trainer, with its optimizer.
+        parameters: What must be there, by name.
+        what: Who trains them, for the message.
+
+    Raises:
+        ValueError: Naming the missing parameters.
+    """
+    assert trainer.optimizer is not None
+    known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in known]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"{what} trains {', '.join(missing[:5])}{more}, but the optimizer does not have them: "
+            "it was made while they were frozen, or by your own code without them. Let the Trainer "
+            "make it, or give it every parameter that is to be trained."
+        )
