@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 WORKERS ?= 2
 ARGS ?=
+BENCH ?= engine_overhead
 
 VENV := .venv
 VENV_MIN := .venv-min
@@ -57,6 +58,10 @@ help:  ## show this list
 demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 3"
 	$(RUN) examples/domain_shift_text.py $(ARGS)
 
+.PHONY: demo-unfreezing
+demo-unfreezing: $(EXAMPLES)  ## gradual unfreezing on real data; options in ARGS="--seeds 5"
+	$(RUN) examples/gradual_unfreezing.py $(ARGS)
+
 .PHONY: test
 test: lint types unit  ## lint, types, doctests and tests: what CI runs
 
@@ -87,8 +92,8 @@ test-cuda: $(DEV)  ## the tests marked cuda, one at a time
 	$(TEST_ENV) $(RUN) -m pytest -m cuda tests $(ARGS)
 
 .PHONY: bench
-bench: $(CORE)  ## the engine's overhead; options in ARGS
-	$(RUN) benchmarks/engine_overhead.py $(ARGS)
+bench: $(CORE)  ## a benchmark: BENCH=engine_overhead (the default) or unfreezing; options in ARGS
+	$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
 .PHONY: trainer-suite
 trainer-suite: suite-named $(SUITE_DEPS)  ## transformers' own Trainer tests with our mixin: SUITE=…/tests/trainer

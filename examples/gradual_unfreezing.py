@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -43,6 +44,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import accuracy_score
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -84,9 +86,9 @@ TRAINING_DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "learning_rate": 3e-4,
     "logging_steps": 1,
+    "disable_tqdm": True,
     "save_strategy": "no",
     "report_to": "none",
-    "disable_tqdm": True,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
@@ -233,7 +235,7 @@ def plot(summary: dict[str, dict[str, Any]], results: list[dict[str, Any]], path
     lowest = min(100 * v[n][0] for v in summary.values() for n in ("in domain", "out of domain"))
     first.set_ylim(max(0, lowest - 10), None)
     first.set_ylabel("accuracy, %")
-    first.legend(loc="outside lower center" if False else "lower right", fontsize=8)
+    first.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
     for axes, method in zip(others, shown, strict=True):
         rates = next(run["rates"] for run in results if run["method"] == method)
         groups = list(rates[0])
@@ -259,27 +261,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(**TRAINING_DEFAULTS)
     script, args = parser.parse_args_into_dataclasses(argv)
     console = Console(quiet=args.process_index != 0)
+    datasets.disable_progress_bars()
     console.print(f"[dim]{LICENCES['vader4']}[/dim]")
     train, tests, labels = load(script)
     if script.model_name_or_path is None:
         console.print(f"[dim]{MINILM_LICENCE}[/dim]")
         script.model_name_or_path = str(minilm_path())
     if "gradual" in script.methods:
-        empty = AutoModelForSequenceClassification.from_pretrained(
-            script.model_name_or_path, num_labels=len(labels)
+        config = AutoConfig.from_pretrained(script.model_name_or_path, num_labels=len(labels))
+        with torch.device("meta"):  # shapes are enough
+            empty = AutoModelForSequenceClassification.from_config(config)
+        plan = unfreezing_plan(
+            empty, args, train_dataset=train, layer_decay=LAYER_DECAY, rates={"head": HEAD_RATE}
         )
-        plan = unfreezing_plan(empty, args, train_dataset=train, layer_decay=LAYER_DECAY)
-        console.print(f"The plan of [bold]gradual[/bold]:\n{plan}\n", highlight=False)
+        console.print(
+            f"The plan of [bold]gradual[/bold]:\n{plan}\n", highlight=False, soft_wrap=True
+        )
 
     results = []
     for seed in range(args.seed, args.seed + script.seeds):
         for method in script.methods:
+            console.print(f"[bold]{method}[/bold], seed {seed}")
             run_args = copy.copy(args)
             run_args.seed = seed
             run_args.output_dir = str(Path(args.output_dir) / f"{method}-seed{seed}")
             results.append(train_and_test(method, script, run_args, train, tests, labels))
             scores = {name: f"{results[-1][name]:.3f}" for name in tests}
-            console.print(f"[bold]{method}[/bold], seed {seed}: {scores}", highlight=False)
+            console.print(f"  {scores}", highlight=False)
     if args.process_index != 0:
         return
 

@@ -720,6 +720,94 @@ def test_named_and_shared_layers() -> None:
     assert groups[0].parameters == ("0.weight", "0.bias")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["multi_modal_projector", "connector", "aligner", "projector", "mm_projector", "resampler"],
+)
+def test_what_joins_two_towers_is_between_them_although_registered_last(name: str) -> None:
+    model = nn.Module()
+    for tower in ("low", "high"):
+        setattr(model, tower, nn.ModuleList([nn.Linear(4, 4) for _ in range(2 + len(tower))]))
+    setattr(model, name, nn.Linear(4, 4))
+    model.adapter = nn.Linear(4, 4)
+    groups = layer_groups(model)
+    assert [g.name for g in groups][4:7] == ["low.layer.4", name, "high.layer.0"]
+    assert by_name(groups)["head"].parameters == ("adapter.weight", "adapter.bias")
+
+
+class Flat(BertPreTrainedModel):
+    """A model of one piece, whose modules are registered in no order."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(8, 4)
+        self.pooler = nn.Linear(4, 4)
+        self.final_norm = nn.LayerNorm(4)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.per_layer_projection = nn.Linear(4, 4)
+        self.pos_emb = nn.Linear(4, 4)
+        self.position_bias = nn.Linear(4, 4)
+        self.fc = nn.Linear(4, 2)
+        self.post_init()
+
+
+def test_names_tell_where_registration_does_not() -> None:
+    assert_groups(
+        Flat(BertConfig(**TEXT)),
+        {
+            "embeddings": "embeddings per_layer_projection pos_emb position_bias",
+            **layers("layers", top="pooler"),
+            "norm": "final_norm",
+            "head": "fc",
+        },
+    )
+
+
+def test_norms_registered_before_the_layers_and_applied_after_them() -> None:
+    text = dict(GROUPED, head_dim=8)
+    with torch.device("meta"):
+        t5gemma = transformers.T5GemmaForConditionalGeneration(
+            transformers.T5GemmaConfig(encoder=text, decoder=dict(text))
+        )
+        conformer = transformers.Wav2Vec2ConformerForCTC(
+            transformers.Wav2Vec2ConformerConfig(**AUDIO)
+        )
+    groups = by_name(layer_groups(t5gemma))
+    for tower in ("encoder", "decoder"):
+        assert groups[f"{tower}.norm"].parameters == (f"model.{tower}.norm.weight",)
+    assert by_name(layer_groups(conformer))["norm"].parameters == (
+        "wav2vec2_conformer.encoder.layer_norm.weight",
+        "wav2vec2_conformer.encoder.layer_norm.bias",
+    )
+
+
+def test_convolutions_registered_after_the_layers_and_applied_before_them() -> None:
+    from transformers.models.qwen3_omni_moe import (
+        configuration_qwen3_omni_moe,
+        modeling_qwen3_omni_moe,
+    )
+
+    config = configuration_qwen3_omni_moe.Qwen3OmniMoeAudioEncoderConfig(
+        d_model=16,
+        encoder_layers=3,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        num_mel_bins=16,
+        downsample_hidden_size=8,
+        output_dim=16,
+    )
+    with torch.device("meta"):
+        model = modeling_qwen3_omni_moe.Qwen3OmniMoeAudioEncoder(config)
+    assert_groups(
+        model,
+        {
+            "embeddings": "conv2d1 conv2d2 conv2d3 conv_out",
+            **layers("layers", top="proj1 proj2"),
+            "norm": "ln_post",
+        },
+    )
+
+
 class ModelAsHead(BertPreTrainedModel):
     """A head that is itself a model of transformers, without checkpointing layers."""
 

@@ -1,0 +1,74 @@
+"""The example, run as a person runs it, on tiny data and a tiny model, without a network."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import domain_data
+import gradual_unfreezing as example
+
+WORDS = "good bad fine poor film phone battery plot the a is was not very".split()
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    )
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 5,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_all_methods_run_and_everything_is_written(model_dir, tmp_path, monkeypatch, capsys):
+    def load_domain(benchmark, domain):
+        texts = [(f"{WORDS[i % 4]} {WORDS[4 + i % 4]}", ("pos", "neg")[i % 2]) for i in range(24)]
+        return {"train": texts, "dev": texts[:8], "test": texts[:8]}
+
+    monkeypatch.setattr(domain_data, "load_domain", load_domain)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    out = tmp_path / "out"
+    options = {
+        "--model_name_or_path": str(model_dir),
+        "--output_dir": str(out),
+        "--max_steps": "4",
+        "--seeds": "2",
+        "--per_device_train_batch_size": "4",
+        "--use_cpu": "true",
+    }
+    example.main([part for option in options.items() for part in option])
+    printed = capsys.readouterr().out
+    assert "starts at" in printed and "out of" in printed
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [(run["method"], run["seed"]) for run in runs] == [
+        (method, seed) for seed in (42, 43) for method in example.METHODS
+    ]
+    rates = {run["method"]: run["rates"] for run in runs}
+    assert rates["full"] == [{}] * 4
+    head = {group for step in rates["head"] for group, rate in step.items() if rate > 0}
+    assert head == {"head"}
+    lp_ft = [sorted(g for g, rate in step.items() if rate > 0) for step in rates["lp-ft"]]
+    assert lp_ft == [["head"]] * 2 + [["embeddings", "head", "layer.0", "layer.1"]] * 2
+    assert [sum(r > 0 for r in step.values()) for step in rates["gradual"]] == [1, 2, 3, 4]
+    table = (out / "table.md").read_text()
+    assert all(f"| {method} |" in table for method in example.METHODS)
+    assert (out / "unfreezing.png").stat().st_size > 10_000
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="unknown --methods"):
+        example.ExampleArguments(methods=["half"])
