@@ -39,7 +39,7 @@ from transformers import (
 from hf_adapt import GradualUnfreezingCallback
 from hf_adapt.unfreezing import FreezeOnly
 
-LAYERS, ROWS, TOKENS, WARM_UP = 12, 16, 64, 3
+LAYERS, ROWS, TOKENS, WARM_UP = 12, 16, 128, 3
 
 
 def make_model() -> BertForSequenceClassification:
@@ -56,7 +56,7 @@ def make_model() -> BertForSequenceClassification:
 
 
 def make_rows(number: int) -> datasets.Dataset:
-    """Rows of 64 random tokens."""
+    """Rows of 128 random tokens."""
     random = np.random.default_rng(1)
     return datasets.Dataset.from_dict(
         {

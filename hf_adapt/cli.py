@@ -79,7 +79,9 @@ def schedule(
     every_epochs: Annotated[float | None, typer.Option(help="Epochs of a phase.")] = None,
     direction: Annotated[Direction, typer.Option(help="Start here.")] = Direction.top_down,
     until: Annotated[str | None, typer.Option(help="The last group to be unfrozen.")] = None,
-    switch: Annotated[str, typer.Option(help="lp-ft: when everything trains.")] = "50%",
+    switch: Annotated[
+        str | None, typer.Option(help="lp-ft: when everything trains; 50% by default.")
+    ] = None,
     layer_decay: Annotated[
         float | None, typer.Option(help="Learning rate of a level relative to the one above.")
     ] = None,
@@ -94,9 +96,20 @@ def schedule(
 
     Only the configuration is read, not the weights.
     """
+    given = {
+        "--every-steps": every_steps,
+        "--every-epochs": every_epochs,
+        "--until": until,
+        "--direction": None if direction is Direction.top_down else direction,
+    }
+    others = given if preset is Preset.lp_ft else {"--switch": switch}
+    wrong = [name for name, value in others.items() if value is not None]
+    if wrong:
+        typer.echo(f"Error: --preset {preset} does not take {', '.join(wrong)}.", err=True)
+        raise typer.Exit(1)
     try:
         chosen: UnfreezingSchedule = (
-            LPFT(Moment.parse(switch))
+            LPFT(Moment.parse(switch or "50%"))
             if preset is Preset.lp_ft
             else Gradual(every_steps, every_epochs, direction.value, until)
         )

@@ -87,13 +87,14 @@ def read_state(folder: str) -> dict[str, Any] | None:
 
 
 def load_state(
-    adaptations: Sequence[Adaptation], optimizer: AuxiliaryOptimizer, folder: str
+    adaptations: Sequence[Adaptation], optimizer: AuxiliaryOptimizer | None, folder: str
 ) -> None:
-    """Read back what `save_state` wrote, if the folder has it."""
+    """Read back what `save_state` wrote, if the folder has it; the optimizer's if one is given."""
     state = read_state(folder)
     if state is None:
         return
-    optimizer.load_state_dict(state["auxiliary"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["auxiliary"])
     for adaptation in adaptations:
         if adaptation.name in state["adaptations"]:
             adaptation.load_state_dict(state["adaptations"][adaptation.name])

@@ -81,7 +81,7 @@ def active_adaptations(plans: Sequence[Plan]) -> list[Adaptation]:
     """The adaptations that change the run, with unique names.
 
     Raises:
-        ValueError: If two have the same name.
+        ValueError: If two have the same name, or two freeze parts of the model.
     """
     active = [a for plan in plans for a in plan.adaptations if a.is_active]
     names = [a.name for a in active]
@@ -90,6 +90,12 @@ def active_adaptations(plans: Sequence[Plan]) -> list[Adaptation]:
         raise ValueError(
             f"Several adaptations are named {', '.join(map(repr, twice))}: their logs and their "
             f"state in the checkpoint would collide. Give one of them another name=."
+        )
+    freezing = [a.name for a in active if a.freezes]
+    if len(freezing) > 1:
+        raise ValueError(
+            f"{' and '.join(freezing)} both decide what is frozen. Put what you want into one "
+            "schedule."
         )
     return active
 

@@ -360,15 +360,15 @@ class AdaptationRun:
             return
         folder, self._resume_from = self._resume_from, None
         built = [a for a in self.adaptations if a.module is not None]
-        if not load_weights(self.adaptations, folder) and built:
+        found = load_weights(self.adaptations, folder)
+        if not found and built:
             logger.warning(
                 "%s holds no auxiliary modules (it was saved by a plain Trainer): %s start anew.",
                 folder,
                 ", ".join(a.name for a in built),
             )
-            return
         assert self.memory.optimizer is not None
-        load_state(self.adaptations, self.memory.optimizer, folder)
+        load_state(self.adaptations, self.memory.optimizer if found else None, folder)
 
     # ---- each optimizer step ----
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,15 +31,30 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
     return -(-batches // trainer.args.gradient_accumulation_steps)
 
 
-def uses_reentrant_checkpointing(trainer: Trainer) -> bool:
-    """Whether gradient checkpointing is on in its reentrant form."""
-    arguments = trainer.args
-    chosen, on = (
-        getattr(arguments, f"activation_checkpointing{end}", None)
-        or getattr(arguments, f"gradient_checkpointing{end}", None)
-        for end in ("_kwargs", "")
-    )
-    return bool(on) and bool((chosen or {}).get("use_reentrant", False))
+def checkpoint_without_reentry(model: nn.Module) -> Callable[[], None]:
+    """Let gradient checkpointing run in its non-reentrant form, which follows frozen parts.
+
+    The reentrant form (the default of transformers 4) gives no gradient at all to layers above a
+    frozen bottom, unless a hook gives the embeddings' output one, and then recomputes all of it.
+
+    Returns:
+        What puts the model's own form back.
+    """
+    changed: list[tuple[nn.Module, Any]] = []
+    for module in model.modules():
+        own = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(own, functools.partial) and own.keywords.get("use_reentrant", False):
+            changed.append((module, own))
+            keywords = {**own.keywords, "use_reentrant": False}
+            module.__dict__["_gradient_checkpointing_func"] = functools.partial(
+                own.func, *own.args, **keywords
+            )
+
+    def undo() -> None:
+        for module, own in changed:
+            module.__dict__["_gradient_checkpointing_func"] = own
+
+    return undo
 
 
 def refuse_changing_gradients(trainer: Trainer, what: str) -> None:
@@ -49,8 +65,7 @@ def refuse_changing_gradients(trainer: Trainer, what: str) -> None:
         what: What needs it, for the message.
 
     Raises:
-        ValueError: Under DeepSpeed, FSDP 1, static DDP graphs, or reentrant checkpointing in
-            several processes.
+        ValueError: Under DeepSpeed, FSDP 1, or static DDP graphs.
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -67,11 +82,6 @@ def refuse_changing_gradients(trainer: Trainer, what: str) -> None:
         raise ValueError(
             f"ddp_static_graph=True promises that the same parameters get gradients in every step, "
             f"which {what} changes. Drop it."
-        )
-    if trainer.accelerator.num_processes > 1 and uses_reentrant_checkpointing(trainer):
-        raise ValueError(
-            f"{what} in several processes does not work with reentrant gradient checkpointing. Use "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}, the default."
         )
 
 

@@ -21,6 +21,7 @@ class GroupCost:
     Attributes:
         level: Its place from the bottom.
         parameters: Its trainable parameters.
+        frozen: Parameters beside them that never train (under adapters).
         work: Multiplications per token of its forward, in parameters: the weights of matrix
             products, also those that do not train (under adapters); embeddings only look up.
         trained_work: The part of `work` whose weights can train.
@@ -30,6 +31,7 @@ class GroupCost:
     parameters: int
     work: float
     trained_work: float
+    frozen: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def group_costs(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, Gro
     work = {group.name: 0.0 for group in groups}
     trained = dict(work)
     sizes = {group.name: 0 for group in groups}
+    frozen = dict(sizes)
     place: dict[str, str] = {}  # module path -> the group of the nearest trainable parameter in it
     for name, group in group_of.items():
         parts = name.split(".")
@@ -77,13 +80,21 @@ def group_costs(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, Gro
         if name in group_of:
             trained[owner] += products
             sizes[owner] += parameter.numel()
+        else:
+            frozen[owner] += parameter.numel()
     base = unwrapped_base(model)
     output = getattr(base, "get_output_embeddings", lambda: None)()
     weight = getattr(output, "weight", None)
     if weight is not None and id(weight) in lookups:
         work[groups[-1].name] += weight.numel()  # a tied output layer multiplies after all
     return {
-        group.name: GroupCost(group.level, sizes[group.name], work[group.name], trained[group.name])
+        group.name: GroupCost(
+            group.level,
+            sizes[group.name],
+            work[group.name],
+            trained[group.name],
+            frozen[group.name],
+        )
         for group in groups
     }
 
@@ -107,7 +118,7 @@ def phase_cost(costs: Mapping[str, GroupCost], trained: frozenset[str]) -> Phase
         above = sum(c.work for c in costs.values() if c.level >= lowest)
         own = sum(costs[name].trained_work for name in names)
         size = sum(costs[name].parameters for name in names)
-        everything = sum(c.parameters for c in costs.values())
+        everything = sum(c.parameters + c.frozen for c in costs.values())
         states = WEIGHT * everything + (GRADIENT + MOMENTS) * size
         return forward + above + own, states, above
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_adapt.unfreezing.layers import find_stacks
+
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 INPUT_GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
@@ -39,6 +41,8 @@ class Freezer:
         self.parameters = parameters
         self._dropout = dropout
         self._batch_norm = batch_norm
+        self._stacks = find_stacks(model)
+        self._layers = {model.get_submodule(n) for stack in self._stacks for n in stack.layers}
         self._in_eval: list[nn.Module] = []
         self._hooks: list[tuple[nn.Module, int, Any]] = []
 
@@ -67,18 +71,40 @@ class Freezer:
         ]
 
     def _frozen_modules(self) -> list[nn.Module]:
-        """The outermost modules that hold parameters, none of which trains."""
+        """The outermost modules of which nothing trains.
+
+        Inside a layer that trains, base weights under adapters are no frozen part: the dropout
+        beside them belongs to what trains.
+        """
+        scheduled = {id(p) for p in self.parameters.values()}
         found: list[nn.Module] = []
 
-        def visit(module: nn.Module) -> None:
-            flags = [p.requires_grad for p in module.parameters()]
-            if flags and not any(flags):
-                found.append(module)
-            elif flags:
+        def visit(module: nn.Module, in_layer: bool) -> None:
+            held = list(module.parameters())
+            if not held:
+                return
+            if any(p.requires_grad for p in held):
+                in_layer = in_layer or module in self._layers
                 for child in module.children():
-                    visit(child)
+                    visit(child, in_layer)
+            elif not in_layer or any(id(p) in scheduled for p in held):
+                found.append(module)
 
-        visit(self.model)
+        visit(self.model, False)
+        return found + self._input_dropout(set(found))
+
+    def _input_dropout(self, frozen: set[nn.Module]) -> list[nn.Module]:
+        """Dropout between the embeddings and a frozen first layer (GPT-2's): it has no weights."""
+        found: list[nn.Module] = []
+        for stack in self._stacks:
+            if self.model.get_submodule(stack.layers[0]) not in frozen:
+                continue
+            owner = self.model.get_submodule(stack.path.rpartition(".")[0])
+            for name, child in owner.named_children():
+                if name == stack.path.rpartition(".")[2]:
+                    break
+                if isinstance(child, nn.Dropout):
+                    found.append(child)
         return found
 
     def before_forward(self) -> None:
@@ -89,8 +115,8 @@ class Freezer:
     def drop_input_gradients(self) -> None:
         """Take off the hooks that give the embeddings' output a gradient.
 
-        Gradient checkpointing needs them only in its reentrant form; with them, the backward
-        recomputes every frozen layer for a gradient that nothing uses.
+        Reentrant gradient checkpointing alone needs them; with them, the backward recomputes every
+        frozen layer for a gradient that nothing uses.
         """
         for module in self.model.modules():
             for key, hook in list(module._forward_hooks.items()):

@@ -14,11 +14,11 @@ from hf_adapt.engine.rates import RateFactors
 from hf_adapt.engine.training import (
     check_in_optimizer,
     check_unused_parameters,
+    checkpoint_without_reentry,
     expect_unused_parameters,
     refuse_changing_gradients,
     steps_per_epoch,
     unwrapped_model,
-    uses_reentrant_checkpointing,
 )
 from hf_adapt.unfreezing.costs import group_costs
 from hf_adapt.unfreezing.freezing import Freezer
@@ -116,6 +116,7 @@ class GradualUnfreezing(Adaptation):
         self._freezer: Freezer | None = None
         self._prefix: FrozenPrefix | None = None
         self._undo_unused: Any = None
+        self._undo_checkpointing: Any = None
 
     # ---- before the run ----
 
@@ -125,6 +126,8 @@ class GradualUnfreezing(Adaptation):
         self._plateau_steps: list[int] = []
         self._best: float | None = None
         self._waited = 0
+        self._other_metrics: set[str] = set()
+        self._metric_came = False
         self._index: int | None = None
         self._now: dict[str, float] = {}
         model = unwrapped_model(trainer)
@@ -156,12 +159,23 @@ class GradualUnfreezing(Adaptation):
         trained = frozenset().union(*self._plan.trained(self._groups))
         scheduled = {n: p for g in sorted(trained) for n, p in self._parameters[g].items()}
         check_in_optimizer(trainer, scheduled, "The schedule")
+        self._check_rates_count(trainer)
         self._freezer = Freezer(model, everything, self._frozen_dropout, self._frozen_batch_norm)
-        if not uses_reentrant_checkpointing(trainer):
-            self._freezer.drop_input_gradients()
+        self._undo_checkpointing = checkpoint_without_reentry(model)
+        self._freezer.drop_input_gradients()
         if self._cached:
             self._prefix = FrozenPrefix(trainer, model, self._groups, self._cache_dir)
         logger.info("Gradual unfreezing:\n%s", self._plan)
+
+    def _check_rates_count(self, trainer: Trainer) -> None:
+        assert trainer.optimizer is not None
+        given = self._plan.rates or self._plan.rewarm_steps or self._importance
+        if given and any(group.get("relative_step") for group in trainer.optimizer.param_groups):
+            raise ValueError(
+                "The optimizer makes its own learning rates (Adafactor, relative_step=True), so "
+                "rates of layer groups would have no effect. Use relative_step=False with a "
+                "learning rate, or drop layer_decay, rates, rewarm_steps and importance."
+            )
 
     def _set_timeline(self) -> None:
         self._timeline: Timeline = self._plan.timeline(
@@ -185,6 +199,12 @@ class GradualUnfreezing(Adaptation):
     def before_step(self, step: int) -> None:
         """Switch the phase; only here, so that all micro-batches of a step are of one phase."""
         assert self._freezer is not None
+        rule = self._plan.plateau
+        if rule is not None and self._other_metrics and not self._metric_came:
+            raise ValueError(
+                f"The unfreezing schedule waits for {rule.metric!r}, which the evaluation did not "
+                f"give. It gave: {', '.join(sorted(self._other_metrics))}."
+            )
         index = self._timeline.index(step)
         if index == self._index:
             return
@@ -248,7 +268,7 @@ class GradualUnfreezing(Adaptation):
         }
         for group, part in self._parameters.items():
             first = next(iter(part.values()))
-            rate = rate_of.get(id(first), 0.0)
+            rate = rate_of.get(id(first)) or 0.0  # None where the optimizer makes its own
             self._now[f"learning_rate/{group}"] = float(rate) * factors[group]
 
     # ---- evaluation, logs, checkpoints, end ----
@@ -259,11 +279,10 @@ class GradualUnfreezing(Adaptation):
         waiting = len(self._timeline.starts) < len(self._plan.phases)
         if rule is None or not waiting:
             return
-        if rule.metric not in metrics:
-            raise ValueError(
-                f"The unfreezing schedule waits for {rule.metric!r}, which this evaluation did "
-                f"not give. It gave: {', '.join(sorted(metrics))}."
-            )
+        if rule.metric not in metrics:  # another of several evaluation sets
+            self._other_metrics |= set(metrics)
+            return
+        self._metric_came = True
         value = float(metrics[rule.metric])
         if rule.improved(value, self._best):
             self._best, self._waited = value, 0
@@ -327,9 +346,11 @@ class GradualUnfreezing(Adaptation):
             self._prefix.close()
         if self._freezer is not None:
             self._freezer.undo()
-        if self._undo_unused is not None:
-            self._undo_unused()
-        self._trainer = self._freezer = self._prefix = self._undo_unused = None
+        for undo in (self._undo_unused, self._undo_checkpointing):
+            if undo is not None:
+                undo()
+        self._trainer = self._freezer = self._prefix = None
+        self._undo_unused = self._undo_checkpointing = None
 
 
 class GradualUnfreezingCallback(AdaptationCallback):

@@ -86,6 +86,12 @@ class Clock:
     max_steps: int
     steps_per_epoch: float | None = None
 
+    def knows(self, moment: Moment) -> bool:
+        """Whether the step of a moment can be told before it comes."""
+        if moment.unit == "plateau":
+            return False
+        return moment.unit != "epoch" or self.steps_per_epoch is not None
+
     def step_of(self, moment: Moment) -> int:
         """The optimizer step at which a moment lies.
 
@@ -106,7 +112,8 @@ class Clock:
                     "of the run (at: 25%)."
                 )
             step = moment.amount * self.steps_per_epoch
-        if round(step) >= self.max_steps:
+        step = math.floor(step + 0.5 + 1e-4)
+        if step >= self.max_steps:
             epochs = (
                 f" of {self.steps_per_epoch:g} steps each" if moment.unit == "epoch" else " steps"
             )
@@ -116,7 +123,7 @@ class Clock:
                 "earlier, train longer, or leave the phase out (`until=` names the last group "
                 "that a gradual schedule unfreezes)."
             )
-        return round(step)
+        return step
 
 
 @dataclass(frozen=True)

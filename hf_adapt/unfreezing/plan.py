@@ -66,6 +66,13 @@ class UnfreezingPlan:
             raise ValueError(
                 f"The first phase starts at {first}: nothing would train before. Let it start at 0."
             )
+        waiting = [phase.at.unit == "plateau" for phase in self.phases]
+        late = next((i for i in range(1, len(waiting)) if waiting[i - 1] and not waiting[i]), None)
+        if late is not None:
+            raise ValueError(
+                f"The phase at {self.phases[late].at} comes after one that waits for a plateau, "
+                "which may come later or never. Let all phases after a plateau wait for one, too."
+            )
         if self.plateau is None and any(phase.at.unit == "plateau" for phase in self.phases):
             raise ValueError(
                 "A phase waits for a plateau, but the plan has no `plateau:` rule (metric, "
@@ -123,7 +130,7 @@ class UnfreezingPlan:
         names = list(self.groups)
         for number, phase in enumerate(self.phases):
             start = str(phase.at)
-            if phase.at.unit in ("step", "percent", "epoch") and self.clock is not None:
+            if self.clock is not None and self.clock.knows(phase.at):
                 step = f"step {self.clock.step_of(phase.at)}"
                 shown = (
                     f"{phase.at.amount:.3g}% of the run" if phase.at.unit == "percent" else start
@@ -177,7 +184,7 @@ class UnfreezingPlan:
             before = phase.train
         content["phases"] = phases
         if self.rates:
-            content["rates"] = {k: round(v, 8) for k, v in self.rates.items()}
+            content["rates"] = {k: float(f"{v:.12g}") for k, v in self.rates.items()}
         if self.rewarm_steps:
             content["rewarm_steps"] = self.rewarm_steps
         if self.plateau is not None:

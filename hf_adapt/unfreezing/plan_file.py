@@ -95,6 +95,12 @@ class _Reader:
                 if not phases:
                     self.fail(item, "the first phase has nothing to `add:` to: write `train:`.")
                 trained = (*trained, *phases[-1].train)
+            if phases and phases[-1].at.unit == "plateau" and self.value(keys["at"]) != "plateau":
+                self.fail(
+                    keys["at"],
+                    "the phase before waits for a plateau, which may come later or never: write "
+                    "`at: plateau` here, too.",
+                )
             try:
                 phases.append(Phase(self.value(keys["at"]), trained))
             except ValueError as error:
@@ -109,6 +115,17 @@ class _Reader:
 
     def plateau(self, node: yaml.Node) -> Plateau:
         keys = self.mapping(node, PLATEAU_KEYS, "the plateau rule")
+        kinds: dict[str, Any] = {
+            "metric": (str, "the name of a metric"),
+            "patience": (int, "a whole number"),
+            "min_delta": ((int, float), "a number"),
+            "greater_is_better": ((bool, type(None)), "true, false or null"),
+        }
+        for key, value_node in keys.items():
+            kind, expected = kinds[key]
+            value = self.value(value_node)
+            if not isinstance(value, kind) or (isinstance(value, bool) and key[0] != "g"):
+                self.fail(value_node, f"expected {expected}, got {value!r}.")
         try:
             return Plateau(**{key: self.value(value) for key, value in keys.items()})
         except (ValueError, TypeError) as error:

@@ -181,7 +181,9 @@ def unfreezing_plan(
     clock = _clock(args, train_dataset, max_steps)
     plan = maker.plan(model, groups, clock, args.seed if args is not None else 42)
     plan.clock, plan.costs = clock, group_costs(model, groups)
-    if clock is not None:
+    if clock is not None and all(
+        clock.knows(phase.at) or phase.at.unit == "plateau" for phase in plan.phases
+    ):
         plan.timeline(groups, clock)
     return plan
 

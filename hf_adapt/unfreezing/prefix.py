@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CACHE_FOLDER = "_frozen_prefix_cache"
+"""In the output folder; what starts with an underscore is not pushed to the hub."""
+MOST_CHANGES = 3
+"""Changes of the frozen weights after which a phase is not cached any longer."""
 FORMAT = 1
 SAMPLED = 16
 """Values of each frozen tensor that are looked at before each forward."""
 CHECKED_BATCHES = 2
-"""Batches read from the store at the start of a phase that are computed as well and compared."""
+"""Batches read from the store at the start of a phase, and batches with padding among them, that
+are computed as well and compared."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Relative difference that rounding explains, by dtype; half precision gets `HALF_TOLERANCE`."""
 HALF_TOLERANCE = 3e-2
@@ -71,7 +77,7 @@ class FrozenPrefix:
     ) -> None:
         self.trainer, self.model, self.groups = trainer, model, groups
         self.temporary = folder is None
-        self.root = Path(folder or Path(str(trainer.args.output_dir)) / "frozen_prefix_cache")
+        self.root = Path(folder or Path(str(trainer.args.output_dir)) / CACHE_FOLDER)
         self.stack = cacheable_stack(trainer, model)
         self._layers = [model.get_submodule(name) for name in self.stack.layers]
         self._signature = inspect.signature(model.forward)
@@ -105,7 +111,8 @@ class FrozenPrefix:
         self._close_store()
         self._depth = self._frozen_depth(trained)
         self._is_new = True
-        self._unchecked = CHECKED_BATCHES
+        self._unchecked = dict.fromkeys(("all", "padded"), CHECKED_BATCHES)
+        self._changes = 0
         self._formats: list[Callable[[torch.Tensor], Any]] = []
         if self._depth == 0:
             return
@@ -143,8 +150,20 @@ class FrozenPrefix:
     def _prefix_tensors(self) -> list[torch.Tensor]:
         """All that the prefix's output depends on, and perhaps a little more."""
         later = tuple(name + "." for name in self.stack.layers[self._depth :])
+        following = {  # statistics that go on following the data
+            id(buffer)
+            for module in self.model.modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+            for buffer in module.buffers(recurse=False)
+        }
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return [t for n, t in named if not t.requires_grad and not n.startswith(later)]
+        return [
+            tensor
+            for name, tensor in named
+            if not tensor.requires_grad
+            and not name.startswith(later)
+            and id(tensor) not in following
+        ]
 
     def _fingerprint(self) -> None:
         """Hash the frozen weights and what else decides the prefix's output."""
@@ -167,7 +186,6 @@ class FrozenPrefix:
             content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(content.numpy().data)
         self._tensors = tensors
-        self._samples = [t.detach().view(-1)[:: max(1, t.numel() // SAMPLED)] for t in tensors]
         self._quick = self._quick_look()
         self._hash = digest.hexdigest()
 
@@ -179,7 +197,12 @@ class FrozenPrefix:
         return (
             sum(t._version for t in self._tensors),
             hash(tuple(t.data_ptr() for t in self._tensors)),
-            torch.cat([sample.float() for sample in self._samples]),
+            torch.cat(
+                [
+                    t.detach().flatten()[:: max(1, t.numel() // SAMPLED)].float()
+                    for t in self._tensors
+                ]
+            ),
         )
 
     def _prefix_changed(self) -> bool:
@@ -269,24 +292,39 @@ class FrozenPrefix:
                 "another callback?): its rows are computed anew."
             )
             self._close_store()
-            self._is_new, self._unchecked = True, CHECKED_BATCHES
+            self._is_new = True
+            self._unchecked = dict.fromkeys(("all", "padded"), CHECKED_BATCHES)
+            self._changes += 1
+            if self._changes > MOST_CHANGES:
+                self._give_up(f"its weights have changed {self._changes} times")
+                return
         inputs = self._inputs(args, kwargs)
         if inputs is None:
             return
         self._keys, self._spans = row_keys(inputs)
+        self._positions = None if self._spans is None else inputs["attention_mask"].shape[1]
         self._seen += len(self._keys)
         if self._store is not None and not all(key in self._store for key in self._keys):
             self._store.refresh()
         if self._store is not None and all(key in self._store for key in self._keys):
-            positions = None if self._spans is None else inputs["attention_mask"].shape[1]
-            hidden = self._store.batch(self._keys, positions)
+            hidden = self._store.batch(self._keys, self._positions)
             if hidden is not None:
-                if self._unchecked > 0 and not self._same(args, kwargs, hidden, inputs):
+                if self._to_check(self._positions) and not self._same(args, kwargs, hidden, inputs):
                     return
                 self._replay(hidden)
                 self._replayed += len(self._keys)
                 return
         self._start_capture()
+
+    def _to_check(self, positions: int | None) -> bool:
+        """Whether this is one of the first batches read, of all or of those with padding."""
+        kinds = ["all"]
+        if self._spans is not None and any(hi - lo != positions for lo, hi in self._spans):
+            kinds.append("padded")
+        due = [kind for kind in kinds if self._unchecked[kind] > 0]
+        for kind in due:
+            self._unchecked[kind] -= 1
+        return bool(due)
 
     def _inputs(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """What the prefix sees, by name; None if its own states are asked for."""
@@ -295,6 +333,8 @@ class FrozenPrefix:
         except TypeError:
             return None
         inputs: dict[str, Any] = {}
+        if any(isinstance(value, tuple) for value in bound.values()):
+            return None  # positional tensors without names
         for name, value in bound.items():
             inputs.update(value if isinstance(value, Mapping) else {name: value})
         config = getattr(self.model, "config", None)
@@ -303,7 +343,7 @@ class FrozenPrefix:
             if asked or (asked is None and getattr(config, flag, False)):
                 return None
         labels = {*self.trainer.label_names, "labels", "label"}
-        return {
+        found = {
             name: value
             for name, value in inputs.items()
             if isinstance(value, torch.Tensor)
@@ -311,6 +351,7 @@ class FrozenPrefix:
             and name not in labels
             and not name.startswith("decoder_")
         }
+        return found or None
 
     # ---- computing and keeping ----
 
@@ -353,7 +394,7 @@ class FrozenPrefix:
                 self._give_up(problem)
                 return
             self._formats = [f for f in formats if f is not None]
-            if spans is not None and hidden.shape[1] < max(hi for _, hi in spans):
+            if spans is not None and hidden.shape[1] != self._positions:
                 self._give_up("the layers' output has another length than the attention mask")
                 return
             if not self._open(hidden, len(keys)):
@@ -370,7 +411,6 @@ class FrozenPrefix:
             for row, key in enumerate(keys):
                 lo, hi = spans[row] if spans is not None else (0, hidden.shape[1])
                 self._store.add(key, hidden[row, lo:hi], lo)
-            self._store.flush()
         except OSError as error:
             self._give_up(
                 f"{error} after {len(self._store):,} rows in {self._store.folder}; the run goes on"
@@ -388,9 +428,9 @@ class FrozenPrefix:
         self, args: Any, kwargs: dict[str, Any], hidden: torch.Tensor, inputs: Mapping[str, Any]
     ) -> bool:
         """Compute the batch both ways, once, and compare the outputs of the model."""
-        self._unchecked -= 1
         self._busy = True
         outputs = []
+        buffers = [(b, b.clone()) for b in self.model.buffers()]  # batch norm counts each forward
         try:
             for replayed in (False, True):
                 with torch.no_grad(), preserved_random_state():
@@ -398,12 +438,18 @@ class FrozenPrefix:
                         self._replay(hidden)
                     outputs.append(output_tensors(self.model(*args, **kwargs)))
                 self._unpatch()
+        except RuntimeError as error:
+            self._give_up(f"the upper layers cannot start from kept rows ({error})")
+            return False
         finally:
             self._unpatch()
             self._busy = False
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
         mask = inputs.get("attention_mask")
         tolerance = TOLERANCE.get(hidden.dtype, HALF_TOLERANCE)
-        if any(torch.is_autocast_enabled(d) for d in ("cpu", hidden.device.type)):
+        if self.trainer.accelerator.mixed_precision != "no":  # autocast starts inside the model
             tolerance = HALF_TOLERANCE
         for one, other in zip(*outputs, strict=True):
             if mask is not None and mask.ndim == 2 and one.shape[:2] == mask.shape:
@@ -444,10 +490,11 @@ class FrozenPrefix:
             handle.remove()
         self._unpatch()
         self._close_store()
-        state = self.trainer.state
-        if self.temporary and state.global_step >= state.max_steps:
+        state, control = self.trainer.state, self.trainer.control
+        finished = state.global_step >= state.max_steps or control.should_training_stop
+        if self.temporary and finished and sys.exc_info()[0] is None:
             self.trainer.accelerator.wait_for_everyone()
-            if self.trainer.is_world_process_zero():
+            if self.trainer.is_local_process_zero():
                 shutil.rmtree(self.root, ignore_errors=True)
 
 

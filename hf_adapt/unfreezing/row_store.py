@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import struct
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,24 +87,18 @@ class RowStore:
         self.folder, self.dtype, self.tail = folder, dtype, tail
         self._position_bytes = int(np.prod(tail)) * torch.empty((), dtype=dtype).element_size()
         folder.mkdir(parents=True, exist_ok=True)
-        self._own = f"{process}"
+        self._own = f"{process}-{uuid.uuid4().hex[:12]}"  # no two writers share a file
         self._places: dict[bytes, _Place] = {}
         self._read_to: dict[str, int] = {}
         self._maps: dict[str, np.memmap[Any, Any]] = {}
         self.refresh()
-        self._drop_torn_end()
-        self._data = open(self._path("rows", self._own), "ab")
-        self._index = open(self._path("index", self._own), "ab")
-        self._end = os.path.getsize(self._path("rows", self._own))
+        # Unbuffered: a write that fails has failed, and closing has nothing left to write.
+        self._data = open(self._path("rows", self._own), "ab", buffering=0)
+        self._index = open(self._path("index", self._own), "ab", buffering=0)
+        self._end = 0
 
     def _path(self, kind: str, process: str) -> Path:
         return self.folder / f"{kind}-{process}.bin"
-
-    def _drop_torn_end(self) -> None:
-        """Cut half a record off the own index, so that what is appended lines up."""
-        path = self._path("index", self._own)
-        if path.exists() and path.stat().st_size % RECORD.size:
-            os.truncate(path, path.stat().st_size // RECORD.size * RECORD.size)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -143,15 +138,10 @@ class RowStore:
             return
         content = hidden.contiguous().view(torch.uint8).numpy().tobytes()
         checksum = zlib.crc32(content)
-        self._data.write(content)
-        self._data.flush()
-        self._index.write(RECORD.pack(key, self._end, start, len(hidden), checksum))
+        _write(self._data, content)
+        _write(self._index, RECORD.pack(key, self._end, start, len(hidden), checksum))
         self._places[key] = _Place(self._own, self._end, start, len(hidden), None)
         self._end += len(content)
-
-    def flush(self) -> None:
-        """Let other processes see what was added."""
-        self._index.flush()
 
     def _row(self, key: bytes) -> tuple[torch.Tensor, int] | None:
         place = self._places[key]
@@ -204,6 +194,13 @@ class RowStore:
         self._data.close()
         self._index.close()
         self._maps.clear()
+
+
+def _write(file: io.RawIOBase, content: bytes) -> None:
+    """Write all of it: a raw file may take less than it was given."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) or 0 :]
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:

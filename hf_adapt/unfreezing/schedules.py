@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import random
 import re
 from abc import ABC, abstractmethod
@@ -190,6 +191,8 @@ class Plateau(UnfreezingSchedule):
 
     def improved(self, value: float, best: float | None) -> bool:
         """Whether a value is better than the best so far."""
+        if not math.isfinite(value):
+            return False
         if best is None:
             return True
         greater = self.greater_is_better

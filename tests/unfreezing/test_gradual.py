@@ -289,6 +289,31 @@ def test_a_plateau_of_a_metric_that_is_not_there_is_an_error(tmp_path: Path) -> 
         trainer.train()
 
 
+def test_a_plateau_of_one_of_several_evaluation_sets(tmp_path: Path) -> None:
+    trainer = make(tmp_path, eval_strategy="steps", eval_steps=1)
+    trainer.eval_dataset = {"source": rows(6, 9), "target": rows(6, 8)}
+    trainer.add_callback(GradualUnfreezingCallback(Plateau("eval_source_loss", min_delta=9.0)))
+    trainer.train()
+    phases = [e["unfreezing/phase"] for e in trainer.state.log_history if "unfreezing/phase" in e]
+    assert phases == [0, 0, 1, 2, 3, 3, 3, 3]
+
+
+def test_a_plateau_is_remembered_when_another_adaptation_joins_at_resume(tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(
+        save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=1
+    )
+    phases = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-4")):
+        trainer = make(tmp_path, **settings)
+        trainer.add_callback(GradualUnfreezingCallback(Plateau("eval_loss", min_delta=9.0)))
+        if checkpoint:
+            adapt(trainer, DANN(hidden_sizes=(4,)), target_dataset=rows(8, 2, None, low=20))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        log = trainer.state.log_history
+        phases.append([e["unfreezing/phase"] for e in log if "unfreezing/phase" in e])
+    assert phases[0] == phases[1]
+
+
 def test_a_plateau_needs_evaluations(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     trainer.add_callback(GradualUnfreezingCallback(Plateau()))
@@ -466,6 +491,54 @@ def test_gradient_checkpointing_changes_nothing_and_skips_the_prefix(
         torch.testing.assert_close(value, weights(model)[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_checkpointed_layers_above_a_frozen_bottom_are_trained(
+    by_hand: bool, reentrant: bool | None, tmp_path: Path
+) -> None:
+    """The reentrant form, transformers 4's default, would silently give them no gradient."""
+    kwargs = None if reentrant is None else {"use_reentrant": reentrant}
+    model = bert()
+    settings: dict[str, Any] = {}
+    if by_hand:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.enable_input_require_grads()
+    else:
+        settings = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    watch = Watch()
+    trainer = make(tmp_path, model, callbacks=[watch], max_steps=2, **settings)
+    names = names_of(model)
+    trainer.add_callback(GradualUnfreezingCallback(FreezeOnly("embeddings")))
+    trainer.train()
+    moved = set().union(*watch.moved)
+    layers = {n for g in ("layer.0", "layer.1") for n in names[g]}
+    assert layers - moved <= {n for n in layers if n.endswith("key.bias")}
+    plain = make(tmp_path, bert(), max_steps=2)
+    plain.add_callback(GradualUnfreezingCallback(FreezeOnly("embeddings")))
+    plain.train()
+    for name, value in weights(plain.model).items():
+        torch.testing.assert_close(value, weights(model)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_beside_adapters_that_train_stays_live(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(bert(num_hidden_layers=3), LoraConfig(task_type="SEQ_CLS", r=2))
+    layers = model.base_model.model.bert.encoder.layer
+    seen: dict[int, set[bool]] = {0: set(), 2: set()}
+    for number in seen:
+        dropout = layers[number].output.dropout
+        dropout.register_forward_pre_hook(
+            lambda module, args, n=number: (
+                seen[n].add(module.training) if torch.is_grad_enabled() else None
+            )
+        )
+    trainer = make(tmp_path, model, max_steps=2)
+    trainer.add_callback(GradualUnfreezingCallback(FreezeOnly("layer.0"), frozen_dropout=False))
+    trainer.train()
+    assert seen == {0: {False}, 2: {True}}
+
+
 # ---- batch norm and dropout of frozen parts ----
 
 
@@ -617,6 +690,12 @@ def test_a_parameter_missing_from_the_optimizer_is_named(tmp_path: Path) -> None
             "in the order in which they start",
         ),
         (lambda: GradualUnfreezingCallback([Phase(0, "head"), Phase("plateau", ".*")]), "no `plat"),
+        (
+            lambda: GradualUnfreezingCallback(
+                [Phase(0, "head"), Phase("plateau", ".*"), Phase(5, "head")]
+            ),
+            "comes after one that waits for a plateau",
+        ),
         (lambda: GradualUnfreezingCallback(groups={"a": ".*", "b": "bert"}), "'a' and 'b' both"),
         (lambda: GradualUnfreezingCallback(groups={"a": "bert"}), r"in no group: 'classifier"),
         (lambda: GradualUnfreezingCallback(groups={"a": "bret"}), "matches no"),
@@ -636,6 +715,29 @@ def test_bad_input_is_refused_before_training(
         trainer.train()
     assert not watch.moved
     assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_two_schedules_of_what_is_frozen_are_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.add_callback(GradualUnfreezingCallback())
+    adapt(trainer, GradualUnfreezing(LPFT(), name="other"))
+    with pytest.raises(ValueError, match="both decide what is frozen"):
+        trainer.train()
+
+
+def test_rates_that_an_optimizer_would_ignore_are_refused(tmp_path: Path) -> None:
+    from transformers.optimization import Adafactor, AdafactorSchedule
+
+    def build(**options: Any) -> Trainer:
+        trainer = make(tmp_path)
+        trainer.optimizer = Adafactor(trainer.model.parameters())  # relative_step=True
+        trainer.lr_scheduler = AdafactorSchedule(trainer.optimizer)
+        trainer.add_callback(GradualUnfreezingCallback(**options))
+        return trainer
+
+    build().train()  # freezing alone is fine
+    with pytest.raises(ValueError, match="makes its own learning rates"):
+        build(layer_decay=0.5).train()
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,14 @@ def test_even_phases_survive_being_written_and_start_inside_the_run(max_steps, n
         assert abs(step - i * max_steps / number) <= 1
 
 
+@given(st.integers(1, 200), st.integers(1, 12))
+def test_shares_of_an_epoch_survive_being_written(per_epoch, parts):
+    clock = Clock(10**6, float(per_epoch))
+    for i in range(parts):
+        moment = Moment(i / parts, "epoch")
+        assert clock.step_of(moment) == clock.step_of(Moment.parse(str(moment)))
+
+
 def test_epochs_are_counted_in_optimizer_steps():
     assert Clock(100, 25.0).step_of(Moment.parse("1.5 epochs")) == 38
 

@@ -136,6 +136,26 @@ def test_a_plan_survives_its_file(kind: str, build: Any, tmp_path: Path) -> None
     assert rules[0] == rules[1]
 
 
+def test_small_rates_survive_the_file(tmp_path: Path) -> None:
+    plan = unfreezing_plan(bert(num_hidden_layers=24), layer_decay=1 / 2.6)
+    plan.save(tmp_path / "plan.yaml")
+    loaded = UnfreezingPlan.load(tmp_path / "plan.yaml")
+    assert min(plan.rates.values()) < 1e-10
+    assert loaded.rates == pytest.approx(plan.rates, rel=1e-9, abs=0.0)
+
+
+def test_memory_counts_the_weights_under_adapters() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(bert(), LoraConfig(task_type="SEQ_CLS", r=2))
+    plan = unfreezing_plan(model)
+    everything = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = plan.costs["head"].parameters
+    first = plan.phase_costs()[0]
+    assert first.memory == pytest.approx((everything + 3 * head) / (everything + 3 * trainable))
+
+
 def trained_with(schedule: Any, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
     trainer = Trainer(
         bert(), arguments(folder, max_steps=8), train_dataset=rows(32, 1), data_collator=collate
@@ -201,6 +221,9 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
         ("train: [head]", "train: {head: 1}", 7, "expected a name or a list of names"),
         ("rates:\n", "rewarm_steps: many\nrates:\n", 10, "expected a whole number of steps"),
         ("rates:\n", "plateau: {patiense: 2}\nrates:\n", 10, "Did you mean 'patience'"),
+        ("rates:\n", "plateau: {metric: 5}\nrates:\n", 10, "expected the name of a metric, got 5"),
+        ("rates:\n", "plateau: {greater_is_better: 'no'}\nrates:\n", 10, "expected true, false"),
+        ("at: 50%\n", "at: plateau\n  add: [layers]\n- at: 60%\n", 10, "the phase before waits"),
         ("rates:\n", "plateau: {patience: 0}\nrates:\n", 10, "patience >= 1"),
         ("  head: [classifier]", "  layers: [classifier]", 4, "'layers' stands here twice"),
         ("groups:\n", "groups: [\n", None, "this is not YAML"),
@@ -266,6 +289,7 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path: Path) -> None:
         (["--task", "token-classification"], "head"),
         (["--preset", "lp-ft", "--switch", "30%"], "30%"),
         (["--every-epochs", "0.5"], "0.5 epochs"),
+        (["--every-epochs", "0.5", "--steps", "100"], "0.5 epochs"),
         (["--direction", "bottom_up", "--until", "layer.0"], "embeddings"),
     ],
 )
@@ -282,6 +306,8 @@ def test_the_command_s_options(options: list[str], expected: str, tmp_path: Path
         (["--until", "layer.9"], "There is no layer group 'layer.9'"),
         (["--every-steps", "50", "--steps", "100"], "beyond the last of the run's 100"),
         (["--task", "none", "--preset", "lp-ft"], "There is no layer group"),
+        (["--preset", "lp-ft", "--every-steps", "5"], "does not take --every-steps"),
+        (["--switch", "30%"], "does not take --switch"),
     ],
 )
 def test_the_command_s_errors_are_one_message(

@@ -1,11 +1,13 @@
 """The cached prefix: the same gradients, and never a row that is not the one asked for."""
 
 import errno
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -64,10 +66,12 @@ def run(
     return trainer, recorder, shares
 
 
-def assert_same_gradients(one: GradientRecorder, other: GradientRecorder) -> None:
+def assert_same_gradients(
+    one: GradientRecorder, other: GradientRecorder, tolerance: float = 1e-6
+) -> None:
     assert len(one.gradients) == len(other.gradients) > 0
     for a, b in zip(one.gradients, other.gradients, strict=True):
-        assert float((a - b).norm() / a.norm()) < 1e-6
+        assert float((a - b).norm() / a.norm()) < tolerance
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -155,31 +159,43 @@ def test_the_disk_it_needs_is_printed_before_it_starts(tmp_path: Path, capsys: A
     assert "caching the output of the lower 3 of 4 layers" in text and "22 rows will take" in text
     folder = next(kept.iterdir())
     tokens = sum(len(row["input_ids"]) for row in data)
-    assert (folder / "rows-0.bin").stat().st_size == tokens * 16 * 4, "float32, without padding"
-    assert (folder / "index-0.bin").stat().st_size == 22 * RECORD.size
+    sizes = [sum(f.stat().st_size for f in folder.glob(f"{k}-*")) for k in ("rows", "index")]
+    assert sizes == [tokens * 16 * 4, 22 * RECORD.size], "float32, without padding"
 
 
 def test_the_rows_of_a_complete_run_are_removed_but_not_those_in_a_chosen_folder(
     tmp_path: Path,
 ) -> None:
     run(tmp_path, True)
-    assert not (tmp_path / "frozen_prefix_cache").exists()
+    assert not (tmp_path / "_frozen_prefix_cache").exists()
     run(tmp_path, True, cache_dir=tmp_path / "kept")
     _, _, shares = run(tmp_path, True, cache_dir=tmp_path / "kept")
     assert shares[1:] == [1.0] * (len(shares) - 1), "a second run reads from its second batch on"
 
 
-class StopAt(TrainerCallback):
+class Kill(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+
+class StopEarly(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step >= 8
+
+
+def test_the_rows_of_a_run_that_stops_early_are_removed(tmp_path: Path) -> None:
+    run(tmp_path, True, callbacks=[StopEarly()])
+    assert not (tmp_path / "_frozen_prefix_cache").exists()
 
 
 def test_an_interrupted_run_goes_on_from_its_rows(tmp_path: Path) -> None:
     whole, _recorder, _ = run(tmp_path / "whole", False)
     saving = dict(save_strategy="steps", save_steps=8)
-    run(tmp_path / "part", True, callbacks=[StopAt()], **saving)
-    folder = next((tmp_path / "part" / "frozen_prefix_cache").iterdir())
-    with open(folder / "index-0.bin", "ab") as file:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part", True, callbacks=[Kill()], **saving)
+    folder = next((tmp_path / "part" / "_frozen_prefix_cache").iterdir())
+    with open(next(folder.glob("index-*")), "ab") as file:
         file.write(b"torn")  # killed while it wrote
     trainer = Trainer(
         bert(num_hidden_layers=4, dropout=True),
@@ -271,7 +287,132 @@ def test_too_small_a_disk_is_seen_before_anything_is_written(
     _, _, shares = run(tmp_path, True)
     assert "and 1 B are free" in caplog.text
     assert set(shares) == {0.0}
-    assert not list((tmp_path / "frozen_prefix_cache").glob("*/rows-0.bin"))
+    assert not list((tmp_path / "_frozen_prefix_cache").glob("*/rows-*"))
+
+
+class MeanOfAll(nn.Module):
+    """A head that sees padded positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = bert(num_hidden_layers=4).bert
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any = None) -> Any:
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.head(hidden.mean(1) * 10)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_padding_that_comes_late_is_checked_too(tmp_path: Path, caplog: Any) -> None:
+    """The first batches that are read have none."""
+    even = [row for row in rows(200, 1) if len(row["input_ids"]) == 6][:8]
+    ragged = [row for row in rows(40, 2) if len(row["input_ids"]) != 6][:8]
+    data = datasets.Dataset.from_list([*even, *ragged])
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return torch.utils.data.SequentialSampler(data)
+
+    def losses(cached: bool) -> list[float]:
+        torch.manual_seed(0)
+        trainer = InOrder(
+            MeanOfAll(),
+            arguments(tmp_path, max_steps=12, remove_unused_columns=False),
+            train_dataset=data,
+            data_collator=collate,
+        )
+        trainer.add_callback(
+            GradualUnfreezingCallback(LOWER_3, cache_frozen_prefix=cached, frozen_dropout=False)
+        )
+        trainer.train()
+        return [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+    assert losses(False) == pytest.approx(losses(True), rel=1e-3)
+    assert "depend on the padding" in caplog.text
+
+
+class Noted(nn.Module):
+    """A head with batch norm, whose statistics move in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(hidden))
+
+
+def test_batch_norm_above_the_prefix_is_as_in_the_uncached_run(tmp_path: Path) -> None:
+    def build() -> Any:
+        model = bert(num_hidden_layers=4)
+        torch.manual_seed(5)
+        model.classifier = Noted()
+        return model
+
+    found = [run(tmp_path, cached, build(), cache_dir=tmp_path / "c") for cached in (False, True)]
+    assert found[1][2][-1] == 1.0 and len(list((tmp_path / "c").iterdir())) == 1
+    # Batch norm over four rows makes the last bits of the weights larger from step to step.
+    assert_same_gradients(found[0][1], found[1][1], 1e-5)
+    counts = [f[0].model.classifier.norm.num_batches_tracked for f in found]
+    assert counts[0] == counts[1]
+
+
+class Prepended(nn.Module):
+    """Adds positions that the attention mask does not have."""
+
+    def __init__(self, embeddings: nn.Module) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = self.embeddings(*args, **kwargs)
+        return torch.cat([hidden, hidden[:, :2]], 1)
+
+
+class Longer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = bert(num_hidden_layers=4).bert
+        self.bert.embeddings = Prepended(self.bert.embeddings)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any = None) -> Any:
+        hidden = self.bert.embeddings(input_ids=input_ids)
+        for layer in self.bert.encoder.layer:
+            hidden = layer(hidden)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        logits = self.head(hidden[:, 0])
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_hidden_states_of_another_length_are_not_cached(tmp_path: Path, caplog: Any) -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return Longer()
+
+    settings: dict[str, Any] = dict(remove_unused_columns=False)
+    plain = run(tmp_path, False, build(), **settings)
+    cached = run(tmp_path, True, build(), **settings)
+    assert "has another length than the attention mask" in caplog.text
+    assert_same_gradients(plain[1], cached[1])
+
+
+def test_gpt2_is_cached_with_its_dropout(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=16, num_labels=3,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        return GPT2ForSequenceClassification(config)
+
+    schedule = FreezeOnly("embeddings", r"layer\.[01]")
+    found = [run(tmp_path, cached, build(), schedule=schedule) for cached in (False, True)]
+    assert found[1][2][-1] == 1.0
+    assert_same_gradients(found[0][1], found[1][1])
 
 
 class Random(nn.Module):
@@ -426,10 +567,37 @@ def test_processes_read_each_other_s_rows(tmp_path: Path) -> None:
         RowStore(tmp_path, 1, torch.float32, (2,)) as two,
     ):
         one.add(b"a" * 16, row, 0)
-        one.flush()
         assert b"a" * 16 not in two
         two.refresh()
         assert torch.equal(two.batch([b"a" * 16], 3)[0], row)
+
+
+def test_two_runs_in_one_folder_do_not_mix_their_rows(tmp_path: Path) -> None:
+    with (
+        RowStore(tmp_path, 0, torch.float32, (4,)) as one,
+        RowStore(tmp_path, 0, torch.float32, (4,)) as other,
+    ):
+        for i in range(3):
+            one.add(bytes([i]) * 16, torch.full((2, 4), float(i)), 0)
+            other.add(bytes([100 + i]) * 16, torch.full((2, 4), 100.0 + i), 0)
+        read = [float(one.batch([bytes([i]) * 16], 2)[0, 0, 0]) for i in range(3)]
+        assert read == [0.0, 1.0, 2.0]
+        one.refresh()
+        assert float(one.batch([bytes([101]) * 16], 2)[0, 0, 0]) == 101.0
+
+
+def test_a_write_that_the_system_refuses_is_an_error_and_closing_is_none(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RowStore(tmp_path, 0, torch.float32, (4,)) as store:
+        store.add(b"a" * 16, torch.ones(20, 4), 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+        try:
+            with pytest.raises(OSError):
+                store.add(b"b" * 16, torch.ones(20, 4), 0)
+            assert torch.equal(store.batch([b"a" * 16], 20)[0], torch.ones(20, 4))
+        finally:
+            store.close()
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_damaged_and_torn_rows_are_not_read(tmp_path: Path) -> None:
@@ -437,9 +605,10 @@ def test_damaged_and_torn_rows_are_not_read(tmp_path: Path) -> None:
     with RowStore(tmp_path, 0, torch.float32, (2,)) as store:
         for key, row in kept.items():
             store.add(key, row, 0)
-    data = bytearray((tmp_path / "rows-0.bin").read_bytes())
+    path = next(tmp_path.glob("rows-*"))
+    data = bytearray(path.read_bytes())
     data[30] ^= 1  # a bit of the second row
-    (tmp_path / "rows-0.bin").write_bytes(data[:-4])  # and the end of the third
+    path.write_bytes(data[:-4])  # and the end of the third
     keys = list(kept)
     with RowStore(tmp_path, 0, torch.float32, (2,)) as again:
         assert keys[2] not in again and len(again) == 2

@@ -99,6 +99,7 @@ def test_random_layers_besides_chosen_groups():
         (Plateau("eval_loss"), [1.0, 0.9, 0.9, 0.95], [True, True, False, False]),
         (Plateau("eval_accuracy"), [0.5, 0.6, 0.6], [True, True, False]),
         (Plateau("eval_accuracy", greater_is_better=False), [0.5, 0.6], [True, False]),
+        (Plateau("eval_loss"), [float("nan"), 1.0, float("nan"), 0.9], [False, True, False, True]),
         (Plateau("eval_loss", min_delta=0.2), [1.0, 0.9, 0.7], [True, False, True]),
     ],
 )
