@@ -6,7 +6,12 @@ from accelerate.state import AcceleratorState
 
 @pytest.fixture(autouse=True)
 def own_mixed_precision():
-    """A Trainer leaves its precision in the environment; the next test must not inherit it."""
+    """A Trainer leaves its precision in the environment; the next test must not inherit it.
+
+    Nor the compiler that torch_compile=True names there.
+    """
     yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     AcceleratorState._reset_state(reset_partial_state=True)

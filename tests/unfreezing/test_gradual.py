@@ -483,7 +483,8 @@ def test_gradient_checkpointing_changes_nothing_and_skips_the_prefix(
     if not checkpointing:
         return
     hooks = [h.__name__ for m in model.modules() for h in m._forward_hooks.values()]
-    assert set(hooks) & set(INPUT_GRADIENT_HOOKS), "given back after the run"
+    if FIVE:  # 4.57 puts the hook on under PEFT only
+        assert set(hooks) & set(INPUT_GRADIENT_HOOKS), "given back after the run"
     plain = make(tmp_path, bert(num_hidden_layers=4, dropout=True), max_steps=4)
     plain.add_callback(GradualUnfreezingCallback(schedule))
     plain.train()
