@@ -49,6 +49,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -152,6 +153,7 @@ def train_and_test(
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
     )
+    trainer.remove_callback(PrinterCallback)  # the rates of every step are for the plot
     make_callback = METHODS[method]
     if make_callback is not None:
         trainer.add_callback(make_callback())
