@@ -28,7 +28,13 @@ def read_plan_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: If something is wrong; the message starts with the file and the line.
+        FileNotFoundError: If there is no such file.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"There is no plan file {path}. Write one with unfreezing_plan(model, args).save(path); "
+            "a schedule is passed as an object: LPFT(), Surgical('layer.0'), RandomLayers()."
+        )
     return _Reader(Path(path)).read()
 
 
