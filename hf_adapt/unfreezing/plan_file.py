@@ -32,7 +32,7 @@ def read_plan_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"There is no plan file {path}. Write one with unfreezing_plan(model, args).save(path); "
+            f"There is no plan file {path}. Write one with unfreezing_plan(model, args).save(…); "
             "a schedule is passed as an object: LPFT(), Surgical('layer.0'), RandomLayers()."
         )
     return _Reader(Path(path)).read()
