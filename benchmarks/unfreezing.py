@@ -11,7 +11,7 @@ and threads that wait for one another, would measure what else a shared machine 
 
     python benchmarks/unfreezing.py [--rounds 5] [--steps 8] [--device cuda]
 
-About ten minutes on two cores. Results: benchmarks/README.md.
+About seven minutes on two cores. Results: benchmarks/README.md.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from transformers import (
 from hf_adapt import GradualUnfreezingCallback
 from hf_adapt.unfreezing import FreezeOnly
 
-LAYERS, ROWS, TOKENS, WARM_UP = 12, 16, 128, 3
+LAYERS, ROWS, TOKENS, WARM_UP = 12, 16, 64, 3
 
 
 def make_model() -> BertForSequenceClassification:
@@ -56,7 +56,7 @@ def make_model() -> BertForSequenceClassification:
 
 
 def make_rows(number: int) -> datasets.Dataset:
-    """Rows of 128 random tokens."""
+    """Rows of 64 random tokens."""
     random = np.random.default_rng(1)
     return datasets.Dataset.from_dict(
         {
