@@ -100,7 +100,7 @@ class Adaptation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave, when training resumes."""
 
-    def logged(self) -> Mapping[str, float]:
+    def log_values(self) -> Mapping[str, float]:
         """Values of now that join the training log as they are (averages go to `batch.log`)."""
         return {}
 

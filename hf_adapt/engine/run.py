@@ -489,7 +489,7 @@ class AdaptationRun:
         """What to add to a training log."""
         metrics = self.metrics.drain()
         for adaptation in self.adaptations:
-            metrics.update(adaptation.logged())
+            metrics.update(adaptation.log_values())
         for adaptation in self.adaptations:
             adaptation.on_log(metrics, self.progress)
         return metrics

@@ -293,14 +293,14 @@ class GradualUnfreezing(Adaptation):
             self._plateau_steps.append(step)
             self._set_timeline()
 
-    def logged(self) -> Mapping[str, float]:
+    def log_values(self) -> Mapping[str, float]:
         """The phase, what trains, and each group's learning rate in the last step."""
         assert self._index is not None
         return {
             f"{self.name}/phase": self._index,
             f"{self.name}/trainable_parameters": self._num_trained,
             **self._now,
-            **(self._prefix.logged() if self._prefix is not None else {}),
+            **(self._prefix.log_values() if self._prefix is not None else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:

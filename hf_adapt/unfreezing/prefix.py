@@ -474,7 +474,7 @@ class FrozenPrefix:
 
     # ---- logs and end ----
 
-    def logged(self) -> dict[str, float]:
+    def log_values(self) -> dict[str, float]:
         """The share of rows that were read instead of computed, since the last call."""
         seen, replayed, self._seen, self._replayed = self._seen, self._replayed, 0, 0
         return {"unfreezing/cached_share": replayed / seen} if seen else {}

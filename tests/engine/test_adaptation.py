@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_adapt import Adaptation, Objective, adapt
 from tests.tiny import arguments, bert, collate, rows, same_bits, weights
@@ -74,6 +74,73 @@ def test_an_adaptation_without_a_term_does_not_change_the_model(tmp_path: Path) 
     ours = trainer_in(tmp_path / "ours")  # made here: a Trainer seeds when it is made
     adapt(ours, Counting()).train()
     assert same_bits(weights(stock.model), weights(ours.model))
+
+
+class Scheduling(Adaptation):
+    """The hooks of a schedule over the model's parts."""
+
+    freezes = True
+
+    def __init__(self, half: bool = True) -> None:
+        self.events: list[Any] = []
+        self.half = half
+
+    def begin(self, trainer: Trainer) -> None:
+        assert trainer.optimizer is not None and trainer.state.max_steps == 4
+        self.head = dict(trainer.model.named_parameters())["classifier.weight"]
+        self.groups = trainer.optimizer.param_groups
+        self.events.append("begin")
+
+    def before_step(self, step: int) -> None:
+        self.events.append(step)
+
+    def rate_factors(self, step: int) -> dict[nn.Parameter, float]:
+        return {self.head: 0.0 if step < 2 else 0.5} if self.half else {}
+
+    def on_evaluate(self, metrics: Any, step: int) -> None:
+        self.events.append(("evaluated", step, "eval_loss" in metrics))
+
+    def log_values(self) -> dict[str, float]:
+        return {"scheduling/head": float(self.head.abs().sum())}
+
+    def close(self) -> None:
+        self.events.append("close")
+
+
+def test_the_hooks_of_a_schedule(tmp_path: Path) -> None:
+    scheduling = Scheduling()
+    trainer = trainer_in(tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer.eval_dataset = rows(4, 5)
+    adapt(trainer, scheduling).train()
+    evaluated = [("evaluated", step, True) for step in (2, 4)]
+    assert scheduling.events == ["begin", 0, 1, evaluated[0], 2, 3, evaluated[1], "close"]
+    log = trainer.state.log_history
+    sizes = [entry["scheduling/head"] for entry in log if "scheduling/head" in entry]
+    assert sizes[0] == sizes[1] and len(set(sizes)) == 3, "left out of the first two steps"
+    assert trainer.optimizer.param_groups is not None and len(scheduling.groups) == 2
+
+
+def test_a_factor_is_a_learning_rate(tmp_path: Path) -> None:
+    """SGD, one step: the head moves half as far, everything else alike."""
+    moved = []
+    for half in (True, False):
+        trainer = trainer_in(tmp_path, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0)
+        trainer.args.max_steps = 4
+        before = weights(trainer.model)
+        scheduling = Scheduling(half)
+        scheduling.rate_factors = lambda step, s=scheduling, h=half: {s.head: 0.5} if h else {}
+
+        class Once(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                control.should_training_stop = True
+
+        trainer.add_callback(Once())
+        adapt(trainer, scheduling).train()
+        moved.append({k: v - before[k] for k, v in weights(trainer.model).items()})
+    for name, whole in moved[1].items():
+        factor = 0.5 if name == "classifier.weight" else 1.0
+        torch.testing.assert_close(moved[0][name], factor * whole, rtol=1e-3, atol=1e-7)
+    assert float(moved[1]["classifier.weight"].abs().max()) > 1e-5
 
 
 class CentreDistance(Objective):
