@@ -48,6 +48,7 @@ def trainer_in(folder: Path, **settings: Any) -> Trainer:
         bert(dropout=True),
         arguments(folder, max_steps=4, **settings),
         train_dataset=rows(16, 1),
+        eval_dataset=rows(4, 5),
         data_collator=collate,
     )
 
@@ -101,7 +102,7 @@ class Scheduling(Adaptation):
         self.events.append(("evaluated", step, "eval_loss" in metrics))
 
     def log_values(self) -> dict[str, float]:
-        return {"scheduling/head": float(self.head.abs().sum())}
+        return {"scheduling/head": float(self.head.detach().abs().sum())}
 
     def close(self) -> None:
         self.events.append("close")
@@ -110,7 +111,6 @@ class Scheduling(Adaptation):
 def test_the_hooks_of_a_schedule(tmp_path: Path) -> None:
     scheduling = Scheduling()
     trainer = trainer_in(tmp_path, eval_strategy="steps", eval_steps=2)
-    trainer.eval_dataset = rows(4, 5)
     adapt(trainer, scheduling).train()
     evaluated = [("evaluated", step, True) for step in (2, 4)]
     assert scheduling.events == ["begin", 0, 1, evaluated[0], 2, 3, evaluated[1], "close"]
