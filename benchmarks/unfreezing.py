@@ -192,8 +192,7 @@ def main() -> None:
                           "quartiles": quartiles}), flush=True)  # fmt: skip
 
     for k in (3, 6, 9, 11):
-        each = zip(rounds[f"k={k}"], rounds["full"], rounds["forward"], strict=True)
-        each = list(each)
+        each = list(zip(rounds[f"k={k}"], rounds["full"], rounds["forward"], strict=True))
         report(f"k={k} / full", [ours / full for ours, full, _ in each])
         report(
             f"k={k} / T(k)",

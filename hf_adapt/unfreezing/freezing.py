@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +14,6 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 INPUT_GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 """The hooks that transformers and PEFT put on input embeddings for gradient checkpointing."""
-
-logger = logging.getLogger(__name__)
 
 
 class Freezer:

@@ -70,7 +70,7 @@ class GradualUnfreezing(Adaptation):
             alone. With False they go on following the data.
         cache_frozen_prefix: Compute the frozen bottom of the model once per example, keep its
             output on disk, and start later epochs from it. Turns `frozen_dropout` off.
-        cache_dir: Where; by default `frozen_prefix_cache` in the output folder.
+        cache_dir: Where; by default `_frozen_prefix_cache` in the output folder.
         name: Prefix of what is logged and stored.
 
     Raises:
@@ -91,7 +91,7 @@ class GradualUnfreezing(Adaptation):
         name: str | None = None,
         **options: Unpack[UnfreezingOptions],
     ) -> None:
-        known = {**UnfreezingOptions.__annotations__}
+        known = UnfreezingOptions.__annotations__
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise TypeError(

@@ -110,8 +110,7 @@ class FrozenPrefix:
         """
         self._close_store()
         self._depth = self._frozen_depth(trained)
-        self._is_new = True
-        self._unchecked = dict.fromkeys(("all", "padded"), CHECKED_BATCHES)
+        self._start_anew()
         self._changes = 0
         self._formats: list[Callable[[torch.Tensor], Any]] = []
         if self._depth == 0:
@@ -131,6 +130,11 @@ class FrozenPrefix:
             return
         self._fingerprint()
         self._until_rehash = epoch or 1000
+
+    def _start_anew(self) -> None:
+        """The next batch opens a store; the first that are read from it are checked."""
+        self._is_new = True
+        self._unchecked = dict.fromkeys(("all", "padded"), CHECKED_BATCHES)
 
     def _frozen_depth(self, trained: frozenset[str]) -> int:
         """How many layers from the bottom are frozen, with all that lies below them."""
@@ -292,8 +296,7 @@ class FrozenPrefix:
                 "another callback?): its rows are computed anew."
             )
             self._close_store()
-            self._is_new = True
-            self._unchecked = dict.fromkeys(("all", "padded"), CHECKED_BATCHES)
+            self._start_anew()
             self._changes += 1
             if self._changes > MOST_CHANGES:
                 self._give_up(f"its weights have changed {self._changes} times")
@@ -309,17 +312,17 @@ class FrozenPrefix:
         if self._store is not None and all(key in self._store for key in self._keys):
             hidden = self._store.batch(self._keys, self._positions)
             if hidden is not None:
-                if self._to_check(self._positions) and not self._same(args, kwargs, hidden, inputs):
+                if self._to_check() and not self._same(args, kwargs, hidden, inputs):
                     return
                 self._replay(hidden)
                 self._replayed += len(self._keys)
                 return
         self._start_capture()
 
-    def _to_check(self, positions: int | None) -> bool:
+    def _to_check(self) -> bool:
         """Whether this is one of the first batches read, of all or of those with padding."""
         kinds = ["all"]
-        if self._spans is not None and any(hi - lo != positions for lo, hi in self._spans):
+        if self._spans is not None and any(hi - lo != self._positions for lo, hi in self._spans):
             kinds.append("padded")
         due = [kind for kind in kinds if self._unchecked[kind] > 0]
         for kind in due:

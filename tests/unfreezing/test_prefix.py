@@ -229,7 +229,10 @@ def test_a_changed_data_set_is_computed_anew(tmp_path: Path) -> None:
 def test_another_prefix_does_not_read_these_rows(tmp_path: Path, caplog: Any) -> None:
     kept = tmp_path / "kept"
     run(tmp_path, True, cache_dir=kept)
-    other = lambda: bert(num_hidden_layers=4, dropout=True, seed=1)  # noqa: E731
+
+    def other() -> Any:
+        return bert(num_hidden_layers=4, dropout=True, seed=1)
+
     plain = run(tmp_path, False, other())
     cached = run(tmp_path, True, other(), cache_dir=kept)
     assert cached[2][0] == 0.0
