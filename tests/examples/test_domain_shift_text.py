@@ -8,12 +8,13 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, Trainer
+from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import domain_shift_text as demo
 
-WORDS = "good bad fine poor film phone battery plot the a is was not very".split()
+from tests.examples.tiny_text import WORDS, save_tiny_model
+
 RESULTS = ("results.json", "table.md", "target_accuracy.png")
 
 
@@ -28,20 +29,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
-    )
-    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 5,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -6,32 +6,19 @@ from pathlib import Path
 
 import datasets
 import pytest
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import domain_data
 import gradual_unfreezing as example
 
-WORDS = "good bad fine poor film phone battery plot the a is was not very".split()
+from tests.examples.tiny_text import WORDS, save_tiny_model
 
 
 @pytest.fixture
 def model_dir(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
-    )
-    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 5,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return save_tiny_model(folder)
 
 
 def test_all_methods_run_and_everything_is_written(model_dir, tmp_path, monkeypatch, capsys):
