@@ -173,6 +173,7 @@ class DANN(Objective):
 
     name = "dann"
     needs_target = True
+    uses_logits = False
 
     def __init__(
         self,

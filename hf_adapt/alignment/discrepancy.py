@@ -130,6 +130,7 @@ class MMD(Objective):
 
     name = "mmd"
     needs_target = True
+    uses_logits = False
 
     def __init__(
         self,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,12 +16,33 @@ from hf_adapt.engine.progress import Schedule, value_at
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from hf_adapt.engine.batch import Batch, Rows
+    from hf_adapt.engine.batch import Batch, Part, Rows
     from hf_adapt.engine.features import Pooling
     from hf_adapt.engine.rates import RateFactors
 
+logger = logging.getLogger(__name__)
+
 Term = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """A loss term: a scalar mean over one micro-batch, or a (sum, count) over its items."""
+
+Extract = Callable[[Any], Any]
+"""What to keep of a module's output: (the value, its mask or None), or None for nothing."""
+
+
+class FusedLoss(NamedTuple):
+    """The task's loss and an objective's term, computed together.
+
+    Attributes:
+        loss: What is trained on: both, times the factors that were given.
+        base_sum: Sum of the task's loss over the labels, without its factor.
+        term_sum: Sum of the objective's term over its items, without its factor.
+        outputs: The model's outputs; they hold no logits.
+    """
+
+    loss: torch.Tensor
+    base_sum: torch.Tensor
+    term_sum: torch.Tensor
+    outputs: Any
 
 
 class Adaptation:
@@ -42,6 +64,8 @@ class Adaptation:
             gradient.
         rate_schedule: A learning-rate schedule that takes the place of the Trainer's (a function
             of progress from 0 to 1).
+        columns: Columns of the training rows that it wants to see; they come with the batch, in
+            `part.columns`, and never reach the model.
     """
 
     name: str = ""
@@ -51,6 +75,7 @@ class Adaptation:
     module: nn.Module | None = None
     freezes: bool = False
     rate_schedule: Schedule | None = None
+    columns: Sequence[str] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,6 +92,14 @@ class Adaptation:
 
         The place to check that the model and the arguments fit, and to raise if not.
         """
+
+    def extra_inputs(self, trainer: Trainer) -> Collection[str]:
+        """Inputs that it wants to see and the model's forward does not take.
+
+        Called before the data is prepared. They are collated like the others, and are found in
+        `part.extra`.
+        """
+        return ()
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
         """Make the auxiliary modules, once, from the sizes seen in a first batch.
@@ -163,6 +196,8 @@ class Objective(Adaptation):
     weight: float | Schedule = 1.0
     feature_layer: str | None = None
     pooling: Pooling = "auto"
+    uses_logits: bool = True
+    """Whether `loss` may read the model's predictions; False lets another objective do without."""
 
     def __init__(
         self,
@@ -192,12 +227,56 @@ class Objective(Adaptation):
         """The factor of the term at this progress."""
         return value_at(self.weight, progress)
 
-    def num_items(self, rows: Rows) -> torch.Tensor | None:
+    def base_weight(self, progress: float) -> float:
+        """The factor of the task's own loss while this objective is active.
+
+        Where it is 0, batches need no labels.
+        """
+        return 1.0
+
+    def taps(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
+        """Modules whose outputs `loss` wants to see, in `part.hidden` by the module's id.
+
+        None keeps the hidden state in the output.
+        """
+        return {}
+
+    def num_items(self, rows: Rows) -> torch.Tensor | Mapping[str, torch.Tensor] | None:
         """How many items of a micro-batch a (sum, count) runs over, known before the forward.
 
-        Needed only by a `loss` that returns a (sum, count).
+        Needed only by a `loss` that returns a (sum, count). Where the components of a dict run over
+        different items: a dict of their counts.
         """
         return None
+
+    def can_fuse(self, trainer: Trainer) -> bool:
+        """Whether `fused_loss` can be tried on this model."""
+        return False
+
+    def not_fused(self, reason: str) -> None:
+        """Called where `fused_loss` could not be used after all."""
+        logger.info("%s computes whole logits: %s.", self.name, reason)
+
+    def fused_loss(
+        self,
+        model: nn.Module,
+        part: Part,
+        base_factor: torch.Tensor,
+        term_factor: torch.Tensor,
+        progress: float,
+    ) -> FusedLoss:
+        """The task's loss and this term in one, where that saves time or memory.
+
+        Used only where it gives what the model's own loss and `loss` give on the first batch.
+
+        Args:
+            model: The model as the Trainer wrapped it.
+            part: The rows; it has no outputs yet.
+            base_factor: Factor of the sum of the task's loss over the labels.
+            term_factor: Factor of the sum of the term over its items.
+            progress: `global_step / max_steps`.
+        """
+        raise NotImplementedError
 
     def loss(self, batch: Batch) -> Term | dict[str, Term]:
         """The term on one micro-batch, in float32: a scalar mean, a (sum, count), or a dict.

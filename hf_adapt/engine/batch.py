@@ -23,10 +23,10 @@ def resolve_pooling(pooling: Pooling, model: nn.Module) -> Pooling:
     """What `"auto"` means for this model: tokens for token classification, else the mean."""
     if pooling != "auto":
         return pooling
-    return "tokens" if _is_a(model, ("ForTokenClassification",)) else "mean"
+    return "tokens" if is_a(model, ("ForTokenClassification",)) else "mean"
 
 
-def _is_a(model: nn.Module, endings: tuple[str, ...]) -> bool:
+def is_a(model: nn.Module, endings: tuple[str, ...]) -> bool:
     """Whether the model is of a class, or of an author's subclass of one, named with an ending."""
     return any(cls.__name__.endswith(endings) for cls in type(unwrapped_base(model)).__mro__)
 
@@ -41,6 +41,9 @@ class Part:
         hidden: The captured output of each tapped feature module, by the module's id.
         masks: The attention mask in such an output, where it holds one of its own.
         outputs: The model's own outputs.
+        columns: Columns that an adaptation asked for, one value per row.
+        extra: Inputs that an adaptation asked for and the model does not take.
+        is_fused: Whether the loss was computed without logits.
     """
 
     inputs: Mapping[str, Any]
@@ -48,6 +51,9 @@ class Part:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     masks: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: Any = None
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    is_fused: bool = False
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -72,6 +78,11 @@ class Part:
     def logits(self) -> torch.Tensor:
         """The model's logits."""
         outputs = self.outputs
+        if self.is_fused:
+            raise ValueError(
+                "This batch's loss was computed without logits, and an objective that said "
+                "uses_logits = False asked for them. Set uses_logits = True in its class."
+            )
         if isinstance(outputs, Mapping):
             logits = outputs.get("logits")
         elif isinstance(outputs, (tuple, list)):

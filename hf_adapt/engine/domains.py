@@ -22,6 +22,9 @@ DOMAIN = "domain"
 TARGET_BATCH = "hf_adapt_target"
 """The key of the target rows' own batch where source and target go through the model apart."""
 
+COLUMNS = "hf_adapt_columns"
+"""The key of the columns that adaptations want to see and the model must not."""
+
 IGNORED = -100
 """The label that losses ignore."""
 

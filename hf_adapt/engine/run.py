@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,10 @@ from hf_adapt.engine.checkpoint import (
     save_state,
     save_weights,
 )
+from hf_adapt.engine.columns import take_columns
 from hf_adapt.engine.domains import DOMAIN, IGNORED, TARGET_BATCH, UNPAIRED
 from hf_adapt.engine.features import FeatureTap, find_feature_module
+from hf_adapt.engine.fusing import FUSED, difference, few_rows, needs_logits
 from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
 from hf_adapt.engine.normalisation import (
     count_labels,
@@ -90,6 +93,7 @@ class AdaptationRun:
         data: The target domains, or None if nothing is paired.
         base_loss: The author's `compute_loss`.
         memory: What an earlier run of the same model left, or None.
+        extra_inputs: Inputs in the batches that are not for the model.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class AdaptationRun:
         data: DomainData | None,
         base_loss: BaseLoss,
         memory: Memory | None,
+        extra_inputs: Collection[str] = (),
     ) -> None:
         self.trainer = trainer
         self.adaptations = list(adaptations)
@@ -111,6 +116,7 @@ class AdaptationRun:
         self.metrics = MetricAverager(trainer.accelerator)
         self.guard = FiniteGuard()
         self._base_loss = base_loss
+        self.extra_inputs = extra_inputs
         self._ready = False
         self._ignores_num_items = False
         self._resume_from: str | None = None
@@ -123,6 +129,7 @@ class AdaptationRun:
             may_be_frozen=any(a.freezes for a in adaptations),
         )
         self._taps: dict[int, FeatureTap] = {}
+        self._fused: Objective | None = None
         self._outputs: FeatureTap | None = None
         self._divided_groups = DividedGroups()
 
@@ -143,6 +150,12 @@ class AdaptationRun:
             self._layout.module_of[layer] = module
             if id(module) not in self._taps:
                 self._taps[id(module)] = FeatureTap(module)
+        for objective in self.objectives:
+            for module, extract in objective.taps(self.model).items():
+                if extract is not None:
+                    self._taps[id(module)] = FeatureTap(module, extract)
+                elif id(module) not in self._taps:
+                    self._taps[id(module)] = FeatureTap(module)
         self._outputs = FeatureTap(self.model, extract=lambda output: output)
 
     def begin(self) -> None:
@@ -192,16 +205,17 @@ class AdaptationRun:
         """Split a batch into what goes through the model together, without the domain column."""
         inputs = dict(inputs)
         apart = inputs.pop(TARGET_BATCH, None)
-        domain = inputs.pop(DOMAIN, None)
-        if domain is None:
+        if DOMAIN not in inputs:
             if self.data is not None:
                 raise ValueError(UNPAIRED)
             rows = next((v.shape[0] for v in inputs.values() if isinstance(v, torch.Tensor)), 0)
-            domain = torch.zeros(rows, dtype=torch.long, device=self.trainer.args.device)
-        parts = [Part(inputs, domain)]
-        if apart is not None:
-            apart = dict(apart)
-            parts.append(Part(apart, apart.pop(DOMAIN)))
+            inputs[DOMAIN] = torch.zeros(rows, dtype=torch.long, device=self.trainer.args.device)
+        parts = []
+        for given in (inputs, *([dict(apart)] if apart is not None else [])):
+            domain = given.pop(DOMAIN)
+            columns = take_columns(given, len(domain))
+            extra = {k: given.pop(k) for k in self.extra_inputs if k in given}
+            parts.append(Part(given, domain, columns=columns, extra=extra))
         return parts
 
     @contextmanager
@@ -234,14 +248,29 @@ class AdaptationRun:
             for adaptation in self.adaptations:
                 stack.enter_context(adaptation.around_forward(first.inputs))
             with self._recording(first):
-                loss = self._base_loss(model, dict(first.inputs), num_items)
+                if self._needs_no_labels(first):
+                    self._forward_apart(model, first)
+                    loss = torch.zeros((), device=self.trainer.args.device)
+                else:
+                    loss = self._base_loss(model, dict(first.inputs), num_items)
         for part in parts[1:]:
             with self._recording(part):
                 self._forward_apart(model, part)
         return loss
 
+    @property
+    def _base_weight(self) -> float:
+        """The factor of the task's own loss."""
+        return math.prod(o.base_weight(self.progress) for o in self.objectives)
+
+    def _needs_no_labels(self, part: Part) -> bool:
+        """Whether there is no task's loss to compute: it does not count, and has no labels."""
+        return not {*self.trainer.label_names, "labels"} & set(part.inputs) and not (
+            self._base_weight
+        )
+
     def _forward_apart(self, model: nn.Module, part: Part) -> None:
-        """Run the model on target rows alone, for their features; there is no loss."""
+        """Run the model on rows alone, for their features and predictions; there is no loss."""
         collect = getattr(self.trainer, "collect_features", None)
         if callable(collect):  # sentence-transformers: one forward per text column
             for features in collect(dict(part.inputs))[0]:
@@ -276,7 +305,13 @@ class AdaptationRun:
             with preserved_random_state(), torch.no_grad():
                 model.eval()
                 parts = self._parts(inputs)
+                fusing = self._fusing(parts)
+                if fusing is not None:
+                    # Its point is to do without the logits of a whole batch: none here either.
+                    parts = [few_rows(part) for part in parts]
                 self._probe(model, parts)
+                if fusing is not None and self._fuses_exactly(model, fusing, parts):
+                    self._fused = fusing
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -324,6 +359,52 @@ class AdaptationRun:
                     _components(adaptation, adaptation.loss(batch.for_objective(adaptation)))
         if self.memory.optimizer is None:
             self.memory.optimizer = AuxiliaryOptimizer(self.adaptations)
+
+    def _fusing(self, parts: list[Part]) -> Objective | None:
+        """The objective that may compute its term together with the task's loss."""
+        able = [o for o in self.objectives if o.can_fuse(self.trainer)]
+        if len(able) != 1 or len(parts) > 1:
+            return None
+        others = [o for o in self.objectives if o is not able[0]]
+        reason = needs_logits(self.trainer, others, parts[0])
+        if reason is not None:
+            able[0].not_fused(reason)
+            return None
+        return able[0]
+
+    def _fuses_exactly(self, model: nn.Module, objective: Objective, parts: list[Part]) -> bool:
+        """Whether the fused loss is what the model and the objective compute apart."""
+        part = parts[0]
+        items = count_labels(self.trainer, part.inputs)
+        assert items is not None
+        counted = self._counts_base(items)
+        base = self._base_loss(model, dict(part.inputs), items if counted else None).float()
+        if counted and self.trainer.args.average_tokens_across_devices:
+            base = base / self.trainer.accelerator.num_processes  # as the Trainer multiplied it
+        with torch.autocast(base.device.type, enabled=False):
+            batch = self._batch(parts).for_objective(objective)
+            apart = _components(objective, objective.loss(batch))
+        term = apart.get(FUSED, apart.get(""))
+        expected = term[0] if isinstance(term, tuple) else term
+        assert isinstance(expected, torch.Tensor)
+        one = torch.ones((), device=base.device)
+        extra = getattr(part.outputs, "aux_loss", None)
+        try:
+            with self._recording(part):
+                fused = objective.fused_loss(model, part, one, one, self.progress)
+        except Exception as error:  # whatever an unknown architecture does with our hidden states
+            reason: str | None = f"{type(error).__name__}: {error}"
+        else:
+            half = torch.is_autocast_enabled(base.device.type)
+            half |= next(self.model.parameters()).dtype != torch.float32
+            reason = difference(fused, base * items, expected, rough=half)
+            if extra is not None:  # a router's, which may be smaller than any tolerance
+                reason = "the model adds a loss of its own (aux_loss)"
+        if not self._any_process(reason is not None):
+            logger.info("%s computes its losses without whole logits.", objective.name)
+            return True
+        objective.not_fused(reason or "another process does")
+        return False
 
     def _any_process(self, flag: bool) -> bool:
         """Whether it is so in any process: all must run the same forwards, which communicate."""
@@ -388,7 +469,11 @@ class AdaptationRun:
             counts = {"": count_labels(self.trainer, parts[0].inputs)}
             rows = Rows(parts, self._layout)
             for objective in self.objectives:
-                counts[objective.name] = objective.num_items(rows.for_objective(objective))
+                items = objective.num_items(rows.for_objective(objective))
+                if isinstance(items, Mapping):
+                    counts.update({f"{objective.name}/{key}": n for key, n in items.items()})
+                else:
+                    counts[objective.name] = items
             for name, count in counts.items():
                 if count is not None:
                     count = torch.as_tensor(count, dtype=torch.float64, device=device)
@@ -417,6 +502,10 @@ class AdaptationRun:
         size = data_parallel_size(self.trainer)
         steps = self.trainer.current_gradient_accumulation_steps
         divided = steps if trainer_divides(self.trainer, num_items_in_batch) else 1
+        if self._fused is not None:
+            return self._compute_fused(
+                model, self._fused, parts, steps, divided, num_items_in_batch
+            )
         if self._ignores_num_items:
             mean = self._forward(model, parts, None)
             items = count_labels(self.trainer, parts[0].inputs)
@@ -428,18 +517,91 @@ class AdaptationRun:
             loss = self._forward(model, parts, num_items_in_batch)
         # What this micro-batch adds to the step's loss, so that sums over the step are exact.
         self.metrics.add("loss/task", loss.detach() * (steps / divided), 1 / steps)
+        base_weight = self._base_weight
+        if base_weight != 1:  # so that the plain Trainer's loss stays what it is, bit for bit
+            loss = loss * base_weight
+        loss = self._add_terms(loss, parts, steps, divided, fused=None)
+        return loss, parts[0].outputs
+
+    def _compute_fused(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        parts: list[Part],
+        steps: int,
+        divided: int,
+        num_items_in_batch: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """The same, where an objective computes its term together with the base loss."""
+        part, size = parts[0], data_parallel_size(self.trainer)
+        device = self.trainer.args.device
+        trainer = self.trainer
+        if self._counts_base(num_items_in_batch):  # as the Trainer has it, first tokens included
+            total = torch.as_tensor(num_items_in_batch, device=device)
+            everywhere = trainer.args.average_tokens_across_devices
+            processes = trainer.accelerator.num_processes if everywhere else 1
+        else:
+            items = count_labels(trainer, part.inputs)
+            assert items is not None
+            total = items if self._label_total is None else self._label_total
+            processes = size
+        base_scale = (processes / total.clamp(min=1)).to(torch.float32)
+        term_total = self._totals.get(f"{objective.name}/{FUSED}", self._totals.get(objective.name))
+        if term_total is None:  # an author's own loop, which counts nothing beforehand
+            counts = objective.num_items(Rows(parts, self._layout).for_objective(objective))
+            counts = counts[FUSED] if isinstance(counts, Mapping) else counts
+            assert counts is not None
+            term_total = counts.double() * steps
+        term_scale = (size / term_total.to(device).clamp(min=1)).to(torch.float32)
+        weight = objective.term_weight(self.progress)
+        with ExitStack() as stack:
+            for adaptation in self.adaptations:
+                stack.enter_context(adaptation.around_forward(part.inputs))
+            with self._recording(part):
+                fused = objective.fused_loss(
+                    model,
+                    part,
+                    base_scale * (divided * self._base_weight),
+                    term_scale * (divided * weight),
+                    self.progress,
+                )
+        part.outputs, part.is_fused = fused.outputs, True
+        self.metrics.add("loss/task", fused.base_sum * base_scale * steps, 1 / steps)
+        term = fused.term_sum * term_scale
+        return self._add_terms(fused.loss, parts, steps, divided, (objective, term)), part.outputs
+
+    def _counts_base(self, num_items_in_batch: Any) -> bool:
+        """Whether the base loss is divided by the Trainer's own count."""
+        counted = self.trainer.model_accepts_loss_kwargs and not self._ignores_num_items
+        return counted and num_items_in_batch is not None
+
+    def _add_terms(
+        self,
+        loss: torch.Tensor,
+        parts: list[Part],
+        steps: int,
+        divided: int,
+        fused: tuple[Objective, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The loss with every objective's term added; one that is in it already is logged."""
         batch = self._batch(parts)
+        size = data_parallel_size(self.trainer)
         with torch.autocast(loss.device.type, enabled=False):
             for objective in self.objectives:
                 term = self._term(objective, batch.for_objective(objective), steps, size)
-                self.metrics.add(f"loss/{objective.name}", term.detach() * steps, 1 / steps)
-                self.guard.add(objective.name, term)
+                whole = term.detach()
+                if fused is not None and fused[0] is objective:
+                    if term.requires_grad:  # it has other components, which are logged
+                        self.metrics.add(f"{objective.name}/{FUSED}", fused[1] * steps, 1 / steps)
+                    whole = whole + fused[1]
+                self.metrics.add(f"loss/{objective.name}", whole * steps, 1 / steps)
+                self.guard.add(objective.name, whole)
                 weight = objective.term_weight(self.progress)
                 if callable(objective.weight):
                     self.metrics.add(f"{objective.name}/weight", weight)
                 if weight != 0:
                     loss = loss + (weight * divided) * term
-        return loss, parts[0].outputs
+        return loss
 
     def _term(self, objective: Objective, batch: Batch, steps: int, size: int) -> torch.Tensor:
         """The micro-batch's share of a term: the shares of a step add up to the term."""
@@ -447,7 +609,9 @@ class AdaptationRun:
         share = torch.zeros((), device=self.trainer.args.device)
         for name, component in components.items():
             if isinstance(component, tuple):
-                total = self._totals.get(objective.name)
+                total = self._totals.get(f"{objective.name}/{name}")
+                if total is None:
+                    total = self._totals.get(objective.name)
                 if total is None:
                     total = component[1].double() * steps
                 part = component[0] * (size / total.clamp(min=1)).to(component[0].dtype)

@@ -11,7 +11,8 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.domains import DOMAIN, TargetForward
+from hf_adapt.engine.columns import column_collator, inputs_of, kept_columns
+from hf_adapt.engine.domains import COLUMNS, DOMAIN, TargetForward
 from hf_adapt.engine.plan import DomainData, Plan, active_adaptations, has_domain_needs
 from hf_adapt.engine.run import AdaptationRun, Memory, RunCallback
 
@@ -53,6 +54,8 @@ class AdaptationMixin(_Base):
     _adaptation_plans: tuple[Plan, ...] = ()
     _adaptation_run: AdaptationRun | None = None
     _adaptation_memory: Memory | None = None
+    _adaptation_columns: tuple[str, ...] = ()
+    _adaptation_inputs: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class AdaptationMixin(_Base):
             return output
         finally:
             self._adaptation_run = None
+            self._adaptation_columns = self._adaptation_inputs = ()
             if callback in self.callback_handler.callbacks:
                 self.callback_handler.callbacks.remove(callback)
             run.close()
@@ -114,8 +118,18 @@ class AdaptationMixin(_Base):
             self._adaptation_memory = None
             return None
         self._refuse_unsupported()
+        self._adaptation_columns = tuple({name for a in adaptations for name in a.columns})
+        wanted = {name for a in adaptations for name in a.extra_inputs(self)}
+        self._adaptation_inputs = tuple(sorted(wanted - inputs_of(self))) if wanted else ()
         data = DomainData(self, plans) if has_domain_needs(plans, adaptations) else None
-        return AdaptationRun(self, adaptations, data, self._base_loss, self._adaptation_memory)
+        return AdaptationRun(
+            self,
+            adaptations,
+            data,
+            self._base_loss,
+            self._adaptation_memory,
+            self._adaptation_inputs,
+        )
 
     def _refuse_unsupported(self) -> None:
         if self.args.n_gpu > 1 and self.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
@@ -141,10 +155,28 @@ class AdaptationMixin(_Base):
     def get_train_dataloader(self) -> Any:
         """The author's loader, over source rows that bring their target rows along."""
         run = self._adaptation_run
-        if run is None or run.data is None:
+        if run is None:
             return super().get_train_dataloader()
-        with run.data.in_place():
-            return super().get_train_dataloader()
+        with column_collator(self, self._adaptation_columns):
+            if run.data is None:
+                return super().get_train_dataloader()
+            with run.data.in_place():
+                return super().get_train_dataloader()
+
+    def _kept_columns(self, description: str | None) -> tuple[str, ...]:
+        """The columns to be kept of a dataset: the model does not see them."""
+        training = (description or "").lower() == "training"
+        return (*self._adaptation_columns, *self._adaptation_inputs) if training else ()
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        with kept_columns(self, self._kept_columns(description)):
+            return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Any, description: str | None = None
+    ) -> Any:
+        with kept_columns(self, self._kept_columns(description)):
+            return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         run = self._adaptation_run
@@ -205,8 +237,9 @@ class AdaptationMixin(_Base):
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The author's; a `domain` column in evaluation data is not shown to the model."""
-        if self._adaptation_plans and DOMAIN in inputs:
-            inputs = {key: value for key, value in inputs.items() if key != DOMAIN}
+        hidden = {DOMAIN, COLUMNS} if self._adaptation_plans else set()
+        if hidden & set(inputs):
+            inputs = {key: value for key, value in inputs.items() if key not in hidden}
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     # ---- logs and checkpoints ----

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from hf_adapt.engine.auxiliary import preserved_random_state
+from hf_adapt.engine.row_store import RowStore, row_keys, write_description
 from hf_adapt.engine.training import steps_per_epoch
 from hf_adapt.unfreezing.layers import LayerGroup
 from hf_adapt.unfreezing.prefix_checks import (
@@ -28,7 +29,6 @@ from hf_adapt.unfreezing.prefix_checks import (
     why_not_kept,
     wrapper_of,
 )
-from hf_adapt.unfreezing.row_store import RowStore, row_keys, write_description
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -21,8 +21,8 @@ from hf_adapt import (
     Phase,
     adapt,
 )
+from hf_adapt.engine.row_store import RECORD, RowStore, row_keys
 from hf_adapt.unfreezing.prefix_checks import cacheable_stack
-from hf_adapt.unfreezing.row_store import RECORD, RowStore, row_keys
 from tests.tiny import FIVE, GradientRecorder, arguments, bert, collate, llama, rows, weights
 
 LOWER_3 = FreezeOnly("embeddings", r"layer\.[012]")

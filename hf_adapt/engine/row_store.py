@@ -1,4 +1,4 @@
-"""Rows of hidden states on disk, found by the content they were computed from."""
+"""Rows of tensors on disk, found by the content they were computed from."""
 
 from __future__ import annotations
 
@@ -92,13 +92,19 @@ class RowStore:
         self._read_to: dict[str, int] = {}
         self._maps: dict[str, np.memmap[Any, Any]] = {}
         self.refresh()
-        # Unbuffered: a write that fails has failed, and closing has nothing left to write.
-        self._data = open(self._path("rows", self._own), "ab", buffering=0)
-        self._index = open(self._path("index", self._own), "ab", buffering=0)
+        self._files: tuple[io.RawIOBase, io.RawIOBase] | None = None
         self._end = 0
 
     def _path(self, kind: str, process: str) -> Path:
         return self.folder / f"{kind}-{process}.bin"
+
+    def _writable(self) -> tuple[io.RawIOBase, io.RawIOBase]:
+        """The own data and index file, made when there is something to write."""
+        if self._files is None:
+            # Unbuffered: a write that fails has failed, and closing has nothing left to write.
+            data = open(self._path("rows", self._own), "ab", buffering=0)
+            self._files = data, open(self._path("index", self._own), "ab", buffering=0)
+        return self._files
 
     def __len__(self) -> int:
         return len(self._places)
@@ -138,12 +144,14 @@ class RowStore:
             return
         content = hidden.contiguous().view(torch.uint8).numpy().tobytes()
         checksum = zlib.crc32(content)
-        _write(self._data, content)
-        _write(self._index, RECORD.pack(key, self._end, start, len(hidden), checksum))
+        data, index = self._writable()
+        _write(data, content)
+        _write(index, RECORD.pack(key, self._end, start, len(hidden), checksum))
         self._places[key] = _Place(self._own, self._end, start, len(hidden), None)
         self._end += len(content)
 
-    def _row(self, key: bytes) -> tuple[torch.Tensor, int] | None:
+    def row(self, key: bytes) -> tuple[torch.Tensor, int] | None:
+        """One row and its first position, or None if it is damaged (it is forgotten)."""
         place = self._places[key]
         end = place.offset + place.length * self._position_bytes
         if place.file not in self._maps or end > len(self._maps[place.file]):
@@ -170,7 +178,7 @@ class RowStore:
             (rows, positions, *tail), zero where there is padding; None if a row is damaged (it is
             forgotten) or does not fit.
         """
-        rows = [self._row(key) for key in keys]
+        rows = [self.row(key) for key in keys]
         if any(row is None for row in rows):
             return None
         found = [row for row in rows if row is not None]
@@ -191,8 +199,9 @@ class RowStore:
 
     def close(self) -> None:
         """Close the files."""
-        self._data.close()
-        self._index.close()
+        for file in self._files or ():
+            file.close()
+        self._files = None
         self._maps.clear()
 
 
@@ -206,4 +215,7 @@ def _write(file: io.RawIOBase, content: bytes) -> None:
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """Say what a store holds, for a person who finds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "description.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+    path = folder / "description.json"
+    half = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+    half.write_text(json.dumps(description, indent=1), encoding="utf-8")
+    half.replace(path)  # another process may be reading

@@ -1,0 +1,117 @@
+"""Columns of a dataset that adaptations see and the model does not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hf_adapt.engine.domains import COLUMNS
+from hf_adapt.engine.features import unwrapped_base
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class ColumnCollator:
+    """Takes columns out of the rows before the author's collator and puts them beside the batch.
+
+    Args:
+        collator: The author's collator.
+        columns: Names of the columns; a row without one has None.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any], columns: Sequence[str]) -> None:
+        self.collator = collator
+        self.columns = tuple(columns)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "collator" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, rows: list[Any]) -> Any:
+        """Collate rows.
+
+        Raises:
+            TypeError: If the collator does not return a dict.
+        """
+        carried = {name: [_value(row, name) for row in rows] for name in self.columns}
+        batch = self.collator([_without(row, self.columns) for row in rows])
+        if not isinstance(batch, MutableMapping):
+            raise TypeError(
+                f"Keeping the column(s) {', '.join(self.columns)} beside a batch needs a data "
+                f"collator that returns a dict; {type(self.collator).__name__} returned "
+                f"{type(batch).__name__}."
+            )
+        batch[COLUMNS] = carried
+        return batch
+
+
+def _value(row: Any, name: str) -> Any:
+    return row.get(name) if isinstance(row, Mapping) else None
+
+
+def _without(row: Any, columns: Sequence[str]) -> Any:
+    if isinstance(row, Mapping) and any(name in row for name in columns):
+        return {key: value for key, value in row.items() if key not in columns}
+    return row
+
+
+def inputs_of(trainer: Trainer) -> set[str]:
+    """Inputs that the Trainer's model takes, and labels.
+
+    A Trainer that makes its own columns (TRL) keeps fewer than the model takes.
+    """
+    trainer._set_signature_columns_if_needed()
+    model = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
+    taken = inspect.signature(model.forward).parameters
+    return {*taken, *(vars(trainer).get("_signature_columns") or ())}
+
+
+@contextmanager
+def kept_columns(trainer: Trainer, columns: Sequence[str]) -> Iterator[None]:
+    """Let a Trainer that removes unused columns keep these while a dataset is prepared."""
+    if not columns:
+        yield
+        return
+    trainer._set_signature_columns_if_needed()
+    names = vars(trainer)
+    before = names.get("_signature_columns")
+    names["_signature_columns"] = [*(before or ()), *columns]
+    try:
+        yield
+    finally:
+        names["_signature_columns"] = before
+
+
+@contextmanager
+def column_collator(trainer: Trainer, columns: Sequence[str]) -> Iterator[None]:
+    """Put the collator of columns where the author's was, while a loader is built."""
+    if not columns:
+        yield
+        return
+    before = trainer.data_collator
+    trainer.data_collator = ColumnCollator(before, columns)
+    try:
+        yield
+    finally:
+        trainer.data_collator = before
+
+
+def take_columns(inputs: dict[str, Any], num_rows: int) -> Mapping[str, list[Any]]:
+    """Remove the columns from a batch.
+
+    Raises:
+        ValueError: If they do not fit its rows.
+    """
+    columns: Mapping[str, list[Any]] = inputs.pop(COLUMNS, {})
+    for name, values in columns.items():
+        if len(values) != num_rows:
+            raise ValueError(
+                f"The column {name!r} has {len(values)} values for a batch of {num_rows} rows: the "
+                "batch was split or merged after it was collated (dispatch_batches, packing). Set "
+                "accelerator_config={'dispatch_batches': False}, and turn packing off."
+            )
+    return columns
