@@ -1,0 +1,99 @@
+"""The settings of a distillation on a command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_adapt.distillation.cache import CachedTeacher
+from hf_adapt.distillation.divergences import DIVERGENCES, JensenShannon
+from hf_adapt.distillation.teachers import ModelTeacher, Teacher
+
+
+@dataclass
+class DistillationArguments:
+    """What a script reads with `HfArgumentParser` and gives to `DistillationTrainer`.
+
+    Example:
+        >>> from transformers import HfArgumentParser
+        >>> (args,) = HfArgumentParser(DistillationArguments).parse_args_into_dataclasses(
+        ...     ["--teacher_name_or_path", "teacher/", "--temperature", "4"]
+        ... )
+        >>> args.options()["temperature"]
+        4.0
+    """
+
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the teacher."}
+    )
+    temperature: float = field(
+        default=2.0, metadata={"help": "Student's and teacher's logits are divided by it."}
+    )
+    kd_weight: float = field(
+        default=0.5, metadata={"help": "Factor of the distillation term; 0 turns it off."}
+    )
+    ce_weight: float = field(default=0.5, metadata={"help": "Factor of the task's own loss."})
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "How student and teacher are compared.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    jsd_beta: float = field(
+        default=0.5, metadata={"help": "Weight of the teacher in --divergence jsd."}
+    )
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "Of the teacher's weights: float32, bfloat16, float16."}
+    )
+    teacher_device_map: str | None = field(
+        default=None, metadata={"help": "How to spread the teacher over devices: 'auto'."}
+    )
+    shard_teacher: bool = field(
+        default=False, metadata={"help": "Shard the teacher as the student is (FSDP2, ZeRO-3)."}
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "Folder in which the teacher's predictions are kept."}
+    )
+    teacher_top_k: int | None = field(
+        default=None, metadata={"help": "Keep only so many of the teacher's classes there."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column with the text, for a teacher's own tokenizer."}
+    )
+    evaluate_distillation: bool = field(
+        default=False, metadata={"help": "Compare student and teacher in each evaluation."}
+    )
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of [`Distillation`]."""
+        return {
+            "temperature": self.temperature,
+            "kd_weight": self.kd_weight,
+            "ce_weight": self.ce_weight,
+            "divergence": JensenShannon(self.jsd_beta)
+            if self.divergence == "jsd"
+            else self.divergence,
+            "text_column": self.text_column,
+        }
+
+    def build_teacher(self) -> Teacher | None:
+        """The teacher that the arguments name, or None.
+
+        Raises:
+            ValueError: If there is neither a teacher nor a cache of one.
+        """
+        teacher: Teacher | None = None
+        if self.teacher_top_k is not None and self.teacher_cache is None:
+            raise ValueError("teacher_top_k is for a cache: name its folder with teacher_cache.")
+        if self.teacher_name_or_path is not None:
+            teacher = ModelTeacher(
+                self.teacher_name_or_path,
+                dtype=self.teacher_dtype,
+                device_map=self.teacher_device_map,
+                shard=self.shard_teacher,
+            )
+        if self.teacher_cache is None:
+            return teacher
+        temperature = self.temperature if self.teacher_top_k is not None else None
+        return CachedTeacher(self.teacher_cache, teacher, self.teacher_top_k, temperature)

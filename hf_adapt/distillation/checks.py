@@ -1,0 +1,232 @@
+"""What is looked at before training: do student and teacher speak of the same things?"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_adapt.distillation.divergences import (
+    Divergence,
+    JensenShannon,
+    forward_kl,
+    reverse_kl,
+)
+from hf_adapt.distillation.heads import Head
+from hf_adapt.engine.batch import is_a
+from hf_adapt.engine.domains import IGNORED
+from hf_adapt.engine.features import unwrapped_base
+
+if TYPE_CHECKING:
+    from hf_adapt.engine.batch import Part
+
+logger = logging.getLogger(__name__)
+
+
+class Classes(NamedTuple):
+    """What a model predicts over.
+
+    Attributes:
+        names: Names of the labels, in their order.
+        vocabulary: Size of the vocabulary of a language model's head.
+    """
+
+    names: tuple[str, ...] | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module | None) -> Classes:
+        """What this model predicts over; nothing is known of None."""
+        if model is None:
+            return cls()
+        base = unwrapped_base(model)
+        get = getattr(base, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if head is not None:
+            size = getattr(head, "out_features", None)
+            weight = getattr(head, "weight", None)
+            if size is None and isinstance(weight, torch.Tensor):
+                size = weight.shape[0]
+            return cls(None, size)
+        names = getattr(_config(model), "id2label", None)
+        return cls(tuple(str(names[key]) for key in sorted(names, key=int)) if names else None)
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(unwrapped_base(model), "config", None)
+
+
+def check_labels(student: Classes, teacher: Classes) -> None:
+    """Refuse a teacher whose labels are not the student's, by number or by name.
+
+    Raises:
+        ValueError: If their numbers differ, or the same names stand in another order.
+    """
+    own, theirs = student.names, teacher.names
+    if own is None or theirs is None:
+        return
+    if len(own) != len(theirs):
+        raise ValueError(
+            f"The student has {len(own)} labels {list(own)} and the teacher {len(theirs)} "
+            f"{list(theirs)}. Use a teacher of the same labels, load the student with "
+            f"num_labels={len(theirs)}, or override select_logits."
+        )
+    generic = tuple(f"LABEL_{i}" for i in range(len(own)))
+    lower, their_lower = [n.lower() for n in own], [n.lower() for n in theirs]
+    if generic in (own, theirs) or lower == their_lower:
+        return
+    if sorted(lower) == sorted(their_lower):
+        raise ValueError(
+            f"Student and teacher have the same labels in another order: {list(own)} and "
+            f"{list(theirs)}. Number the student's labels as the teacher's (id2label=teacher."
+            "config.id2label, label2id=…, and the data's labels with them)."
+        )
+    logger.warning(
+        "Student and teacher name their labels differently: %s and %s. They are compared by "
+        "position.",
+        list(own),
+        list(theirs),
+    )
+
+
+def shared_vocabulary(student: Classes, teacher: Classes, tokenizer: Any) -> int | None:
+    """How many classes to compare where one of two vocabularies is padded.
+
+    Args:
+        student: What the student predicts over.
+        teacher: What the teacher predicts over.
+        tokenizer: The Trainer's processing class; its length says how much is padding.
+
+    Returns:
+        The number of classes, or None for all.
+
+    Raises:
+        ValueError: If more than padding differs.
+    """
+    own, theirs = student.vocabulary, teacher.vocabulary
+    if own is None or theirs is None or own == theirs:
+        return None
+    try:
+        length = len(tokenizer)
+    except TypeError:
+        length = None
+    smaller = min(own, theirs)
+    if length is None or length > smaller:
+        have = (
+            "there is no tokenizer to tell padding by"
+            if length is None
+            else f"the tokenizer has {length} tokens, more than {smaller}"
+        )
+        raise ValueError(
+            f"The student's vocabulary has {own} entries and the teacher's {theirs}, and {have}. "
+            "Pass the tokenizer as processing_class= if one is only padded, or "
+            "teacher_processing_class= if the teacher has a tokenizer of its own."
+        )
+    logger.warning(
+        "The vocabularies are padded differently (student %d, teacher %d, tokenizer %d): the "
+        "first %d entries are compared.",
+        own,
+        theirs,
+        length,
+        smaller,
+    )
+    return smaller
+
+
+def check_one_output(student: nn.Module, kind: str, divergence: Divergence) -> None:
+    """Refuse to compare distributions over a single class.
+
+    Raises:
+        ValueError: If the head is a regression's and the divergence is one of distributions.
+    """
+    compares_distributions = divergence in (forward_kl, reverse_kl) or isinstance(
+        divergence, JensenShannon
+    )
+    regression = getattr(_config(student), "num_labels", None) == 1
+    if kind == "rows" and regression and compares_distributions:
+        if not is_a(student, ("ForMultipleChoice",)):
+            raise ValueError(
+                f"{type(unwrapped_base(student)).__name__} has one output (num_labels=1, a "
+                "regression), over which every distribution is the same. Use divergence='mse'."
+            )
+
+
+def check_sequence_length(student: nn.Module, teacher: nn.Module) -> None:
+    """Warn of a teacher that has fewer positions than its student."""
+    own = getattr(_config(student), "max_position_embeddings", None)
+    theirs = getattr(_config(teacher), "max_position_embeddings", None)
+    if isinstance(own, int) and isinstance(theirs, int) and theirs < own:
+        logger.warning(
+            "The teacher has %d positions and the student %d: longer rows would fail. Truncate at "
+            "%d.",
+            theirs,
+            own,
+            theirs,
+        )
+
+
+class TeacherSanity:
+    """Looks whether a teacher does better than guessing on the first labelled items.
+
+    Args:
+        name: How the teacher is called in the warning.
+        batches: Number of micro-batches that are looked at.
+    """
+
+    def __init__(self, name: str, batches: int = 4) -> None:
+        self.name, self._left = name, batches
+        self._sum: torch.Tensor | None = None
+        self._count: torch.Tensor | None = None
+
+    def see(
+        self, head: Head, part: Part, mask: torch.Tensor, logits: torch.Tensor, progress: float
+    ) -> None:
+        """Add the teacher's own loss on a micro-batch; warn after the last."""
+        if self.is_done or head.kind in ("spans", "labels") or progress > 0.5:
+            return
+        labels = part.inputs.get("labels")
+        if not isinstance(labels, torch.Tensor) or labels.shape[:1] != mask.shape[:1]:
+            return
+        chosen = labels[mask] if labels.shape == mask.shape else None
+        if head.kind == "rows" and labels.ndim == 1 and not labels.is_floating_point():
+            chosen = labels[mask]
+        if chosen is None or len(chosen) != len(logits) or chosen.is_floating_point():
+            return
+        fitting = chosen.to(logits.device).clamp(max=logits.shape[-1] - 1)
+        value = F.cross_entropy(
+            logits.detach().float(), fitting, ignore_index=IGNORED, reduction="sum"
+        )
+        self.add(value, chosen.ne(IGNORED).sum(), logits.shape[-1])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether enough was looked at."""
+        return self._left <= 0
+
+    def add(self, loss: torch.Tensor, count: torch.Tensor, classes: int) -> None:
+        """Add the teacher's own loss on a micro-batch; warn after the last.
+
+        Args:
+            loss: Sum over the labelled items.
+            count: Their number.
+            classes: Number of classes.
+        """
+        self._left -= 1
+        self._sum = loss if self._sum is None else self._sum + loss
+        self._count = count if self._count is None else self._count + count
+        if self._left == 0 and int(self._count) >= 16:
+            mean, guessing = float(self._sum / self._count), math.log(classes)
+            if mean > guessing:
+                logger.warning(
+                    "The teacher (%s) is no better than guessing on the first %d labelled items: "
+                    "its loss is %.3f, that of equal odds %.3f. Are its labels in the same order, "
+                    "its tokenizer the same, its head trained?",
+                    self.name,
+                    int(self._count),
+                    mean,
+                    guessing,
+                )

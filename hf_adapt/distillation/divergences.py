@@ -1,0 +1,181 @@
+"""How far a student's predictions are from its teacher's, one value for each item."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+Divergence = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""(student logits (N, C), teacher logits (N, C), temperature) -> (N,)."""
+
+ABSENT = -1e9
+"""The logit of a class that an item does not have (padding among the positions of an answer)."""
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities at a temperature, in at least float32."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.log_softmax(logits.to(dtype) / temperature, dim=-1)
+
+
+def forward_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """T² KL(teacher ‖ student): the student must cover all that its teacher finds likely.
+
+    Reference:
+        Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2,
+        arXiv:1503.02531. T² keeps the gradient's size as the temperature changes.
+
+    Args:
+        student_logits: Scores of each class, any floating dtype; computed in at least float32.
+        teacher_logits: The teacher's scores of the same classes.
+        temperature: Both are divided by it; positive.
+
+    Shape:
+        - logits: (..., C); output: (...), in nats times T².
+
+    Example:
+        >>> teacher = torch.tensor([[0.0, 0.0]])
+        >>> [round(v, 4) for v in forward_kl(torch.tensor([[2.0, 0.0]]), teacher, 2.0).tolist()]
+        [0.4805]
+    """
+    student = _tempered(student_logits, temperature)
+    teacher = _tempered(teacher_logits, temperature)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def reverse_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """T² KL(student ‖ teacher): the student may keep to a part of what its teacher finds likely.
+
+    Better than [`forward_kl`] where the student is too small to cover everything (generation).
+
+    Reference:
+        Gu et al. 2024, "MiniLLM: Knowledge Distillation of Large Language Models",
+        arXiv:2306.08543. Deviation: of each token's distribution, not of whole sequences.
+
+    Args:
+        student_logits: Scores of each class, any floating dtype; computed in at least float32.
+        teacher_logits: The teacher's scores of the same classes.
+        temperature: Both are divided by it; positive.
+
+    Shape:
+        - logits: (..., C); output: (...), in nats times T².
+
+    Example:
+        >>> student = torch.tensor([[0.0, 0.0]])
+        >>> [round(v, 4) for v in reverse_kl(student, torch.tensor([[2.0, 0.0]]), 2.0).tolist()]
+        [0.4805]
+    """
+    return forward_kl(teacher_logits, student_logits, temperature)
+
+
+def logit_mse(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Mean squared difference of the logits themselves: the limit of a high temperature.
+
+    Reference:
+        Ba & Caruana 2014, "Do Deep Nets Really Need to be Deep?", Eq. 1, arXiv:1312.6184.
+        Deviation: the mean over classes, not half the sum.
+
+    Args:
+        student_logits: Scores of each class, any floating dtype; computed in at least float32.
+        teacher_logits: The teacher's scores of the same classes.
+        temperature: Has no effect.
+
+    Shape:
+        - logits: (..., C); output: (...), in squared logits.
+
+    Example:
+        >>> logit_mse(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).tolist()
+        [2.5]
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
+    present = student > ABSENT / 2
+    difference = torch.where(present, student - teacher, 0.0)
+    return difference.square().sum(-1) / present.sum(-1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class JensenShannon:
+    """Generalised Jensen–Shannon divergence: between [`forward_kl`] and [`reverse_kl`], bounded.
+
+    T² (β KL(teacher ‖ m) + (1 − β) KL(student ‖ m)) with m = β teacher + (1 − β) student.
+
+    Reference:
+        Agarwal et al. 2024, "On-Policy Distillation of Language Models", Eq. 1, arXiv:2306.13649.
+        Deviation: times T², as the other divergences here.
+
+    Args:
+        beta: Weight of the teacher, between 0 and 1 (both excluded). Its gradient is that of β
+            times the forward KL near 0 and of (1 − β) times the reverse KL near 1.
+
+    Shape:
+        - logits: (..., C); output: (...), in nats times T², at most T² ln 2 for β = 0.5.
+
+    Raises:
+        ValueError: If `beta` is not between 0 and 1.
+
+    Example:
+        >>> far = JensenShannon(0.5)(torch.tensor([[9.0, -9.0]]), torch.tensor([[-9.0, 9.0]]), 1.0)
+        >>> [round(value, 4) for value in far.tolist()]
+        [0.6931]
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.beta < 1.0:
+            raise ValueError(
+                f"JensenShannon(beta={self.beta}): beta must lie between 0 and 1. At the ends the "
+                "divergence is 0 for all predictions: use divergence='forward_kl' or 'reverse_kl'."
+            )
+
+    def __call__(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+    ) -> torch.Tensor:
+        """The divergence of each item."""
+        student = _tempered(student_logits, temperature)
+        teacher = _tempered(teacher_logits, temperature)
+        mixture = torch.logaddexp(student + math.log1p(-self.beta), teacher + math.log(self.beta))
+        from_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
+        from_student = (student.exp() * (student - mixture)).sum(-1)
+        return temperature**2 * (self.beta * from_teacher + (1.0 - self.beta) * from_student)
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": JensenShannon(0.5),
+    "mse": logit_mse,
+}
+"""The divergences that have a name; `JensenShannon(beta)` and any function may be passed too."""
+
+
+def named_divergence(divergence: str | Divergence) -> Divergence:
+    """The divergence of a name; a callable is taken as it is.
+
+    Raises:
+        ValueError: If there is none of that name.
+
+    Example:
+        >>> named_divergence("forward_kl") is forward_kl
+        True
+    """
+    if callable(divergence):
+        return divergence
+    if divergence not in DIVERGENCES:
+        raise ValueError(
+            f"divergence={divergence!r} is unknown: use {', '.join(map(repr, DIVERGENCES))}, "
+            "JensenShannon(beta), or a function (student_logits, teacher_logits, temperature) -> "
+            "one value for each item."
+        )
+    return DIVERGENCES[divergence]

@@ -1,0 +1,200 @@
+"""Which predictions of a head are distilled, and where they lie in its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hf_adapt.distillation.divergences import ABSENT
+from hf_adapt.engine.batch import is_a
+from hf_adapt.engine.domains import IGNORED
+from hf_adapt.engine.features import unwrapped_base
+
+HeadKind = Literal["rows", "labels", "tokens", "spans", "causal_lm"]
+
+_ENDINGS: dict[HeadKind, tuple[str, ...]] = {
+    "tokens": ("ForTokenClassification", "ForMaskedLM", "ForPreTraining"),
+    "spans": ("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
+    "causal_lm": ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
+}
+
+
+def output_logits(outputs: Any, name: str = "logits") -> torch.Tensor:
+    """The logits in a model's outputs: a tensor, a dict, a tuple or a model output.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    value: Any = None
+    if isinstance(outputs, torch.Tensor):
+        value = outputs
+    elif isinstance(outputs, Mapping):
+        value = outputs.get(name, outputs.get("prediction_logits") if name == "logits" else None)
+    elif isinstance(outputs, (tuple, list)):
+        value = next((o for o in outputs if isinstance(o, torch.Tensor) and o.ndim >= 2), None)
+    else:
+        value = getattr(outputs, name, None)
+    if not isinstance(value, torch.Tensor):
+        found = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ValueError(
+            f"Expected {name!r} in the outputs of student and teacher, found {found}. Override "
+            "select_logits to say where the predictions are."
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where the predictions of a model lie, and which of them are distilled.
+
+    An item is what one distribution belongs to: a row of a classifier, a token of a tagger or a
+    language model, the start and the end of an answer.
+
+    Attributes:
+        kind: `"rows"`: one prediction per row; `"labels"`: one yes or no per row and label;
+            `"tokens"`: one per token; `"spans"`: start and end; `"causal_lm"`: one per token, of
+            the token after it.
+        is_encoder_decoder: Whether the tokens are the decoder's.
+    """
+
+    kind: HeadKind
+    is_encoder_decoder: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Head:
+        """What a model predicts."""
+        base = unwrapped_base(model)
+        config = getattr(base, "config", None)
+        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        found: HeadKind = "rows"
+        for kind, endings in _ENDINGS.items():
+            if is_a(model, endings):
+                found = kind
+        if encoder_decoder and found == "causal_lm":
+            found = "tokens"  # the decoder's inputs are shifted already
+        if found == "rows" and getattr(config, "problem_type", None) == (
+            "multi_label_classification"
+        ):
+            found = "labels"
+        return cls(found, encoder_decoder)
+
+    def item_mask(
+        self, inputs: Mapping[str, Any], domain: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Which items of a batch are distilled; known before the forward.
+
+        Token predictions are distilled where there is a label (not -100). Where labels are
+        missing, every real token counts, as on target rows, whose labels are hidden.
+
+        Args:
+            inputs: The student's inputs.
+            domain: (B,) long, 0 for source rows; None if all are.
+
+        Shape:
+            - output: (B,) bool for rows; (B, T) for tokens, at the position of the label.
+        """
+        if self.kind in ("rows", "labels", "spans"):
+            size = next(v.shape[0] for v in inputs.values() if isinstance(v, torch.Tensor))
+            device = next(v.device for v in inputs.values() if isinstance(v, torch.Tensor))
+            return torch.ones(size, dtype=torch.bool, device=device)
+        real = self._real_tokens(inputs)
+        labels = inputs.get("labels")
+        if not isinstance(labels, torch.Tensor):
+            mask = real
+        else:
+            mask = labels.ne(IGNORED)
+            if domain is not None and real is not None and real.shape == mask.shape:
+                mask = torch.where((domain > 0)[:, None].to(mask.device), mask | real, mask)
+        if mask is None:
+            raise ValueError(
+                f"Distilling tokens needs labels, an attention_mask or input_ids in the batch; it "
+                f"has {', '.join(inputs)}. Override item_mask."
+            )
+        if self.kind == "causal_lm":
+            mask = mask.clone()
+            mask[:, 0] = False  # nothing predicts the first token
+        return mask
+
+    def _real_tokens(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        prefix = "decoder_" if self.is_encoder_decoder else ""
+        mask, ids = inputs.get(f"{prefix}attention_mask"), inputs.get(f"{prefix}input_ids")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            return mask.bool()
+        if isinstance(ids, torch.Tensor) and ids.ndim == 2:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return None
+
+    def select(self, outputs: Any, inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
+        """The logits of the items, row by row.
+
+        Args:
+            outputs: What student or teacher returned.
+            inputs: The student's inputs.
+            mask: As from `item_mask`.
+
+        Shape:
+            - output: (N, C); for spans N is twice the number of rows, C the longest row's tokens.
+        """
+        if self.kind == "spans":
+            return self._spans(outputs, inputs, mask)
+        logits = output_logits(outputs)
+        mask = mask.to(logits.device)
+        if self.kind == "labels":
+            pairs = logits[mask].unsqueeze(-1)
+            return torch.cat([pairs, torch.zeros_like(pairs)], dim=-1).flatten(0, 1)
+        if self.kind == "rows":
+            if logits.ndim != 2:
+                raise ValueError(
+                    f"The logits have shape {tuple(logits.shape)}; expected (rows, classes). "
+                    "Override select_logits and item_mask for this head."
+                )
+            return logits[mask]
+        if logits.ndim != 3:
+            raise ValueError(
+                f"The logits have shape {tuple(logits.shape)}; expected (rows, tokens, classes). "
+                "Override select_logits and item_mask for this head."
+            )
+        logits = logits[:, -mask.shape[1] :]  # virtual tokens of a learned prompt come first
+        if self.kind == "causal_lm":
+            return logits[:, :-1][mask[:, 1:]]
+        return logits[mask]
+
+    def _spans(self, outputs: Any, inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
+        """Start and end of each row, over its real tokens, which are moved to the left."""
+        starts, ends = output_logits(outputs, "start_logits"), output_logits(outputs, "end_logits")
+        both = torch.stack([starts, ends], dim=1)[mask.to(starts.device)]
+        real = inputs.get("attention_mask")
+        if isinstance(real, torch.Tensor):
+            real = real.bool().to(both.device)[mask.to(both.device)]
+            order = torch.argsort(~real, dim=1, stable=True)
+            both = both.gather(2, order.unsqueeze(1).expand_as(both))
+            beyond = ~real.gather(1, order).unsqueeze(1)
+            both = both.float().masked_fill(beyond, ABSENT)  # too low for float16
+        return both.flatten(0, 1)
+
+    def num_items(self, mask: torch.Tensor, num_labels: int = 1) -> torch.Tensor:
+        """How many distributions `select` gives for this mask."""
+        return mask.sum() * self._per_item(num_labels)
+
+    def row_counts(self, mask: torch.Tensor, num_labels: int = 1) -> list[int]:
+        """How many distributions `select` gives for each row."""
+        per_row = mask.reshape(len(mask), -1).sum(1) * self._per_item(num_labels)
+        counts: list[int] = per_row.tolist()
+        return counts
+
+    def _per_item(self, num_labels: int) -> int:
+        return {"spans": 2, "labels": num_labels}.get(self.kind, 1)
+
+    def with_labels(self, labels: Any) -> Head:
+        """The same, now that labels are seen: yes or no for each class, if they are vectors.
+
+        The models themselves decide it only then, where the configuration has no `problem_type`.
+        """
+        vectors = isinstance(labels, torch.Tensor) and labels.ndim == 2
+        if self.kind == "rows" and vectors and labels.is_floating_point() and labels.shape[1] > 1:
+            return Head("labels", self.is_encoder_decoder)
+        return self

@@ -1,0 +1,194 @@
+"""A teacher with another tokenizer: its own tokens, and a loss that needs no common vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+logger = logging.getLogger(__name__)
+
+
+def universal_logit_distance(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Distance of two predictions over different vocabularies: of their sorted probabilities.
+
+    Reference:
+        Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit
+        Distillation Loss for LLMs", Eq. 6, arXiv:2402.12030.
+        Deviation: with a temperature, which the paper has not.
+
+    Args:
+        student_logits: Scores over the student's vocabulary.
+        teacher_logits: Scores over the teacher's.
+        temperature: Both are divided by it.
+
+    Shape:
+        - student: (N, V_s), teacher: (N, V_t); output: (N,), from 0 to 2.
+
+    Example:
+        >>> a, b = torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 9.0, -99.0]])
+        >>> round(universal_logit_distance(a, b).item(), 5)
+        0.0
+    """
+    student = (student_logits.float() / temperature).softmax(-1).sort(-1, descending=True).values
+    teacher = (teacher_logits.float() / temperature).softmax(-1).sort(-1, descending=True).values
+    size = max(student.shape[-1], teacher.shape[-1])
+    student = F.pad(student, (0, size - student.shape[-1]))
+    teacher = F.pad(teacher, (0, size - teacher.shape[-1]))
+    return (student - teacher).abs().sum(-1)
+
+
+class Retokenizer:
+    """Gives a teacher the text of a batch in its own tokens.
+
+    The text is that of a column that is kept beside the batch, else what the student's tokens
+    decode to, which loses what the student's tokenizer lost (case, unknown signs, what was
+    truncated).
+
+    Args:
+        student: The student's tokenizer; needed to decode.
+        teacher: The teacher's tokenizer.
+        text_column: A column of the rows: a text, or a pair of texts.
+        max_length: Where the teacher's tokens are truncated; its tokenizer's limit by default.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        text_column: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.student, self.teacher, self.text_column = student, teacher, text_column
+        limit = getattr(teacher, "model_max_length", None) or 0
+        self.max_length = max_length or (limit if limit < 1_000_000 else None)
+        if text_column is None and student is None:
+            raise ValueError(
+                "A teacher with a tokenizer of its own needs the text: pass text_column= with a "
+                "column of the rows, or give the Trainer processing_class= so that the student's "
+                "tokens can be decoded."
+            )
+        if text_column is None:
+            logger.warning(
+                "The teacher reads what the student's tokens decode to; what the student's "
+                "tokenizer changed or truncated is lost. Pass text_column= to keep the text."
+            )
+
+    def rows(
+        self, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]
+    ) -> dict[str, torch.Tensor]:
+        """The teacher's inputs for whole rows (classification)."""
+        ids = inputs["input_ids"]
+        texts = self._texts(inputs, columns)
+        first = [text[0] if isinstance(text, (list, tuple)) else text for text in texts]
+        pairs = [text[1] if isinstance(text, (list, tuple)) else None for text in texts]
+        second = [str(p) for p in pairs] if any(p is not None for p in pairs) else None
+        encoded = self.teacher(
+            first,
+            second,
+            padding=True,
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return {key: value.to(ids.device) for key, value in encoded.items()}
+
+    def _texts(
+        self, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]
+    ) -> Sequence[Any]:
+        if self.text_column is not None:
+            texts = columns.get(self.text_column)
+            if texts is None or any(text is None for text in texts):
+                raise ValueError(
+                    f"text_column={self.text_column!r} is missing in rows of the batch. Keep it in "
+                    "the dataset (`map(..., remove_columns=...)` without it), also in the target's "
+                    "and in the evaluation's."
+                )
+            return texts
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        rows = [
+            row if mask is None else row[mask[i].bool()]
+            for i, row in enumerate(ids.detach().cpu() if mask is None else ids.detach())
+        ]
+        decoded: list[str] = self.student.batch_decode(
+            [row.tolist() for row in rows], skip_special_tokens=True
+        )
+        return decoded
+
+    def completions(
+        self, inputs: Mapping[str, Any], item_mask: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The teacher's inputs for a language model, and which of its tokens are distilled.
+
+        The text before the first distilled token and the text from there on are tokenised apart,
+        so that both models are compared on the same text.
+
+        Args:
+            inputs: The student's inputs.
+            item_mask: (B, T) of the student's tokens.
+        """
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        rows, masks = [], []
+        for row in range(len(ids)):
+            real = torch.ones_like(ids[row]).bool() if mask is None else mask[row].bool()
+            own, chosen = ids[row][real].tolist(), item_mask[row][real].tolist()
+            begin = chosen.index(True) if True in chosen else len(own)
+            end = len(chosen) - chosen[::-1].index(True) if True in chosen else begin
+            # A tokenizer may put a special token first; the teacher's own is put there instead.
+            before = self._encode(own[:begin], special=True)
+            after = self._encode(own[begin:end], special=False)
+            rows.append(before + after)
+            masks.append([False] * len(before) + [True] * len(after))
+        longest = max(1, *(len(row) for row in rows))
+        pad = self.teacher.pad_token_id
+        pad = (self.teacher.eos_token_id or 0) if pad is None else pad
+        padded = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        attention = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+        items = torch.tensor([m + [False] * (longest - len(m)) for m in masks])
+        items[:, 0] = False  # nothing predicts the first token
+        device = ids.device
+        return (
+            {"input_ids": padded.to(device), "attention_mask": attention.to(device)},
+            items.to(device),
+        )
+
+    def _encode(self, ids: list[int], special: bool) -> list[int]:
+        text = self.student.decode(ids, skip_special_tokens=True)
+        encoded: list[int] = self.teacher(text, add_special_tokens=special)["input_ids"]
+        if special and encoded and encoded[-1] == self.teacher.eos_token_id and len(encoded) > 1:
+            encoded = encoded[:-1]
+        return encoded
+
+
+def paired_positions(
+    student_mask: torch.Tensor, teacher_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of the first items of each row, as many in both: position i goes with position i.
+
+    Shape:
+        - student_mask: (B, T_s), teacher_mask: (B, T_t); outputs: the same.
+
+    Example:
+        >>> one, two = torch.tensor([[True, True, True]]), torch.tensor([[False, True, True]])
+        >>> [mask.tolist() for mask in paired_positions(one, two)]
+        [[[True, True, False]], [[False, True, True]]]
+    """
+    number = torch.minimum(student_mask.sum(1), teacher_mask.sum(1)).unsqueeze(1)
+    return (
+        student_mask & (student_mask.cumsum(1) <= number),
+        teacher_mask & (teacher_mask.cumsum(1) <= number),
+    )
+
+
+def same_vocabulary(student: Any, teacher: Any) -> bool:
+    """Whether two tokenizers give the same ids for the same tokens, as far as can be told."""
+    if student is teacher:
+        return True
+    if not (hasattr(student, "get_vocab") and hasattr(teacher, "get_vocab")):
+        return False
+    return bool(student.get_vocab() == teacher.get_vocab())
