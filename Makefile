@@ -52,7 +52,7 @@ endef
 .PHONY: help
 help:  ## show this list
 	@echo "hf_adapt: make TARGET [TORCH=$(TORCH)] [PYTHON=$(PYTHON)] [WORKERS=$(WORKERS)]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 3"
@@ -61,6 +61,14 @@ demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 3"
 .PHONY: demo-unfreezing
 demo-unfreezing: $(EXAMPLES)  ## gradual unfreezing on real data; options in ARGS="--seeds 5"
 	$(RUN) examples/gradual_unfreezing.py $(ARGS)
+
+.PHONY: demo-distillation
+demo-distillation: $(EXAMPLES)  ## a small classifier learns from a larger one; options in ARGS="--seeds 5"
+	$(RUN) examples/distil_classifier.py $(ARGS)
+
+.PHONY: demo-distillation-lm
+demo-distillation-lm: $(EXAMPLES)  ## half a language model learns from the whole; ARGS="--max_steps 300"
+	$(RUN) examples/distil_causal_lm.py $(ARGS)
 
 .PHONY: test
 test: lint types unit  ## lint, types, doctests and tests: what CI runs
@@ -92,7 +100,7 @@ test-cuda: $(DEV)  ## the tests marked cuda, one at a time
 	$(TEST_ENV) $(RUN) -m pytest -m cuda tests $(ARGS)
 
 .PHONY: bench
-bench: $(CORE)  ## a benchmark: BENCH=engine_overhead (the default) or unfreezing; options in ARGS
+bench: $(DEV)  ## BENCH=engine_overhead (the default), unfreezing, distillation, distillation_steps
 	$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
 .PHONY: trainer-suite

@@ -1,4 +1,4 @@
-"""The command line: `hf-adapt schedule MODEL`."""
+"""The command line: `hf-adapt schedule MODEL`, `hf-adapt cache-teacher TEACHER DATA`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
+from hf_adapt.distillation.cache import DTYPES, CachedTeacher
+from hf_adapt.distillation.filling import fill_cache, read_rows, tokenised
 from hf_adapt.unfreezing import LPFT, Gradual, UnfreezingSchedule, unfreezing_plan
 from hf_adapt.unfreezing.phases import Moment
 
@@ -132,20 +134,101 @@ def schedule(
         )
 
 
+@app.command()
+def cache_teacher(
+    teacher: Annotated[str, typer.Argument(help="The teacher's folder, or its id on the hub.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="The training rows: a folder made by save_to_disk, a csv, json, jsonl or parquet "
+            "file, or an id on the hub. Tokenised rows are taken as they are."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to fill.")],
+    task: Annotated[
+        Task | None, typer.Option(help="The head; by default the teacher's own.")
+    ] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="The text (twice for pairs); 'text' by default.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which split, if there are several.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="By default the teacher's own.", show_default=False)
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Truncate the tokens here, as in training.", min=1)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep only the most likely classes.", min=1)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Needed with --top-k: that of the distillation.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of what is kept: {', '.join(DTYPES)}.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="By default a CUDA device where there is one.")
+    ] = None,
+) -> None:
+    """Compute TEACHER's predictions of the rows in DATA once, for CachedTeacher(OUTPUT).
+
+    Stopped half-way, it goes on from there when it is called again.
+    """
+    try:
+        words = _tokenizer(tokenizer or teacher)
+        rows = tokenised(read_rows(data, split), words, text_column or ["text"], max_length)
+        model = _head(teacher, task).from_pretrained(teacher)
+        cache = CachedTeacher(output, model, top_k, temperature, dtype)
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        filled = fill_cache(cache, rows, words, batch_size=batch_size, device=where)
+        with typer.progressbar(length=len(rows), label="Asking the teacher") as progress:
+            done = 0
+            for number in filled:
+                progress.update(number - done)
+                done = number
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    size = sum(file.stat().st_size for file in output.glob("*.bin"))
+    typer.echo(
+        f"{done} rows, {cache.computed} of them asked now; {size / 1e6:.1f} MB in {output}. "
+        f'Train with: DistillationTrainer(teacher=CachedTeacher("{output}"), ...)'
+    )
+
+
+def _tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or id; None for models that have none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (ValueError, OSError, KeyError):
+        return None
+
+
+def _head(name: str, task: Task | None) -> Any:
+    """The class of a model's head.
+
+    Raises:
+        ValueError: If it cannot be told.
+    """
+    if task is not None:
+        return getattr(transformers, HEADS[task])
+    config = AutoConfig.from_pretrained(name)
+    named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+    found = getattr(transformers, named, None)
+    if found is None:
+        raise ValueError(
+            f"{name} names the class {named!r}, which transformers {transformers.__version__} "
+            f"does not have. Pass --task: {', '.join(Task)}."
+        )
+    return found
+
+
 def _empty_model(name: str, task: Task | None) -> Any:
     """The model without weights, on the meta device."""
     config = AutoConfig.from_pretrained(name)
-    if task is not None:
-        factory: Any = getattr(transformers, HEADS[task]).from_config
-    else:
-        named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-        found = getattr(transformers, named, None)
-        if found is None:
-            raise ValueError(
-                f"{name} names the class {named!r}, which transformers {transformers.__version__} "
-                f"does not have. Pass --task: {', '.join(Task)}."
-            )
-        factory = found.from_config if found is transformers.AutoModel else found
+    found = _head(name, task)
+    is_auto = found.__name__.startswith("AutoModel")
+    factory: Any = found.from_config if is_auto else found
     with torch.device("meta"):
         return factory(config)
 

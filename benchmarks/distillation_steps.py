@@ -1,0 +1,335 @@
+"""What a distillation step of a classifier costs, and who is exact under gradient accumulation.
+
+1. `cost`: a step of `DistillationTrainer` against a step of the plain `Trainer` on the same student
+   plus a forward of the teacher, in turns, by the CPU time of one thread.
+2. `accumulation`: the norm of the first gradient with 8 micro-batches of one row over that with one
+   micro-batch of 8, and the cosine between them; exact is 1 and 1. Without dropout or clipping, on
+   rows of unequal length, for ours and for two public ways:
+   - `guide`: a Trainer subclass as transformers' guide "Knowledge Distillation for Computer Vision"
+     writes it: `compute_loss` returns (1 - λ) task loss + λ T² KL, means over the micro-batch;
+   - `trl`: `trl.experimental.gkd.GKDTrainer` off-policy (lmbda=0), JSD alone, for the language
+     model.
+
+    python benchmarks/distillation_steps.py [--rounds 9] [--steps 4]
+
+Three minutes on two cores. Results: benchmarks/README.md.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import datasets
+import torch
+import torch.nn.functional as F
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_adapt import DistillationTrainer
+
+ROWS, TOKENS, WARM_UP = 16, 64, 2
+PACKAGES = ["torch", "transformers", "accelerate", "trl"]
+
+
+def bert(cls: Any, seed: int, layers: int, width: int, vocabulary: int = 30522) -> Any:
+    """A BERT without dropout and with random weights."""
+    torch.manual_seed(seed)
+    return cls(
+        BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            intermediate_size=4 * width,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=3,
+        )
+    )
+
+
+def llama(seed: int) -> LlamaForCausalLM:
+    """A small LLaMA with random weights."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=200,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=128,
+            pad_token_id=0,
+        )
+    )
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Pad to the longest row."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([[*v, *[value] * (longest - len(v))] for v in values])
+
+    batch = {
+        "input_ids": padded([r["input_ids"] for r in rows], 0),
+        "attention_mask": padded([[1] * len(r["input_ids"]) for r in rows], 0),
+    }
+    labels = [row["labels"] for row in rows]
+    ragged = isinstance(labels[0], list)
+    batch["labels"] = padded(labels, -100) if ragged else torch.tensor(labels)
+    return batch
+
+
+def arguments(folder: str, **settings: Any) -> TrainingArguments:
+    """Quiet training on the CPU."""
+    return TrainingArguments(
+        folder,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        **settings,
+    )
+
+
+# ---------------------------------------------------------------- what a step costs
+class StepTimes(TrainerCallback):
+    """CPU seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self._start)
+
+
+def step_seconds(teacher: Any, steps: int, folder: str) -> float:
+    """Median CPU seconds of a step, with a teacher or without."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 30000, (ROWS * (steps + WARM_UP), TOKENS), generator=generator)
+    rows = [{"input_ids": row.tolist(), "labels": i % 3} for i, row in enumerate(ids)]
+    times = StepTimes()
+    settings: dict[str, Any] = dict(
+        model=bert(BertForSequenceClassification, 0, 6, 384),
+        args=arguments(folder, per_device_train_batch_size=ROWS, max_steps=steps + WARM_UP),
+        train_dataset=datasets.Dataset.from_list(rows),
+        data_collator=collate,
+        callbacks=[times],
+    )
+    if teacher is None:
+        trainer = Trainer(**settings)
+    else:
+        trainer = DistillationTrainer(teacher=teacher, **settings)
+    trainer.train()
+    return statistics.median(times.seconds[WARM_UP:])
+
+
+def teacher_seconds(teacher: Any, steps: int) -> float:
+    """Median CPU seconds of a teacher's forward."""
+    ids = torch.randint(5, 30000, (ROWS, TOKENS))
+    mask, seconds = torch.ones_like(ids), []
+    with torch.no_grad():
+        for _ in range(steps + WARM_UP):
+            start = time.process_time()
+            teacher(input_ids=ids, attention_mask=mask)
+            seconds.append(time.process_time() - start)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def cost(rounds: int, steps: int) -> None:
+    """Print the ratio of steps in turns."""
+    teacher = bert(BertForSequenceClassification, 1, 12, 384).eval()
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(rounds):
+            runs: list[Callable[[], float]] = [
+                lambda: step_seconds(None, steps, folder),
+                lambda: teacher_seconds(teacher, steps),
+                lambda: step_seconds(teacher, steps, folder),
+            ]
+            order = [0, 1, 2] if index % 2 else [2, 1, 0]
+            found = {place: runs[place]() for place in order}
+            ratios.append(found[2] / (found[0] + found[1]))
+            print(f"# {found} {ratios[-1]:.3f}", flush=True)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    line = {"step / (plain step + teacher forward)": round(middle, 3)}
+    print(json.dumps({**line, "quartiles": [round(low, 3), round(high, 3)]}))
+
+
+# ---------------------------------------------------------------- who is exact
+class Guide(Trainer):
+    """The usual subclass: both terms are means over the micro-batch."""
+
+    def __init__(self, *args: Any, teacher: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.eval()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        outputs = model(**inputs)
+        with torch.no_grad():
+            target = self.teacher(**inputs).logits
+        student, target = outputs.logits / 2, target / 2
+        term = F.kl_div(student.log_softmax(-1), target.softmax(-1), reduction="batchmean") * 4
+        loss = 0.5 * outputs.loss + 0.5 * term
+        return (loss, outputs) if return_outputs else loss
+
+
+class Gradient(TrainerCallback):
+    """The gradient of the first step."""
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(0)
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.value = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+
+def rows_of(kind: str) -> datasets.Dataset:
+    """Eight rows of unequal length."""
+    generator, made = torch.Generator().manual_seed(0), []
+    for index in range(8):
+        ids = torch.randint(5, 200, (5 + 3 * index,), generator=generator).tolist()
+        labels: Any = index % 3
+        if kind == "tokens":
+            labels = [i % 3 for i in ids]
+        elif kind == "language model":
+            labels = list(ids)
+        made.append({"input_ids": ids, "labels": labels})
+    return datasets.Dataset.from_list(made)
+
+
+def first_gradient(way: str, kind: str, size: int, steps: int, folder: str) -> torch.Tensor:
+    """The gradient of one optimizer step over the eight rows."""
+    recorder = Gradient()
+    makers = {
+        "rows": lambda seed: bert(BertForSequenceClassification, seed, 2, 64, 200),
+        "tokens": lambda seed: bert(BertForTokenClassification, seed, 2, 64, 200),
+        "language model": llama,
+    }
+    settings: dict[str, Any] = dict(
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps,
+        max_steps=1,
+        max_grad_norm=0.0,
+    )
+    given: dict[str, Any] = dict(
+        model=makers[kind](0), train_dataset=rows_of(kind), callbacks=[recorder]
+    )
+    if way == "trl":
+        trainer = _trl(makers[kind](1), settings, folder, given)
+    else:
+        cls = DistillationTrainer if way == "ours" else Guide
+        trainer = cls(
+            **given,
+            args=arguments(folder, **settings),
+            data_collator=collate,
+            teacher=makers[kind](1),
+        )
+    trainer.train()
+    return recorder.value
+
+
+def _trl(teacher: Any, settings: dict[str, Any], folder: str, given: dict[str, Any]) -> Trainer:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    class Collate:
+        """Rows as GKD wants them: a prompt beside the whole."""
+
+        def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            batch = collate(rows)
+            batch["labels"][:, 0] = -100  # the first token is the prompt
+            batch["prompts"] = batch["input_ids"][:, :1]
+            batch["prompt_attention_mask"] = batch["attention_mask"][:, :1]
+            return batch
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(200)}, "1"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2")
+    args = GKDConfig(
+        folder,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+        lmbda=0.0,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        **settings,
+    )
+    return GKDTrainer(
+        teacher_model=teacher,
+        args=args,
+        data_collator=Collate(),
+        processing_class=tokenizer,
+        **given,
+    )
+
+
+def accumulation() -> None:
+    """Print the ratio of norms and the cosine for each way."""
+    ways = [
+        (way, kind) for kind in ("rows", "tokens", "language model") for way in ("ours", "guide")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for way, kind in [*ways, ("trl", "language model")]:
+            try:
+                whole = first_gradient(way, kind, 8, 1, folder)
+                cut = first_gradient(way, kind, 1, 8, folder)
+            except Exception as error:  # another version of a peer: its line says why
+                print(json.dumps({"way": way, "head": kind, "failed": repr(error)[:200]}))
+                continue
+            line = {
+                "way": way,
+                "head": kind,
+                "norm of 8 × 1 / norm of 1 × 8": round(float(cut.norm() / whole.norm()), 3),
+                "cosine": round(float(F.cosine_similarity(whole, cut, dim=0)), 4),
+            }
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def main() -> None:
+    """Print a JSON line for each comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=4)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    print(json.dumps({"machine": platform.machine(), "threads": 1, **versions}))
+    accumulation()
+    cost(options.rounds, options.steps)
+
+
+if __name__ == "__main__":
+    main()
