@@ -88,9 +88,7 @@ def test_the_teacher_is_asked_once_for_each_row(command, monkeypatch):
     assert 0 < of_texts <= 24  # the labelled rows are there already
 
 
-def test_the_teacher_of_the_example_is_a_logistic_regression_on_its_sentences(
-    command, monkeypatch
-):
+def test_the_teacher_of_the_example_is_a_logistic_regression_on_its_sentences(command, monkeypatch):
     searches = []
 
     class RememberedSearch(example.GridSearchCV):
