@@ -71,6 +71,7 @@ class TeacherHooks:
         self.head = Head("rows")
         self._student = nn.Module()  # until `bind`
         self._label_names: set[str] = {"labels"}
+        self._added_inputs: set[str] = set()
         self._classes: int | None = None
         self._retokenizer: Retokenizer | None = None
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -89,7 +90,7 @@ class TeacherHooks:
         """What the teacher sees: the student's inputs without labels, or its own tokens."""
         if self._retokenizer is not None and self.head.kind != "causal_lm":
             return self._retokenizer.rows(inputs, columns)
-        drop = {*self._label_names, *NOT_FOR_TEACHERS}
+        drop = {*self._label_names, *NOT_FOR_TEACHERS, *self._added_inputs}
         given = {key: value for key, value in inputs.items() if key not in drop}
         if self._feeds_decoder and "decoder_input_ids" not in given:
             given["decoder_input_ids"] = self._decoder_inputs(inputs)

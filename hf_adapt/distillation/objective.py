@@ -30,7 +30,7 @@ from hf_adapt.engine.adaptation import Extract, FusedLoss, Objective, Term
 from hf_adapt.engine.batch import Part
 from hf_adapt.engine.features import find_feature_module, unwrapped_base
 from hf_adapt.engine.progress import Schedule, value_at
-from hf_adapt.engine.training import unwrapped_model
+from hf_adapt.engine.training import added_inputs, unwrapped_model
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -221,6 +221,7 @@ class Distillation(TeacherHooks, Objective):
         """Take from the Trainer what is needed to ask the teachers."""
         student = unwrapped_model(trainer)
         self.bind(student, trainer.label_names, trainer.processing_class)
+        self._added_inputs = set(added_inputs(trainer))
         return student
 
     def _check(self, tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ from hf_adapt.distillation.evaluating import TeacherComparison
 from hf_adapt.distillation.features import FeatureLoss
 from hf_adapt.distillation.objective import Distillation, TeacherWeights
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.columns import column_collator, inputs_of
+from hf_adapt.engine.columns import inputs_of
 from hf_adapt.engine.domains import COLUMNS
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.trainer import AdaptationTrainer
@@ -189,26 +189,19 @@ class DistillationTrainer(AdaptationTrainer):
 
     # ---- evaluation ----
 
+    def _columns_beside(self, description: str) -> tuple[str, ...]:
+        if description == "training" or not self.evaluate_distillation:
+            return super()._columns_beside(description)
+        return tuple(self.distillation.columns)
+
     def _kept_columns(self, description: str | None) -> tuple[str, ...]:
+        kept = super()._kept_columns(description)
         evaluating = (description or "").lower() in ("evaluation", "test")
         if not (evaluating and self.evaluate_distillation):
-            return super()._kept_columns(description)
+            return kept
         wanted = set(self.distillation.extra_inputs(self)) - inputs_of(self)
         self._evaluated_inputs = tuple(sorted(wanted))
-        return (*self.distillation.columns, *self._evaluated_inputs)
-
-    def _evaluated_columns(self) -> tuple[str, ...]:
-        return tuple(self.distillation.columns) if self.evaluate_distillation else ()
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The author's; with the text beside the batch where the teacher needs it."""
-        with column_collator(self, self._evaluated_columns()):
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The same for `predict()`."""
-        with column_collator(self, self._evaluated_columns()):
-            return super().get_test_dataloader(*args, **kwargs)
+        return (*kept, *self._evaluated_inputs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The author's; with `evaluate_distillation` the teacher is compared on the same rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,6 +66,7 @@ class Adaptation:
             of progress from 0 to 1).
         columns: Columns of the training rows that it wants to see; they come with the batch, in
             `part.columns`, and never reach the model.
+        row_columns: Columns of the rows that `collate` reads; they go no further.
     """
 
     name: str = ""
@@ -76,6 +77,7 @@ class Adaptation:
     freezes: bool = False
     rate_schedule: Schedule | None = None
     columns: Sequence[str] = ()
+    row_columns: Sequence[str] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,6 +102,33 @@ class Adaptation:
         `part.extra`.
         """
         return ()
+
+    def collate(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
+        """Change a batch that was made of these rows, or add inputs of the model to it.
+
+        Called in the DataLoader's workers, source and target rows together. A tensor that is added
+        must have one entry per row in its first dimension.
+        """
+
+    @property
+    def collates(self) -> bool:
+        """Whether it changes batches."""
+        return type(self).collate is not Adaptation.collate
+
+    def collates_evaluation(self, trainer: Trainer) -> bool:
+        """Whether `collate` is called for the batches of `evaluate` and `predict` too."""
+        return False
+
+    @property
+    def added_inputs(self) -> Collection[str]:
+        """The names of the inputs that `collate` adds for the Trainer's own model."""
+        return ()
+
+    def save(self, folder: str) -> None:
+        """Write what belongs beside a saved model, besides the weights of `module`.
+
+        Called in one process, for each checkpoint and for the final model.
+        """
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
         """Make the auxiliary modules, once, from the sizes seen in a first batch.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.domains import COLUMNS
 from hf_adapt.engine.features import unwrapped_base
 
@@ -15,16 +16,24 @@ if TYPE_CHECKING:
 
 
 class ColumnCollator:
-    """Takes columns out of the rows before the author's collator and puts them beside the batch.
+    """Takes columns out of the rows before the author's collator, for whoever wants them.
 
     Args:
         collator: The author's collator.
-        columns: Names of the columns; a row without one has None.
+        columns: Names of the columns that are put beside the batch; a row without one has None.
+        collating: Adaptations that read their `row_columns` and add inputs to the batch.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any], columns: Sequence[str]) -> None:
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], Any],
+        columns: Sequence[str],
+        collating: Sequence[Adaptation] = (),
+    ) -> None:
         self.collator = collator
         self.columns = tuple(columns)
+        self.collating = tuple(collating)
+        self._hidden = {*columns, *(name for a in collating for name in a.row_columns)}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "collator" not in self.__dict__:
@@ -38,14 +47,17 @@ class ColumnCollator:
             TypeError: If the collator does not return a dict.
         """
         carried = {name: [_value(row, name) for row in rows] for name in self.columns}
-        batch = self.collator([_without(row, self.columns) for row in rows])
+        batch = self.collator([_without(row, self._hidden) for row in rows])
         if not isinstance(batch, MutableMapping):
             raise TypeError(
-                f"Keeping the column(s) {', '.join(self.columns)} beside a batch needs a data "
-                f"collator that returns a dict; {type(self.collator).__name__} returned "
+                f"Keeping the column(s) {', '.join(sorted(self._hidden))} beside a batch needs a "
+                f"data collator that returns a dict; {type(self.collator).__name__} returned "
                 f"{type(batch).__name__}."
             )
-        batch[COLUMNS] = carried
+        for adaptation in self.collating:
+            adaptation.collate(rows, batch)
+        if self.columns:
+            batch[COLUMNS] = carried
         return batch
 
 
@@ -53,7 +65,7 @@ def _value(row: Any, name: str) -> Any:
     return row.get(name) if isinstance(row, Mapping) else None
 
 
-def _without(row: Any, columns: Sequence[str]) -> Any:
+def _without(row: Any, columns: Collection[str]) -> Any:
     if isinstance(row, Mapping) and any(name in row for name in columns):
         return {key: value for key, value in row.items() if key not in columns}
     return row
@@ -87,13 +99,15 @@ def kept_columns(trainer: Trainer, columns: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def column_collator(trainer: Trainer, columns: Sequence[str]) -> Iterator[None]:
+def column_collator(
+    trainer: Trainer, columns: Sequence[str], collating: Sequence[Adaptation] = ()
+) -> Iterator[None]:
     """Put the collator of columns where the author's was, while a loader is built."""
-    if not columns:
+    if not columns and not collating:
         yield
         return
     before = trainer.data_collator
-    trainer.data_collator = ColumnCollator(before, columns)
+    trainer.data_collator = ColumnCollator(before, columns, collating)
     try:
         yield
     finally:

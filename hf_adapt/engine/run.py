@@ -69,6 +69,8 @@ class Memory:
     def save_weights(self, folder: str) -> None:
         """Write the auxiliary modules beside the model."""
         save_weights(self.adaptations, folder)
+        for adaptation in self.adaptations:
+            adaptation.save(folder)
 
     def load_weights(self, folder: str) -> None:
         """Bring the auxiliary modules to where a model was saved."""

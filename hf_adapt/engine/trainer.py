@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,7 @@ class AdaptationMixin(_Base):
     _adaptation_memory: Memory | None = None
     _adaptation_columns: tuple[str, ...] = ()
     _adaptation_inputs: tuple[str, ...] = ()
+    _adaptation_collating: tuple[Adaptation, ...] = ()
 
     def __init__(
         self,
@@ -105,19 +107,23 @@ class AdaptationMixin(_Base):
             return output
         finally:
             self._adaptation_run = None
-            self._adaptation_columns = self._adaptation_inputs = ()
+            self._adaptation_columns = self._adaptation_inputs = self._adaptation_collating = ()
             if callback in self.callback_handler.callbacks:
                 self.callback_handler.callbacks.remove(callback)
             run.close()
 
-    def _start_adaptation_run(self) -> AdaptationRun | None:
+    def _present_plans(self) -> list[Plan]:
         present = self.callback_handler.callbacks
-        plans = [p for p in self._adaptation_plans if p.origin is None or p.origin in present]
+        return [p for p in self._adaptation_plans if p.origin is None or p.origin in present]
+
+    def _start_adaptation_run(self) -> AdaptationRun | None:
+        plans = self._present_plans()
         adaptations = active_adaptations(plans)
         if not adaptations:
             self._adaptation_memory = None
             return None
         self._refuse_unsupported()
+        self._adaptation_collating = tuple(a for a in adaptations if a.collates)
         self._adaptation_columns = tuple({name for a in adaptations for name in a.columns})
         wanted = {name for a in adaptations for name in a.extra_inputs(self)}
         self._adaptation_inputs = tuple(sorted(wanted - inputs_of(self))) if wanted else ()
@@ -157,16 +163,44 @@ class AdaptationMixin(_Base):
         run = self._adaptation_run
         if run is None:
             return super().get_train_dataloader()
-        with column_collator(self, self._adaptation_columns):
+        with self._columns_for("training"):
             if run.data is None:
                 return super().get_train_dataloader()
             with run.data.in_place():
                 return super().get_train_dataloader()
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The author's loader, with what adaptations add to the batches of an evaluation."""
+        with self._columns_for("evaluation"):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The same for `predict()`."""
+        with self._columns_for("test"):
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def _columns_for(self, description: str) -> AbstractContextManager[None]:
+        return column_collator(
+            self, self._columns_beside(description), self._collating(description)
+        )
+
+    def _collating(self, description: str) -> list[Adaptation]:
+        """The adaptations that change these batches."""
+        if description == "training":
+            return list(self._adaptation_collating)
+        present = [a for plan in self._present_plans() for a in plan.adaptations if a.is_active]
+        return [a for a in present if a.collates and a.collates_evaluation(self)]
+
+    def _columns_beside(self, description: str) -> tuple[str, ...]:
+        """The columns that lie beside these batches."""
+        return self._adaptation_columns if description == "training" else ()
+
     def _kept_columns(self, description: str | None) -> tuple[str, ...]:
         """The columns to be kept of a dataset: the model does not see them."""
-        training = (description or "").lower() == "training"
-        return (*self._adaptation_columns, *self._adaptation_inputs) if training else ()
+        what = (description or "").lower()
+        read = tuple(name for a in self._collating(what) for name in a.row_columns)
+        inputs = self._adaptation_inputs if what == "training" else ()
+        return (*self._columns_beside(what), *inputs, *read)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         with kept_columns(self, self._kept_columns(description)):

@@ -22,6 +22,13 @@ def unwrapped_model(trainer: Trainer) -> nn.Module:
     return model
 
 
+def added_inputs(trainer: Trainer) -> set[str]:
+    """The inputs that the Trainer's adaptations add for its own model, and for no other."""
+    plans = trainer._present_plans() if hasattr(trainer, "_present_plans") else ()
+    present = [a for plan in plans for a in plan.adaptations if a.is_active]
+    return {name for adaptation in present for name in adaptation.added_inputs}
+
+
 def steps_per_epoch(trainer: Trainer) -> int | None:
     """Optimizer steps of an epoch of the run under way, or None for a stream without a length."""
     try:
