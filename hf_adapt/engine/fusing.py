@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -89,3 +90,19 @@ def few_rows(part: Part) -> Part:
     columns = {name: [values[i] for i in places] for name, values in part.columns.items()}
     extra = rows_of(part.extra, keep)
     return Part(rows_of(part.inputs, keep), part.domain[keep], columns=columns, extra=extra)
+
+
+def with_labels(trainer: Trainer, part: Part) -> Part:
+    """The part with labels to probe a loss with: as it is, or with the first class if it has none.
+
+    Rows of other domains keep theirs hidden.
+    """
+    count = count_labels(trainer, part.inputs)
+    if count is None or int(count) > 0:
+        return part
+    inputs = dict(part.inputs)
+    for name in {*trainer.label_names, "labels", "shift_labels"} & set(inputs):
+        labels, source = inputs[name], (part.domain == 0).nonzero().flatten()
+        if isinstance(labels, torch.Tensor) and len(labels) == len(part.domain):
+            inputs[name] = labels.index_fill(0, source.to(labels.device), 0)
+    return dataclasses.replace(part, inputs=inputs)

@@ -31,7 +31,7 @@ from hf_adapt.engine.checkpoint import (
 from hf_adapt.engine.columns import take_columns
 from hf_adapt.engine.domains import DOMAIN, IGNORED, TARGET_BATCH, UNPAIRED
 from hf_adapt.engine.features import FeatureTap, find_feature_module
-from hf_adapt.engine.fusing import FUSED, difference, few_rows, needs_logits
+from hf_adapt.engine.fusing import FUSED, difference, few_rows, needs_logits, with_labels
 from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
 from hf_adapt.engine.normalisation import (
     count_labels,
@@ -310,7 +310,8 @@ class AdaptationRun:
                 fusing = self._fusing(parts)
                 if fusing is not None:
                     # Its point is to do without the logits of a whole batch: none here either.
-                    parts = [few_rows(part) for part in parts]
+                    # Where no row has a label, some are made up: the losses would be 0 or NaN.
+                    parts = [with_labels(self.trainer, few_rows(part)) for part in parts]
                 self._probe(model, parts)
                 if fusing is not None and self._fuses_exactly(model, fusing, parts):
                     self._fused = fusing
@@ -331,7 +332,13 @@ class AdaptationRun:
         self._layout.learn(parts)
         self._check_unlabelled_rows(model, parts[0], reference, once)
         if reference is not None and getattr(self.trainer, "loss_is_scaled_for_ga", None) is None:
-            twice = self._base_loss(model, dict(parts[0].inputs), reference * 2)
+            labelled = parts[0]
+            if self._any_process(int(reference) == 0):  # a loss over no label is NaN: ask again
+                labelled = with_labels(self.trainer, labelled)
+                reference = count_labels(self.trainer, labelled.inputs)
+                assert reference is not None
+                once = self._base_loss(model, dict(labelled.inputs), reference)
+            twice = self._base_loss(model, dict(labelled.inputs), reference * 2)
             ignored = bool(torch.isclose(once, twice, rtol=1e-4, atol=0.0))
             self._ignores_num_items = self._any_process(ignored)
             if self._ignores_num_items:
@@ -365,14 +372,19 @@ class AdaptationRun:
     def _fusing(self, parts: list[Part]) -> Objective | None:
         """The objective that may compute its term together with the task's loss."""
         able = [o for o in self.objectives if o.can_fuse(self.trainer)]
-        if len(able) != 1 or len(parts) > 1:
-            return None
-        others = [o for o in self.objectives if o is not able[0]]
-        reason = needs_logits(self.trainer, others, parts[0])
-        if reason is not None:
-            able[0].not_fused(reason)
-            return None
-        return able[0]
+        reason: str | None = None
+        if len(able) > 1:
+            reason = f"{' and '.join(o.name for o in able)} cannot share one projection"
+        elif len(parts) > 1:
+            reason = "target rows go through the model apart (target_forward='separate')"
+        elif able:
+            others = [o for o in self.objectives if o is not able[0]]
+            reason = needs_logits(self.trainer, others, parts[0])
+        if reason is None:
+            return able[0] if able else None
+        for objective in able:
+            objective.not_fused(reason)
+        return None
 
     def _fuses_exactly(self, model: nn.Module, objective: Objective, parts: list[Part]) -> bool:
         """Whether the fused loss is what the model and the objective compute apart."""
@@ -517,11 +529,14 @@ class AdaptationRun:
             loss = torch.where(items > 0, loss, torch.zeros_like(loss))  # a mean over none is NaN
         else:
             loss = self._forward(model, parts, num_items_in_batch)
+            items = count_labels(self.trainer, parts[0].inputs)
+            if items is not None:  # without a label in the whole step it is 0 / 0
+                loss = torch.where((items > 0) | ~loss.isnan(), loss, torch.zeros_like(loss))
         # What this micro-batch adds to the step's loss, so that sums over the step are exact.
         self.metrics.add("loss/task", loss.detach() * (steps / divided), 1 / steps)
         base_weight = self._base_weight
         if base_weight != 1:  # so that the plain Trainer's loss stays what it is, bit for bit
-            loss = loss * base_weight
+            loss = (loss if base_weight else loss.nan_to_num(0.0, 0.0, 0.0)) * base_weight
         loss = self._add_terms(loss, parts, steps, divided, fused=None)
         return loss, parts[0].outputs
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_adapt import (
     CachedTeacher,
+    Distillation,
     DistillationArguments,
     DistillationTrainer,
     ModelTeacher,
@@ -385,10 +386,23 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO, logger="hf_adapt"):
         lm(teacher=[llama(1), llama(2)]).train()
     assert "computes whole logits: the teacher is not one model" in caplog.text
+    with pytest.raises(ValueError, match=r"go through the model apart"):
+        lm(chunked=True, target_dataset=rows(8, 2, "lm"), target_forward="separate").train()
+    with pytest.raises(ValueError, match="distillation and second cannot share"):
+        lm(chunked=True, objectives=[Distillation(llama(2), name="second")]).train()
     with pytest.raises(ValueError, match="leaves nothing to learn"):
         make(tmp_path, logits_weight=0.0)
     with pytest.raises(ValueError, match="name its folder with teacher_cache"):
         DistillationArguments(teacher_name_or_path="x", teacher_top_k=5).build_teacher()
+
+
+def test_a_first_step_without_labels_does_not_cost_the_whole_logits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = rows(8, 1, "lm").map(lambda row: {"labels": [-100] * len(row["labels"])})
+    with caplog.at_level(logging.INFO, logger="hf_adapt"):
+        make(tmp_path, model=llama(0), teacher=llama(1), train_dataset=data, chunked=True).train()
+    assert "computes its losses without whole logits" in caplog.text
 
 
 def test_a_guessing_teacher_is_pointed_out_without_whole_logits(

@@ -1,5 +1,6 @@
 """Accumulation and the hand-written loop: the gradient is that of one large batch, to 1e-6."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -369,4 +370,57 @@ def test_micro_batches_without_a_label(tmp_path: Any) -> None:
         gradients.append(recorder.gradients)
     for many, one in zip(*gradients, strict=True):
         assert torch.isfinite(many).all()
+        assert cosine_and_ratio(many, one) == pytest.approx((1.0, 1.0), abs=1e-4)
+
+
+class InOrder(Trainer):
+    """Rows as they come."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("base_weight", [1.0, 0.0])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_first_step_without_any_label(kind: str, base_weight: float, tmp_path: Any) -> None:
+    """A loss over no label is NaN, which must neither mislead the probe nor spread."""
+
+    class Weighted(InformationMaximization):
+        def base_weight(self, progress: float) -> float:
+            return base_weight
+
+    def blank_first(row: dict[str, Any], index: int) -> dict[str, Any]:
+        labels = row["labels"]
+        none = [-100] * len(labels) if isinstance(labels, list) else -100
+        return {"labels": none} if index < 4 or index == 6 else {}
+
+    make, labels = MODELS[kind]
+    gradients = []
+    for micro, steps in ((1, 4), (4, 1)):
+        recorder = GradientRecorder()
+        trainer = InOrder(
+            make(),
+            arguments(
+                tmp_path,
+                max_steps=2,
+                max_grad_norm=0,
+                learning_rate=0.0,
+                logging_nan_inf_filter=False,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=steps,
+            ),
+            train_dataset=rows(8, 1, labels).map(blank_first, with_indices=True),
+            data_collator=collate,
+            callbacks=[recorder],
+        )
+        term = Weighted(weight=0.3, diversity_weight=0.0)
+        adapt(trainer, term, target_dataset=rows(30, 2, None, low=20)).train()
+        gradients.append(recorder.gradients)
+        logs = trainer.state.log_history[:2]
+        assert all(math.isfinite(log["loss"]) and math.isfinite(log["loss/task"]) for log in logs)
+        assert logs[0]["loss/task"] == 0
+        assert logs[1]["loss/task"] > 0
+    for many, one in zip(*gradients, strict=True):
+        assert torch.isfinite(many).all()
+        assert many.abs().max() > 0
         assert cosine_and_ratio(many, one) == pytest.approx((1.0, 1.0), abs=1e-4)
