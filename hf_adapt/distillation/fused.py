@@ -66,7 +66,7 @@ class FusedHeads:
             return hidden.new_zeros(*hidden.shape[:-1], 1)
 
         with replaced_forward(self.teacher, keep):
-            call()
+            _only_projected(call())
         return seen[0]
 
     def _at_predictions(self, values: torch.Tensor, nothing: float) -> torch.Tensor:
@@ -137,8 +137,23 @@ class FusedHeads:
         with replaced_forward(self.student, compute):
             outputs = model(**inputs)
         # From the outputs, so that what DDP does to them it does to the loss.
-        loss = output_logits(outputs)[0, 0, 0].float()
+        loss = _only_projected(outputs)[0, 0, 0].float()
         return FusedLoss(loss, results[0].ce_sum, results[0].kd_sum, outputs)
+
+
+def _only_projected(outputs: Any) -> torch.Tensor:
+    """What stands for the logits, (B, T, 1).
+
+    Raises:
+        ValueError: If the model has done more with it, such as add a bias of its own, of (1, V).
+    """
+    logits = output_logits(outputs)
+    if logits.shape[-1] != 1:
+        raise ValueError(
+            f"the model does more to its logits than project: {tuple(logits.shape)} came of one "
+            "value for each token"
+        )
+    return logits
 
 
 def _projection(model: nn.Module) -> nn.Linear | None:

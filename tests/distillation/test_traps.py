@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     BartConfig,
+    BartForConditionalGeneration,
     BartForSequenceClassification,
     DataCollatorForLanguageModeling,
     DistilBertConfig,
@@ -66,6 +67,46 @@ def test_a_routers_loss_is_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFix
             train_dataset=rows(8, 1, "lm"),
         ).train()
     assert "the model adds a loss of its own" in caplog.text
+
+
+def bart(seed: int, cls: Any = BartForConditionalGeneration) -> Any:
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        dropout=0.0,
+        max_position_embeddings=32,
+        num_labels=3,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        decoder_start_token_id=2,
+    )
+    return cls(config)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_bias_after_the_projection_is_not_overlooked(
+    both: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """BART's broadcasts what stands for the logits to their whole size."""
+    case = CASES["seq2seq"]
+    settings: dict[str, Any] = dict(
+        model=bart(0) if both else case.model(0),
+        teacher=bart(1),
+        train_dataset=case.data(8),
+        data_collator=case.collate,
+    )
+    with caplog.at_level(logging.INFO, logger="hf_adapt"):
+        make(tmp_path, **settings).train()
+    assert "does more to its logits than project" in caplog.text
+    assert "without whole logits" not in caplog.text
 
 
 def test_tied_weights_are_averaged_once(tmp_path: Path) -> None:
@@ -279,33 +320,13 @@ def test_cached_answers_in_batches_that_are_padded_further(tmp_path: Path) -> No
 
 
 def test_classifiers_of_encoder_decoders(tmp_path: Path) -> None:
-    def bart(seed: int) -> BartForSequenceClassification:
-        torch.manual_seed(seed)
-        config = BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            max_position_embeddings=32,
-            num_labels=3,
-            eos_token_id=2,
-            pad_token_id=0,
-            bos_token_id=1,
-            decoder_start_token_id=2,
-        )
-        return BartForSequenceClassification(config)
-
     import datasets
 
     made = [{**row, "input_ids": [*row["input_ids"][:-1], 2]} for row in rows(12, 1)]
     trainer = make(
         tmp_path,
-        model=bart(0),
-        teacher=bart(1),
+        model=bart(0, BartForSequenceClassification),
+        teacher=bart(1, BartForSequenceClassification),
         train_dataset=datasets.Dataset.from_list(made),
     )
     trainer.train()
