@@ -72,6 +72,7 @@ class BlockLoss:
         k = self.kd * temperature  # T² of the divergence, 1 / T of the logits
         if self.divergence is forward_kl:
             t.sub_(s).sub_(p_log_z - q_log_z)  # log p - log q
+            t.nan_to_num_(0.0, torch.inf, 0.0)  # where p is 0, the logit being -inf
             rows = torch.mul(p, t, out=work).sum(-1, keepdim=True)
             if self.gradient:
                 torch.mul(q, ce + k, out=s).sub_(p, alpha=k)
@@ -81,7 +82,10 @@ class BlockLoss:
             mixture = torch.mul(p, beta, out=work).add_(q, alpha=1.0 - beta)
             mixture.clamp_(min=torch.finfo(s.dtype).tiny).log_()
             s.sub_(mixture).sub_(q_log_z)  # log q - log m = (dL/dq) / (1 - beta)
-            from_teacher = p.mul_(t.sub_(mixture).sub_(p_log_z)).sum(-1, keepdim=True)
+            t.sub_(mixture).sub_(p_log_z)
+            for ratio in (s, t):
+                ratio.clamp_(min=ABSENT)  # times a probability of 0, -inf would be NaN
+            from_teacher = p.mul_(t).sum(-1, keepdim=True)
             mean = torch.mul(q, s, out=work).sum(-1, keepdim=True)
             rows = beta * from_teacher + (1.0 - beta) * mean
             k *= 1.0 - beta

@@ -22,6 +22,12 @@ def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return F.log_softmax(logits.to(dtype) / temperature, dim=-1)
 
 
+def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q): a class that p rules out (-inf) has no part, in value and gradient."""
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
+
+
 def forward_kl(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
@@ -46,7 +52,7 @@ def forward_kl(
     """
     student = _tempered(student_logits, temperature)
     teacher = _tempered(teacher_logits, temperature)
-    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+    return temperature**2 * _divergence(teacher, student)
 
 
 def reverse_kl(
@@ -55,6 +61,7 @@ def reverse_kl(
     """T² KL(student ‖ teacher): the student may keep to a part of what its teacher finds likely.
 
     Better than [`forward_kl`] where the student is too small to cover everything (generation).
+    Infinite where the teacher rules a class out (a logit of -inf) and the student does not.
 
     Reference:
         Gu et al. 2024, "MiniLLM: Knowledge Distillation of Large Language Models",
@@ -145,9 +152,9 @@ class JensenShannon:
         """The divergence of each item."""
         student = _tempered(student_logits, temperature)
         teacher = _tempered(teacher_logits, temperature)
-        mixture = torch.logaddexp(student + math.log1p(-self.beta), teacher + math.log(self.beta))
-        from_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
-        from_student = (student.exp() * (student - mixture)).sum(-1)
+        own, theirs = student.clamp(min=ABSENT), teacher.clamp(min=ABSENT)  # -inf of both is NaN
+        mixture = torch.logaddexp(own + math.log1p(-self.beta), theirs + math.log(self.beta))
+        from_teacher, from_student = _divergence(teacher, mixture), _divergence(student, mixture)
         return temperature**2 * (self.beta * from_teacher + (1.0 - self.beta) * from_student)
 
 

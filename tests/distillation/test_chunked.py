@@ -124,6 +124,20 @@ def test_classes_that_only_one_head_has(divergence: Any, temperature: float) -> 
         agree(given, divergence=divergence, temperature=temperature, vocabulary=V, kd_mask=mask)
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", [forward_kl, JensenShannon(0.3)])
+def test_a_class_that_is_ruled_out(divergence: Any, temperature: float, both: bool) -> None:
+    given = inputs()
+    given["teacher_bias"][2] = -torch.inf
+    if both:
+        with torch.no_grad():
+            given["student_bias"][2] = -torch.inf
+        given["labels"][given["labels"] == 2] = 3
+    assert torch.isfinite(chunked_distillation_loss(**given, divergence=divergence).loss)
+    agree(given, divergence=divergence, temperature=temperature)
+
+
 def test_chunks_larger_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk of 5 rows in blocks of 2: neither boundary loses or repeats a row."""
     monkeypatch.setattr(chunked, "_CPU_LIMITS", chunked._Limits(1, 5, 2 * V))

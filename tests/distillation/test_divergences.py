@@ -61,6 +61,7 @@ def test_hand_computed() -> None:
     assert forward_kl(student, torch.zeros(1, 2)).item() == pytest.approx(expected, rel=1e-6)
     assert reverse_kl(torch.zeros(1, 2), student).item() == pytest.approx(expected, rel=1e-6)
     assert logit_mse(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)).item() == 2.5
+    assert reverse_kl(student, torch.tensor([[0.0, -torch.inf]])).item() == math.inf
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -94,6 +95,24 @@ def test_an_absent_class_has_no_part(name: str) -> None:
     torch.testing.assert_close(padded, DIVERGENCES[name](student, teacher, 2.0))
     padded.sum().backward()
     assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_a_class_that_the_teacher_rules_out(name: str, both: bool) -> None:
+    """0 log 0 is 0: value and gradient are the limits of a very low logit."""
+    results = []
+    for low, dtype in ((-torch.inf, torch.float32), (-1e4, torch.float64)):
+        teacher, student = logits(1).to(dtype), logits(0).to(dtype)
+        teacher[:, 2] = low
+        if both:
+            student[:, 2] = low
+        student.requires_grad_()
+        value = DIVERGENCES[name](student, teacher, 2.0)
+        results.append((value.double(), torch.autograd.grad(value.sum(), student)[0].double()))
+    (value, gradient), expected = results
+    assert gradient.abs().sum() > 0
+    torch.testing.assert_close((value, gradient), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
