@@ -103,12 +103,12 @@ def test_the_teacher_of_the_example_is_a_logistic_regression_on_its_sentences(co
     data = example.load(script, 0)
     model, tokenizer, found = example.make_teacher(script, data)
     ((search, sentences),) = searches
-    (batch,) = example.batches(data.train, tokenizer, "")
+    (batch,) = example.batches(data.train, tokenizer, script.teacher_prefix)
     logits = model(**batch).logits
     assert logits.shape == (10, 2)
     margin = torch.from_numpy(search.decision_function(sentences)).float()
     assert margin.std() > 0
-    torch.testing.assert_close(logits[:, 1] - logits[:, 0], margin, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits[:, 1] - logits[:, 0], margin, rtol=1e-3, atol=1e-3)
     assert not model.training and 0 <= found["in domain"] <= 1
 
 
