@@ -18,6 +18,7 @@ from torch import nn
 from hf_adapt.distillation.checks import Classes
 from hf_adapt.distillation.divergences import ABSENT
 from hf_adapt.distillation.teachers import ModelTeacher, SelfTeacher, Teacher, as_teacher
+from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.row_store import RowStore, row_keys, write_description
 
 if TYPE_CHECKING:
@@ -25,9 +26,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 HEADER = struct.Struct("<ii")
 """Number of items and of stored classes of a row."""
+
+OF_NO_EFFECT = (
+    "architectures",
+    "dtype",  # that of each weight is looked at
+    "problem_type",  # models set it when they see labels
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+"""Settings of a model that do not change what it predicts, but change when it is saved or used."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,12 +52,14 @@ class TopK:
         log_probabilities: (N, k) at `temperature`.
         log_tail: (N,) of all other classes together.
         temperature: What the teacher's logits were divided by.
+        classes: The probabilities are those over the first so many classes; None for all.
     """
 
     indices: torch.Tensor
     log_probabilities: torch.Tensor
     log_tail: torch.Tensor
     temperature: float
+    classes: int | None = None
 
     @classmethod
     def of(cls, logits: torch.Tensor, k: int, temperature: float) -> TopK:
@@ -54,7 +67,8 @@ class TopK:
         log_probabilities = torch.log_softmax(logits.float() / temperature, dim=-1)
         top, indices = log_probabilities.topk(min(k, logits.shape[-1]), dim=-1)
         rest = log_probabilities.scatter(-1, indices, -torch.inf)
-        return cls(indices, top, rest.logsumexp(-1).clamp(min=-1e4), temperature)
+        tail = rest.logsumexp(-1).clamp(min=-1e4)
+        return cls(indices, top, tail, temperature, logits.shape[-1])
 
 
 Signal = torch.Tensor | TopK
@@ -71,7 +85,7 @@ def bucket_logits(
     within the tail. It is exact where the teacher gives the tail nothing.
 
     Args:
-        student_logits: (N, C).
+        student_logits: (N, C); the classes that the teacher's probabilities are over are compared.
         teacher: The stored classes.
         temperature: Of both; must be that of the store.
 
@@ -80,7 +94,7 @@ def bucket_logits(
         the temperature.
 
     Raises:
-        ValueError: If the temperature is another.
+        ValueError: If the temperature is another, or the student has fewer classes.
     """
     if abs(temperature - teacher.temperature) > 1e-6 * temperature:
         raise ValueError(
@@ -88,7 +102,14 @@ def bucket_logits(
             f"the distillation's is {temperature:g}. Use that temperature (not a schedule), or "
             "store full logits (top_k=None)."
         )
-    student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
+    classes = student_logits.shape[-1] if teacher.classes is None else teacher.classes
+    if classes > student_logits.shape[-1]:
+        raise ValueError(
+            f"The stored top-k predictions are over {classes} classes and the student has only "
+            f"{student_logits.shape[-1]}. Make the folder anew, with this student or with "
+            "`hf-adapt cache-teacher` (which keeps the tokenizer's classes, without padding)."
+        )
+    student = torch.log_softmax(student_logits[..., :classes].float() / temperature, dim=-1)
     indices = teacher.indices.to(student.device)
     top = student.gather(-1, indices)
     known = teacher.log_probabilities.to(student.device).float()
@@ -161,6 +182,7 @@ class CachedTeacher(Teacher):
         self.name = f"predictions in {self.folder}"
         self.computed = 0
         self.processing_class: Any = None  # that of the teacher's inputs, if not the Trainer's
+        self.hooks: list[str] = []  # those that say what is asked, as far as a user has his own
         self._is_full = False
         self._store: RowStore | None = None
         self._stands: dict[str, Any] = {}
@@ -179,20 +201,36 @@ class CachedTeacher(Teacher):
         """Open the folder and compare it with the teacher and the tokenizer at hand."""
         if self.teacher is not None:
             self.teacher.setup(trainer, student)
-        self.open(self.processing_class or trainer.processing_class, trainer.args.process_index)
+        sizes = [Classes.of(model).vocabulary for model in (student, self.module)]
+        self.open(
+            self.processing_class or trainer.processing_class,
+            trainer.args.process_index,
+            min((size for size in sizes if size is not None), default=None),
+            str(trainer.accelerator.mixed_precision),
+        )
 
-    def open(self, processing_class: Any, process: int = 0) -> None:
+    def open(
+        self,
+        processing_class: Any,
+        process: int = 0,
+        classes: int | None = None,
+        autocast: str = "no",
+    ) -> None:
         """Open the folder, or begin it.
 
         Args:
             processing_class: The tokenizer of the teacher's inputs.
             process: Index of this process, which names its files.
+            classes: The top k of a new folder are those of the first so many classes, over which
+                they are normalised; None for all. One that is there keeps to its own number.
+            autocast: The mixed precision in which the teacher is asked.
 
         Raises:
             ValueError: If the folder holds something else.
         """
         path = self.folder / "description.json"
-        now = self._description(processing_class)
+        now = {**self._description(processing_class), "autocast": autocast}
+        now["classes"] = None if self.top_k is None else classes
         if path.exists():
             self._stands = json.loads(path.read_text(encoding="utf-8"))
             self._check(self._stands, now)
@@ -224,6 +262,7 @@ class CachedTeacher(Teacher):
             "top_k": self.top_k,
             "temperature": self.temperature,
             "dtype": self.dtype,
+            "hooks": self.hooks,
         }
 
     def _check(self, stands: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -235,17 +274,25 @@ class CachedTeacher(Teacher):
         own = ("top_k", "temperature", "dtype") if self.teacher is not None else ()
         if self.teacher is not None and stands["teacher_fingerprint"] is None:
             own = ("teacher", *own)  # a function has only its name
-        for key in ("teacher_fingerprint", "tokenizer_fingerprint", *own):
+        for key in ("teacher_fingerprint", "tokenizer_fingerprint", "hooks", *own):
             known, found = stands.get(key), now.get(key)
             optional = key == "tokenizer_fingerprint" and (known is None or found is None)
             optional |= key == "teacher_fingerprint" and self.teacher is None
             if known != found and not optional:
-                what = key.removesuffix("_fingerprint")
+                what = "set of hooks" if key == "hooks" else key.removesuffix("_fingerprint")
                 raise ValueError(
-                    f"{self.folder} was made with another {what}: {stands.get(what)!r} "
-                    f"({key} {known}), not {now.get(what)!r} ({found}). Use the one it was made "
+                    f"{self.folder} was made with another {what}: "
+                    f"{stands.get(what, known)!r} ({key} {known}), not {now.get(what, found)!r} "
+                    f"({found}). Use the one it was made "
                     "with, or another folder."
                 )
+        if stands["autocast"] not in ("no", now["autocast"]):
+            logger.warning(
+                "The predictions in %s were computed in %s; this run's mixed precision is %r.",
+                self.folder,
+                stands["autocast"],
+                now["autocast"],
+            )
 
     @property
     def inputs(self) -> set[str]:
@@ -353,7 +400,8 @@ class CachedTeacher(Teacher):
         if self.top_k is None:
             return logits
         assert self.temperature is not None
-        return TopK.of(logits, self.top_k, self.temperature)
+        # Of a padded vocabulary only what the student has can be among the top k.
+        return TopK.of(logits[:, : self._stands["classes"]], self.top_k, self.temperature)
 
     def _encode(self, signal: Signal, ragged: bool) -> torch.Tensor:
         dtype = DTYPES[self.dtype]
@@ -391,7 +439,8 @@ class CachedTeacher(Teacher):
         assert self.temperature is not None
         indices = take(torch.int32, items, classes).long()
         top = take(dtype, items, classes).float()
-        return TopK(indices, top, take(torch.float32, items), self.temperature)
+        tail = take(torch.float32, items)
+        return TopK(indices, top, tail, self.temperature, self._stands["classes"])
 
     def _joined(self, rows: Sequence[Signal], device: torch.device) -> Signal:
         if self.top_k is None:
@@ -407,6 +456,7 @@ class CachedTeacher(Teacher):
             torch.cat([row.log_probabilities for row in tops]).to(device),
             torch.cat([row.log_tail for row in tops]).to(device),
             tops[0].temperature,
+            tops[0].classes,
         )
 
     def close(self) -> None:
@@ -460,16 +510,28 @@ def _keys(teacher_inputs: Mapping[str, Any], mask: torch.Tensor) -> list[bytes]:
 
 
 def teacher_fingerprint(teacher: Teacher) -> str | None:
-    """A hash of a teacher's weights and kind; None where it has none (a function)."""
+    """A hash of a teacher's weights, kind and settings; None where it has none (a function)."""
     module = teacher.module
     if module is None:
         return None
     digest = hashlib.blake2b(digest_size=12)
     digest.update(type(module).__name__.encode())
+    settings = getattr(getattr(unwrapped_base(module), "config", None), "to_diff_dict", dict)()
+    # What weights do not show: the number of heads, the window, the base of rotations, ...
+    digest.update(json.dumps(_computing(settings), sort_keys=True, default=str).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(_bytes(value))
     return digest.hexdigest()
+
+
+def _computing(settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """A configuration without what changes no prediction, at all depths."""
+    return {
+        str(key): _computing(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if key not in OF_NO_EFFECT and not str(key).startswith("_")
+    }
 
 
 def tokenizer_fingerprint(processing_class: Any) -> str | None:

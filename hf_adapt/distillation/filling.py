@@ -131,10 +131,11 @@ def fill_cache(
     vocabulary, classes = Classes.of(module).vocabulary, None
     if vocabulary is not None and processing_class is not None:
         classes = min(vocabulary, len(processing_class))
-    distillation.bind(module, ("start_positions", "end_positions"), processing_class, classes)
-    cache.open(processing_class)
+    distillation.bind(module, ("start_positions", "end_positions"), processing_class)
+    cache.open(processing_class, classes=classes)
     collate = data_collator or collator_for(head, processing_class)
-    columns = [name for name in getattr(rows, "column_names", None) or [] if name in _known(module)]
+    known = _known(module, head if data_collator is None else None)
+    columns = [name for name in getattr(rows, "column_names", None) or [] if name in known]
     chosen = rows.select_columns(columns) if columns else rows
     done = 0
     try:
@@ -150,6 +151,14 @@ def fill_cache(
         cache.close()
 
 
-def _known(module: torch.nn.Module) -> set[str]:
-    """Columns that a model takes, and labels by their other names."""
-    return {*inspect.signature(module.forward).parameters, "label", "label_ids"}
+def _known(module: torch.nn.Module, head: Head | None) -> set[str]:
+    """Columns that a model takes, and labels by all their names.
+
+    The usual collator of a head is given labels, which may be texts in a file, only where they say
+    what is distilled.
+    """
+    labels = {"label", "label_ids", "labels"}
+    known = {*inspect.signature(module.forward).parameters, *labels}
+    if head is None or head.kind == "tokens":
+        return known
+    return known - (labels - {"labels"} if head.kind == "causal_lm" else labels)

@@ -134,7 +134,6 @@ class TeacherHooks:
         student: nn.Module,
         label_names: Sequence[str] = (),
         processing_class: Any = None,
-        classes: int | None = None,
     ) -> None:
         """Take from a student what is needed to ask the teachers.
 
@@ -142,13 +141,12 @@ class TeacherHooks:
             student: The model, or one with the same head.
             label_names: Inputs that are labels, besides `"labels"`.
             processing_class: The student's tokenizer.
-            classes: How many classes of the teacher's to keep in a top-k store; None for all.
 
         Raises:
             ValueError: If the teacher has another tokenizer and the head cannot do with that.
         """
         self._label_names = {*label_names, "labels"}
-        self._classes = classes
+        self._classes = None
         if self._student is not student:
             self._student, self.head = student, Head.of(student)
         self._retokenizer = None
@@ -164,13 +162,20 @@ class TeacherHooks:
                     "teacher with the student's tokenizer."
                 )
 
+    def _overridden(self, *hooks: str) -> list[str]:
+        """Names of the user's versions of these hooks."""
+        pairs = ((type(self), TeacherHooks), (type(self.hooks), self.hooks_class))
+        found = [
+            getattr(own, hook)
+            for hook in hooks
+            for own, base in pairs
+            if getattr(own, hook) is not getattr(base, hook)
+        ]
+        return list(dict.fromkeys(getattr(version, "__qualname__", "?") for version in found))
+
     def _overrides(self, *hooks: str) -> bool:
         """Whether the user has a version of one of these hooks."""
-        return any(
-            getattr(type(self), hook) is not getattr(TeacherHooks, hook)
-            or getattr(type(self.hooks), hook) is not getattr(self.hooks_class, hook)
-            for hook in hooks
-        )
+        return bool(self._overridden(*hooks))
 
     # ---- asking a teacher ----
 
@@ -198,9 +203,7 @@ class TeacherHooks:
                 counts = self._row_counts(mask)
 
                 def compute() -> torch.Tensor:
-                    logits = self._asked(teacher.teacher, inputs, part.inputs, mask)
-                    # Of a padded vocabulary only what the student has can be among the top k.
-                    return logits if teacher.top_k is None else logits[:, : self._classes]
+                    return self._asked(teacher.teacher, inputs, part.inputs, mask)
 
                 ragged = self.head.kind == "spans"
                 return Lesson(teacher.signal(inputs, mask, counts, compute, ragged))

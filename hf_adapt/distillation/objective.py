@@ -185,7 +185,15 @@ class Distillation(TeacherHooks, Objective):
         for teacher in self.teachers:
             if isinstance(teacher, CachedTeacher):
                 teacher.processing_class = self.teacher_processing_class
+                teacher.hooks = self._overridden("teacher_forward", "select_logits")
             teacher.setup(trainer, unwrapped_model(trainer))
+        tops = [t for t in self.teachers if isinstance(t, CachedTeacher) and t.top_k is not None]
+        if tops and callable(self.temperature):
+            raise ValueError(
+                f"{tops[0].name} are the top {tops[0].top_k} at temperature "
+                f"{tops[0].temperature}, and the distillation's temperature is a schedule. Give "
+                "that number, or store full logits (top_k=None)."
+            )
         student = self._bind(trainer)
         self._check(trainer.processing_class)
         if not self._overrides("divergence", "distillation_loss", "select_logits"):
@@ -482,8 +490,7 @@ class Distillation(TeacherHooks, Objective):
                     "divergence='mse' compares logits, and a top-k store keeps probabilities. Use "
                     "a divergence of probabilities, or store full logits."
                 )
-            size = self._classes or student.shape[-1]
-            return bucket_logits(student[:, :size], signal, temperature)
+            return bucket_logits(student, signal, temperature)
         theirs = signal.to(student.device)
         if self.is_cross_tokenizer:
             return student, theirs

@@ -13,7 +13,7 @@ from hf_adapt.cli import app
 from hf_adapt.distillation.filling import fill_cache
 from tests.distillation.heads import CASES
 from tests.distillation.test_tokenizers import texts, tokenizer
-from tests.tiny import GradientRecorder, arguments, bert
+from tests.tiny import GradientRecorder, arguments, bert, llama, rows
 
 RUNNER = CliRunner()
 
@@ -70,6 +70,67 @@ def test_a_cache_made_beforehand_serves_training(
             assert (one - other).norm() <= 1e-6 * other.norm()
     again = RUNNER.invoke(app, command)
     assert "12 rows, 0 of them asked now" in again.output
+
+
+def test_labels_that_are_texts_are_left_out(teacher_folder: Path, tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list([{"text": text, "label": "good"} for text in texts(12)])
+    data.to_csv(str(tmp_path / "rows.csv"))
+    command = ["cache-teacher", str(teacher_folder), str(tmp_path / "rows.csv")]
+    done = RUNNER.invoke(app, [*command, "-o", str(tmp_path / "cache")])
+    assert done.exit_code == 0, done.output
+    assert len(train(tmp_path, CachedTeacher(tmp_path / "cache"))) == 3
+
+
+@pytest.mark.parametrize("beforehand", [True, False])
+def test_the_most_likely_classes_are_those_of_one_vocabulary(
+    beforehand: bool, tmp_path: Path
+) -> None:
+    """Padding that is in the student's predictions must be in its teacher's too, or in neither."""
+    case, words = CASES["llama"], tokenizer()  # 44 of the models' 64 classes have a token
+    data = rows(8, 1, "lm", high=44)
+    folder = tmp_path / "cache"
+
+    def cache() -> CachedTeacher:
+        return CachedTeacher(folder, case.model(1), top_k=44, temperature=2.0)
+
+    def loss(teacher: Any, classes: int) -> float:
+        class Trimmed(DistillationTrainer):
+            def divergence(self, student: Any, teacher: Any, temperature: float) -> Any:
+                return super().divergence(student[:, :classes], teacher[:, :classes], temperature)
+
+        trainer = Trimmed(
+            model=case.model(0),
+            teacher=teacher,
+            args=arguments(tmp_path, max_steps=1),
+            train_dataset=data,
+            data_collator=case.collate,
+            processing_class=words,
+            chunked=False,
+        )
+        trainer.train()
+        return float(trainer.state.log_history[0]["loss/distillation"])
+
+    if beforehand:
+        list(fill_cache(cache(), data.select(range(5)), words, data_collator=case.collate))
+    # The three rows that were not there are kept over the same classes.
+    found = [loss(cache(), 64), loss(CachedTeacher(folder), 64)]
+    if beforehand:
+        exact = loss(case.model(1), 44)
+        assert found == pytest.approx([exact, exact], rel=1e-4)
+    else:
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+        assert found[0] <= loss(case.model(1), 64)
+        smaller = llama(0)
+        smaller.resize_token_embeddings(60, mean_resizing=False)
+        with pytest.raises(ValueError, match="over 64 classes and the student has only 60"):
+            DistillationTrainer(
+                model=smaller,
+                teacher=cache(),
+                args=arguments(tmp_path),
+                train_dataset=data,
+                data_collator=case.collate,
+                processing_class=words,
+            ).train()
 
 
 def test_rows_that_are_tokenised_already(teacher_folder: Path, tmp_path: Path) -> None:

@@ -68,13 +68,18 @@ def test_the_scaler_changes_nothing(name: str, chunked: bool | None, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["sequence", "token"])
-def test_a_cache_is_exact_under_autocast(name: str, tmp_path: Path) -> None:
+def test_a_cache_is_exact_under_autocast(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     case = CASES[name]
     runs = [
         run(tmp_path, name, bf16=True, teacher=CachedTeacher(tmp_path / "cache", case.model(1)))
         for _ in range(2)
     ]
     assert same_bits(weights(runs[0].model), weights(runs[1].model))
+    assert "mixed precision" not in caplog.text
+    run(tmp_path, name, teacher=CachedTeacher(tmp_path / "cache", case.model(1)))
+    assert "were computed in bf16; this run's mixed precision is 'no'" in caplog.text
 
 
 @pytest.mark.cuda

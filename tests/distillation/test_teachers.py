@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from hf_adapt import CachedTeacher, DistillationTrainer, ModelTeacher, SelfTeacher
-from hf_adapt.distillation.cache import TopK, bucket_logits
+from hf_adapt.distillation.cache import TopK, bucket_logits, teacher_fingerprint
 from hf_adapt.distillation.divergences import forward_kl
+from hf_adapt.distillation.teachers import as_teacher
 from tests.distillation.heads import CASES
 from tests.tiny import (
     FIVE,
@@ -32,7 +33,7 @@ def run(folder: Path, teacher: Any, name: str = "sequence", **options: Any) -> A
     case = CASES[name]
     recorder = GradientRecorder()
     settings = options.pop("settings", {})
-    trainer = DistillationTrainer(
+    trainer = options.pop("cls", DistillationTrainer)(
         model=options.pop("model", None) or case.model(0),
         teacher=teacher,
         args=arguments(folder, **{"max_grad_norm": 0.0, **settings}),
@@ -330,11 +331,34 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
         run(tmp_path, CachedTeacher(folder), data=rows(12, 99))
     with pytest.raises(ValueError, match="holds no teacher's predictions"):
         run(tmp_path, CachedTeacher(tmp_path / "empty"))
+    other_heads = bert(seed=1, num_attention_heads=4)
+    other_heads.load_state_dict(bert(seed=1).state_dict())
+    with pytest.raises(ValueError, match="another teacher"):
+        run(tmp_path, CachedTeacher(folder, other_heads))
+
+    class Flipped(DistillationTrainer):
+        def select_logits(self, outputs: Any, inputs: Any, mask: Any) -> torch.Tensor:
+            return super().select_logits(outputs, inputs, mask).flip(-1)
+
+    for teacher in (None, bert(seed=1)):
+        with pytest.raises(ValueError, match=r"another set of hooks: \[\].*select_logits"):
+            run(tmp_path, CachedTeacher(folder, teacher), cls=Flipped)
     description = json.loads((folder / "description.json").read_text())
     description["tokenizer_fingerprint"] = "0" * 24
     (folder / "description.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="another tokenizer"):
         run(tmp_path, CachedTeacher(folder), processing_class=Tokenizer())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_teacher_that_was_saved_used_and_loaded_is_the_same(name: str, tmp_path: Path) -> None:
+    teacher = CASES[name].model(1)
+    before = teacher_fingerprint(as_teacher(teacher))
+    teacher.save_pretrained(tmp_path)
+    teacher(**CASES[name].collate(list(CASES[name].data(2))))  # with labels
+    loaded = type(teacher).from_pretrained(tmp_path)
+    for one in (teacher, loaded):
+        assert teacher_fingerprint(as_teacher(one)) == before
 
 
 class Tokenizer:
@@ -356,6 +380,9 @@ def test_top_k_needs_its_own_temperature(tmp_path: Path) -> None:
     cache = CachedTeacher(tmp_path / "cache", bert(seed=1), top_k=2, temperature=2.0)
     with pytest.raises(ValueError, match="at temperature 2, but the distillation's is 3"):
         run(tmp_path, cache, temperature=3.0)
+    schedule = CachedTeacher(tmp_path / "cache", bert(seed=1), top_k=2, temperature=2.0)
+    with pytest.raises(ValueError, match="top 2 at temperature 2.0, .* is a schedule"):
+        run(tmp_path, schedule, temperature=lambda progress: 2.0 if progress < 0.5 else 1.5)
     with pytest.raises(ValueError, match="top-k store keeps probabilities"):
         run(tmp_path, cache, divergence="mse")
     with pytest.raises(ValueError, match="needs the temperature"):
