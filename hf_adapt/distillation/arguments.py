@@ -81,7 +81,7 @@ class DistillationArguments:
         """The teacher that the arguments name, or None.
 
         Raises:
-            ValueError: If there is neither a teacher nor a cache of one.
+            ValueError: If `teacher_top_k` comes without a `teacher_cache`.
         """
         teacher: Teacher | None = None
         if self.teacher_top_k is not None and self.teacher_cache is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Seq2SeqTrainer
 
 from hf_adapt.distillation.arguments import DistillationArguments
 from hf_adapt.distillation.divergences import Divergence
@@ -46,7 +47,7 @@ class DistillationTrainer(AdaptationTrainer):
         chunked: Whether whole logits are avoided: None where it can be done, False never.
         byte_budget: Memory for pieces of logits.
         distillation_args: All of these but the functions and modules, as read by an
-            `HfArgumentParser`; takes the place of the single arguments.
+            `HfArgumentParser`, in place of the single arguments.
         evaluate_distillation: Let `evaluate()` also report `eval_agreement` (share of items on
             which student and teacher predict the same), `eval_teacher_kl` (KL(teacher ‖ student),
             nats per item), `eval_calibration_error`, and with `compute_metrics` each metric of
@@ -56,7 +57,7 @@ class DistillationTrainer(AdaptationTrainer):
         **kwargs: Passed on to the Trainer (and `target_dataset` and its options).
 
     Raises:
-        ValueError: If there is no teacher, or options do not fit.
+        ValueError: If there is no teacher, or options do not fit or contradict each other.
 
     Example:
         ```python
@@ -100,7 +101,14 @@ class DistillationTrainer(AdaptationTrainer):
             "text_column": text_column,
         }
         if distillation_args is not None:
+            given, defaults = options, DistillationArguments().options()
             options = distillation_args.options()
+            for key, value in given.items():
+                if value not in (defaults[key], options[key]):
+                    raise ValueError(
+                        f"{key}={value!r} and distillation_args with {key}={options[key]!r} "
+                        "contradict each other. Give it in one of them."
+                    )
             teacher = distillation_args.build_teacher() if teacher is None else teacher
             evaluate_distillation |= distillation_args.evaluate_distillation
         if teacher is None:
@@ -123,6 +131,12 @@ class DistillationTrainer(AdaptationTrainer):
         self._distillation.hooks_class = DistillationTrainer
         self.evaluate_distillation = evaluate_distillation
         super().__init__(*args, objectives=[self._distillation, *(objectives or ())], **kwargs)
+        generates = getattr(self.args, "predict_with_generate", False)
+        if evaluate_distillation and generates and isinstance(self, Seq2SeqTrainer):
+            raise ValueError(
+                "evaluate_distillation compares logits, and with predict_with_generate=True an "
+                "evaluation generates texts. Switch off one of them."
+            )
 
     @property
     def distillation(self) -> Distillation:
