@@ -516,7 +516,8 @@ def teacher_fingerprint(teacher: Teacher) -> str | None:
         return None
     digest = hashlib.blake2b(digest_size=12)
     digest.update(type(module).__name__.encode())
-    settings = getattr(getattr(unwrapped_base(module), "config", None), "to_diff_dict", dict)()
+    config = getattr(unwrapped_base(module), "config", None)
+    settings: dict[str, Any] = getattr(config, "to_diff_dict", dict)()
     # What weights do not show: the number of heads, the window, the base of rotations, ...
     digest.update(json.dumps(_computing(settings), sort_keys=True, default=str).encode())
     for name, value in sorted(module.state_dict().items()):

@@ -174,11 +174,14 @@ class TeacherSanity:
 
     Args:
         name: How the teacher is called in the warning.
-        batches: Number of micro-batches that are looked at.
+        batches: Least number of micro-batches that are looked at.
+        items: Least number of labelled items. It is given up after 16 times `batches`.
     """
 
-    def __init__(self, name: str, batches: int = 4) -> None:
-        self.name, self._left = name, batches
+    def __init__(self, name: str, batches: int = 4, items: int = 16) -> None:
+        self.name, self.batches, self.items = name, batches, items
+        self.is_done = False
+        self._seen = 0
         self._sum: torch.Tensor | None = None
         self._count: torch.Tensor | None = None
 
@@ -202,11 +205,6 @@ class TeacherSanity:
         )
         self.add(value, chosen.ne(IGNORED).sum(), logits.shape[-1])
 
-    @property
-    def is_done(self) -> bool:
-        """Whether enough was looked at."""
-        return self._left <= 0
-
     def add(self, loss: torch.Tensor, count: torch.Tensor, classes: int) -> None:
         """Add the teacher's own loss on a micro-batch; warn after the last.
 
@@ -215,18 +213,21 @@ class TeacherSanity:
             count: Their number.
             classes: Number of classes.
         """
-        self._left -= 1
+        self._seen += 1
         self._sum = loss if self._sum is None else self._sum + loss
         self._count = count if self._count is None else self._count + count
-        if self._left == 0 and int(self._count) >= 16:
-            mean, guessing = float(self._sum / self._count), math.log(classes)
-            if mean > guessing:
-                logger.warning(
-                    "The teacher (%s) is no better than guessing on the first %d labelled items: "
-                    "its loss is %.3f, that of equal odds %.3f. Are its labels in the same order, "
-                    "its tokenizer the same, its head trained?",
-                    self.name,
-                    int(self._count),
-                    mean,
-                    guessing,
-                )
+        if self._seen < self.batches or int(self._count) < self.items:
+            self.is_done = self._seen >= 16 * self.batches
+            return
+        self.is_done = True
+        mean, guessing = float(self._sum / self._count), math.log(classes)
+        if mean > guessing:
+            logger.warning(
+                "The teacher (%s) is no better than guessing on the first %d labelled items: its "
+                "loss is %.3f, that of equal odds %.3f. Are its labels in the same order, its "
+                "tokenizer the same, its head trained?",
+                self.name,
+                int(self._count),
+                mean,
+                guessing,
+            )

@@ -49,6 +49,12 @@ class TeacherComparison:
             )
             self._retains = False
         distillation.prepare_evaluation(trainer)
+        if distillation.is_cross_tokenizer and not distillation.is_said_apart:
+            distillation.is_said_apart = True
+            logger.warning(
+                "evaluate_distillation: language models with different tokenizers have no classes "
+                "in common, so nothing is compared. Read loss/distillation in the log instead."
+            )
 
     def see(
         self, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]], logits: Any
@@ -145,11 +151,13 @@ def _per_item(
 ) -> torch.Tensor:
     """For each item: 1, agreement, KL, 1 if labelled, and its bin of the calibration error.
 
+    All 0 for a regression, of whose one output every prediction is the same class.
+
     Shape:
         - student, teacher: (N, C), labels: (N,); output: (N, 4 + 3 BINS), float64.
     """
     table = student.new_zeros(len(student), 4 + 3 * BINS, dtype=torch.float64)
-    if not len(student):
+    if not len(student) or student.shape[-1] < 2:
         return table
     table[:, 0] = 1
     table[:, 1] = student.argmax(-1).eq(teacher.argmax(-1))

@@ -96,7 +96,7 @@ class Distillation(TeacherHooks, Objective):
     Logs:
         `loss/distillation` (without `kd_weight`), `loss/task` (without `ce_weight`), each feature
         as `distillation/<its name>`, schedules' values, `distillation/agreement`: share of items
-        on which both predict the same (where whole logits are computed).
+        on which both predict the same class (where whole logits are computed).
 
     Raises:
         ValueError: If a temperature or weight is out of range, or options do not fit each other.
@@ -147,6 +147,7 @@ class Distillation(TeacherHooks, Objective):
         self._sanity: list[TeacherSanity] = []
         self._asked_before: list[Lesson] = []
         self._is_checked = False
+        self.is_said_apart = False
         self._check_options()
 
     def _check_options(self) -> None:
@@ -213,6 +214,13 @@ class Distillation(TeacherHooks, Objective):
             logger.warning(
                 "The data collator masks other tokens in each epoch, so a cached teacher's "
                 "predictions are hardly ever found again. Mask once beforehand, or drop the cache."
+            )
+        if self.features and self._retokenizer is not None:
+            raise ValueError(
+                f"{', '.join(type(feature).__name__ for feature in self.features)} compare layers "
+                "token by token, or pool them with the student's mask, and a teacher with another "
+                "tokenizer has other tokens. Drop features, or use a teacher with the student's "
+                "tokenizer."
             )
         for feature in self.features:
             module = self.teachers[0].module
@@ -392,7 +400,7 @@ class Distillation(TeacherHooks, Objective):
         mask = self.hooks.item_mask(part.inputs, part.domain)
         outputs = self._with_logits(part)
         student: torch.Tensor = self.hooks.select_logits(outputs, part.inputs, mask)
-        weights = self._weights(part.inputs, lessons, student)
+        weights = self._weights(part.inputs, [lesson.signal for lesson in lessons], student)
         total = student.sum() * 0.0 if len(student) == 0 else student.new_zeros(())
         total = total.float()
         for teacher, lesson, weight, sanity in zip(
@@ -402,11 +410,12 @@ class Distillation(TeacherHooks, Objective):
             if lesson.item_mask is not None:
                 own = self.hooks.select_logits(outputs, part.inputs, lesson.item_mask)
             own, theirs = self._compared(own, lesson.signal, temperature, teacher)
-            if torch.is_grad_enabled() and not isinstance(lesson.signal, TopK):
+            has_classes = not isinstance(lesson.signal, TopK)  # else the last one is all others
+            if torch.is_grad_enabled() and has_classes:
                 sanity.see(self.head, part, mask, theirs, batch.progress)
             if len(own) == 0:
                 continue
-            if not self.is_cross_tokenizer:
+            if has_classes and own.shape[-1] > 1 and not self.is_cross_tokenizer:
                 agree = own.detach().argmax(-1).eq(theirs.argmax(-1)).float().mean()
                 batch.log("agreement", agree, len(own))
             total = total + self._summed(own, theirs, temperature, weight)
@@ -457,26 +466,25 @@ class Distillation(TeacherHooks, Objective):
         return weight * value
 
     def _weights(
-        self, inputs: Mapping[str, Any], lessons: list[Lesson], student: torch.Tensor
+        self, inputs: Mapping[str, Any], signals: Sequence[Signal], student: torch.Tensor
     ) -> Sequence[float | torch.Tensor]:
         if self.teacher_weights is None:
-            return [1.0 / len(lessons)] * len(lessons)
+            return [1.0 / len(signals)] * len(signals)
         if not callable(self.teacher_weights):
             return list(self.teacher_weights)
-        signals = [lesson.signal for lesson in lessons]
         if any(isinstance(signal, TopK) for signal in signals):
             raise ValueError(
                 "teacher_weights as a function sees each teacher's logits; a top-k store does not "
                 "have them. Give numbers, or store full logits."
             )
         given = torch.as_tensor(
-            self.teacher_weights(inputs, cast("list[torch.Tensor]", signals)),
+            self.teacher_weights(inputs, cast("list[torch.Tensor]", list(signals))),
             device=student.device,
         )
-        if given.shape not in ((len(lessons),), (len(lessons), len(student))):
+        if given.shape not in ((len(signals),), (len(signals), len(student))):
             raise ValueError(
-                f"teacher_weights returned shape {tuple(given.shape)}; expected ({len(lessons)},) "
-                f"or ({len(lessons)}, {len(student)}): a factor for each teacher (and item)."
+                f"teacher_weights returned shape {tuple(given.shape)}; expected ({len(signals)},) "
+                f"or ({len(signals)}, {len(student)}): a factor for each teacher (and item)."
             )
         return list(given.float().unbind())
 
@@ -546,8 +554,9 @@ class Distillation(TeacherHooks, Objective):
             predicted: The student's logits, as `prediction_step` gives them.
 
         Returns:
-            Logits of student and teachers (N, C), the items' labels or None, the number of items
-            of each row, the first teacher's outputs; None where they cannot be compared.
+            Logits (N, C) of the student and of the teachers' weighted mixture, the items' labels or
+            None, the number of items of each row, the first teacher's outputs; None where they
+            cannot be compared.
         """
         if self.is_cross_tokenizer:
             return None
@@ -558,15 +567,22 @@ class Distillation(TeacherHooks, Objective):
         else:
             outputs = predicted[0] if isinstance(predicted, (tuple, list)) else predicted
         student = self.hooks.select_logits(outputs, inputs, mask).float()
-        whole, logs = None, []
+        whole, signals = None, []
         teacher_inputs = self.hooks.teacher_inputs(inputs, columns)
         for teacher in self.teachers:
             own = teacher.source
             found = self._called(own, teacher_inputs)
             whole = found if whole is None else whole
             logits = self.hooks.select_logits(found, inputs, mask).float().to(student.device)
-            logs.append(logits[:, : self._classes].log_softmax(-1))
-        mean = torch.stack(logs).logsumexp(0)
+            signals.append(logits)
+        shares = torch.stack(
+            [
+                torch.as_tensor(weight, device=student.device).expand(len(student))
+                for weight in self._weights(inputs, signals, student)
+            ]
+        ).clamp(min=0.0)
+        logs = [logits[:, : self._classes].log_softmax(-1) for logits in signals]
+        mean = (torch.stack(logs) + (shares / shares.sum(0)).log().unsqueeze(-1)).logsumexp(0)
         student = student[:, : self._classes]
         return student, mean, item_labels(self.head, inputs, mask), self._row_counts(mask), whole
 

@@ -280,8 +280,10 @@ def test_top_k_is_within_its_bound(name: str, tmp_path: Path) -> None:
 
     def loss(teacher: Any) -> float:
         trainer = run(tmp_path, teacher, name, settings={"max_steps": 1}, chunked=False)
-        return float(trainer.state.log_history[0]["loss/distillation"])
+        logs.append(trainer.state.log_history[0])
+        return float(logs[-1]["loss/distillation"])
 
+    logs: list[dict[str, float]] = []
     full = loss(case.model(1))
     classes = 3 if name == "sequence" else 64
     losses = []
@@ -290,6 +292,7 @@ def test_top_k_is_within_its_bound(name: str, tmp_path: Path) -> None:
         losses.append(loss(cache))
         read = CachedTeacher(tmp_path / f"cache{k}")
         assert loss(read) == pytest.approx(losses[-1], rel=1e-4)
+    assert "distillation/agreement" not in logs[1]  # the last of its classes is all others
     assert losses[0] <= losses[1] * (1 + 1e-5) <= full * (1 + 1e-4)
     assert losses[-1] == pytest.approx(full, rel=1e-4)
 
@@ -381,7 +384,7 @@ def test_top_k_needs_its_own_temperature(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at temperature 2, but the distillation's is 3"):
         run(tmp_path, cache, temperature=3.0)
     schedule = CachedTeacher(tmp_path / "cache", bert(seed=1), top_k=2, temperature=2.0)
-    with pytest.raises(ValueError, match="top 2 at temperature 2.0, .* is a schedule"):
+    with pytest.raises(ValueError, match=r"top 2 at temperature 2.0, .* is a schedule"):
         run(tmp_path, schedule, temperature=lambda progress: 2.0 if progress < 0.5 else 1.5)
     with pytest.raises(ValueError, match="top-k store keeps probabilities"):
         run(tmp_path, cache, divergence="mse")

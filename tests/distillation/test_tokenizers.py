@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from hf_adapt import CachedTeacher, DistillationTrainer
+from hf_adapt import CachedTeacher, Contrastive, DistillationTrainer, HiddenStates
 from hf_adapt.distillation.tokenizers import Retokenizer, universal_logit_distance
 from tests.tiny import GradientRecorder, arguments, bert, cosine_and_ratio, llama
 
@@ -213,3 +213,46 @@ def test_language_models_with_other_vocabularies(tmp_path: Path) -> None:
     cut, _ = run(1, 8)
     assert 0 < log["loss/distillation"] < 2
     assert cosine_and_ratio(whole, cut) == pytest.approx((1.0, 1.0), abs=2e-5)
+
+
+def test_layers_of_other_tokens_are_not_compared(tmp_path: Path) -> None:
+    own, other = tokenizer(), tokenizer(reverse=True)
+
+    def make(theirs: Any) -> DistillationTrainer:
+        return DistillationTrainer(
+            model=bert(seed=0),
+            teacher=bert(seed=1),
+            args=arguments(tmp_path, max_steps=1),
+            train_dataset=classified(own, keep_text=True),
+            data_collator=DataCollatorWithPadding(own),
+            processing_class=own,
+            teacher_processing_class=theirs,
+            text_column="text",
+            features=[HiddenStates(), Contrastive()],
+        )
+
+    with pytest.raises(ValueError, match="HiddenStates, Contrastive compare layers token by token"):
+        make(other).train()
+    make(tokenizer()).train()  # another one of the same words
+
+
+def test_an_evaluation_across_tokenizers_says_that_it_compares_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tests.tiny import collate
+
+    own, other = tokenizer(bert_like=False), tokenizer(reverse=True, bert_like=False)
+    trainer = DistillationTrainer(
+        model=llama(0),
+        teacher=llama(1),
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=spoken(own),
+        eval_dataset=spoken(own),
+        data_collator=collate,
+        processing_class=own,
+        teacher_processing_class=other,
+        evaluate_distillation=True,
+    )
+    for _ in range(2):
+        assert "eval_agreement" not in trainer.evaluate()
+    assert caplog.text.count("nothing is compared") == 1

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction, HfArgumentParser, Trainer
+from transformers import (
+    EvalPrediction,
+    HfArgumentParser,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_adapt import (
@@ -281,6 +287,10 @@ def test_arguments_from_a_command_line(tmp_path: Path) -> None:
     assert (tmp_path / "cache" / "description.json").exists()
     with pytest.raises(ValueError, match="DistillationTrainer needs a teacher"):
         make(tmp_path, teacher=None)
+    assert DistillationArguments().build_teacher() is None
+    with pytest.raises(ValueError, match=r"temperature=7.0 and distillation_args with .*=3.0"):
+        make(tmp_path, distillation_args=given, temperature=7.0)
+    make(tmp_path, distillation_args=given, temperature=3.0)  # the same is no contradiction
 
 
 # ---- evaluation ----
@@ -370,6 +380,47 @@ def test_every_head_can_be_compared(name: str, tmp_path: Path) -> None:
     assert same["eval_teacher_kl"] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("item_by_item", [False, True])
+def test_an_evaluation_weighs_teachers_as_the_training_does(
+    item_by_item: bool, tmp_path: Path
+) -> None:
+    def weigh(inputs: Any, logits: list[torch.Tensor]) -> torch.Tensor:
+        return torch.tensor([[3.0], [1.0]]).expand(2, len(logits[0]))
+
+    def found(teachers: list[Any], weights: Any) -> dict[str, float]:
+        return make(
+            tmp_path,
+            model=CASES["sequence"].model(0),
+            teacher=teachers,
+            teacher_weights=weights,
+            eval_dataset=rows(6, 3),
+            evaluate_distillation=True,
+        ).evaluate()
+
+    same, other = CASES["sequence"].model(0), CASES["sequence"].model(1)
+    ones = (lambda inputs, logits: torch.tensor([1.0, 0.0])) if item_by_item else [1.0, 0.0]
+    only = found([same, other], ones)
+    assert only["eval_agreement"] == 1
+    assert only["eval_teacher_kl"] == pytest.approx(0.0, abs=1e-6)
+    batch = collate(list(rows(6, 3).remove_columns("labels")))
+    with torch.no_grad():
+        own, theirs = (model.eval()(**batch).logits.softmax(-1) for model in (same, other))
+    mixture = 0.75 * own + 0.25 * theirs
+    kl = (mixture * (mixture.log() - own.log())).sum(-1).mean().item()
+    uneven = found([same, other], weigh if item_by_item else [3.0, 1.0])
+    assert uneven["eval_teacher_kl"] == pytest.approx(kl, rel=1e-4)
+
+
+def test_generated_texts_are_not_compared_as_logits(tmp_path: Path) -> None:
+    class Generating(DistillationTrainer, Seq2SeqTrainer):
+        pass
+
+    args = arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True)
+    with pytest.raises(ValueError, match="predict_with_generate=True an evaluation generates"):
+        make(tmp_path, Generating, args=args, evaluate_distillation=True)
+    make(tmp_path, Generating, args=args)
+
+
 def test_evaluation_alone_asks_no_teacher(tmp_path: Path) -> None:
     def never(inputs: Any) -> Any:
         raise AssertionError("the teacher was asked")
@@ -452,6 +503,10 @@ def test_a_teacher_that_only_guesses_is_pointed_out(
 
     settings = {"max_steps": 6}
     make(tmp_path, teacher=wrong, settings=settings).train()
+    assert "no better than guessing on the first 16 labelled items" in caplog.text
+    caplog.clear()
+    small = {"max_steps": 18, "per_device_train_batch_size": 2}
+    make(tmp_path, teacher=wrong, settings=small, train_dataset=rows(20, 1)).train()
     assert "no better than guessing on the first 16 labelled items" in caplog.text
     caplog.clear()
     answers = {tuple(r["input_ids"]): r["labels"] for r in rows(12, 1)}

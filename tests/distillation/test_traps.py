@@ -221,9 +221,20 @@ def test_a_regression_has_no_distribution(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"one output .*divergence='mse'"):
         make(tmp_path, model=one(0), teacher=one(1), train_dataset=data).train()
-    trainer = make(tmp_path, model=one(0), teacher=one(1), train_dataset=data, divergence="mse")
+    trainer = make(
+        tmp_path,
+        model=one(0),
+        teacher=one(1),
+        train_dataset=data,
+        eval_dataset=data,
+        divergence="mse",
+        evaluate_distillation=True,
+    )
     trainer.train()
     assert trainer.state.log_history[0]["loss/distillation"] > 0
+    # Every prediction is the same class: an agreement would always be 1.
+    assert "distillation/agreement" not in trainer.state.log_history[0]
+    assert not {"eval_agreement", "eval_teacher_kl"} & set(trainer.evaluate())
 
 
 def test_a_class_that_is_ruled_out_keeps_its_place_in_a_cache(tmp_path: Path) -> None:
