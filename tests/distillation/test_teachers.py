@@ -10,7 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from hf_adapt import CachedTeacher, DistillationTrainer, ModelTeacher, SelfTeacher
+from hf_adapt import (
+    CachedTeacher,
+    DistillationTrainer,
+    HiddenStates,
+    ModelTeacher,
+    SelfTeacher,
+)
 from hf_adapt.distillation.cache import TopK, bucket_logits, teacher_fingerprint
 from hf_adapt.distillation.divergences import forward_kl
 from hf_adapt.distillation.teachers import as_teacher
@@ -232,6 +238,47 @@ def test_resume_is_bit_exact(kind: str, tmp_path: Path) -> None:
         )
         resumed.save_model(str(tmp_path / "final"))
         assert not (tmp_path / "final" / "adaptation_optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_a_language_model_without_whole_logits_resumes_bit_exact(
+    features: bool, tmp_path: Path
+) -> None:
+    def make(folder: Path) -> DistillationTrainer:
+        config = copy.deepcopy(CASES["gpt2"].model(0).config)
+        config.update({"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})
+        student, teacher = (type(CASES["gpt2"].model(0))(config) for _ in range(2))
+        student.load_state_dict(CASES["gpt2"].model(0).state_dict())
+        teacher.load_state_dict(CASES["gpt2"].model(1).state_dict())
+        return DistillationTrainer(
+            model=student,
+            teacher=teacher,
+            features=[HiddenStates(project=True)] if features else [],
+            args=arguments(
+                folder,
+                max_steps=4,
+                save_strategy="steps",
+                save_steps=2,
+                gradient_accumulation_steps=2,
+                per_device_train_batch_size=2,
+            ),
+            train_dataset=rows(20, 1, "lm"),
+            data_collator=collate,
+            chunked=True,
+        )
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    stopped = make(tmp_path / "cut")
+    stopped.add_callback(StopAt())
+    stopped.train()
+    assert not same_bits(weights(whole.model), weights(stopped.model))
+    resumed = make(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert same_bits(weights(whole.model), weights(resumed.model))
+    if features:
+        modules = [trainer.distillation.module for trainer in (whole, resumed)]
+        assert same_bits(*map(weights, modules))  # type: ignore[arg-type]
 
 
 # ---- the cache ----
