@@ -1,0 +1,251 @@
+"""Columns of text files: read fast, and read again line by line to say what is wrong with them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
+
+import pyarrow as pa
+import pyarrow.csv
+
+SHOWN = 5
+"""How many malformed lines an error shows; it counts them all."""
+
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
+
+HEADER_WORDS = frozenset(
+    "alias description definition edge entity from gloss h head id key label name node o object p "
+    "predicate r rel relation s source subject synonym t tail target text to type".split()
+)
+"""Cells that name a column in the first line of a file, and are hardly ever an entity."""
+
+
+def kind_of(path: Path) -> str:
+    """The file's ending in lower case, without `.gz`: `.tsv`."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """A file's bytes, decompressed where its name ends in `.gz`.
+
+    Raises:
+        FileNotFoundError: If there is none; says what is in the folder instead.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected a file.")
+    if not path.exists():
+        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"There is no file {path}. {path.parent} holds {', '.join(there[:8]) or 'nothing'}."
+        )
+    if path.name.lower().endswith(".gz"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return open(path, "rb")
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Each line of a UTF-8 file with its number, without its end.
+
+    Raises:
+        ValueError: If bytes are not UTF-8; names the lines.
+    """
+    bad = Malformed(path)
+    with open_binary(path) as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                bad.add(number, _encoding_problem(error))
+    bad.raise_if_any("Save the file as UTF-8.")
+
+
+def _encoding_problem(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"expected UTF-8, got byte 0x{byte:02x} at position {error.start + 1}"
+
+
+class Malformed:
+    """Collects what is wrong with a file, and raises it as one error.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self._shown: list[str] = []
+
+    def add(self, line: int, problem: str) -> None:
+        """One more malformed line."""
+        self.count += 1
+        if len(self._shown) < SHOWN:
+            self._shown.append(f"  line {line:,}: {problem}")
+
+    def raise_if_any(self, fix: str) -> None:
+        """Raise a ValueError that shows the first lines, if there are any."""
+        if self.count:
+            more = [f"  and {self.count - SHOWN:,} more"] if self.count > SHOWN else []
+            lines = "1 malformed line" if self.count == 1 else f"{self.count:,} malformed lines"
+            raise ValueError("\n".join([f"{self.path}: {lines}.", *self._shown, *more, fix]))
+
+
+def read_columns(path: Path, columns: Sequence[str], separator: str | None = None) -> Any:
+    """Some columns of a csv or tsv file, as an Arrow table of dictionary-encoded strings.
+
+    A first line that holds all the names of `columns` is a header, and other columns are left out.
+    Without such a line the file has exactly these columns, in this order. Nothing is taken for a
+    missing value: NA, null and nan are entities like any other.
+
+    Args:
+        path: The file, UTF-8; `.gz` is decompressed.
+        columns: Their names.
+        separator: Between the cells; by the file's ending where it is None. Cells may be in
+            quotation marks; between tabs these are characters like any other, unless all the
+            cells of the first line are in them.
+
+    Raises:
+        ValueError: With the number of each malformed line, or if the columns are not there.
+    """
+    if separator is None:
+        separator = SEPARATORS.get(kind_of(path), "\t")
+    number, first, quoted = _first_row(path, separator)
+    header = set(columns) <= set(first)
+    if not header:
+        _check_without_header(path, first, columns, separator)
+    elif twice := [name for name in columns if first.count(name) > 1]:
+        raise ValueError(f"{path}, line {number}: the column {twice[0]!r} is there twice.")
+    names = first if header else list(columns)
+    skipped = number if header else 0
+    if quoted and _quotation_marks(path) % 2:  # pyarrow would take the rest for one cell
+        explain(path, columns, separator)
+    cell = pa.dictionary(pa.int32(), pa.string())
+    try:
+        table = pa.csv.read_csv(
+            pa.input_stream(str(path), compression="detect"),
+            pa.csv.ReadOptions(column_names=names, skip_rows=skipped, block_size=1 << 24),
+            pa.csv.ParseOptions(
+                delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
+            ),
+            pa.csv.ConvertOptions(
+                column_types=dict.fromkeys(columns, cell),
+                include_columns=list(columns),
+                null_values=[],
+                strings_can_be_null=False,
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        explain(path, columns, separator)
+        raise ValueError(f"{path}: {error}") from error
+    return table
+
+
+def _quotation_marks(path: Path) -> int:
+    with open_binary(path) as file:
+        return sum(block.count(b'"') for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def explain(path: Path, columns: Sequence[str], separator: str | None) -> None:
+    """Read a file again, slowly, and raise the numbers of its malformed lines, if any."""
+    separator = separator or SEPARATORS.get(kind_of(path), "\t")
+    bad = Malformed(path)
+    _, _, quoted = _first_row(path, separator)
+    with open_binary(path) as file:
+        rows = _rows(file, separator, quoted, bad)
+        number, first = next(rows)
+        header = set(columns) <= set(first)
+        width = len(first) if header else len(columns)
+        wanted = [first.index(name) for name in columns] if header else range(width)
+        names = ", ".join(first if header else columns)
+        if not header:
+            rows = itertools.chain([(number, first)], rows)
+        for number, row in rows:
+            if len(row) != width:
+                text = separator.join(row)
+                bad.add(
+                    number,
+                    f"expected {width} columns ({names}), got {len(row)}: {text[:60]!r}",
+                )
+                continue
+            for column, index in zip(columns, wanted, strict=True):
+                if not row[index].strip():
+                    bad.add(number, f"the column {column!r} is empty: {separator.join(row)[:60]!r}")
+    bad.raise_if_any(
+        "Correct or remove these lines; separator= says what is between the columns "
+        f"(now {separator!r})."
+    )
+
+
+def _rows(
+    file: IO[bytes], separator: str, quoted: bool, bad: Malformed
+) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each line that is not blank, and its number."""
+
+    def decoded() -> Iterable[str]:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                bad.add(number, _encoding_problem(error))
+                yield raw.decode("utf-8", "replace")
+
+    if not quoted:
+        for number, line in enumerate(decoded(), 1):
+            if line := line.rstrip("\r\n"):
+                yield number, line.split(separator)
+        return
+    reader = csv.reader(decoded(), delimiter=separator, strict=True)
+    while True:
+        number = reader.line_num + 1  # a quoted cell may go on over several lines
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            bad.add(number, str(error))
+            continue
+        if row:
+            yield number, row
+
+
+def _first_row(path: Path, separator: str) -> tuple[int, list[str], bool]:
+    """Number and cells of the first line that is not blank, and whether cells are quoted."""
+    if len(separator) != 1:
+        raise ValueError(f"separator={separator!r}: expected one character, such as ',' or '\\t'.")
+    for quoted in (False, True):
+        with open_binary(path) as file:
+            for number, row in _rows(file, separator, quoted, Malformed(path)):
+                if quoted or (separator == "\t" and not all(map(_is_quoted, row))):
+                    return number, [cell.strip() for cell in row], quoted
+                break
+    raise ValueError(f"{path} is empty: expected one row on each line.")
+
+
+def _is_quoted(cell: str) -> bool:
+    return len(cell) > 1 and cell[0] == cell[-1] == '"'
+
+
+def _check_without_header(
+    path: Path, first: list[str], columns: Sequence[str], separator: str
+) -> None:
+    """The first line is a row, unless it can only be a header with other names."""
+    looks_like_header = all(cell.lower() in HEADER_WORDS for cell in first)
+    if looks_like_header or (len(first) != len(columns) and len(first) > 1):
+        _raise_columns(path, first, columns)
+    if len(first) == 1:
+        raise ValueError(
+            f"{path}, line 1: expected {len(columns)} columns ({', '.join(columns)}), got 1: "
+            f"{first[0][:60]!r}. The separator is {separator!r}; pass separator= for another."
+        )
+
+
+def _raise_columns(path: Path, first: list[str], columns: Sequence[str]) -> NoReturn:
+    raise ValueError(
+        f"{path}, line 1: expected a header with the columns {', '.join(columns)}, or exactly "
+        f"{len(columns)} columns without a header; got {', '.join(map(repr, first[:8]))}. Name "
+        "the file's columns (head=, relation=, tail=), or put those names in its first line."
+    )
