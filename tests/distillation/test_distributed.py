@@ -1,14 +1,12 @@
 """Two gloo processes are one, for every kind of head and teacher: DDP and FSDP2."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import distributed
 from tests.distillation import distributed_script
 from tests.tiny import FIVE
 
@@ -18,7 +16,6 @@ pytestmark = [
     pytest.mark.xdist_group("distributed"),  # one launch at a time, and its fixtures made once
 ]
 no_sharding = pytest.mark.skipif(not FIVE, reason="accelerate 1.10 shards on no CPU")
-ROOT = Path(__file__).parents[2]
 
 DDP = {
     "rows": "",
@@ -42,19 +39,8 @@ FSDP = {
 
 
 def launch(folder: Path, jobs: dict[str, str]) -> None:
-    """Run jobs in two processes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(ROOT / "tests" / "distillation" / "distributed_script.py")
-    done = subprocess.run(
-        [*command, script, str(folder), *(f"{name}:{jobs[name]}:2:2" for name in jobs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    script = "tests.distillation.distributed_script"
+    distributed.launch(script, folder, *(f"{name}:{jobs[name]}:2:2" for name in jobs))
 
 
 def results(folder: Path, rank: int = 0) -> dict[str, Any]:

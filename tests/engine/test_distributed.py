@@ -1,15 +1,13 @@
 """Two gloo processes are one: DDP and FSDP2, with discriminators in step."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import distributed
 from tests.engine import distributed_script
 from tests.tiny import FIVE
 
@@ -19,23 +17,10 @@ pytestmark = [
     pytest.mark.xdist_group("distributed"),  # one launch at a time, and its fixtures made once
 ]
 no_sharding = pytest.mark.skipif(not FIVE, reason="accelerate 1.10 shards on no CPU")
-ROOT = Path(__file__).parents[2]
 
 
 def launch(folder: Path, *jobs: str) -> None:
-    """Run jobs in two processes; each job is name:setting:rows:steps."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(ROOT / "tests" / "engine" / "distributed_script.py")
-    done = subprocess.run(
-        [*command, script, str(folder), *jobs],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    distributed.launch("tests.engine.distributed_script", folder, *jobs)
 
 
 def results(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:

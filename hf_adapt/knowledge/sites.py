@@ -1,0 +1,170 @@
+"""Where in a model knowledge enters: embeddings, layers, the head."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from hf_adapt.engine.batch import is_a
+from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.unfreezing.layers import find_stacks
+
+Place = int | str
+"""`"embeddings"`, `"head"`, a layer's number (negative from the top) or a module's dotted name."""
+
+Kind = Literal["output", "head", "row_head"]
+"""The output of a module, the input of a head over tokens, the input of a head over rows."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose hidden states knowledge enters.
+
+    Attributes:
+        place: What the user called it.
+        name: The module's name in the model.
+        kind: Whether its output is changed or, for a head, its input.
+    """
+
+    place: Place
+    name: str
+    kind: Kind
+
+
+def find_sites(model: nn.Module, places: Sequence[Place]) -> list[Site]:
+    """The modules behind the places.
+
+    Args:
+        model: Any text model; a PEFT model is looked through. In an encoder–decoder, places are
+            those of the encoder, which reads the text.
+        places: Where.
+
+    Raises:
+        ValueError: If there is no such place, naming what there is.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> size = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=9)
+        >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=2, **size))
+        >>> [site.name for site in find_sites(model, ["embeddings", -1, "head"])]
+        ['bert.embeddings.word_embeddings', 'bert.encoder.layer.1', 'classifier']
+    """
+    base = unwrapped_base(model)
+    names = {id(module): name for name, module in base.named_modules()}
+    found = []
+    for place in places:
+        if place == "embeddings":
+            found.append(Site(place, names[id(_embeddings(base))], "output"))
+        elif place == "head":
+            found.append(_head(base, names))
+        elif isinstance(place, int):
+            found.append(Site(place, _layer(base, names, place), "output"))
+        else:
+            found.append(Site(place, _named(base, names, place), "output"))
+    twice = {site.name for site in found if [s.name for s in found].count(site.name) > 1}
+    if twice:
+        raise ValueError(
+            f"layers={list(places)} name {', '.join(sorted(twice))} more than once: name each "
+            "place once."
+        )
+    return found
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether an encoder reads the text and a decoder answers."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether a model predicts each token from those before it."""
+    heads = ("ForCausalLM", "LMHeadModel")
+    return is_a(model, heads) and not is_encoder_decoder(unwrapped_base(model))
+
+
+def reader_of(model: nn.Module) -> nn.Module:
+    """What reads the text: the encoder of an encoder–decoder, else the model itself."""
+    base: Any = unwrapped_base(model)
+    if not is_encoder_decoder(base):
+        return base  # type: ignore[no-any-return]
+    for owner in (base, getattr(base, "base_model", None)):
+        get_encoder = getattr(owner, "get_encoder", None)
+        if callable(get_encoder) and isinstance(encoder := get_encoder(), nn.Module):
+            return encoder
+    raise ValueError(f"{type(base).__name__} is an encoder–decoder and shows no encoder.")
+
+
+def _embeddings(base: nn.Module) -> nn.Module:
+    reader: Any = reader_of(base)
+    owners: list[Any] = [reader, getattr(base, "base_model", None), base]
+    for owner in owners:
+        try:
+            module = owner.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(
+        f"{type(base).__name__} has no get_input_embeddings(). Name a module instead, such as "
+        "layers=['encoder.embeddings']."
+    )
+
+
+def _layer(base: nn.Module, names: dict[int, str], number: int) -> str:
+    inside = names[id(reader_of(base))]
+    stacks = [s for s in find_stacks(base) if not inside or s.path.startswith(inside + ".")]
+    if len(stacks) != 1:
+        there = ", ".join(stack.path for stack in stacks) or "none"
+        raise ValueError(
+            f"A layer's number needs a model with one stack of layers; {type(base).__name__} has "
+            f"{len(stacks)} ({there}). Name the module instead, such as "
+            f"layers=['{stacks[0].layers[-1] if stacks else 'encoder.layer.3'}']."
+        )
+    layers = stacks[0].layers
+    if not -len(layers) <= number < len(layers):
+        raise ValueError(
+            f"layers names layer {number}, but {stacks[0].path} has {len(layers)} layers: 0 to "
+            f"{len(layers) - 1}, or -1 for the last."
+        )
+    return layers[number]
+
+
+def _head(base: nn.Module, names: dict[int, str]) -> Site:
+    """The first module after the base model that has weights."""
+    headless = getattr(base, "base_model", None)
+    children = [
+        child
+        for child in base.children()
+        if child is not headless and any(True for _ in child.parameters())
+    ]
+    if headless is base and isinstance(output := _output_embeddings(base), nn.Module):
+        children = [output]  # a language model that is its own base
+    elif headless is None or headless is base:
+        children = []
+    if not children:
+        raise ValueError(
+            f"{type(base).__name__} has no head on a base model. Use 'embeddings', a layer's "
+            "number or a module's name."
+        )
+    of_rows = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+    rows = is_a(base, of_rows) or is_encoder_decoder(base)
+    return Site("head", names[id(children[0])], "row_head" if rows else "head")
+
+
+def _output_embeddings(base: Any) -> Any:
+    get = getattr(base, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _named(base: nn.Module, names: dict[int, str], place: str) -> str:
+    known = [name for name in names.values() if name]
+    if place in known:
+        return place
+    near = difflib.get_close_matches(place, known, n=5, cutoff=0.3)
+    raise ValueError(
+        f"layers names {place!r}, which is not a module of {type(base).__name__}. Near names: "
+        f"{', '.join(near) or 'none'}; or 'embeddings', 'head' or a layer's number."
+    )
