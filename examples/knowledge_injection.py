@@ -1,0 +1,381 @@
+"""Does what WordNet knows of the words help a sentiment classifier, in its domain and outside it?
+
+MiniLM trains on labelled movie reviews, and is tested on movie reviews and on tweets. WordNet's
+synsets are linked in every text and enter the model by cross-attention; their vectors are MiniLM's
+own encodings of the glosses. Three controls show what a gain comes from:
+
+    no knowledge      the plain Trainer
+    boundaries alone  every synset has the same vector: the model learns where words are linked
+    shuffled          every synset has another one's vector
+    WordNet           the vectors of the synsets
+    words of WordNet  no text: a logistic regression on the mean vector of the linked synsets
+
+Nothing is chosen by any test's labels; the last model of each run is tested.
+
+    python examples/knowledge_injection.py
+    python examples/knowledge_injection.py --seeds 5 --num_labels 50 200
+    python examples/knowledge_injection.py --source nyt --target products --form gated
+
+Writes results.json, table.md, explanations.html and knowledge.png to --output_dir. Every option of
+TrainingArguments can be given as well.
+"""
+
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from distil_classifier import label_names, report
+from domain_data import (
+    LICENCES,
+    MINILM_LICENCE,
+    WORDNET_LICENCE,
+    DataError,
+    cache_folder,
+    load_pair,
+    minilm_path,
+    wordnet_path,
+)
+from domain_shift_text import option, write
+from matplotlib.figure import Figure
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_adapt import (
+    EntityLinker,
+    EntityVectors,
+    KnowledgeCallback,
+    KnowledgeGraph,
+    KnowledgeInjector,
+)
+from hf_adapt.knowledge.inflection import ENGLISH_FUNCTION_WORDS
+
+DOMAINS = ("movies", "tweets", "products", "nyt")
+METHODS = {
+    "plain": "no knowledge",
+    "boundaries": "boundaries alone",
+    "shuffled": "shuffled",
+    "wordnet": "WordNet",
+    "lexicon": "words of WordNet",
+}
+TESTS = ("in domain", "out of domain")
+EXPLAINED = (
+    "The plot is a bank that nobody would trust with money.",
+    "A charming picture, though the second act drags.",
+    "She gave a dreadful performance in New York.",
+)
+
+# Every other TrainingArgument keeps its own default; all can be given on the command line.
+TRAINING_DEFAULTS = {
+    "output_dir": "runs/knowledge_injection",
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 1e-4,
+    "warmup_steps": 0.1,
+    "logging_steps": 20,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+
+
+@dataclass
+class ExampleArguments:
+    source: str = option("movies", f"Domain with labels. {LICENCES['vader4']}", choices=DOMAINS)
+    target: str = option("tweets", "Domain that is only tested", choices=DOMAINS)
+    model_name_or_path: str | None = option(None, f"Default: {MINILM_LICENCE}")
+    wordnet: str | None = option(None, f"A WordNet's dict folder. Default: {WORDNET_LICENCE}")
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Any of: {', '.join(METHODS)}"}
+    )
+    seeds: int = option(3, "Runs of each method, each with other labelled rows, from --seed on")
+    num_labels: list[int] = field(
+        default_factory=lambda: [100, 400], metadata={"help": "Labelled rows: a table for each"}
+    )
+    num_pool: int = option(1000, "Rows that the labelled ones are drawn from")
+    num_test: int = option(500, "Test rows of each domain, at most")
+    max_length: int = option(64, "Tokens of a text that are read")
+    form: str = option("cross_attention", "How: gated, cross_attention or adapter")
+    layer: str = option("embeddings", "Where: embeddings, or the number of a layer")
+    num_neighbours: int = option(4, "Neighbours in WordNet that are attended to beside a synset")
+    injector_learning_rate: float = option(1e-3, "Of the injector; the model has --learning_rate")
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"unknown --methods {sorted(unknown)}: choose from {list(METHODS)}")
+
+
+# ---------------------------------------------------------------- knowledge
+@dataclass
+class Knowledge:
+    graph: KnowledgeGraph
+    linker: EntityLinker
+    vectors: EntityVectors
+
+
+def load_knowledge(script: ExampleArguments, console: Console) -> Knowledge:
+    """What WordNet has of the words in the texts, a linker, and the glosses' encodings.
+
+    To encode all glosses would take a quarter of an hour: those of the synsets that the texts may
+    mean, and of their neighbours, are encoded once and kept. No label is looked at.
+    """
+    graph = KnowledgeGraph.from_wordnet(script.wordnet)
+    linker = EntityLinker(graph, inflections="english", stop_surfaces=ENGLISH_FUNCTION_WORDS)
+    pair = load_pair("vader4", script.source, script.target, script.num_pool, script.num_test)
+    texts = [
+        *pair.source["train"]["text"],
+        *pair.source["test"]["text"],
+        *pair.target["test"]["text"],
+    ]
+    linked = [mention for found in linker.link_batch([*texts, *EXPLAINED]) for mention in found]
+    meant = {candidate.entity for mention in linked for candidate in mention.candidates}
+    near = [graph.neighbours(e, limit=script.num_neighbours).entities for e in sorted(meant)]
+    graph = graph.subgraph(sorted(meant.union(*(ids.tolist() for ids in near))), hops=0)
+    linker = EntityLinker(graph, inflections="english", stop_surfaces=ENGLISH_FUNCTION_WORDS)
+    model = Path(script.model_name_or_path).name
+    folder = cache_folder() / f"glosses-{graph.fingerprint[:12]}-{model}"
+    if not folder.is_dir():
+        console.print(f"Encoding {graph.num_entities:,} glosses (once, some minutes)")
+        tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+        encoder = AutoModel.from_pretrained(script.model_name_or_path)
+        EntityVectors.from_descriptions(graph, encoder, tokenizer, max_length=32).save(folder)
+    return Knowledge(graph, linker, EntityVectors.load(folder))
+
+
+def control(method: str, vectors: EntityVectors) -> EntityVectors:
+    """The vectors that a method sees."""
+    if method == "boundaries":
+        return EntityVectors.from_array(np.ones((len(vectors), vectors.dimension), np.float16))
+    return vectors.shuffled() if method == "shuffled" else vectors
+
+
+# ---------------------------------------------------------------- data
+@dataclass
+class Data:
+    train: Dataset
+    tests: dict[str, Dataset]
+    labels: list[str]
+
+
+def load(script: ExampleArguments, number: int, seed: int) -> Data:
+    """A few rows of the source with labels, and both domains' tests."""
+    pair = load_pair("vader4", script.source, script.target, script.num_pool, script.num_test)
+    train = pair.source["train"].shuffle(seed=seed).select(range(number))
+    tests = {"in domain": pair.source["test"], "out of domain": pair.target["test"]}
+    return Data(train, tests, pair.labels)
+
+
+def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The tokens beside the text, which the callback links."""
+    return dataset.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True)
+
+
+# ---------------------------------------------------------------- training
+def new_model(
+    script: ExampleArguments, data: Data
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    transformers.logging.set_verbosity_error()  # else it tells that the head is new
+    model = AutoModelForSequenceClassification.from_pretrained(
+        script.model_name_or_path, **label_names(data.labels)
+    )
+    transformers.logging.set_verbosity_warning()
+    return model, AutoTokenizer.from_pretrained(
+        script.model_name_or_path, model_max_length=script.max_length
+    )
+
+
+def train_and_test(
+    method: str, script: ExampleArguments, args: TrainingArguments, data: Data, known: Knowledge
+) -> tuple[dict[str, Any], KnowledgeCallback | None]:
+    set_seed(args.seed)
+    model, tokenizer = new_model(script, data)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=tokenized(data.train, tokenizer),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    trainer.remove_callback(PrinterCallback)
+    callback = None
+    if method != "plain":
+        place = int(script.layer) if script.layer.lstrip("-").isdigit() else script.layer
+        callback = KnowledgeCallback(
+            known.graph,
+            control(method, known.vectors),
+            known.linker,
+            KnowledgeInjector(place, script.form, num_neighbours=script.num_neighbours),
+            learning_rate=script.injector_learning_rate,
+        )
+        trainer.add_callback(callback)
+    start = time.perf_counter()
+    trainer.train()
+    found: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    for name, dataset in data.tests.items():
+        predicted = trainer.predict(tokenized(dataset, tokenizer))
+        found[name] = accuracy_score(predicted.label_ids, predicted.predictions.argmax(-1))
+    return found, callback
+
+
+def lexicon(data: Data, known: Knowledge) -> dict[str, Any]:
+    """What the linked synsets say without the text around them."""
+    start = time.perf_counter()
+
+    def features(dataset: Dataset) -> np.ndarray:
+        rows = []
+        for mentions in known.linker.link_batch(dataset["text"][:]):
+            first = np.array([mention.candidates[0].entity for mention in mentions], dtype=int)
+            rows.append(known.vectors.gather(first).sum(0) / max(1, len(first)))
+        return np.stack(rows)
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    model.fit(features(data.train), data.train["label"][:])
+    found: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    for name, dataset in data.tests.items():
+        found[name] = accuracy_score(dataset["label"][:], model.predict(features(dataset)))
+    return found
+
+
+# ---------------------------------------------------------------- report
+def summarize(runs: list[dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
+    """Mean and standard deviation over seeds, by number of labels and method."""
+    summary: dict[tuple[int, str], dict[str, Any]] = {}
+    for key in dict.fromkeys((run["labels"], run["method"]) for run in runs):
+        own = [run for run in runs if (run["labels"], run["method"]) == key]
+        summary[key] = {}
+        for name in (*TESTS, "seconds"):
+            column = [run[name] for run in own]
+            deviation = statistics.stdev(column) if len(column) > 1 else None
+            summary[key][name] = (statistics.mean(column), deviation)
+    return summary
+
+
+def table_rows(summary: dict[tuple[int, str], dict[str, Any]]) -> list[list[str]]:
+    """The table's cells, header first."""
+
+    def cell(mean: float, deviation: float | None) -> str:
+        return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+    rows = [["labels", "method", *TESTS, "seconds"]]
+    for (labels, method), values in summary.items():
+        cells = [cell(*values[name]) for name in TESTS]
+        rows.append([str(labels), METHODS[method], *cells, f"{values['seconds'][0]:.0f}"])
+    return rows
+
+
+def plot(summary: dict[tuple[int, str], dict[str, Any]], path: Path) -> None:
+    """Bars of each method, a panel for each number of labels."""
+    numbers = list(dict.fromkeys(labels for labels, _ in summary))
+    figure = Figure(figsize=(4.6 * len(numbers), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]
+    for axes, labels in zip(panels, numbers, strict=True):
+        own = {method: values for (number, method), values in summary.items() if number == labels}
+        for offset, (test, colour) in enumerate(zip(TESTS, ("#9aa5b1", "#2a78c2"), strict=True)):
+            axes.bar(
+                [i + 0.4 * offset for i in range(len(own))],
+                [100 * values[test][0] for values in own.values()],
+                yerr=[100 * (values[test][1] or 0) for values in own.values()],
+                width=0.38,
+                capsize=3,
+                color=colour,
+                label=test,
+            )
+        ticks = [METHODS[method].replace(" ", "\n", 1) for method in own]
+        axes.set_xticks([i + 0.2 for i in range(len(own))], ticks, fontsize=8)
+        axes.set_title(f"{labels} labels", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    lowest = min(100 * values[test][0] for values in summary.values() for test in TESTS)
+    panels[0].set_ylim(max(0, lowest - 10), None)
+    panels[0].set_ylabel("accuracy, %")
+    panels[0].legend(loc="upper left", frameon=False, fontsize=8, ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def show(callback: KnowledgeCallback, console: Console, output_dir: Path) -> None:
+    """What the trained injector makes of a few sentences."""
+    found = [callback.explain(text) for text in EXPLAINED]
+    for explanation in found:
+        console.print(str(explanation), highlight=False, markup=False)
+    page = "".join(explanation.to_html() for explanation in found)
+    write(output_dir / "explanations.html", f'<!doctype html><meta charset="utf-8">{page}\n')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = HfArgumentParser((ExampleArguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    script, args = parser.parse_args_into_dataclasses(argv)
+    console = Console(quiet=args.process_index != 0)
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    for licence in (LICENCES["vader4"], MINILM_LICENCE, WORDNET_LICENCE):
+        console.print(f"[dim]{licence}[/dim]")
+    script.model_name_or_path = script.model_name_or_path or str(minilm_path())
+    script.wordnet = script.wordnet or str(wordnet_path())
+    known = load_knowledge(script, console)
+    console.print(f"{known.graph}")
+
+    runs: list[dict[str, Any]] = []
+    shown = None
+    for labels in script.num_labels:
+        for seed in range(args.seed, args.seed + script.seeds):
+            data = load(script, labels, seed)
+            run_args = copy.copy(args)
+            run_args.seed = seed
+            for method in script.methods:
+                console.print(f"[bold]{METHODS[method]}[/bold], {labels} labels, seed {seed}")
+                if method == "lexicon":
+                    found = lexicon(data, known)
+                else:
+                    found, callback = train_and_test(method, script, run_args, data, known)
+                    shown = callback if method == "wordnet" else shown
+                runs.append({"method": method, "labels": labels, "seed": seed, **found})
+                scores = {name: f"{found[name]:.3f}" for name in TESTS}
+                console.print(f"  {scores}", highlight=False)
+    if args.process_index != 0:
+        return
+
+    output_dir = Path(args.output_dir)
+    summary = summarize(runs)
+    legend = (
+        f"Accuracy in %, mean ± sd over {script.seeds} draw(s) of the labelled rows of "
+        f"{script.source}; out of domain: {script.target}. seconds: of training."
+    )
+    report(table_rows(summary), legend, {"runs": runs}, output_dir, console)
+    plot(summary, output_dir / "knowledge.png")
+    if shown is not None:
+        show(shown, console, output_dir)
+    console.print(f"wrote results.json, table.md and knowledge.png to {output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"error: {error}")
