@@ -164,16 +164,18 @@ class Attachment:
             return None
         if self.link is not None and isinstance(ids, torch.Tensor) and ids.ndim == 2:
             return self.link(ids, kwargs.get("attention_mask"))
-        if not self.has_warned:
-            self.has_warned = True
-            logger.warning(
-                "%s has a knowledge injector and got inputs without mentions (%s, ...): nothing is "
-                "added. Make batches with the KnowledgeCallback's Trainer, or load the model with "
-                "load_knowledge_model, which links by itself.",
-                type(self.model).__name__,
-                NAMES[0],
-            )
+        self._warn(
+            f"{type(self.model).__name__} has a knowledge injector and got inputs without mentions "
+            f"({NAMES[0]}, ...): nothing is added. Make batches with the KnowledgeCallback's "
+            "Trainer or knowledge_inputs, or load the model with load_knowledge_model, which links "
+            "by itself."
+        )
         return None
+
+    def _warn(self, message: str) -> None:
+        if not self.has_warned and not torch.compiler.is_compiling():
+            self.has_warned = True
+            logger.warning(message)
 
     def change(self, number: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """The hidden states of a place with knowledge added; None to leave them."""
@@ -184,7 +186,11 @@ class Attachment:
         if knowledge is None or not self.injector.is_built:
             return None
         if hidden.shape[0] != knowledge.num_rows:
-            return None  # not the rows of the batch: a prompt that is shared, an expert's tokens
+            self._warn(
+                f"The place {self.sites[number].place!r} saw {hidden.shape[0]} rows and the "
+                f"mentions are of {knowledge.num_rows}: nothing is added there."
+            )
+            return None
         weight = next(self.injector.parameters())
         if weight.device != hidden.device:
             self.injector.to(hidden.device)

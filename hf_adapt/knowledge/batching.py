@@ -69,6 +69,9 @@ class KnowledgeBatcher:
         self.num_prompt_tokens, self.writer = num_prompt_tokens, writer
         self._neighbours: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KnowledgeBatcher:
+        return self  # a copy of a model shares the graph
+
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the rows."""

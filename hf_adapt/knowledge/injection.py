@@ -43,6 +43,10 @@ MANY_DESCRIPTIONS = 300_000
 """Entities of which encoding the descriptions takes hours on a CPU."""
 
 
+FEW_STEPS = 10
+"""Optimizer steps after which a place with a gradient has moved, warm-up or not."""
+
+
 class KnowledgeInjection(Adaptation):
     """What a knowledge graph says of the entities in a text enters the model's hidden states.
 
@@ -116,6 +120,8 @@ class KnowledgeInjection(Adaptation):
         self._batcher: KnowledgeBatcher | None = None
         self._seen: list[torch.Tensor] = []
         self._is_silent = False
+        self._starts_anew = False
+        self._looks_at_places = True
         self._mask_rate = 0.0
         self._trainer: Any = None
 
@@ -151,6 +157,8 @@ class KnowledgeInjection(Adaptation):
             if loaded is not None and loaded.injector is self.injector:
                 self.attachment = loaded
             else:
+                # A search over hyperparameters trains one model after the other.
+                self._starts_anew = self.attachment is not None
                 self.attachment = Attachment(model, self.injector)
         self.attachment.connect(self._batcher)
         self.attachment.mask_rate = self._mask_rate
@@ -202,7 +210,8 @@ class KnowledgeInjection(Adaptation):
     def build_modules(self, batch: Batch) -> nn.Module | None:
         """The injector, with weights for the sizes that the first forward has shown."""
         assert self.attachment is not None
-        if not self.injector.is_built:
+        if not self.injector.is_built or self._starts_anew:
+            self._starts_anew = False
             sizes = self.attachment.hidden_sizes
             silent = [s.place for s, n in zip(self.attachment.sites, sizes, strict=True) if not n]
             if silent:
@@ -261,6 +270,8 @@ class KnowledgeInjection(Adaptation):
             return {}
         mentions, rows_with, rows = torch.stack(self._seen).sum(0).tolist()
         self._seen = []
+        if mentions > 0:
+            self._check_places()
         if mentions == 0 and not self._is_silent:
             self._is_silent = True
             logger.warning(
@@ -273,6 +284,22 @@ class KnowledgeInjection(Adaptation):
             f"{self.name}/mentions_per_row": mentions / max(1.0, rows),
             f"{self.name}/rows_with_mention": rows_with / max(1.0, rows),
         }
+
+    def _check_places(self) -> None:
+        """Say once which places have no effect on the loss."""
+        if not self._looks_at_places or self._trainer.state.global_step < FEW_STEPS:
+            return
+        self._looks_at_places = False
+        places = zip(self.injector.places, self.injector.forms, strict=False)
+        still = [place for place, form in places if not bool(form.output.weight.any())]
+        if still:
+            logger.warning(
+                "After %d steps nothing has been learnt at %s: the loss does not depend on the "
+                "mentions' hidden states there (a classifier that reads the first token, and the "
+                "last layer?). Choose a place further down in layers=.",
+                self._trainer.state.global_step,
+                still,
+            )
 
     # ---- checkpoints and afterwards ----
 

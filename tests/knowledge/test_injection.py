@@ -1,5 +1,6 @@
 """Knowledge in a Trainer: one line, exact, and a plain checkpoint."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import BertForSequenceClassification, Trainer
+from transformers import BertForSequenceClassification, Trainer, set_seed
 
 from hf_adapt import (
     DANN,
@@ -402,6 +403,37 @@ def test_a_model_that_was_given_another_injector(tmp_path: Path) -> None:
     two.model = one.model
     with pytest.raises(ValueError, match="has an injector already"):
         adapt(two, injection()).train()
+
+
+def test_a_place_without_effect_is_pointed_out(tmp_path: Path, caplog: Any) -> None:
+    for layer, warns in ((1, True), (0, False)):  # of two: a classifier reads [CLS]
+        caplog.clear()
+        one = trainer(tmp_path, max_steps=12)
+        adapt(one, injection(injector=KnowledgeInjector(layer))).train()
+        assert ("nothing has been learnt at [1]" in caplog.text) == warns
+
+
+def test_another_model_starts_anew(tmp_path: Path) -> None:
+    one = trainer(tmp_path)
+    own = injection()
+    adapt(one, own)
+    set_seed(0)  # the order of the rows
+    one.train()
+    first, result = weights(own.module), weights(one.model)
+    one.model = one.model_wrapped = made("bert")
+    one.optimizer = one.lr_scheduler = None
+    set_seed(0)
+    one.train()
+    assert same_bits(first, weights(own.module)) and same_bits(result, weights(one.model))
+
+
+def test_a_copy_of_the_model_shares_the_graph(tmp_path: Path) -> None:
+    one = trainer(tmp_path)
+    adapt(one, injection()).train()
+    twin = attachment_of(copy.deepcopy(one.model))
+    assert twin is not attachment_of(one.model)
+    assert twin.batcher is attachment_of(one.model).batcher
+    assert twin.link.__self__ is twin.batcher
 
 
 def test_nothing_was_linked(tmp_path: Path, caplog: Any) -> None:
