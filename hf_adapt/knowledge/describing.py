@@ -56,10 +56,9 @@ def encode_descriptions(
         - output: (entities, hidden size), float32.
 
     Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> graph = KnowledgeGraph.from_triples([("cat", "is_a", "animal")])  # doctest: +SKIP
-        >>> encode_descriptions(graph, BertModel(BertConfig()), tokenizer)  # doctest: +SKIP
-        EntityVectors(2 entities, dimension 768, by descriptions)
+        >>> vectors = encode_descriptions(graph, model, tokenizer)  # doctest: +SKIP
+        >>> vectors  # doctest: +SKIP
+        EntityVectors(117,791 entities, dimension 384, by descriptions)
     """
     texts = [
         f"{graph.label(i)}: {description}"

@@ -95,7 +95,7 @@ class Malformed:
 
 
 def read_columns(path: Path, columns: Sequence[str], separator: str | None = None) -> Any:
-    """Some columns of a csv or tsv file, as an Arrow table of dictionary-encoded strings.
+    """Some columns of a csv or tsv file, as an Arrow table of strings.
 
     A first line that holds all the names of `columns` is a header, and other columns are left out.
     Without such a line the file has exactly these columns, in this order. Nothing is taken for a
@@ -123,7 +123,6 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
     skipped = number if header else 0
     if quoted and _quotation_marks(path) % 2:  # pyarrow would take the rest for one cell
         explain(path, columns, separator)
-    cell = pa.dictionary(pa.int32(), pa.string())
     try:
         table = pa.csv.read_csv(
             pa.input_stream(str(path), compression="detect"),
@@ -132,7 +131,7 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
                 delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
             ),
             pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, cell),
+                column_types=dict.fromkeys(columns, pa.string()),
                 include_columns=list(columns),
                 null_values=[],
                 strings_can_be_null=False,

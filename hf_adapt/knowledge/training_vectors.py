@@ -6,6 +6,7 @@ import gc
 import importlib
 import logging
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,14 +115,17 @@ def train_vectors(
             optimizer_kwargs={"lr": learning_rate},
             automatic_memory_optimization=False,
         )
-        losses = loop.train(
-            factory,
-            num_epochs=num_epochs,
-            batch_size=batch_size,
-            use_tqdm=progress,
-            use_tqdm_batch=False,
-            pin_memory=place.type == "cuda",
-        )
+        with warnings.catch_warnings():
+            # PyKEEN 1.11.1 gives its own data loader an option that it has deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            losses = loop.train(
+                factory,
+                num_epochs=num_epochs,
+                batch_size=batch_size,
+                use_tqdm=progress,
+                use_tqdm_batch=False,
+                pin_memory=place.type == "cuda",
+            )
         measured = None
         if test is not None:
             measured = _evaluate(learned, test, [factory.mapped_triples, *filtered])

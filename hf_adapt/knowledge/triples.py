@@ -62,8 +62,7 @@ def read_file(path: Path, columns: Sequence[str], separator: str | None = None) 
     if kind in (".parquet", ".pq"):
         schema = pa.parquet.read_schema(path)
         _check_columns(schema.names, columns, str(path))
-        text = [name for name in columns if pa.types.is_string(schema.field(name).type)]
-        table = pa.parquet.read_table(path, columns=list(columns), read_dictionary=text)
+        table = pa.parquet.read_table(path, columns=list(columns))
         return _encode(table, columns, str(path))
     if kind not in SEPARATORS and separator is None:
         other = {".ttl": "rdf", ".nt": "rdf", ".rdf": "rdf", ".owl": "rdf", ".obo": "obo"}.get(kind)
@@ -219,9 +218,12 @@ def encode(array: Any, name: str, source: str) -> Column:
         return Column(np.zeros(0, np.int32), pa.array([], pa.large_string()))
     if isinstance(array, pa.Array):
         array = pa.chunked_array([array])
-    if not pa.types.is_dictionary(array.type):
-        array = _text(array, name, source).dictionary_encode()
-    array = array.unify_dictionaries().combine_chunks()
+    if pa.types.is_dictionary(array.type):
+        array = array.unify_dictionaries()
+    else:
+        kept = pa.types.is_string(array.type)  # as it is: a copy of all the texts would be large
+        array = (array if kept else _text(array, name, source)).dictionary_encode()
+    array = array.combine_chunks()
     values = _text(array.dictionary, name, source)
     trimmed = pc.utf8_trim_whitespace(values).dictionary_encode()  # may make two texts one
     codes = pc.fill_null(array.indices.cast(pa.int32()), -1).to_numpy(zero_copy_only=False)

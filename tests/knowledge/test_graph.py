@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_adapt.knowledge.building import sort_triples
+from hf_adapt.knowledge.content import Content
 from hf_adapt.knowledge.graph import KnowledgeGraph, UnknownEntityError
 from hf_adapt.knowledge.strings import StringTable
 
@@ -76,7 +77,7 @@ def test_every_surface_is_given_once() -> None:
 
 def test_surfaces_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(animals().surfaces())
-    monkeypatch.setattr("hf_adapt.knowledge.content.CHUNK", 2)
+    monkeypatch.setitem(Content.surfaces.__globals__, "CHUNK", 2)
     assert list(animals().surfaces()) == whole
 
 

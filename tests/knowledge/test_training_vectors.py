@@ -24,19 +24,18 @@ def folder_of(name: str) -> Path:
     return Path(pykeen.__file__).parent / "datasets" / name
 
 
-# PyKEEN 1.11.1's own pipeline, with its own numbering of entities and so other initial vectors:
-# LCWA, cross-entropy, inverse triples, Adam 0.02, 60 epochs, dimension 64, seed 0, filtered, both
-# sides, realistic ranks.
-PUBLISHED = [
-    ("umls", "TransE", 0.753, 0.986),
-    pytest.param("umls", "DistMult", 0.687, 0.896, marks=pytest.mark.slow),
+# Of PyKEEN 1.11.1's own pipeline: LCWA, cross-entropy, inverse triples, Adam 0.02, 60 epochs,
+# dimension 64, seed 0; filtered, both sides, realistic ranks. Our numbering of entities is another,
+# so the initial vectors are too: between seeds the MRR differs by 0.02.
+KNOWN = [
+    # The other models: benchmarks/link_prediction.py.
     ("umls", "ComplEx", 0.645, 0.871),
     pytest.param("kinships", "ComplEx", 0.705, 0.948, marks=pytest.mark.slow),
-    ("nations", "DistMult", 0.704, 0.995),
+    ("nations", "ComplEx", 0.535, 0.985),
 ]
 
 
-@pytest.mark.parametrize(("data", "model", "mrr", "hits"), PUBLISHED)
+@pytest.mark.parametrize(("data", "model", "mrr", "hits"), KNOWN)
 def test_link_prediction_reaches_known_figures(
     data: str, model: str, mrr: float, hits: float
 ) -> None:
