@@ -70,6 +70,10 @@ demo-distillation: $(EXAMPLES)  ## a small classifier learns from a larger one; 
 demo-distillation-lm: $(EXAMPLES)  ## half a language model learns from the whole; ARGS="--max_steps 300"
 	$(RUN) examples/distil_causal_lm.py $(ARGS)
 
+.PHONY: demo-knowledge
+demo-knowledge: $(EXAMPLES)  ## WordNet in a sentiment classifier, with controls; ARGS="--seeds 5"
+	$(RUN) examples/knowledge_injection.py $(ARGS)
+
 .PHONY: test
 test: lint types unit  ## lint, types, doctests and tests: what CI runs
 
@@ -100,7 +104,7 @@ test-cuda: $(DEV)  ## the tests marked cuda, one at a time
 	$(TEST_ENV) $(RUN) -m pytest -m cuda tests $(ARGS)
 
 .PHONY: bench
-bench: $(DEV)  ## BENCH=engine_overhead (the default), unfreezing, distillation, distillation_steps
+bench: $(DEV)  ## BENCH=engine_overhead (the default) or another file of benchmarks/
 	$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
 .PHONY: trainer-suite

@@ -290,7 +290,8 @@ class KnowledgeInjection(Adaptation):
         if not self._looks_at_places or self._trainer.state.global_step < FEW_STEPS:
             return
         self._looks_at_places = False
-        places = zip(self.injector.places, self.injector.forms, strict=False)
+        forms: list[Any] = list(self.injector.forms)
+        places = zip(self.injector.places, forms, strict=False)
         still = [place for place, form in places if not bool(form.output.weight.any())]
         if still:
             logger.warning(
