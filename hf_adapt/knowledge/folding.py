@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from bisect import bisect_right
@@ -22,6 +23,10 @@ find_unspaced = re.compile(f"[{UNSPACED}]").search
 _odd_space = re.compile(r"[^\S ]")
 _odd_ascii_space = {code: " " for code in range(128) if chr(code).isspace()}
 _spaces = re.compile(r"\s{2,}")
+# Chinese and Japanese characters, and punctuation: tokens of their own unless a mark follows.
+SIGNS = "\u3001-\u3029\u3041-\u3096\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff01-\uff0f"
+has_signs = re.compile(f"[{SIGNS}]").search
+_other_than_signs = re.compile(f"[^{SIGNS}]+").finditer
 
 
 class Folded(NamedTuple):
@@ -144,7 +149,7 @@ def _fold_blocks(text: str, ignore_case: bool) -> Folded:
 
 @functools.cache
 def _units() -> Callable[[str], Iterator[re.Match[str]]]:
-    return re.compile(rf"\s{{2,}}|\S?[{_marks()}{JAMO}]+").finditer
+    return re.compile(rf"\s{{2,}}|\S?[{_marks()}]+|\S?[{JAMO}]+").finditer
 
 
 @functools.cache
@@ -176,37 +181,64 @@ def token_splitter(ascii_only: bool, whole_words: bool) -> Callable[[str], list[
     return re.compile(rf"({word}\w[{marks}]*|\S)").split
 
 
+def tokens_among_signs(text: str, whole_words: bool) -> tuple[list[str], list[int], list[int]]:
+    """Tokens, their starts and ends, as `token_splitter` makes them: faster on Chinese text."""
+    split = token_splitter(False, whole_words)
+    tokens: list[str] = []
+    starts: list[int] = []
+    stops: list[int] = []
+    for run in _runs()(text):
+        start, stop = run.span()
+        if run.lastindex:
+            tokens.extend(run.group())
+            starts.extend(range(start, stop))
+            stops.extend(range(start + 1, stop + 1))
+            continue
+        pieces = split(run.group())
+        ends = list(itertools.accumulate(map(len, pieces), initial=start))[1:]
+        tokens.extend(pieces[1::2])
+        starts.extend(ends[:-1:2])
+        stops.extend(ends[1::2])
+    return tokens, starts, stops
+
+
+@functools.cache
+def _runs() -> Callable[[str], Iterator[re.Match[str]]]:
+    """Signs (a group), and what is between them with a sign before it that has a mark."""
+    return re.compile(rf"([{SIGNS}]+)(?![{_marks()}])|[{SIGNS}]?[^{SIGNS}]+").finditer
+
+
 @functools.cache
 def ascii_letters() -> bytes:
     """A table for `bytes.translate`: 1 for what makes up a word, else 0."""
     return bytes(chr(code).isalnum() or chr(code) == "_" for code in range(128)) + bytes(128)
 
 
-def inner_offsets(folded: Folded, whole_words: bool) -> bytes | bytearray:
+def inner_offsets(folded: Folded, whole_words: bool) -> bytearray:
     """For each offset of a folded text 1 if no match may begin or end there, else 0.
 
     That is inside of a token, as `token_splitter` makes them, or of a character of the text that
     was folded.
     """
     text = folded.text
-    if text.isascii():
-        if not whole_words:
-            return bytes(len(text) + 1)
+    inner = bytearray(len(text) + 1)
+    if text.isascii() and whole_words:
         # Both sides are letters: as two numbers of a bit each character, in one operation.
         letters = int.from_bytes(text.encode().translate(ascii_letters()), "little")
         inner = bytearray((letters & (letters << 8)).to_bytes(len(text) + 1, "little"))
-    else:
-        inner = bytearray(len(text) + 1)
-        for token in _long_tokens(whole_words)(text):
-            start, end = token.span()
-            inner[start + 1 : end] = b"\1" * (end - start - 1)
+    elif not text.isascii():
+        find_tokens = _long_tokens(whole_words)
+        for part in _other_than_signs(text):  # of Chinese text, next to nothing
+            for token in find_tokens(text, max(0, part.start() - 1), part.end()):
+                start, end = token.span()
+                inner[start + 1 : end] = b"\1" * (end - start - 1)
     for offset in folded.inside:
         inner[offset] = 1
     return inner
 
 
 @functools.cache
-def _long_tokens(whole_words: bool) -> Callable[[str], Iterator[re.Match[str]]]:
+def _long_tokens(whole_words: bool) -> Callable[[str, int, int], Iterator[re.Match[str]]]:
     """Tokens of more than one character."""
     marks = _marks()
     letters = rf"[^\W{UNSPACED}]"

@@ -14,6 +14,7 @@ Span = tuple[int, int]
 ITEM = array("i").itemsize
 SPACE = "▁"  # of sentencepiece
 GLUED = frozenset("-'’/&")
+COMPOSING = ('"NF', "Precompiled", "StripAccents")  # what normalizers are called
 NOTHING = b"\xff"
 """For special tokens: a byte that no UTF-8 text has, so that no search runs across them."""
 
@@ -41,7 +42,8 @@ class TokenPieces:
         self.special = frozenset({*tokenizer.all_special_ids, *marked} - {self.unknown})
         self._kind = _kind(tokenizer.backend_tokenizer)
         self.is_exact = self._kind in ("bytes", "spaces")
-        self.loses_marks = self._kind != "bytes"
+        normalizer = _state(tokenizer.backend_tokenizer.normalizer)
+        self.loses_marks = not self.is_exact or any(name in normalizer for name in COMPOSING)
         self._prefix = _prefix(tokenizer.backend_tokenizer)
         self._known: dict[int, bytes] = {}
 

@@ -117,16 +117,18 @@ class Placer:
             ids, spans = self._encode(given)
             whole = find_whole(row.ids, ids, after, ITEM) if ids else None
             if whole is not None:
-                return _by_ids(row, whole, spans, shift, text)
+                return _by_ids(whole, spans, shift, text)
         ids, spans = self._encode(text)
         return self._part_by_ids(row, ids, spans, text, after) or unsure
 
     def _by_bytes(self, row: Row, text: str, after: int) -> tuple[Placed | None, Placed | None]:
         """Where a text's characters are, and else where they may be."""
         start, unsure = row.bounds[after], None
-        given, folded = Folded(text), fold(text, ignore_case=False)
-        # Many tokenizers compose characters, and sentencepiece makes whitespace one space.
-        for spelling in [given] if folded.text == text else [given, folded]:
+        for is_folded in (False, True):
+            # Many tokenizers compose characters, and sentencepiece makes whitespace one space.
+            spelling = fold(text, ignore_case=False) if is_folded else Folded(text)
+            if is_folded and spelling.text == text:
+                break
             stripped = spelling.text.strip()
             content = stripped.encode("utf-8", "replace")
             found = find_whole(row.spelling, content, start, 1)
@@ -157,7 +159,7 @@ class Placer:
                 whole = find_whole(row.ids, inner, after, ITEM)
                 found += [] if whole is None else [whole._replace(of=begin)]
         longest = max(found, key=lambda overlap: overlap.length, default=None)
-        return None if longest is None else _by_ids(row, longest, spans, 0, text)
+        return None if longest is None else _by_ids(longest, spans, 0, text)
 
     def _encoded(self, text: str) -> tuple[bytes, list[Span]]:
         made = self._tokenizer(
@@ -169,7 +171,13 @@ class Placer:
             truncation=False,
             verbose=False,  # a text longer than the model takes is no news here
         )
-        return array("i", made["input_ids"]).tobytes(), made["offset_mapping"]
+        ids, pieces = made["input_ids"], self.pieces
+        # A token of whitespace alone has the offsets of the word that follows.
+        spans = [
+            (0, 0) if pieces[token].isspace() else span
+            for token, span in zip(ids, made["offset_mapping"], strict=True)
+        ]
+        return array("i", ids).tobytes(), spans
 
 
 class Recent:
@@ -199,30 +207,27 @@ def _inner(text: str, spans: list[Span]) -> Span:
     words = text.split(maxsplit=1)
     second = text.index(words[0]) + len(words[0])
     last = len(text.rstrip()) - len(text.split()[-1])
-    starts = [start for start, _ in spans]
-    return bisect_left(starts, second), bisect_left(starts, max(0, last - 1))
+    places = [place for place, (start, _) in enumerate(spans) if start >= second]
+    ends = [place for place, (start, _) in enumerate(spans) if start >= max(1, last - 1)]
+    return min(places, default=len(spans)), min(ends, default=len(spans))
 
 
 def _is_run(part: Overlap, runs: list[Span]) -> bool:
     return any(part.at == first and part.length == end - first for first, end in runs)
 
 
-def _by_ids(row: Row, part: Overlap, spans: list[Span], shift: int, text: str) -> Placed:
+def _by_ids(part: Overlap, spans: list[Span], shift: int, text: str) -> Placed:
     """From equal tokens to the characters of each."""
     end = part.of + part.length
     kept = [
         (part.at + place, max(0, start - shift), stop - shift)
         for place, (start, stop) in enumerate(spans[part.of : end])
-        if stop - shift > max(0, start - shift) and not row.is_blank(part.at + place)
+        if stop > max(shift, start)
     ]
-    first_char = 0 if part.of == 0 else spans[part.of][0] - shift
-    last_char = len(text) if end == len(spans) else spans[end - 1][1] - shift
-    # A character of several tokens of which some were cut off is not there.
-    if part.of and spans[part.of - 1][1] > spans[part.of][0]:
-        first_char = spans[part.of - 1][1] - shift
-    if end < len(spans) and spans[end][0] < spans[end - 1][1]:
-        last_char = spans[end][0] - shift
-    return _placed(kept, first_char, last_char, row.loses_marks)
+    # What no token stands for is not cut off; a character some of whose tokens are missing is.
+    before = next((stop for start, stop in reversed(spans[: part.of]) if stop > start), shift)
+    after = next((start for start, stop in spans[end:] if stop > start), len(text) + shift)
+    return _placed(kept, before - shift, after - shift, False)
 
 
 def _from_bytes(row: Row, part: Overlap, spelling: Folded, text: str, content: bytes) -> Placed:
@@ -236,12 +241,15 @@ def _from_bytes(row: Row, part: Overlap, spelling: Folded, text: str, content: b
     move, lead = part.of - part.at, spelling.text.index(text)
     origin = spelling.origin
     kept = []
-    first = bisect_right(bounds, part.at) - 1
-    for token in range(first, bisect_left(bounds, stop)):
-        begin, end = max(bounds[token], part.at), min(bounds[token + 1], stop)
+    first, last = bisect_right(bounds, part.at) - 1, bisect_left(bounds, stop)
+    begin = max(bounds[first], part.at)
+    for token, bound in enumerate(bounds[first + 1 : last + 1], first):
+        end = min(bound, stop)
         if end > begin:
-            chars = owner[begin + move] + lead, owner[end - 1 + move] + 1 + lead
-            kept.append((token, origin(chars[0]), origin(chars[1])))
+            kept.append((token, owner[begin + move] + lead, owner[end - 1 + move] + 1 + lead))
+        begin = end
+    if spelling.starts is not None:
+        kept = [(token, origin(start), origin(end)) for token, start, end in kept]
     is_cut = part.of > 0 and owner[part.of] == owner[part.of - 1]
     start = origin(owner[part.of] + is_cut + lead)
     return _placed(kept, start, origin(owner[part.of + part.length] + lead), False)

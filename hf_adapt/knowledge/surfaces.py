@@ -33,7 +33,8 @@ class NamedEntities(Protocol):
         """The numbers of the entities with these keys, -1 for those that are not here."""
 
 
-CHUNK = 4096
+CHUNK = 512
+"""Names that are folded at once: few enough that the collector of cycles need not look at them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +124,21 @@ class SurfaceTable:
         min_length: int,
         stopped: set[str],
     ) -> None:
-        numbers, number = self.numbers, len(self._entities)
-        add_entity, add_prior = self._entities.append, self._priors.append
         shortest = max(1, min_length)
-        for name, entity, prior in zip(names, entities, priors, strict=True):
-            if len(name) < shortest or name in stopped:
-                continue
-            known = numbers.setdefault(name, number)
-            if known != number:
-                self._others.setdefault(known, []).append(number)
-            elif not (self.has_unspaced or name.isascii()):
-                self.has_unspaced = find_unspaced(name) is not None
-            add_entity(entity)
-            add_prior(prior)
-            number += 1
+        if min(map(len, names)) < shortest or not stopped.isdisjoint(names):
+            kept = [len(name) >= shortest and name not in stopped for name in names]
+            names = list(itertools.compress(names, kept))
+            entities = list(itertools.compress(entities, kept))
+            priors = list(itertools.compress(priors, kept))
+        if not (self.has_unspaced or (text := "".join(names)).isascii()):
+            self.has_unspaced = find_unspaced(text) is not None
+        own = range(len(self._entities), len(self._entities) + len(names))
+        known = list(map(self.numbers.setdefault, names, own))
+        for number, first in zip(own, known, strict=True):
+            if number != first:
+                self._others.setdefault(first, []).append(number)
+        self._entities.extend(entities)
+        self._priors.extend(priors)
 
     def meant(self, number: int) -> tuple[Candidate, ...]:
         """The entities of a name."""

@@ -18,6 +18,7 @@ from hf_adapt.knowledge.folding import (
     fold_names,
     inner_offsets,
     token_splitter,
+    tokens_among_signs,
 )
 from hf_adapt.knowledge.matching import AhoCorasickMatcher, WordMatcher
 from tests.knowledge.linking import is_boundary, is_mark, naive, unspaced
@@ -57,6 +58,8 @@ def found(
 @example(["izmir", "bay"], "İzmir izmir bay", True, True, False)
 @example(["new york", "york city", "new york city hall"], "new york city", True, True, False)
 @example(["s", "ss"], "ß", True, False, False)
+@example(["s"], "ß s", True, False, False)
+@example(["s"], "ß s", True, False, True)
 @example(["C++", "C", "+"], "C++ C+ c", False, True, True)
 def test_matches_are_those_of_every_span(
     matcher: Any, names: list[str], text: str, case: bool, words: bool, overlapping: bool
@@ -107,12 +110,16 @@ def test_every_character_keeps_its_kind() -> None:
 @given(TEXTS, st.booleans())
 def test_tokens_and_boundaries_agree(text: str, words: bool) -> None:
     inner = inner_offsets(Folded(text := fold(text, True).text), words)
-    for pieces in [token_splitter(False, words)(text)]:
-        assert "".join(pieces) == text
-        place, edges = 0, set()
-        for piece in pieces:
-            edges |= {place, place + len(piece)}
-            place += len(piece)
+    pieces = token_splitter(False, words)(text)
+    assert "".join(pieces) == text
+    place, edges = 0, {0}
+    for piece in pieces:
+        place += len(piece)
+        edges.add(place)
+    tokens, starts, stops = tokens_among_signs(text, words)
+    assert tokens == pieces[1::2]
+    assert [text[a:b] for a, b in zip(starts, stops, strict=True)] == tokens
+    assert {0, *starts, *stops, len(text)} == edges
     for place in range(len(text) + 1):
         assert bool(inner[place]) != (place in edges)
         assert is_boundary(text, place, words) == (place in edges)

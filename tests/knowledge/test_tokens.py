@@ -85,7 +85,7 @@ def alone(kind: str, text: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(TEXTS, st.sampled_from(["left", "right"]), st.booleans(), st.integers(0, 9))
 def test_whole_and_truncated_rows(
     kind: str, text: str, padding_side: str, pad: bool, cut: int
@@ -108,7 +108,7 @@ def test_whole_and_truncated_rows(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.sampled_from(WORDS), min_size=12, max_size=30, unique=True))
 def test_windows_with_a_stride(kind: str, words: list[str]) -> None:
     text, made = " ".join(words), tokenizer(kind)
@@ -134,13 +134,11 @@ def test_windows_with_a_stride(kind: str, words: list[str]) -> None:
             assert got == wanted
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("kind", ["wordpiece", "prefixed bytes", "unigram"])
+@settings(max_examples=25, deadline=None)
 @given(TEXTS, TEXTS, st.sampled_from([None, "only_second", "only_first"]))
 def test_pairs(kind: str, first: str, second: str, truncation: str | None) -> None:
     made = tokenizer(kind)
-    if made("a", "b")["input_ids"].count(made.eos_token_id) < 2:
-        pytest.skip("this tokenizer puts nothing between the texts of a pair")
     lengths = [len(alone(kind, text)) for text in (first, second)]
     limit: dict[str, Any] = {}
     if truncation is not None:
@@ -175,7 +173,7 @@ TEMPLATES = [
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(TEXTS, st.sampled_from(["", "."]))
 def test_a_template_around_the_text(kind: str, template: str, text: str, stop: str) -> None:
     made, text = tokenizer(kind), text + stop
@@ -308,6 +306,35 @@ def test_words_and_processors_and_pickling() -> None:
     assert [place[2] for place in places] == ["aspirin", "new york"]
     again = pickle.loads(pickle.dumps(TokenAligner(LINKER, made, ("tokens",))))
     assert found(again, row) == places
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "prefixed bytes", "unigram"])
+def test_a_cut_text_of_a_pair_is_not_looked_for_in_the_other(kind: str) -> None:
+    made, first, second = tokenizer(kind), "heart of new york", "new york and the heart of new york"
+    aligner = TokenAligner(LINKER, made, ("a", "b"))
+    cut = len(alone(kind, first)) // 2
+    whole = made(first, second)["input_ids"]
+    encoded = made(first, second, truncation="only_first", max_length=len(whole) - cut)
+    places = found(aligner, {"input_ids": encoded["input_ids"], "a": first, "b": second})
+    spelt = [(surface, column) for _, _, surface, column in places]
+    expected = ["new york", "the", "heart", "new york"]
+    assert spelt == [("heart", 0), *((surface, 1) for surface in expected)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offsets_of_a_prompt_are_not_taken_for_those_of_the_text(kind: str) -> None:
+    made = tokenizer(kind)
+    text = "aspirin thins the blood of people after a heart attack in new york " * 4
+    encoded = made("every question: " + text, add_special_tokens=False, return_offsets_mapping=True)
+    cut = {name: encoded[name][:30] for name in ("input_ids", "offset_mapping")}
+    assert cut["offset_mapping"][-1][1] < len(text)  # they could be
+    aligner = TokenAligner(LINKER, made)
+    places = found(aligner, {**cut, "text": text})
+    assert places == found(aligner, {"input_ids": cut["input_ids"], "text": text})
+    for start, end, surface, _ in places:
+        assert surface in made.decode(cut["input_ids"][start:end])
+    # One token may hold several words, whose mentions then come in either order.
+    assert {"aspirin", "the"} <= {place[2] for place in places}
 
 
 def test_padding_with_a_token_that_is_no_special_one() -> None:
