@@ -12,6 +12,11 @@ own encodings of the glosses. Three controls show what a gain comes from:
 
 Nothing is chosen by any test's labels; the last model of each run is tested.
 
+Measured with 100 labels and three draws (accuracy in %, movies / tweets): no knowledge 63.5 / 54.0,
+boundaries alone 58.8 / 52.5, shuffled 57.2 / 51.2, WordNet 64.1 / 50.1, words of WordNet 57.5 /
+55.1, with deviations of 1 to 5 on movies and 7 to 21 on tweets: no help here. About half an hour
+on two busy cores; the first run encodes 28,572 glosses, which are kept.
+
     python examples/knowledge_injection.py
     python examples/knowledge_injection.py --seeds 5 --num_labels 50 200
     python examples/knowledge_injection.py --source nyt --target products --form gated
