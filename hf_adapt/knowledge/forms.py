@@ -114,6 +114,11 @@ class Form(nn.Module):
         normed: torch.Tensor = self.norm(vectors)
         return normed
 
+    def entity(self, knowledge: Knowledge) -> torch.Tensor:
+        """The candidates' mean vector by their priors, (B, M, D)."""
+        priors = knowledge.priors.float().unsqueeze(-1)
+        return (priors * self.candidates(knowledge)).sum(2)
+
     def mention_values(
         self, query: torch.Tensor, knowledge: Knowledge, record: Record | None
     ) -> torch.Tensor:
@@ -191,12 +196,10 @@ class GatedAddition(Form):
         self, query: torch.Tensor, knowledge: Knowledge, record: Record | None
     ) -> torch.Tensor:
         """The gated mean of the candidates; see the base."""
-        priors = knowledge.priors.float()
-        entity = (priors.unsqueeze(-1) * self.candidates(knowledge)).sum(2)
-        value = self.value(entity)
+        value = self.value(self.entity(knowledge))
         gate = torch.sigmoid(self.gate(torch.cat([query, value], dim=-1)))
         if record is not None:
-            record["attention"] = priors
+            record["attention"] = knowledge.priors.float()
             record["gate"] = gate.mean(-1)
         gated: torch.Tensor = gate * value
         return gated
@@ -352,7 +355,7 @@ class KnowledgeAdapter(Form):
     ) -> torch.Tensor:
         """What to add to the hidden states of rows with a mention; see the base."""
         tokens = knowledge.token_mask(hidden.shape[1]).to(hidden.dtype)
-        entity = (knowledge.priors.float().unsqueeze(-1) * self.candidates(knowledge)).sum(2)
+        entity = self.entity(knowledge)
         inner = self.down(hidden) + tokens.transpose(1, 2) @ self.value(entity)
         unseen = self._unseen(hidden, knowledge)
         for layer in self.layers:
@@ -368,7 +371,7 @@ class KnowledgeAdapter(Form):
     ) -> torch.Tensor:
         """What to add to one vector per row, which the adapter reads as a row of one token."""
         there = knowledge.candidate_mask.any(-1).to(query.dtype).unsqueeze(-1)
-        entity = (knowledge.priors.float().unsqueeze(-1) * self.candidates(knowledge)).sum(2)
+        entity = self.entity(knowledge)
         mean = (self.value(entity) * there).sum(1) / there.sum(1).clamp(min=1)
         inner = (self.down(query) + mean).unsqueeze(1)
         for layer in self.layers:

@@ -38,7 +38,7 @@ class EntityLinker(Linker):
         max_candidates: Entities that are kept for a mention.
         min_length: Characters that a name needs.
         stop_surfaces: Names that are never linked, such as
-            [`hf_adapt.knowledge.inflection.ENGLISHFUNCTION_WORDS`].
+            [`hf_adapt.knowledge.inflection.ENGLISH_FUNCTION_WORDS`].
         matcher: "words" (pure Python), "ahocorasick" (the extra `knowledge`) or "auto": the extra,
             if it is installed, for names in scripts without spaces and for parts of words, where it
             is much faster; else words. They find the same. Or a linker of your own, see

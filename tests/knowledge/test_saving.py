@@ -19,8 +19,7 @@ from hf_adapt.knowledge import (
 from hf_adapt.knowledge.attachment import attachment_of
 from tests.knowledge import toy
 from tests.knowledge.models import made
-from tests.knowledge.test_injection import LABELS, trainer
-from tests.tiny import arguments
+from tests.knowledge.test_injection import trainer
 
 TEXTS = ["w0 w20 w1 w2", "w21 w22", "w4 w9"]
 DECODED = "ignore:Entities are linked in the tokenizer's own decoding:UserWarning"
@@ -216,4 +215,3 @@ def test_a_folder_is_never_half_written(tmp_path: Path) -> None:
     one.save_model(str(tmp_path / "final"))  # once more over what is there
     load_knowledge_model(tmp_path / "final")
     assert not list((tmp_path / "final").rglob("*.tmp"))
-    assert arguments and LABELS  # shared with the other tests
