@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_adapt.engine.domains import IGNORED
 from hf_adapt.knowledge.injector import KnowledgeInjector
 from hf_adapt.knowledge.inputs import Knowledge
 from hf_adapt.knowledge.prompts import add_prompt_tokens
-from hf_adapt.knowledge.sites import is_causal_lm
+from hf_adapt.knowledge.sites import is_causal_lm, is_masked_lm
 from hf_adapt.knowledge.text_triples import TripleWriter, check_visibility, first_position
 from hf_adapt.knowledge.tokens import TokenAligner, TokenMention
 
@@ -44,6 +45,8 @@ class KnowledgeBatcher:
         num_neighbours: Neighbours that are gathered for each candidate.
         max_mentions: Mentions of a row at most, the first ones; None for all.
         after: Whether each stands at the token after it (see [`KnowledgeInjector`]).
+        without_predicted: Whether mentions with a token that is to be predicted are left out, so
+            that they do not give it away.
         num_prompt_tokens: Tokens that are put before each row for its mentions; 0 for none.
         writer: Writes facts into the rows, in place of vectors.
 
@@ -59,6 +62,7 @@ class KnowledgeBatcher:
         num_neighbours: int = 0,
         max_mentions: int | None = None,
         after: bool = False,
+        without_predicted: bool = False,
         num_prompt_tokens: int = 0,
         writer: TripleWriter | None = None,
     ) -> None:
@@ -66,6 +70,7 @@ class KnowledgeBatcher:
             raise ValueError(f"max_mentions={max_mentions} must be at least 1, or None for all.")
         self.graph, self.vectors, self.aligner = graph, vectors, aligner
         self.num_neighbours, self.max_mentions, self.after = num_neighbours, max_mentions, after
+        self.without_predicted = without_predicted
         self.num_prompt_tokens, self.writer = num_prompt_tokens, writer
         self._neighbours: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -108,6 +113,11 @@ class KnowledgeBatcher:
                 )
             shift = _shift(row, ids[number], _at(batch.get("attention_mask"), number))
             mentions.append([(m, m.start + shift, m.end + shift) for m in self.aligner(row)])
+        if self.without_predicted and isinstance(labels := batch.get("labels"), torch.Tensor):
+            mentions = [
+                [found for found in row if bool((own[found[1] : found[2]] == IGNORED).all())]
+                for row, own in zip(mentions, labels, strict=True)
+            ]
         mentions = [row[: self.max_mentions] for row in mentions]
         if self.writer is not None:
             self.writer.add_to(batch, mentions)
@@ -229,6 +239,7 @@ def make_batcher(
         injector.num_neighbours,
         max_mentions if not prompts else min(max_mentions or prompts, prompts),
         after and not prompts,
+        is_masked_lm(model),
         prompts,
         writer,
     )

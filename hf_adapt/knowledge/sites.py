@@ -85,6 +85,11 @@ def is_causal_lm(model: nn.Module) -> bool:
     return is_a(model, heads) and not is_encoder_decoder(unwrapped_base(model))
 
 
+def is_masked_lm(model: nn.Module) -> bool:
+    """Whether a model predicts tokens that were masked."""
+    return is_a(model, ("ForMaskedLM", "ForPreTraining"))
+
+
 def reader_of(model: nn.Module) -> nn.Module:
     """What reads the text: the encoder of an encoder–decoder, else the model itself."""
     base: Any = unwrapped_base(model)

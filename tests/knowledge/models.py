@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     DebertaV2Config,
@@ -16,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -38,6 +44,21 @@ def _bert() -> Any:
 
 def _bert_tokens() -> Any:
     return BertForTokenClassification(BertConfig(vocab_size=VOCABULARY, **SIZE, **NO_DROPOUT))
+
+
+def _bert_masked() -> Any:
+    return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SIZE, **NO_DROPOUT))
+
+
+def _bert_answers() -> Any:
+    return BertForQuestionAnswering(BertConfig(vocab_size=VOCABULARY, **SIZE, **NO_DROPOUT))
+
+
+def _modernbert() -> Any:
+    config = ModernBertConfig(
+        vocab_size=VOCABULARY, **SIZE, **TOKENS, cls_token_id=2, sep_token_id=3
+    )
+    return ModernBertForSequenceClassification(config)
 
 
 def _roberta() -> Any:
@@ -86,6 +107,25 @@ def _t5() -> Any:
     return T5ForConditionalGeneration(config)
 
 
+def _bart() -> Any:
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        dropout=0.0,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+        **TOKENS,
+    )
+    return BartForConditionalGeneration(config)
+
+
 def _lora() -> Any:
     return get_peft_model(_bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
 
@@ -97,17 +137,23 @@ def _lora_llama() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": _bert,
     "bert_tokens": _bert_tokens,
+    "bert_masked": _bert_masked,
+    "bert_answers": _bert_answers,
+    "modernbert": _modernbert,
     "roberta": _roberta,
     "deberta": _deberta,
     "gpt2": _gpt2,
     "llama": _llama,
     "llama_rows": _llama_rows,
     "t5": _t5,
+    "bart": _bart,
     "lora": _lora,
     "lora_llama": _lora_llama,
 }
 CAUSAL = ("gpt2", "llama", "lora_llama")
-GENERATING = (*CAUSAL, "t5")
+GENERATING = (*CAUSAL, "t5", "bart")
+ROWS = ("bert", "modernbert", "roberta", "deberta", "llama_rows", "lora")
+"""Models with a label for each row."""
 
 
 def made(name: str, seed: int = 0) -> Any:
@@ -128,11 +174,15 @@ def inputs(name: str, rows: int = 3, length: int = 10, seed: int = 1) -> dict[st
     mask = torch.ones_like(ids)
     ids[-1, length - 2 :], mask[-1, length - 2 :] = 0, 0
     labels = ids.masked_fill(mask == 0, -100)
-    if name in ("bert", "roberta", "deberta", "llama_rows", "lora"):
+    if name in ROWS:
         labels = torch.arange(rows) % 2
     if name == "bert_tokens":
         labels = (ids % 2).masked_fill(mask == 0, -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if name == "bert_answers":
+        first = torch.arange(rows) + 1
+        return {**batch, "start_positions": first, "end_positions": first + 1}
+    return {**batch, "labels": labels}
 
 
 def knowledge(

@@ -25,7 +25,10 @@ FORMS = ("gated", "cross_attention", "adapter")
 
 
 def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    return model(**batch).logits
+    outputs = model(**batch)
+    if "logits" in outputs:
+        return outputs.logits
+    return torch.stack([outputs.start_logits, outputs.end_logits], -1)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,17 +105,20 @@ def test_generation_is_the_same_with_and_without_a_cache(name: str, form: str) -
     batch["attention_mask"][:] = 1
     batch["input_ids"][:] = batch["input_ids"].clamp(min=5)
     settings: dict[str, Any] = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    plain = model.generate(**batch, **settings)
+    scored: dict[str, Any] = dict(**settings, output_logits=True, return_dict_in_generate=True)
+    plain = model.generate(**batch, **scored)
     disturb(injector, scale=3.0)
     Attachment(model, injector)
     mentions = knowledge()
     mentions["knowledge_spans"][0, 1] = torch.tensor([6, 7])  # the first token that is generated
-    cached = model.generate(**batch, **mentions, **settings, use_cache=True)
-    anew = model.generate(**batch, **mentions, **settings, use_cache=False)
-    assert torch.equal(cached, anew)
-    assert not torch.equal(cached, plain)
+    cached = model.generate(**batch, **mentions, **scored, use_cache=True)
+    anew = model.generate(**batch, **mentions, **scored, use_cache=False)
+    assert torch.equal(cached.sequences, anew.sequences)
+    for with_cache, without, untold in zip(cached.logits, anew.logits, plain.logits, strict=True):
+        torch.testing.assert_close(with_cache, without, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(with_cache, untold, atol=1e-2)
     beams = model.generate(**batch, **mentions, **settings, num_beams=2)
-    assert beams.shape == cached.shape
+    assert beams.shape == cached.sequences.shape
 
 
 @pytest.mark.parametrize("name", ["bert", "bert_tokens", "gpt2", "llama", "t5", "lora"])

@@ -7,7 +7,11 @@ import datasets
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from hf_adapt.knowledge.graph import KnowledgeGraph
@@ -83,6 +87,9 @@ def rows(number: int, seed: int, labels: str = "row", keep: Any = ("text",), low
             row["labels"] = generator.integers(0, 2, size).tolist()
         elif labels == "lm":
             row["labels"] = list(row["input_ids"])
+        elif labels == "answer":
+            row["start_positions"] = int(generator.integers(1, size - 1))
+            row["end_positions"] = row["start_positions"]
         made.append({**row, **({"text": text} if "text" in keep else {})})
     return datasets.Dataset.from_list(made)
 
@@ -92,7 +99,9 @@ def collator(labels: str = "row", side: str = "right", length: int | None = None
     own = tokenizer()
     own.padding_side = side
     how: dict[str, Any] = {"padding": True} if length is None else {"padding": "max_length"}
-    if labels == "row":
+    if labels == "masked":
+        return DataCollatorForLanguageModeling(own, mlm_probability=0.3, seed=1)
+    if labels in ("row", "answer"):
         return DataCollatorWithPadding(own, max_length=length, **how)
     return DataCollatorForTokenClassification(own, max_length=length, **how)
 
