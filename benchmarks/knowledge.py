@@ -258,7 +258,8 @@ def main() -> None:
     """Run the parts that were named, or all, and print them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parts = ("step", "memory", "wordnet")
-    parser.add_argument("parts", nargs="*", choices=[*parts, "build", "load"])
+    # argparse would hold an empty list against choices.
+    parser.add_argument("parts", nargs="*", help=f"Any of {', '.join(parts)}; all by default")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -267,6 +268,8 @@ def main() -> None:
         one = build_large if options.parts == ["build"] else load_large
         print(json.dumps(one(options.folder)))
         return
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"unknown parts {sorted(unknown)}: choose from {', '.join(parts)}")
     found: dict[str, Any] = {}
     for part in options.parts or parts:
         print(part, flush=True)
