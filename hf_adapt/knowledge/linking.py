@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import uuid
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -68,9 +70,7 @@ class Linker(ABC):
         settings = {key: value for key, value in self.settings.items() if value not in MATCHERS}
         told = json.dumps([1, settings, self.graph.fingerprint], sort_keys=True)
         for function in self._functions():
-            from datasets.fingerprint import Hasher
-
-            told += str(Hasher.hash(function))
+            told += _hash_of(function)
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
     def _functions(self) -> list[Callable[..., Any]]:
@@ -130,6 +130,25 @@ def told(value: Any) -> Any:
         return value
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{FUNCTION}{kind.__module__}.{kind.__qualname__}"
+
+
+def _hash_of(function: Callable[..., Any]) -> str:
+    """Equal for functions of the user's that do the same, as far as that can be told."""
+    # A spaCy pipeline; pickling one by value drags in half of its packages, and fails.
+    to_bytes = getattr(function, "to_bytes", None)
+    if callable(to_bytes):
+        return hashlib.sha256(to_bytes()).hexdigest()
+    from datasets.fingerprint import Hasher
+
+    try:
+        return str(Hasher.hash(function))
+    except Exception as error:  # what pickling raises depends on what the function holds
+        warnings.warn(
+            f"The linker's function {told(function)!r} cannot be hashed ({error}), so datasets "
+            "linked with it are not cached between runs.",
+            stacklevel=4,
+        )
+        return uuid.uuid4().hex
 
 
 def checked_text(text: Any) -> str:

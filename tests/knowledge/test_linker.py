@@ -242,6 +242,37 @@ def test_a_pipeline_like_spacys() -> None:
     assert spans(strict, "ASPIRIN heart xyz") == expected[1:]
 
 
+class Unpicklable:
+    """A linker that holds what cannot be pickled, as spaCy's pipelines do."""
+
+    def __call__(self, text: str) -> list[tuple[int, int, int]]:
+        return [(0, len(text), 1)]
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle this")
+
+
+class Pipeline(Unpicklable):
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def to_bytes(self) -> bytes:
+        return self.content
+
+
+def test_a_pipeline_is_told_by_its_bytes() -> None:
+    one, same, other = (
+        CallableLinker(MEDICAL, Pipeline(text)).fingerprint for text in (b"a", b"a", b"b")
+    )
+    assert one == same != other
+
+
+def test_a_function_that_cannot_be_hashed_is_never_taken_for_another() -> None:
+    with pytest.warns(UserWarning, match="cannot be hashed.*not cached"):
+        one, other = (CallableLinker(MEDICAL, Unpicklable()).fingerprint for _ in range(2))
+    assert one != other
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [
