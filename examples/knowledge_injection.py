@@ -98,7 +98,7 @@ EXPLAINED = (
 # Every other TrainingArgument keeps its own default; all can be given on the command line.
 TRAINING_DEFAULTS = {
     "output_dir": "runs/knowledge_injection",
-    "num_train_epochs": 5,
+    "max_steps": 120,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "learning_rate": 1e-4,

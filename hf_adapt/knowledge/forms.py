@@ -67,11 +67,29 @@ class RelationalAggregation(nn.Module):
         return result
 
 
+def size_of(hidden: torch.Tensor) -> torch.Tensor:
+    """The root mean square of each hidden state.
+
+    Word embeddings of MiniLM-L6 are of size 0.06, its layers' outputs of 0.5. In units of it one
+    learning rate does everywhere; else a few dozen steps drown the embeddings.
+
+    Shape:
+        - hidden: (..., H); output: (..., 1).
+
+    Example:
+        >>> size_of(torch.tensor([[3.0, -3.0], [0.0, 0.0]])).tolist()
+        [[3.0], [0.0]]
+    """
+    norm: torch.Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return norm / math.sqrt(hidden.shape[-1])
+
+
 class Form(nn.Module):
     """One way in which knowledge enters hidden states.
 
     A subclass defines `mention_values`; the base takes the mean hidden state of each mention's
-    tokens, and adds the output projection of the values to the same tokens.
+    tokens, and adds the output projection of the values to the same tokens. The injector divides
+    hidden states by their size before, and multiplies what is added by it (see [`size_of`]).
 
     Args:
         hidden_size: Of the hidden states.
@@ -84,6 +102,8 @@ class Form(nn.Module):
     averages_neighbours = True
     changes = "hidden"
     """What of a batch it changes: hidden states alone, or the tokens too."""
+    is_relative = True
+    """Whether what it reads and adds is in units of the hidden states' own size."""
 
     def __init__(
         self,
@@ -137,10 +157,10 @@ class Form(nn.Module):
     def forward(
         self, hidden: torch.Tensor, knowledge: Knowledge, record: Record | None = None
     ) -> torch.Tensor:
-        """What to add to the hidden states.
+        """What to add to the hidden states, in units of their size.
 
         Args:
-            hidden: Hidden states, in float32.
+            hidden: Hidden states, in float32, in units of their size.
             knowledge: The mentions of the same rows.
             record: Where to put what `explain` shows, or None.
 
@@ -156,7 +176,7 @@ class Form(nn.Module):
     def row_values(
         self, query: torch.Tensor, knowledge: Knowledge, record: Record | None = None
     ) -> torch.Tensor:
-        """What to add to one vector per row: the mean over its mentions.
+        """What to add to one vector per row, in units of its size: the mean over its mentions.
 
         Shape:
             - query: (B, H); output: (B, H).

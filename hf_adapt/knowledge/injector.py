@@ -15,6 +15,7 @@ from hf_adapt.knowledge.forms import (
     GatedAddition,
     KnowledgeAdapter,
     Record,
+    size_of,
 )
 from hf_adapt.knowledge.inputs import Knowledge
 from hf_adapt.knowledge.prompts import SoftPrompt
@@ -32,6 +33,9 @@ FORMS: dict[str, type[Form] | type[TextTriples]] = {
 }
 """The forms by name; a subclass of one's own does as well."""
 
+SMALLEST = 1e-12
+"""A hidden state of zeros, as embeddings of padding are, is divided by this."""
+
 
 class KnowledgeInjector(nn.Module):
     """Adds what a graph knows of the entities in a text to a model's hidden states.
@@ -40,6 +44,9 @@ class KnowledgeInjector(nn.Module):
     forms gated, cross_attention and adapter it is an exact no-op at first, since their output
     projections are zero, and always for rows without a mention. Soft prompts and text triples
     change the input, and so the answers, from the first step on.
+
+    Hidden states are read, and added to, in units of their own size (root mean square), which
+    differs tenfold and more between embeddings and layers: one learning rate does for all places.
 
     Args:
         layers: Where: `"embeddings"`, layers' numbers (negative from the top), `"head"`, modules'
@@ -177,6 +184,8 @@ class KnowledgeInjector(nn.Module):
         assert isinstance(form, Form)
         with torch.autocast(hidden.device.type, enabled=False):
             own = hidden.to(form.output.weight.dtype)
+            size = size_of(own) if form.is_relative else own.new_ones(())
+            own = own / size.clamp(min=SMALLEST)
             if kind != "row_head":
                 added = form(own, knowledge, record)
             elif hidden.ndim == 2:
@@ -184,7 +193,7 @@ class KnowledgeInjector(nn.Module):
             else:
                 mean = _row_mean(own, knowledge.mask)
                 added = form.row_values(mean, knowledge, record).unsqueeze(1)
-            changed: torch.Tensor = hidden + added.to(hidden.dtype)
+            changed: torch.Tensor = hidden + (added * size).to(hidden.dtype)
         return changed
 
     @property

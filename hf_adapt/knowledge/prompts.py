@@ -36,6 +36,7 @@ class SoftPrompt(GatedAddition):
     """
 
     changes = "prompt"
+    is_relative = False  # what a prompt token was before is no measure
 
     def __init__(
         self,
