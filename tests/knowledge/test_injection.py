@@ -123,7 +123,7 @@ def test_evaluation_sees_the_mentions(tmp_path: Path) -> None:
     assert "text" not in batch
 
 
-@pytest.mark.parametrize("name", ["bert", "bert_tokens", "llama", "t5"])
+@pytest.mark.parametrize("name", [m for m in MODELS if m != "bert_masked"])  # masks by batch
 def test_eight_times_one_is_one_times_eight(name: str, tmp_path: Path) -> None:
     found = []
     for rows, steps in ((8, 1), (1, 8)):
@@ -143,8 +143,7 @@ def test_eight_times_one_is_one_times_eight(name: str, tmp_path: Path) -> None:
     (one_gradient, one_weights), (other_gradient, other_weights) = found
     cosine, ratio = cosine_and_ratio(one_gradient, other_gradient)
     assert cosine == pytest.approx(1, abs=1e-4) and ratio == pytest.approx(1, abs=1e-3)
-    # Adam divides by small gradients' sizes: a rate of 1e-2 makes 5e-4 of rounding.
-    torch.testing.assert_close(one_weights, other_weights, rtol=1e-3, atol=5e-4)
+    assert (one_weights - other_weights).norm() < 1e-3 * one_weights.norm()
 
 
 @pytest.mark.parametrize("form", ["gated", "cross_attention", "adapter"])
@@ -174,6 +173,18 @@ def test_resume_is_bit_exact_and_the_checkpoint_is_plain(form: str, tmp_path: Pa
     plain, info = BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert plain.config.to_dict().keys() == made("bert").config.to_dict().keys()
+
+
+@pytest.mark.parametrize("name", [model for model in MODELS if model != "bert"])
+def test_every_model_resumes_bit_exact(name: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(save_strategy="steps", save_steps=2, max_steps=4)
+    found = []
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        one = trainer(tmp_path, name, **settings)
+        own = injection()
+        adapt(one, own).train(resume_from_checkpoint=resumed)
+        found.append({**weights(one.model), **weights(own.module)})
+    assert same_bits(*found)
 
 
 def test_another_graph_is_refused_on_resume(tmp_path: Path) -> None:
@@ -265,7 +276,8 @@ def test_a_stream(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "scaler", "checkpointing", "compile"])
-def test_precisions(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_precisions(name: str, precision: str, tmp_path: Path) -> None:
     cls = ScaledTrainer if precision == "scaler" else Trainer
     settings: dict[str, Any] = {
         "bf16": {"bf16": True},
@@ -274,16 +286,15 @@ def test_precisions(precision: str, tmp_path: Path) -> None:
     }.get(precision, {})
     found = []
     for more in ({}, settings):
-        one = trainer(tmp_path, cls=cls if more is settings else Trainer, **more)
+        one = trainer(tmp_path, name, cls if more is settings else Trainer, **more)
         own = injection()
-        recorder = GradientRecorder(one.model)
-        one.add_callback(recorder)
         adapt(one, own).train()
         assert all(p.dtype == torch.float32 for p in own.module.parameters())
         found.append(toy.flat(own.module))
     torch._dynamo.reset()
-    tolerance = dict(rtol=0.1, atol=2e-2) if precision == "bf16" else dict(rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found[1], found[0], **tolerance)
+    # By norms: Adam turns the rounding of tiny gradients into steps.
+    tolerance = 0.2 if precision == "bf16" else 1e-3
+    assert (found[1] - found[0]).norm() < tolerance * found[0].norm()
 
 
 def test_beside_the_rest(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def collator(labels: str = "row", side: str = "right", length: int | None = None
     own.padding_side = side
     how: dict[str, Any] = {"padding": True} if length is None else {"padding": "max_length"}
     if labels == "masked":
-        return DataCollatorForLanguageModeling(own, mlm_probability=0.3, seed=1)
+        return DataCollatorForLanguageModeling(own, mlm_probability=0.3)
     if labels in ("row", "answer"):
         return DataCollatorWithPadding(own, max_length=length, **how)
     return DataCollatorForTokenClassification(own, max_length=length, **how)
