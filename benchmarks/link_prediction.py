@@ -18,9 +18,9 @@ from pathlib import Path
 import pykeen
 import torch
 
-from hf_adapt.knowledge.graph import KnowledgeGraph
-from hf_adapt.knowledge.training_vectors import MODELS
-from hf_adapt.knowledge.vectors import EntityVectors
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.knowledge.vectors.table import EntityVectors
+from hf_adapt.knowledge.vectors.training import MODELS
 
 PIPELINE = {
     "umls": {"TransE": (0.755, 0.986), "DistMult": (0.687, 0.896), "ComplEx": (0.645, 0.871),

@@ -13,7 +13,9 @@ def test_names_are_there_and_documented() -> None:
         assert (getattr(hf_adapt, name).__doc__ or "").strip(), name
 
 
-@pytest.mark.parametrize("package", ["alignment", "distillation", "evaluation", "unfreezing"])
+@pytest.mark.parametrize(
+    "package", ["alignment", "distillation", "evaluation", "knowledge", "unfreezing"]
+)
 def test_packages_offer_what_they_say(package: str) -> None:
     module = importlib.import_module(f"hf_adapt.{package}")
     for name in module.__all__:

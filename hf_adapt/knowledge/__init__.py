@@ -1,26 +1,30 @@
 """Facts of a knowledge graph in any model: linking, entity vectors, injection."""
 
-from hf_adapt.knowledge.callable_linker import CallableLinker
-from hf_adapt.knowledge.explaining import Explanation, explain
-from hf_adapt.knowledge.forms import CrossAttention, Form, GatedAddition, KnowledgeAdapter
-from hf_adapt.knowledge.graph import KnowledgeGraph
-from hf_adapt.knowledge.injection import KnowledgeCallback, KnowledgeInjection, KnowledgeTrainer
-from hf_adapt.knowledge.injector import KnowledgeInjector
-from hf_adapt.knowledge.linker import EntityLinker
-from hf_adapt.knowledge.linking import Mention
-from hf_adapt.knowledge.objectives import (
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.knowledge.injection.adaptation import KnowledgeInjection
+from hf_adapt.knowledge.injection.callback import KnowledgeCallback
+from hf_adapt.knowledge.injection.explaining import Explanation, explain
+from hf_adapt.knowledge.injection.forms import CrossAttention, Form, GatedAddition, KnowledgeAdapter
+from hf_adapt.knowledge.injection.injector import KnowledgeInjector
+from hf_adapt.knowledge.injection.objectives import (
     DescriptionAlignment,
     EntityPrediction,
     LinkPrediction,
 )
-from hf_adapt.knowledge.prompts import SoftPrompt
-from hf_adapt.knowledge.saving import knowledge_inputs, load_knowledge_model
-from hf_adapt.knowledge.surfaces import Candidate
-from hf_adapt.knowledge.text_triples import TextTriples
-from hf_adapt.knowledge.tokens import TokenAligner, TokenMention
-from hf_adapt.knowledge.vectors import EntityVectors
+from hf_adapt.knowledge.injection.prompts import SoftPrompt
+from hf_adapt.knowledge.injection.saving import knowledge_inputs, load_knowledge_model
+from hf_adapt.knowledge.injection.text_triples import TextTriples
+from hf_adapt.knowledge.injection.trainer import KnowledgeTrainer
+from hf_adapt.knowledge.linking.callable_linker import CallableLinker
+from hf_adapt.knowledge.linking.inflection import ENGLISH_FUNCTION_WORDS
+from hf_adapt.knowledge.linking.linker import EntityLinker
+from hf_adapt.knowledge.linking.mentions import Mention
+from hf_adapt.knowledge.linking.surfaces import Candidate
+from hf_adapt.knowledge.linking.tokens import TokenAligner, TokenMention
+from hf_adapt.knowledge.vectors.table import EntityVectors
 
 __all__ = [
+    "ENGLISH_FUNCTION_WORDS",
     "CallableLinker",
     "Candidate",
     "CrossAttention",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_adapt.knowledge.content import Content
+from hf_adapt.knowledge.graphs.content import Content
 from hf_adapt.knowledge.strings import StringTable
 
 Arrays = dict[str, npt.NDArray[Any]]

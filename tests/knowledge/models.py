@@ -28,8 +28,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_adapt.knowledge.injector import KnowledgeInjector
-from hf_adapt.knowledge.inputs import Knowledge
+from hf_adapt.knowledge.injection.injector import KnowledgeInjector
+from hf_adapt.knowledge.injection.inputs import Knowledge
 
 VOCABULARY = 64
 SIZE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)

@@ -14,8 +14,8 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from hf_adapt.knowledge.graph import KnowledgeGraph
-from hf_adapt.knowledge.vectors import EntityVectors
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.knowledge.vectors.table import EntityVectors
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{i}" for i in range(59)]
@@ -98,6 +98,8 @@ def collator(labels: str = "row", side: str = "right", length: int | None = None
     """Pads rows, and labels of tokens."""
     own = tokenizer()
     own.padding_side = side
+    if labels == "answer":  # any token may be the answer, padding too: its number must not vary
+        length = 12
     how: dict[str, Any] = {"padding": True} if length is None else {"padding": "max_length"}
     if labels == "masked":
         return DataCollatorForLanguageModeling(own, mlm_probability=0.3)

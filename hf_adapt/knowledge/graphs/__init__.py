@@ -1,0 +1,1 @@
+"""Knowledge graphs: made, read, kept and asked."""

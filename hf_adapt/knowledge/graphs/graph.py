@@ -1,0 +1,454 @@
+"""A knowledge graph in arrays: entities with names and descriptions, and the triples among them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_adapt.knowledge import storing
+from hf_adapt.knowledge.graphs import networkx_graph, obo, rdf, wordnet
+from hf_adapt.knowledge.graphs.building import NameSource, build, pairs_of
+from hf_adapt.knowledge.graphs.content import Content, Ids
+from hf_adapt.knowledge.graphs.links import Direction, Links, Neighbours
+from hf_adapt.knowledge.graphs.triples import read_triples
+
+FORMAT = 1
+
+
+class UnknownEntityError(KeyError):
+    """No entity has this key."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show it quoted
+
+
+class KnowledgeGraph:
+    """Entities with names and descriptions, and the triples among them, in arrays.
+
+    Made by one of the `from_` methods. Entities and relations are numbered from 0. All is held in
+    arrays, memory-mapped after [`load`]: a million entities with names and five million triples
+    take about 150 MB.
+
+    Args:
+        content: The arrays.
+
+    Example:
+        >>> graph = KnowledgeGraph.from_triples(
+        ...     [("aspirin", "treats", "headache"), ("aspirin", "is_a", "drug")],
+        ...     names={"aspirin": ["aspirin", "acetylsalicylic acid"]},
+        ... )
+        >>> graph
+        KnowledgeGraph(3 entities, 2 relations, 2 triples)
+        >>> relations, entities = graph.neighbours(graph.entity("aspirin"))
+        >>> [(graph.relations[r], graph.label(e)) for r, e in zip(relations, entities)]
+        [('treats', 'headache'), ('is_a', 'drug')]
+    """
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+        self._folder: Path | None = None
+        self.relations: list[str] = list(content.relations)
+
+    # ---- where it comes from ----
+
+    @classmethod
+    def from_triples(
+        cls,
+        triples: Any,
+        *,
+        head: str = "head",
+        relation: str = "relation",
+        tail: str = "tail",
+        names: NameSource | None = None,
+        descriptions: NameSource | None = None,
+        separator: str | None = None,
+    ) -> KnowledgeGraph:
+        """From a file, a table or a list of (head, relation, tail).
+
+        Entities are numbered in the order in which rows first name them, relations likewise.
+        White space around a text is cut off, triples that are there twice count once, and nothing
+        is taken for a missing value: the gene `NA` is an entity.
+
+        Args:
+            triples: The path of a csv, tsv (both also `.gz`) or parquet file, a
+                `datasets.Dataset`, a pandas DataFrame (or another Arrow table), a mapping of
+                columns, or any iterable of (head, relation, tail). A text file needs no header
+                line if it has three columns.
+            head: The column of heads.
+            relation: The column of relations.
+            tail: The column of tails.
+            names: Of entities: a mapping from key to a name or a list of names, or a csv or tsv
+                file of (entity, name). The first name is the label. Entities with a name and no
+                triple are kept, without neighbours.
+            descriptions: Of entities, one each: a mapping, or a file of (entity, description).
+            separator: Between the cells of text files, where the ending does not say it.
+
+        Raises:
+            ValueError: If lines are malformed (with their numbers), there is no triple, or a
+                description is of an unknown entity or is there twice and differs.
+
+        Example:
+            >>> graph = KnowledgeGraph.from_triples(
+            ...     [("q1", "is_a", "q2")],
+            ...     names={"q1": "cat", "q2": ["feline", "felid"]},
+            ...     descriptions={"q1": "a small domesticated animal"},
+            ... )
+            >>> graph.label(0), graph.names(1), graph.description(0)
+            ('cat', ['feline', 'felid'], 'a small domesticated animal')
+        """
+        columns = read_triples(triples, (head, relation, tail), separator)
+        source = str(triples) if isinstance(triples, (str, Path)) else "triples"
+        return cls(
+            build(
+                columns,
+                pairs_of(names, "name", separator),
+                pairs_of(descriptions, "description", separator),
+                source=source,
+            )
+        )
+
+    @classmethod
+    def from_rdf(
+        cls,
+        path: str | Path,
+        *,
+        format: str | None = None,
+        label_predicates: Sequence[str] = rdf.LABELS,
+        alias_predicates: Sequence[str] = rdf.ALIASES,
+        description_predicates: Sequence[str] = rdf.DESCRIPTIONS,
+        language: str | None = "en",
+    ) -> KnowledgeGraph:
+        """From Turtle, N-Triples, RDF/XML or OWL, through pyoxigraph or else rdflib.
+
+        Keys are IRIs. RDF has no order, so entities and relations are numbered in the order of
+        their IRIs. An OWL restriction (`A subClassOf [onProperty r; someValuesFrom B]`) becomes
+        the triple (A, r, B). Other blank nodes, other literals and declarations such as
+        `A rdf:type owl:Class` are left out.
+
+        Args:
+            path: The file; `.gz` is decompressed.
+            format: `"turtle"`, `"ntriples"` or `"xml"`; by the file's ending where it is None.
+            label_predicates: IRIs of what an entity is called; the first found is its label.
+            alias_predicates: IRIs of its other names.
+            description_predicates: IRIs of its description; the first found counts.
+            language: Texts of this language, or of none, count; all where it is None.
+
+        Raises:
+            ImportError: If neither library is installed.
+            ValueError: If the file is malformed, or holds no triple between entities.
+        """
+        predicates = label_predicates, alias_predicates, description_predicates
+        return cls(rdf.read(Path(path), format, predicates, language))
+
+    @classmethod
+    def from_obo(cls, path: str | Path) -> KnowledgeGraph:
+        """From an OBO file: terms, names, synonyms, definitions, `is_a` and `relationship`.
+
+        Obsolete terms and what points to them are left out. A term of another ontology, which is
+        only pointed to, is kept with its id as its name.
+
+        Args:
+            path: The file; `.gz` is decompressed.
+
+        Raises:
+            ValueError: If lines are malformed, with their numbers.
+        """
+        return cls(obo.read(Path(path)))
+
+    @classmethod
+    def from_networkx(
+        cls,
+        graph: Any,
+        *,
+        relation: str = "relation",
+        name: str = "name",
+        description: str = "description",
+    ) -> KnowledgeGraph:
+        """From a networkx graph, directed or not, with one edge or several between two nodes.
+
+        An edge of an undirected graph becomes one triple, from the node that was added first.
+
+        Args:
+            graph: Its nodes become keys by `str`; nodes without edges are kept.
+            relation: The edge attribute that names the relation; an edge without it has its key
+                in a multigraph if that is text, else `"related_to"`.
+            name: The node attribute with a name or a list of names.
+            description: The node attribute with the description.
+
+        Raises:
+            ValueError: If two nodes have the same text, or there is no edge.
+        """
+        return cls(networkx_graph.read(graph, relation, name, description))
+
+    @classmethod
+    def from_wordnet(cls, path: str | Path) -> KnowledgeGraph:
+        """From the files of WordNet 3.0 or 3.1: synsets, their lemmas, glosses and pointers.
+
+        Keys are such as `dog.n.02086723`: the first lemma, the part of speech (n, v, a, r) and the
+        place in its file. Pointers between two words are kept between their synsets. The prior of
+        a lemma's synset follows how often it was tagged with it, and then the order of its senses.
+
+        Reference:
+            Fellbaum 1998, "WordNet: An Electronic Lexical Database"; the file formats are those of
+            its manual page wndb(5WN).
+
+        Args:
+            path: The folder with `data.noun`, `data.verb`, `data.adj` and `data.adv` (and
+                `index.sense` or `index.noun` …, for the priors), or the folder that holds it.
+
+        Raises:
+            FileNotFoundError: If the files are not there.
+            ValueError: If lines are malformed, with their numbers.
+        """
+        return cls(wordnet.read(Path(path)))
+
+    # ---- what it holds ----
+
+    @property
+    def num_entities(self) -> int:
+        """How many entities there are, with or without triples."""
+        return len(self._content.keys)
+
+    @property
+    def num_relations(self) -> int:
+        """How many relations there are, not counting their inverses."""
+        return len(self.relations)
+
+    @property
+    def num_triples(self) -> int:
+        """How many triples there are, each counted once."""
+        return len(self._content.triples)
+
+    def __len__(self) -> int:
+        return self.num_entities
+
+    def __repr__(self) -> str:
+        return (
+            f"KnowledgeGraph({self.num_entities:,} entities, {self.num_relations:,} relations, "
+            f"{self.num_triples:,} triples)"
+        )
+
+    @property
+    def triples(self) -> npt.NDArray[np.int32]:
+        """Head, relation, tail of each triple, in this order: (triples, 3) int32, read-only."""
+        view = self._content.triples.view()
+        view.flags.writeable = False
+        return view
+
+    def key(self, entity: int) -> str:
+        """What the entity is called in its source, and by no other."""
+        return self._content.keys[self._checked(entity)]
+
+    def entity(self, key: str) -> int:
+        """The number of the entity with this key.
+
+        Raises:
+            UnknownEntityError: A KeyError that lists near keys.
+        """
+        entity = self._content.keys.find(key)
+        if entity < 0:
+            raise UnknownEntityError(
+                f"No entity has the key {key!r}. {self._content.near(key)} Keys look like "
+                f"{self.key(0)!r}; graph.surfaces() gives all the names."
+            )
+        return entity
+
+    def entities(self, keys: Any) -> Ids:
+        """The numbers of the entities with these keys, -1 for those that are not here."""
+        return self._content.keys.find_all(keys)
+
+    def _checked(self, entity: int) -> int:
+        if not 0 <= entity < self.num_entities:
+            raise IndexError(
+                f"There is no entity {entity}: expected 0 to {self.num_entities - 1}. "
+                "graph.entity(key) gives the number of a key."
+            )
+        return int(entity)
+
+    def label(self, entity: int) -> str:
+        """The entity's first name, else its key."""
+        return self._content.label_of(self._checked(entity))
+
+    def names(self, entity: int) -> list[str]:
+        """What the entity is called in text: its names, the label first, else its key."""
+        return self._content.names_of(self._checked(entity))
+
+    def description(self, entity: int) -> str | None:
+        """What the entity is, in words, or None."""
+        entity = self._checked(entity)
+        descriptions = self._content.descriptions
+        return (descriptions[entity] or None) if descriptions is not None else None
+
+    def surfaces(self) -> Iterator[tuple[str, int, float]]:
+        """Every (name, entity, prior): how text may call an entity, and how likely it then is.
+
+        An entity without names gives its key. The prior is 1 where the source does not know it.
+        """
+        return self._content.surfaces()
+
+    # ---- what is linked to what ----
+
+    @cached_property
+    def _links(self) -> Links:
+        return Links(self._content.triples, self.num_entities, self.num_relations)
+
+    def neighbours(
+        self,
+        entity: int,
+        relation: str | int | None = None,
+        direction: Direction = "both",
+        limit: int | None = None,
+    ) -> Neighbours:
+        """What is linked to an entity, always in the same order: first out, then in.
+
+        Args:
+            entity: Its number.
+            relation: Only by this relation: its name or number; the number of an inverse asks for
+                edges that come in.
+            direction: `"out"` for triples of which the entity is the head, `"in"` for the tail.
+            limit: At most so many.
+
+        Raises:
+            ValueError: If the relation or the direction is unknown.
+
+        Example:
+            >>> graph = KnowledgeGraph.from_triples([("a", "to", "b"), ("c", "to", "a")])
+            >>> graph.neighbours(graph.entity("a"))
+            Neighbours(relations=array([0, 1]), entities=array([1, 2]))
+        """
+        entity = self._checked(entity)
+        if direction not in ("out", "in", "both"):
+            raise ValueError(f"direction={direction!r}: expected 'out', 'in' or 'both'.")
+        number = None if relation is None else self._relation(relation)
+        return self._links.of(entity, number, direction, limit)
+
+    def _relation(self, relation: str | int) -> int:
+        if isinstance(relation, str):
+            if relation in self.relations:
+                return self.relations.index(relation)
+            near = difflib.get_close_matches(relation, self.relations, n=5, cutoff=0.3)
+            near = near or self.relations[:5]
+            raise ValueError(
+                f"No relation is called {relation!r}. Near: {', '.join(map(repr, near))}; "
+                "graph.relations lists them all."
+            )
+        if not 0 <= relation < 2 * self.num_relations:
+            raise ValueError(
+                f"There is no relation {relation}: expected 0 to {self.num_relations - 1}, or up "
+                f"to {2 * self.num_relations - 1} for their inverses."
+            )
+        return int(relation)
+
+    def subgraph(self, entities: Iterable[int | str], hops: int = 1) -> KnowledgeGraph:
+        """The entities within some steps of these, and all the triples among them.
+
+        Entities are numbered anew, in their old order, and keep keys, names and descriptions;
+        relations keep their numbers.
+
+        Args:
+            entities: Numbers or keys.
+            hops: How many edges away, in either direction; 0 keeps only `entities`.
+
+        Raises:
+            ValueError: If there are no entities.
+        """
+        given = [self.entity(e) if isinstance(e, str) else self._checked(e) for e in entities]
+        if not given:
+            raise ValueError("subgraph() got no entities; expected at least one number or key.")
+        return KnowledgeGraph(self._content.part(self._links.within(given, hops)))
+
+    def statistics(self) -> dict[str, float]:
+        """Counts of what it holds, and how its entities are linked."""
+        content, degrees = self._content, self._links.degrees()
+        described = 0
+        if content.descriptions is not None:
+            described = int(np.count_nonzero(np.diff(content.descriptions.offsets)))
+        return {
+            "entities": self.num_entities,
+            "relations": self.num_relations,
+            "triples": self.num_triples,
+            "names": len(content.names) if content.names is not None else 0,
+            "described": described,
+            "isolated": int(np.count_nonzero(degrees == 0)),
+            "mean_degree": float(degrees.mean()) if len(degrees) else 0.0,
+            "max_degree": int(degrees.max(initial=0)),
+        }
+
+    def describe(self) -> str:
+        """The statistics and the most frequent relations, to print."""
+        counts = np.bincount(self._content.triples[:, 1], minlength=self.num_relations)
+        often = np.argsort(-counts, kind="stable")[:10]
+        numbers = [f"{name:>12}  {value:,.6g}" for name, value in self.statistics().items()]
+        numbers = [line.replace("_", " ") for line in numbers]
+        frequent = [f"{counts[r]:>12,}  {self.relations[r]}" for r in often]
+        return "\n".join([*numbers, "most frequent relations:", *frequent])
+
+    # ---- kept ----
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that it holds, the same on every machine and after saving.
+
+        Two graphs with the same triples in another order number their entities otherwise: they
+        differ, as vectors of one do not fit the other.
+        """
+        return storing.fingerprint(storing.to_arrays(self._content))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the graph into a folder; an earlier one there is good until the new one is whole.
+
+        Args:
+            folder: Made if missing. Its other files are left alone.
+        """
+        folder = Path(folder)
+        if self._folder is not None and folder.resolve() == self._folder:
+            return  # it was loaded from there
+        about = {"fingerprint": self.fingerprint, "statistics": self.statistics()}
+        arrays = storing.to_arrays(self._content)
+        storing.write_folder(folder, "knowledge_graph", FORMAT, arrays, about)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, verify: bool = False) -> KnowledgeGraph:
+        """A graph that was saved, memory-mapped: what is not looked at is not read.
+
+        Args:
+            folder: That was saved to.
+            verify: Also read all of it and compare its hash.
+
+        Raises:
+            FileNotFoundError: If the folder holds no graph.
+            ValueError: If it is damaged, or of a newer format.
+        """
+        made_by = "KnowledgeGraph.save(folder)"
+        about, arrays = storing.read_folder(folder, "knowledge_graph", FORMAT, made_by)
+        missing = {"keys.blob", "relations.blob", "triples"} - set(arrays)
+        if missing or not isinstance(about.get("fingerprint"), str):
+            raise ValueError(f"{folder} is damaged: its description is not whole. Save anew.")
+        if verify and storing.fingerprint(arrays) != about["fingerprint"]:
+            raise ValueError(f"{folder} is damaged: its content has changed. Save the graph anew.")
+        graph = cls(storing.from_arrays(arrays))
+        graph._folder = Path(folder).resolve()
+        graph.__dict__["fingerprint"] = about["fingerprint"]
+        return graph
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A graph that was loaded is opened again by its folder, never copied into a pickle."""
+        if self._folder is not None:
+            return _open_again, (str(self._folder), self.fingerprint)
+        return KnowledgeGraph, (self._content,)
+
+
+def _open_again(folder: str, fingerprint: str) -> KnowledgeGraph:
+    graph = KnowledgeGraph.load(folder)
+    if graph.fingerprint != fingerprint:
+        raise ValueError(
+            f"{folder} holds another graph (fingerprint {graph.fingerprint}) than when this one "
+            f"({fingerprint}) was loaded from it. Save to another folder."
+        )
+    return graph

@@ -1,0 +1,231 @@
+"""Synsets of WordNet from the files that Princeton publishes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hf_adapt.knowledge.graphs.building import build, pairs_from
+from hf_adapt.knowledge.graphs.content import Content
+from hf_adapt.knowledge.graphs.text_files import Malformed, text_lines
+from hf_adapt.knowledge.graphs.triples import Column
+
+FILES = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
+
+RELATIONS = {
+    "!": "antonym",
+    "@": "hypernym",
+    "@i": "instance_hypernym",
+    "~": "hyponym",
+    "~i": "instance_hyponym",
+    "#m": "member_holonym",
+    "#s": "substance_holonym",
+    "#p": "part_holonym",
+    "%m": "member_meronym",
+    "%s": "substance_meronym",
+    "%p": "part_meronym",
+    "=": "attribute",
+    "+": "derivationally_related",
+    ";c": "topic_domain",
+    "-c": "topic_member",
+    ";r": "region_domain",
+    "-r": "region_member",
+    ";u": "usage_domain",
+    "-u": "usage_member",
+    "*": "entailment",
+    ">": "cause",
+    "^": "also_see",
+    "$": "verb_group",
+    "&": "similar_to",
+    "<": "participle_of",
+    "\\": "pertains_to",
+}
+
+SYMBOLS = {symbol: number for number, symbol in enumerate(RELATIONS)}
+
+PART = 10**8
+PARTS = {"n": 0, "v": PART, "a": 2 * PART, "s": 2 * PART, "r": 3 * PART}
+"""A synset's place is this for its part of speech, plus where it is in that file.
+
+Satellites (s) are in the adjectives' file.
+"""
+
+
+@dataclass
+class _Synsets:
+    """The synsets of all files; numbers and texts only, as there are many."""
+
+    places: list[int] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    glosses: list[str] = field(default_factory=list)
+    lemmas: list[str] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    """Which synset each lemma is of."""
+    heads: list[int] = field(default_factory=list)
+    """Which synset each pointer is of."""
+    relations: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    """The place that each pointer points to."""
+
+    def add(self, line: int, text: str, part: str) -> None:
+        """One line: place, file, kind, words, pointers, frames of verbs, gloss."""
+        data, _, gloss = text.partition(" | ")
+        cells = data.split()
+        number, words = len(self.places), int(cells[3], 16)  # pointers are counted in decimals
+        first = 5 + 2 * words
+        last = first + 4 * int(cells[first - 1])
+        if words == 0 or len(cells) < last:
+            raise ValueError("words or pointers are missing")
+        lemmas = [_lemma(cell) for cell in cells[4 : first - 1 : 2]]
+        relations = [SYMBOLS[symbol] for symbol in cells[first:last:4]]
+        targets = [
+            PARTS[target] + int(offset)
+            for offset, target in zip(
+                cells[first + 1 : last : 4], cells[first + 2 : last : 4], strict=True
+            )
+        ]
+        self.places.append(PARTS[part] + int(cells[0]))
+        self.lines.append(line)
+        self.keys.append(f"{lemmas[0].replace(' ', '_')}.{part}.{cells[0]}")
+        self.glosses.append(gloss.strip())
+        self.lemmas += lemmas
+        self.owners += [number] * words
+        self.heads += [number] * len(targets)
+        self.relations += relations
+        self.targets += targets
+
+
+def read(path: Path) -> Content:
+    """The arrays of a WordNet; see [`KnowledgeGraph.from_wordnet`]."""
+    folder = _folder(path)
+    synsets = _Synsets()
+    for ending, part in FILES.items():
+        bad = Malformed(folder / f"data.{ending}")
+        for number, line in text_lines(bad.path):
+            if line.startswith("  ") or not line:  # the licence is indented
+                continue
+            try:
+                synsets.add(number, line, part)
+            except (ValueError, IndexError, KeyError) as error:
+                bad.add(number, f"not a synset ({error}): {line[:60]!r}")
+        bad.raise_if_any("See wndb(5WN) for the format; unpack WordNet anew.")
+    keys, glosses = _texts(synsets.keys), _texts(synsets.glosses)
+    described = pc.not_equal(glosses, "")
+    names, priors = keys.take(pa.array(synsets.owners)), _priors(folder, synsets)
+    return build(
+        _columns(folder, synsets, keys),
+        pairs_from(names, _texts(synsets.lemmas), "name", str(folder), priors),
+        pairs_from(keys.filter(described), glosses.filter(described), "description", str(folder)),
+        isolated=keys,
+        source=str(folder),
+    )
+
+
+def _texts(texts: Iterable[str]) -> Any:
+    return pa.array(texts, pa.large_string())
+
+
+def _columns(folder: Path, synsets: _Synsets, keys: Any) -> list[Column]:
+    """Heads, relations and tails as numbers: there are too many to spell out."""
+    places, targets = np.array(synsets.places), np.array(synsets.targets, np.int64)
+    order = np.argsort(places)
+    tails = order[np.searchsorted(places[order], targets).clip(max=len(order) - 1)]
+    dangling = Malformed(folder)
+    for i in np.flatnonzero(places[tails] != targets).tolist():
+        part, place = divmod(synsets.targets[i], PART)
+        dangling.add(
+            synsets.lines[synsets.heads[i]],
+            f"in data.{list(FILES)[synsets.places[synsets.heads[i]] // PART]}, "
+            f"{synsets.keys[synsets.heads[i]]}: dangling pointer, there is no synset {place:08d} "
+            f"{'nvar'[part]}",
+        )
+    dangling.raise_if_any("All four data files must be of one version: unpack WordNet anew.")
+    numbers = synsets.heads, synsets.relations, tails
+    texts = keys, _texts(RELATIONS.values()), keys
+    columns = zip(numbers, texts, strict=True)
+    return [Column(np.asarray(number, np.int32), text) for number, text in columns]
+
+
+def _folder(path: Path) -> Path:
+    inside = sorted(p.parent for p in path.glob("*/data.noun")) if path.is_dir() else []
+    for folder in [path, *inside]:
+        if all((folder / f"data.{ending}").is_file() for ending in FILES):
+            return folder
+    raise FileNotFoundError(
+        f"{path}: expected a folder with data.noun, data.verb, data.adj and data.adv, or the "
+        "folder that holds it. WordNet 3.0 and 3.1 have these in dict/."
+    )
+
+
+def _lemma(word: str) -> str:
+    """As it is written in text: without underscores and an adjective's marker, `galore(ip)`."""
+    if word.endswith(")"):
+        for marker in ("(a)", "(p)", "(ip)"):
+            word = word.removesuffix(marker)
+    return word.replace("_", " ")
+
+
+def _priors(folder: Path, synsets: _Synsets) -> npt.NDArray[np.float32]:
+    """How likely a lemma means each of its synsets: the shares add up to 1 for each lemma.
+
+    A sense weighs as often as it was tagged, plus one over its rank, so that of two that never
+    were the earlier is likelier.
+    """
+    weights = _weights(folder)
+    lemmas = [lemma.lower().replace(" ", "_") for lemma in synsets.lemmas]
+    weight = [
+        weights.get((lemma, synsets.places[owner]), 1.0)
+        for lemma, owner in zip(lemmas, synsets.owners, strict=True)
+    ]
+    total: dict[str, float] = defaultdict(float)
+    for lemma, value in zip(lemmas, weight, strict=True):
+        total[lemma] += value
+    shares = [value / total[lemma] for lemma, value in zip(lemmas, weight, strict=True)]
+    return np.array(shares, np.float32)
+
+
+def _weights(folder: Path) -> dict[tuple[str, int], float]:
+    """Of each sense: from index.sense, else from the order in index.noun …."""
+    if (folder / "index.sense").is_file():
+        return _tagged(folder / "index.sense")
+    weights = {}
+    for ending, part in FILES.items():
+        file = folder / f"index.{ending}"
+        if not file.is_file():
+            continue
+        bad = Malformed(file)
+        for number, line in text_lines(file):
+            if line.startswith("  ") or not line:
+                continue
+            cells = line.split()
+            try:
+                senses = cells[len(cells) - int(cells[2]) :]
+                for rank, offset in enumerate(senses, 1):
+                    weights[cells[0], PARTS[part] + int(offset)] = 1.0 / rank
+            except (ValueError, IndexError):
+                bad.add(number, f"not an index line: {line[:60]!r}")
+        bad.raise_if_any("See wndb(5WN) for the format; unpack WordNet anew.")
+    return weights
+
+
+def _tagged(file: Path) -> dict[tuple[str, int], float]:
+    weights, bad = {}, Malformed(file)
+    for number, line in text_lines(file):
+        try:
+            sense, offset, rank, count = line.split()
+            lemma, _, kind = sense.partition("%")
+            part = "nvars"[int(kind[0]) - 1]
+            weights[lemma, PARTS[part] + int(offset)] = int(count) + 1.0 / int(rank)
+        except (ValueError, IndexError, ZeroDivisionError):
+            bad.add(number, f"not a sense (sense_key offset number count): {line[:60]!r}")
+    bad.raise_if_any("See senseidx(5WN) for the format; unpack WordNet anew.")
+    return weights

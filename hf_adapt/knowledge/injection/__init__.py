@@ -1,0 +1,1 @@
+"""How knowledge enters a model, in training and afterwards."""

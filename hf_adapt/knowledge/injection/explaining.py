@@ -1,0 +1,203 @@
+"""What the injector makes of a text: mentions, candidates, attention and gates."""
+
+from __future__ import annotations
+
+import html
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_adapt.knowledge.injection.attachment import Attachment, known_attachment
+from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
+from hf_adapt.knowledge.linking.tokens import TokenMention
+
+
+@dataclass(frozen=True)
+class ExplainedCandidate:
+    """An entity that a mention may stand for.
+
+    Attributes:
+        key: Its key in the graph.
+        label: Its name.
+        description: Its description, or None.
+        prior: How likely before the context was read; a mention's priors add up to 1.
+        attention: Its share of the attention at each place; the rest went to neighbours and to
+            "no knowledge".
+    """
+
+    key: str
+    label: str
+    description: str | None
+    prior: float
+    attention: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ExplainedMention:
+    """A span of the text that was linked.
+
+    Attributes:
+        start: First character.
+        end: One past the last.
+        surface: The characters.
+        tokens: First token and one past the last.
+        candidates: The entities it may stand for.
+        gate: How far open the gate was at each place (cross-attention: all that did not go to
+            "no knowledge"); empty for an adapter, which has none.
+    """
+
+    start: int
+    end: int
+    surface: str
+    tokens: tuple[int, int]
+    candidates: tuple[ExplainedCandidate, ...]
+    gate: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the injector made of a text; `print` shows it, a notebook draws it.
+
+    Attributes:
+        text: The text.
+        places: Where knowledge enters.
+        mentions: What was linked.
+    """
+
+    text: str
+    places: tuple[str, ...]
+    mentions: tuple[ExplainedMention, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [self.text]
+        for mention in self.mentions:
+            gate = _numbers(mention.gate)
+            lines.append(
+                f"  {mention.surface!r} [{mention.start}:{mention.end}]"
+                + (f"  gate {gate}" if gate else "")
+            )
+            for candidate in mention.candidates:
+                lines.append(
+                    f"    {candidate.label} ({candidate.key})  prior {candidate.prior:.2f}  "
+                    f"attention {_numbers(candidate.attention)}"
+                )
+        if not self.mentions:
+            lines.append("  no entity was linked")
+        return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """A fragment of HTML: the text with its mentions marked, and a table of candidates."""
+        marked, end = [], 0
+        for mention in self.mentions:
+            if mention.start < end:  # it overlaps the one before; the table has it
+                continue
+            strength = max(mention.gate, default=1.0)
+            marked += [
+                html.escape(self.text[end : mention.start]),
+                f'<mark style="background:rgba(255,190,60,{0.15 + 0.85 * strength:.2f})">'
+                f"{html.escape(mention.surface)}</mark>",
+            ]
+            end = mention.end
+        marked.append(html.escape(self.text[end:]))
+        rows = "".join(
+            f"<tr><td>{html.escape(mention.surface)}</td><td>{html.escape(candidate.label)}</td>"
+            f"<td>{html.escape(candidate.key)}</td><td>{candidate.prior:.2f}</td>"
+            f"<td>{_numbers(candidate.attention)}</td><td>{_numbers(mention.gate)}</td>"
+            f"<td>{html.escape((candidate.description or '')[:200])}</td></tr>"
+            for mention in self.mentions
+            for candidate in mention.candidates
+        )
+        heads = ("mention", "candidate", "key", "prior", "attention", "gate", "description")
+        titles = "".join(f"<th>{title}</th>" for title in heads)
+        places = html.escape(", ".join(self.places))
+        return (
+            f'<div style="font-family:sans-serif"><p>{"".join(marked)}</p>'
+            f'<table border="1" style="border-collapse:collapse"><tr>{titles}</tr>{rows}</table>'
+            f"<p>attention and gate at: {places}</p></div>"
+        )
+
+    _repr_html_ = to_html
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that a browser shows."""
+        page = f'<!doctype html><meta charset="utf-8"><title>Knowledge</title>{self.to_html()}\n'
+        Path(path).write_text(page, encoding="utf-8")
+
+
+def explain(model: nn.Module, text: str) -> Explanation:
+    """What a model's injector makes of a text.
+
+    Args:
+        model: A model from [`load_knowledge_model`], or one trained with a [`KnowledgeCallback`].
+        text: Any text; what the tokenizer truncates is not explained.
+
+    Raises:
+        ValueError: If the model has no injector, or knows no graph.
+
+    Example:
+        ```python
+        print(explain(load_knowledge_model("out"), "Aspirin thins the blood."))
+        ```
+    """
+    attachment = known_attachment(model)
+    return explain_with(attachment, attachment.batcher, text)
+
+
+@torch.no_grad()
+def explain_with(attachment: Attachment, batcher: KnowledgeBatcher, text: str) -> Explanation:
+    """The same, with the parts at hand."""
+    tokenizer: Any = batcher.tokenizer
+    encoded = tokenizer(text, return_tensors="pt", truncation=True)
+    row = {"input_ids": encoded["input_ids"][0].tolist(), batcher.text_columns[0]: text}
+    found = batcher.aligner(row)[: batcher.max_mentions]
+    batch: dict[str, Any] = dict(encoded)
+    batcher.add_to([row], batch)
+    device = next(attachment.model.parameters()).device
+    training = attachment.model.training
+    attachment.model.eval()
+    attachment.records = []
+    try:
+        attachment.reader(**{name: value.to(device) for name, value in batch.items()})
+        records = attachment.records
+    finally:
+        attachment.records = None
+        attachment.model.train(training)
+    places = tuple(str(site.place) for site in attachment.sites)
+    mentions = [
+        _explained(mention, number, records, batcher.graph) for number, mention in enumerate(found)
+    ]
+    return Explanation(text, places, tuple(mentions))
+
+
+def _explained(
+    found: TokenMention, number: int, records: list[dict[str, torch.Tensor]], graph: Any
+) -> ExplainedMention:
+    mention = found.mention
+    attention = [record["attention"][0, number].tolist() for record in records]
+    candidates = [
+        ExplainedCandidate(
+            graph.key(candidate.entity),
+            graph.label(candidate.entity),
+            graph.description(candidate.entity),
+            candidate.prior,
+            tuple(each[k] for each in attention),
+        )
+        for k, candidate in enumerate(mention.candidates)
+    ]
+    gate = tuple(float(r["gate"][0, number]) for r in records if "gate" in r)
+    return ExplainedMention(
+        mention.start,
+        mention.end,
+        mention.surface,
+        (found.start, found.end),
+        tuple(candidates),
+        gate,
+    )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)

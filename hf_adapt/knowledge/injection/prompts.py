@@ -1,0 +1,110 @@
+"""Entities as soft prompt tokens: one token before the text for each mention."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+
+from hf_adapt.knowledge.injection.forms import GatedAddition, Record
+from hf_adapt.knowledge.injection.inputs import Knowledge
+
+IGNORED = -100
+
+
+class SoftPrompt(GatedAddition):
+    """Tokens before the text, one for each mention, whose embeddings are made of its entity.
+
+    Meant for decoders, whose own tokens stay as they are. The batches get `num_tokens` more tokens
+    in each row, with the label -100; those without a mention are masked. The projection does not
+    start at zero, so that the model is another one from the first step on: unlike the other forms
+    this is no no-op at the beginning.
+
+    Reference:
+        Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning",
+        arXiv:2104.08691, for tokens made of vectors alone. Deviation: the vectors are projections
+        of the entities in the text.
+
+    Args:
+        hidden_size: Of the embeddings.
+        dimension: Of the entity vectors.
+        inner_size: Between them.
+        num_relations: Number of relations, inverses included; 0 if no neighbours are looked at.
+        is_causal: Whether the model is a causal language model.
+        num_tokens: Tokens before each row: mentions at most.
+    """
+
+    changes = "prompt"
+    is_relative = False  # what a prompt token was before is no measure
+
+    def __init__(
+        self,
+        hidden_size: int,
+        dimension: int,
+        inner_size: int,
+        num_relations: int = 0,
+        is_causal: bool = False,
+        num_tokens: int = 8,
+    ) -> None:
+        super().__init__(hidden_size, dimension, inner_size, num_relations, is_causal)
+        self.num_tokens = num_tokens
+        # As large as embeddings usually are: a token of another size would drown the others.
+        torch.nn.init.normal_(self.output.weight, std=0.02)
+
+    def forward(
+        self, hidden: torch.Tensor, knowledge: Knowledge, record: Record | None = None
+    ) -> torch.Tensor:
+        """What to add so that the prompt tokens are the entities'; see the base.
+
+        The gate reads nothing: the tokens that are replaced mean nothing.
+        """
+        tokens = knowledge.token_mask(hidden.shape[1]).to(hidden.dtype)
+        nothing = hidden.new_zeros(*knowledge.spans.shape[:2], self.hidden_size)
+        values = self.output(self.mention_values(nothing, knowledge, record))
+        spread = tokens.transpose(1, 2)
+        added: torch.Tensor = spread @ values - spread.sum(-1, keepdim=True) * hidden
+        return added
+
+
+def add_prompt_tokens(
+    batch: MutableMapping[str, Any],
+    spans: torch.Tensor,
+    number: int,
+    token: int,
+) -> torch.Tensor:
+    """Put prompt tokens before the first real token of each row of a batch.
+
+    Args:
+        batch: `input_ids` and whatever else follows the tokens: it is changed in place.
+        spans: (B, M, 2), (0, 0) for absent mentions.
+        number: Tokens to put there.
+        token: What they are, for the model's eyes until they are replaced.
+
+    Returns:
+        (B, M, 2): the prompt token of each mention.
+    """
+    ids: torch.Tensor = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    first = mask.bool().int().argmax(1)  # 0 where padding is on the right
+    rows, length = ids.shape
+    at = torch.arange(length + number).unsqueeze(0)
+    start = first.unsqueeze(1)
+    is_prompt = (at >= start) & (at < start + number)
+    # Where each new position was before; a prompt's own is never read.
+    before = torch.where(at < start, at, (at - number).clamp(min=0)).expand(rows, -1)
+    there = spans[..., 1] > spans[..., 0]
+    count = there.sum(1).clamp(max=number)
+    used = is_prompt & (at >= start + number - count.unsqueeze(1))
+    batch["attention_mask"] = mask
+    fills = {"input_ids": token, "labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
+    for name, value in list(batch.items()):
+        if isinstance(value, torch.Tensor) and value.shape == (rows, length):
+            moved = value.gather(1, before.to(value.device))
+            batch[name] = moved.masked_fill(is_prompt, fills.get(name, 0))
+    batch["attention_mask"] = batch["attention_mask"].masked_fill(used, 1)
+    order = there.cumsum(1) - 1  # which of the row's mentions
+    place = first.unsqueeze(1) + number - count.unsqueeze(1) + order
+    kept = there & (order < number)
+    return torch.stack([place, place + 1], dim=-1).masked_fill(~kept.unsqueeze(-1), 0)

@@ -1,0 +1,225 @@
+"""Facts as text in the input, seen by their mention alone: K-BERT's trees without surgery."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.knowledge.linking.tokens import TokenMention
+
+IGNORED = -100
+VISIBILITY = "knowledge_visibility"
+"""(B, T, T) bool: which tokens a token sees. Not a mask of the model's own until its forward."""
+
+
+class TextTriples(nn.Module):
+    """Facts about each mention, written out and appended to the row.
+
+    A fact's tokens have positions as if they followed their mention (soft positions), see the
+    mention and each other, and are seen by the mention's tokens alone; to the rest of the text they
+    are not there. Meant for encoders that take a mask of shape (B, 1, T, T) and position_ids (BERT,
+    RoBERTa and many others; whether a model does is tried before training). It has no weights, and
+    the model's answers differ from the first step on: this form is no no-op at the beginning.
+
+    Reference:
+        Liu et al. 2020, "K-BERT: Enabling Language Representation with Knowledge Graph",
+        arXiv:1909.07606, sections 3.3 and 3.4. Deviation: facts stand at the end of the row, which
+        positions and mask make equal to its tree; the facts are the graph's first ones for the most
+        likely candidate rather than a set's first two, which depend on the hash seed.
+
+    Args:
+        num_triples: Facts for each mention at most.
+        max_tokens: Tokens of a fact at most.
+        max_length: Tokens of a row with its facts at most; facts that do not fit are left out.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    changes = "text"
+
+    def __init__(self, num_triples: int = 2, max_tokens: int = 12, max_length: int = 512) -> None:
+        super().__init__()
+        if min(num_triples, max_tokens, max_length) < 1:
+            raise ValueError(
+                f"num_triples={num_triples}, max_tokens={max_tokens} and max_length={max_length} "
+                "must be positive."
+            )
+        self.num_triples, self.max_tokens, self.max_length = num_triples, max_tokens, max_length
+
+
+class TripleWriter:
+    """Writes the facts of a batch's mentions into it.
+
+    Args:
+        graph: Where the facts are.
+        tokenizer: Makes tokens of them.
+        form: How many, and how long.
+        first_position: The position of a row's first token: 0, or more in RoBERTa's family.
+    """
+
+    def __init__(
+        self, graph: Any, tokenizer: Any, form: TextTriples, first_position: int = 0
+    ) -> None:
+        self.graph, self.tokenizer, self.form = graph, tokenizer, form
+        self.first_position = first_position
+        self._facts: dict[int, list[list[int]]] = {}
+
+    def facts(self, entity: int) -> list[list[int]]:
+        """The tokens of an entity's facts: relation and neighbour, one list each."""
+        if entity not in self._facts:
+            relations, entities = self.graph.neighbours(
+                entity, direction="out", limit=self.form.num_triples
+            )
+            texts = [
+                f"{self.graph.relations[r]} {self.graph.label(e)}".replace("_", " ")
+                for r, e in zip(relations.tolist(), entities.tolist(), strict=True)
+            ]
+            encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            self._facts[entity] = [ids[: self.form.max_tokens] for ids in encoded if ids]
+        return self._facts[entity]
+
+    def add_to(
+        self,
+        batch: MutableMapping[str, Any],
+        mentions: Sequence[Sequence[tuple[TokenMention, int, int]]],
+    ) -> None:
+        """Append the facts to the rows of a batch, with positions and visibility.
+
+        Args:
+            batch: Padded `input_ids` and what follows the tokens; it is changed in place.
+            mentions: For each row its mentions with their first and past-the-last positions.
+        """
+        ids: torch.Tensor = batch["input_ids"]
+        rows, length = ids.shape
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        branches = [self._branches(row, length) for row in mentions]
+        more = max(sum(len(tokens) for _, _, tokens in row) for row in branches)
+        total = length + more
+        grown = {"input_ids": self.tokenizer.pad_token_id or 0, "labels": IGNORED}
+        batch["attention_mask"] = mask
+        for name, value in list(batch.items()):
+            if isinstance(value, torch.Tensor) and value.shape == (rows, length):
+                fill = value.new_full((rows, more), grown.get(name, 0))
+                batch[name] = torch.cat([value, fill], dim=1)
+        positions = _positions(mask, total, self.first_position)
+        visible = torch.zeros(rows, total, total, dtype=torch.bool)
+        real = mask.bool()
+        visible[:, :length, :length] = real.unsqueeze(1) & real.unsqueeze(2)
+        for number, row in enumerate(branches):
+            at = length
+            for start, end, tokens in row:
+                stop = at + len(tokens)
+                batch["input_ids"][number, at:stop] = torch.tensor(tokens)
+                batch["attention_mask"][number, at:stop] = 1
+                if "token_type_ids" in batch:
+                    batch["token_type_ids"][number, at:stop] = batch["token_type_ids"][
+                        number, start
+                    ]
+                first = positions[number, end - 1] + 1
+                positions[number, at:stop] = first + torch.arange(len(tokens))
+                visible[number, at:stop, at:stop] = True
+                visible[number, at:stop, start:end] = True
+                visible[number, start:end, at:stop] = True
+                at = stop
+        batch["position_ids"] = positions
+        batch[VISIBILITY] = visible
+
+    def _branches(
+        self, row: Sequence[tuple[TokenMention, int, int]], length: int
+    ) -> list[tuple[int, int, list[int]]]:
+        found, left = [], self.form.max_length - length
+        for mention, start, end in row:
+            for tokens in self.facts(mention.mention.candidates[0].entity):
+                if len(tokens) <= left:
+                    found.append((start, end, tokens))
+                    left -= len(tokens)
+        return found
+
+
+def _positions(mask: torch.Tensor, total: int, first: int) -> torch.Tensor:
+    """The positions that a model gives its tokens by itself, padding on the right."""
+    if first == 0:
+        return torch.arange(total).repeat(len(mask), 1)
+    real = mask.bool()
+    counted = real.long().cumsum(1) - 1 + first
+    own = torch.where(real, counted, torch.full_like(counted, first - 1))
+    rest = torch.full((len(mask), total - mask.shape[1]), first - 1)
+    return torch.cat([own, rest], dim=1)
+
+
+def first_position(model: nn.Module) -> int:
+    """The position of the first token: one after the padding's in RoBERTa's family."""
+    for module in unwrapped_base(model).modules():
+        if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
+            return int(module.padding_idx) + 1  # type: ignore[arg-type]
+    return 0
+
+
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T): 0 where a token sees another, else the dtype's smallest value.
+
+    A mask of bools is silently misread by eager attention.
+    """
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+@torch.no_grad()
+def check_visibility(model: nn.Module) -> None:
+    """Refuse a model that does not honour a mask for each pair of tokens.
+
+    Raises:
+        ValueError: If what a token must not see changes its hidden state, or the mask is refused.
+    """
+    base: Any = unwrapped_base(model)
+    body = getattr(base, "base_model", base)
+    name = type(base).__name__
+    way_out = "Use another form of KnowledgeInjector, such as 'gated'."
+    if getattr(base.config, "is_encoder_decoder", False) or (
+        "position_ids" not in inspect.signature(type(body).forward).parameters
+    ):
+        raise ValueError(f"form='text_triples' needs an encoder with position_ids; {name} is none. "
+                         f"{way_out}")  # fmt: skip
+    parameter = next(base.parameters())
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]], device=parameter.device)
+    positions = first_position(base) + torch.arange(3, device=parameter.device).repeat(2, 1)
+    visible = torch.ones(2, 3, 3, dtype=torch.bool, device=parameter.device)
+    training = base.training
+    base.eval()
+
+    def difference(hidden: bool | None) -> float:
+        """By the last token, of the first one's state; None: as the model has it by itself."""
+        visible[:, :2, 2] = not hidden
+        mask = None if hidden is None else additive_mask(visible, parameter.dtype)
+        output: Mapping[str, Any] = body(
+            input_ids=ids, attention_mask=mask, position_ids=positions, return_dict=True
+        )
+        states = output["last_hidden_state"].float()
+        return float((states[0, 0] - states[1, 0]).abs().max())
+
+    try:
+        unseen, seen, plain = difference(True), difference(False), difference(None)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{name} does not take a mask of shape (B, 1, T, T), which form='text_triples' needs: "
+            f"{error}. {way_out}"
+        ) from error
+    finally:
+        base.train(training)
+    if plain == 0:
+        raise ValueError(
+            f"form='text_triples' needs an encoder; {name} reads from left to right, and facts at "
+            f"the end of a row would come too late. {way_out}"
+        )
+    if unseen > 1e-4 * max(seen, 1e-6) or seen == 0:
+        raise ValueError(
+            f"{name} does not honour a mask of shape (B, 1, T, T): a hidden token changed another "
+            f"one's state by {unseen:.2g} (a visible one by {seen:.2g}). {way_out}"
+        )

@@ -1,0 +1,1 @@
+"""Where a text names entities, by characters and by tokens."""

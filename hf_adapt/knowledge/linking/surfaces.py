@@ -1,0 +1,185 @@
+"""The names of a graph, and the entities that each may mean."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hf_adapt.knowledge.linking.folding import find_unspaced, fold_names
+
+
+class NamedEntities(Protocol):
+    """What a linker asks of a knowledge graph."""
+
+    @property
+    def num_entities(self) -> int:
+        """Entities are numbered from 0 to this, exclusive."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for graphs of equal content."""
+
+    def surfaces(self) -> Iterator[tuple[str, int, float]]:
+        """Each name, its entity, and how likely the name means this entity."""
+
+    def key(self, entity: int) -> str:
+        """The entity's identifier in its source."""
+
+    def entities(self, keys: Sequence[str]) -> Any:
+        """The numbers of the entities with these keys, -1 for those that are not here."""
+
+
+CHUNK = 512
+"""Names that are folded at once: few enough that the collector of cycles need not look at them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An entity that a mention may mean.
+
+    Args:
+        entity: Its number in the graph.
+        prior: How likely it is, before the text is looked at; those of a mention sum to 1.
+    """
+
+    entity: int
+    prior: float
+
+
+def ranked(weights: dict[int, float], most: int) -> tuple[Candidate, ...]:
+    """Candidates by prior, then by entity; priors sum to 1.
+
+    Example:
+        >>> [(c.entity, c.prior) for c in ranked({7: 1.0, 3: 1.0, 5: 6.0}, most=2)]
+        [(5, 0.857...), (3, 0.142...)]
+    """
+    best = sorted(weights.items(), key=lambda item: (-item[1], item[0]))[:most]
+    total = sum(weight for _, weight in best)
+    if not total > 0:
+        return tuple(Candidate(entity, 1 / len(best)) for entity, _ in best)
+    return tuple(Candidate(entity, weight / total) for entity, weight in best)
+
+
+class _Candidates(dict[int, tuple[Candidate, ...]]):
+    """The candidates of each name's number, made when first asked for."""
+
+    def __init__(self, table: SurfaceTable) -> None:
+        super().__init__()
+        self._table = table
+
+    def __missing__(self, number: int) -> tuple[Candidate, ...]:
+        made = self[number] = self._table.meant(number)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._table,)
+
+
+class SurfaceTable:
+    """The folded names of a graph with their entities: 16 bytes a name and the name itself.
+
+    Args:
+        surfaces: Name, entity and prior of each surface form.
+        ignore_case: Whether names that differ in case alone are one.
+        min_length: Characters that a name needs.
+        stop_surfaces: Names that are left out.
+        most: Candidates that are kept for a name.
+
+    Attributes:
+        numbers: The number of each folded name, from 1.
+        candidates: The entities that each number may mean.
+        has_unspaced: Whether a name is in a script without spaces.
+    """
+
+    def __init__(
+        self,
+        surfaces: Iterable[tuple[str, int, float]],
+        ignore_case: bool = True,
+        min_length: int = 1,
+        stop_surfaces: Collection[str] = (),
+        most: int = 3,
+    ) -> None:
+        self.most = most
+        self.numbers: dict[str, int] = {}
+        self.has_unspaced = False
+        self.candidates = _Candidates(self)
+        # By number; there is no name 0, so that a matcher may give numbers a sign.
+        self._entities, self._priors = array("q", [0]), array("d", [0.0])
+        self._others: dict[int, list[int]] = {}
+        stopped = set(fold_names(list(stop_surfaces), ignore_case))
+        rows = iter(surfaces)
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            names, entities, priors = zip(*chunk, strict=True)
+            self._add(fold_names(names, ignore_case), entities, priors, min_length, stopped)
+
+    def _add(
+        self,
+        names: list[str],
+        entities: Sequence[int],
+        priors: Sequence[float],
+        min_length: int,
+        stopped: set[str],
+    ) -> None:
+        shortest = max(1, min_length)
+        if min(map(len, names)) < shortest or not stopped.isdisjoint(names):
+            kept = [len(name) >= shortest and name not in stopped for name in names]
+            names = list(itertools.compress(names, kept))
+            entities = list(itertools.compress(entities, kept))
+            priors = list(itertools.compress(priors, kept))
+        if not (self.has_unspaced or (text := "".join(names)).isascii()):
+            self.has_unspaced = find_unspaced(text) is not None
+        own = range(len(self._entities), len(self._entities) + len(names))
+        known = list(map(self.numbers.setdefault, names, own))
+        for number, first in zip(own, known, strict=True):
+            if number != first:
+                self._others.setdefault(first, []).append(number)
+        self._entities.extend(entities)
+        self._priors.extend(priors)
+
+    def meant(self, number: int) -> tuple[Candidate, ...]:
+        """The entities of a name."""
+        others = self._others.get(number)
+        if others is None:
+            return (Candidate(self._entities[number], 1.0),)
+        weights: dict[int, float] = {}
+        for place in (number, *others):
+            entity = self._entities[place]
+            # An entity may have the same name twice (label and alias): that is one meaning.
+            weights[entity] = max(weights.get(entity, 0.0), self._priors[place])
+        return ranked(weights, self.most)
+
+    def without_names(self) -> SurfaceTable:
+        """A copy that only tells candidates."""
+        made = copy.copy(self)
+        made.numbers, made.candidates = {}, _Candidates(made)
+        return made
+
+    def add_forms(self, forms: Callable[[str], Iterable[str]], ignore_case: bool) -> None:
+        """Add other forms of each name's last word, where no name is spelt like that.
+
+        Args:
+            forms: From a word to its forms.
+            ignore_case: As for the names.
+        """
+        made: dict[str, list[int]] = {}
+        for name, number in self.numbers.items():
+            before, space, word = name.rpartition(" ")
+            for form in forms(word):
+                inflected = before + space + fold_names([form], ignore_case)[0]
+                if inflected and inflected not in self.numbers:
+                    made.setdefault(inflected, []).append(number)
+        for name, origins in made.items():
+            places = [
+                place for origin in origins for place in (origin, *self._others.get(origin, ()))
+            ]
+            number = len(self._entities)
+            for place in places:
+                self._entities.append(self._entities[place])
+                self._priors.append(self._priors[place])
+            self.numbers[name] = number
+            if len(places) > 1:
+                self._others[number] = list(range(number + 1, number + len(places)))

@@ -1,0 +1,1 @@
+"""A vector for each entity: from descriptions, files or training."""

@@ -1,0 +1,140 @@
+"""Entity vectors from a model's own encoding of what the entities are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_adapt.engine.features import (
+    Pooling,
+    find_feature_module,
+    hidden_state,
+    pool,
+    token_mask,
+    unwrapped_base,
+)
+from hf_adapt.knowledge.vectors.table import EntityVectors
+
+if TYPE_CHECKING:
+    from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+
+
+def encode_descriptions(
+    graph: KnowledgeGraph,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    batch_size: int = 64,
+    max_length: int = 64,
+    pooling: Pooling = "mean",
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> EntityVectors:
+    """One vector for each entity: the model's hidden state of "label: description", pooled.
+
+    Knows no triples, but lies in the model's own space and needs no training. An entity without a
+    description has its label alone.
+
+    Args:
+        graph: Whose entities they are.
+        model: Any transformers model; its head is not run. It is left as it was: where it lies,
+            what is in training mode, and the random state.
+        tokenizer: Its own; it needs no padding token.
+        batch_size: Texts at a time.
+        max_length: Tokens at most; the rest of a description is cut off.
+        pooling: How one vector is made of the tokens, as the engine's `pool` does it.
+        device: Where to compute; where the model lies if it is None.
+        progress: Whether to show a bar.
+
+    Shape:
+        - output: (entities, hidden size), float32.
+
+    Example:
+        >>> vectors = encode_descriptions(graph, model, tokenizer)  # doctest: +SKIP
+        >>> vectors  # doctest: +SKIP
+        EntityVectors(117,791 entities, dimension 384, by descriptions)
+    """
+    texts = [
+        f"{graph.label(i)}: {description}"
+        if (description := graph.description(i))
+        else graph.label(i)
+        for i in range(len(graph))
+    ]
+    order = np.argsort([-len(text) for text in texts], kind="stable")  # little padding
+    table: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    pad = tokenizer.pad_token_id or 0
+    bar = tqdm(total=len(texts), desc="Encoding descriptions", disable=not progress)
+    with _evaluating(model, device) as place, bar:
+        module = _reader(model)
+        for first in range(0, len(texts), batch_size):
+            rows = order[first : first + batch_size]
+            ids = tokenizer([texts[row] for row in rows], truncation=True, max_length=max_length)[
+                "input_ids"
+            ]
+            hidden, mask = _hidden(module, model, ids, pad, place)
+            pooled = pool(hidden, mask, "mean" if pooling == "auto" else pooling)
+            if table is None:
+                table = np.zeros((len(texts), pooled.shape[-1]), np.float32)
+            if pooled.ndim != 2 or len(pooled) != len(rows):
+                raise ValueError(
+                    f"pooling={pooling!r} made {tuple(pooled.shape)} of {len(rows)} texts; "
+                    "expected one vector for each: use 'mean', 'cls' or 'last'."
+                )
+            table[rows] = pooled.cpu().numpy()
+            bar.update(len(rows))
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    made = {"model": name or type(model).__name__, "max_length": max_length}
+    made["pooling"] = pooling if isinstance(pooling, str) else "callable"
+    return EntityVectors.from_array(table, graph, made_by="descriptions", **made)
+
+
+def _reader(model: nn.Module) -> nn.Module:
+    """What reads texts: the model without its head."""
+    base = unwrapped_base(model)
+    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if getattr(base, "base_model", None) is base and not encodes:
+        return base  # type: ignore[no-any-return]  # it has none
+    return find_feature_module(model, None)
+
+
+def _hidden(
+    module: nn.Module, model: nn.Module, ids: list[list[int]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden state of padded texts, and which positions are real."""
+    # On the right, whatever the tokenizer prefers: then positions need no correction.
+    width = max(1, max(len(row) for row in ids))
+    padded = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+    hidden = hidden_state(module(input_ids=padded, attention_mask=mask))
+    if hidden is None:
+        raise ValueError(
+            f"{type(module).__name__} gives no hidden state. Pass a transformers model that reads "
+            "input_ids, or make the vectors yourself: EntityVectors.from_array(array, graph)."
+        )
+    return hidden, token_mask(hidden, mask, model)
+
+
+@contextmanager
+def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
+    """The model in evaluation mode without gradients, on a device; afterwards it is as it was."""
+    training = [module for module in model.modules() if module.training]
+    home = next(model.parameters()).device
+    place = home if device is None else torch.device(device)
+    devices = [place] if place.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            model.eval()
+            if place != home:
+                model.to(place)
+            yield place
+    finally:
+        if place != home:
+            model.to(home)
+        for module in training:
+            module.training = True

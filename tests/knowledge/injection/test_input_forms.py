@@ -1,0 +1,234 @@
+"""Soft prompts and facts as text: they change the input, and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
+)
+
+from hf_adapt import adapt
+from hf_adapt.knowledge import (
+    KnowledgeInjection,
+    KnowledgeInjector,
+    TextTriples,
+    knowledge_inputs,
+    load_knowledge_model,
+)
+from hf_adapt.knowledge.injection.attachment import Attachment
+from hf_adapt.knowledge.injection.prompts import add_prompt_tokens
+from hf_adapt.knowledge.injection.text_triples import (
+    VISIBILITY,
+    TripleWriter,
+    additive_mask,
+    check_visibility,
+    first_position,
+)
+from tests.engine.test_resume import StopAt
+from tests.knowledge import toy
+from tests.knowledge.injection.test_injection import trainer
+from tests.knowledge.models import NO_DROPOUT, SIZE, made
+from tests.tiny import GradientRecorder, cosine_and_ratio, same_bits, weights
+
+
+def prompting(**options: Any) -> KnowledgeInjection:
+    injector = KnowledgeInjector(form="soft_prompt", num_tokens=3, **options)
+    return KnowledgeInjection(toy.graph(), toy.vectors(), injector=injector, learning_rate=1e-2)
+
+
+def telling(**options: Any) -> KnowledgeInjection:
+    injector = KnowledgeInjector(form="text_triples", **options)
+    return KnowledgeInjection(toy.graph(), injector=injector)
+
+
+# ---- soft prompts ----
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_prompt_tokens_stand_before_the_text(left: bool) -> None:
+    ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]] if left else [[7, 8, 0, 0], [5, 6, 7, 8]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.clone()}
+    spans = torch.tensor([[[2, 3], [3, 4]], [[0, 1], [0, 0]]])
+    places = add_prompt_tokens(batch, spans, 3, token=9)
+    first = [0, 0, 9, 9, 9, 7, 8] if left else [9, 9, 9, 7, 8, 0, 0]
+    assert batch["input_ids"].tolist() == [first, [9, 9, 9, 5, 6, 7, 8]]
+    mask = [0, 0, 0, 1, 1, 1, 1] if left else [0, 1, 1, 1, 1, 0, 0]
+    assert batch["attention_mask"].tolist() == [mask, [0, 0, 1, 1, 1, 1, 1]]
+    assert batch["labels"][1].tolist() == [-100] * 3 + [5, 6, 7, 8]
+    begin = 3 if left else 1
+    assert places[0].tolist() == [[begin, begin + 1], [begin + 1, begin + 2]]
+    assert places[1].tolist() == [[2, 3], [0, 0]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_soft_prompt_trains_and_generates(name: str, tmp_path: Path) -> None:
+    one = trainer(tmp_path, name, max_steps=4)
+    own = prompting()
+    adapt(one, own).train()
+    one.save_model(str(tmp_path / "final"))
+    model = load_knowledge_model(tmp_path / "final")
+    inputs = knowledge_inputs(model, ["w0 w20 w1 w2"])
+    assert inputs["input_ids"].shape[1] == len(toy.tokenizer()("w0 w20 w1 w2")["input_ids"]) + 3
+    settings: dict[str, Any] = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    cached = model.generate(**inputs, **settings)
+    assert torch.equal(cached, model.generate(**inputs, **settings, use_cache=False))
+    # What the prompt's tokens are called does not matter: their embeddings are the entities'.
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, 1:3] = 40
+    torch.testing.assert_close(model(**other).logits, model(**inputs).logits)
+    changed = {**inputs, "knowledge_vectors": -inputs["knowledge_vectors"]}
+    assert not torch.allclose(model(**changed).logits, model(**inputs).logits, atol=1e-5)
+
+
+def test_soft_prompts_of_any_batch_are_the_same(tmp_path: Path) -> None:
+    found = []
+    for rows, steps in ((8, 1), (1, 8)):
+        one = trainer(
+            tmp_path,
+            "llama",
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            max_grad_norm=0.0,
+        )
+        recorder = GradientRecorder()
+        one.add_callback(recorder)
+        adapt(one, prompting()).train()
+        found.append(recorder.gradients[0])
+    cosine, ratio = cosine_and_ratio(*found)
+    assert cosine == pytest.approx(1, abs=1e-4) and ratio == pytest.approx(1, abs=1e-3)
+
+
+def test_soft_prompts_resume(tmp_path: Path) -> None:
+    def run(folder: Path, stop: bool = False, **more: Any) -> Any:
+        one = trainer(folder, "llama", save_strategy="steps", save_steps=2, max_steps=4)
+        own = prompting()
+        if stop:
+            one.add_callback(StopAt(3))
+        adapt(one, own).train(**more)
+        return weights(one.model), weights(own.module)
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop=True)
+    resumed = run(
+        tmp_path / "parts", resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2")
+    )
+    assert all(same_bits(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+# ---- facts as text ----
+
+
+def test_facts_are_seen_by_their_mention_alone() -> None:
+    writer = TripleWriter(toy.graph(), toy.tokenizer(), TextTriples(num_triples=1))
+    batch: dict[str, Any] = dict(toy.tokenizer()(["w20 w0 w21"], return_tensors="pt"))
+    mention = adapted_mention("w20 w0 w21")
+    writer.add_to(batch, [mention])
+    # [CLS] w20 w0 w21 [SEP] + "part of w1 w2", of which "part" and "of" are no words here
+    assert batch["input_ids"].tolist()[0][:5] == [2, 25, 5, 26, 3]
+    assert batch["input_ids"].tolist()[0][5:] == [1, 1, 6, 7]
+    assert batch["position_ids"].tolist()[0] == [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    visible = batch[VISIBILITY][0]
+    assert visible[:5, :5].all() and visible[5:, 5:].all()
+    assert visible[2, 5:].all() and visible[5:, 2].all()
+    others = [0, 1, 3, 4]
+    assert not visible[others][:, 5:].any() and not visible[5:][:, others].any()
+
+
+def adapted_mention(text: str) -> Any:
+    from hf_adapt.knowledge import EntityLinker, TokenAligner
+
+    aligner = TokenAligner(EntityLinker(toy.graph()), toy.tokenizer())
+    found = aligner({"input_ids": toy.tokenizer()(text)["input_ids"], "text": text})
+    return [(mention, mention.start, mention.end) for mention in found]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "bert_tokens"])
+def test_facts_reach_their_mention_alone(name: str) -> None:
+    model = made(name)
+    check_visibility(model)
+    Attachment(model, KnowledgeInjector(form="text_triples"))
+    text = "w20 w0 w21"
+    batch: dict[str, Any] = dict(toy.tokenizer()([text], return_tensors="pt"))
+    batch.pop("token_type_ids", None)
+    plain = model.base_model(**batch).last_hidden_state[0]
+    own = {name: value.clone() for name, value in batch.items()}
+    writer = TripleWriter(toy.graph(), toy.tokenizer(), TextTriples(), first_position(model))
+    writer.add_to(own, [adapted_mention(text)])
+    own["output_hidden_states"] = True
+    first = model(**own).hidden_states[1][0, :5]
+    before = model(**batch, output_hidden_states=True).hidden_states[1][0]
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(first[others], before[others])
+    assert not torch.allclose(first[2], before[2], atol=1e-4)
+    assert plain.shape == (5, 16)
+
+
+def test_facts_train_and_are_loaded(tmp_path: Path) -> None:
+    one = trainer(tmp_path, "bert_tokens", max_steps=3, save_strategy="steps", save_steps=3)
+    adapt(one, telling(num_triples=2)).train()
+    assert np_finite(one.evaluate()["eval_loss"])
+    one.save_model(str(tmp_path / "final"))
+    model = load_knowledge_model(tmp_path / "final")
+    one.model.eval()
+    inputs = knowledge_inputs(model, ["w0 w20", "w30"])
+    torch.testing.assert_close(model(**inputs).logits, one.model(**inputs).logits)
+
+
+def np_finite(value: float) -> bool:
+    return value == value and abs(value) < 1e9
+
+
+def test_facts_of_any_batch_are_the_same(tmp_path: Path) -> None:
+    found = []
+    for rows, steps in ((8, 1), (1, 8)):
+        one = trainer(
+            tmp_path,
+            "bert",
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            max_grad_norm=0.0,
+        )
+        recorder = GradientRecorder()
+        one.add_callback(recorder)
+        adapt(one, telling()).train()
+        found.append(recorder.gradients[0])
+    cosine, ratio = cosine_and_ratio(*found)
+    assert cosine == pytest.approx(1, abs=1e-4) and ratio == pytest.approx(1, abs=1e-3)
+
+
+def bart() -> Any:
+    config = BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1,
+                        encoder_attention_heads=2, decoder_attention_heads=2,
+                        encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
+    return BartForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("name", ["deberta", "t5", "llama", "bart"])
+def test_models_that_cannot_are_told(name: str, tmp_path: Path) -> None:
+    model = bart() if name == "bart" else made(name)
+    with pytest.raises(ValueError, match="text_triples"):
+        check_visibility(model)
+
+
+def test_albert_can() -> None:
+    size = {**SIZE, "embedding_size": 8}
+    check_visibility(AlbertForSequenceClassification(AlbertConfig(vocab_size=64, **size,
+                                                                  **NO_DROPOUT)))  # fmt: skip
+
+
+def test_masks_are_of_numbers() -> None:
+    mask = additive_mask(torch.tensor([[[True, False]]]), torch.float16)
+    assert mask.dtype == torch.float16 and mask.shape == (1, 1, 1, 2)
+    assert mask[0, 0, 0, 0] == 0 and torch.isfinite(mask).all() and mask[0, 0, 0, 1] < -6e4
+
+
+def test_options_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="changes the input: layers must be 'embeddings'"):
+        KnowledgeInjector(2, "soft_prompt")
+    with pytest.raises(ValueError, match="num_triples=0"):
+        KnowledgeInjector(form="text_triples", num_triples=0)
