@@ -27,6 +27,9 @@ class KnowledgeTrainer(AdaptationTrainer):
         injector: Where and how.
         text_column: The column(s) of the dataset with the text.
         max_mentions: Mentions of a row at most.
+        save_graph: Whether graph and vectors are put beside the final model.
+        learning_rate: Peak learning rate of the injector; the model's is in `args`.
+        weight_decay: Of the injector.
         objectives: More to add to training, such as `DANN()`.
         **kwargs: Passed on to the Trainer (and `target_dataset` and its options).
 
@@ -52,13 +55,24 @@ class KnowledgeTrainer(AdaptationTrainer):
         injector: KnowledgeInjector | None = None,
         text_column: str | Sequence[str] = "text",
         max_mentions: int | None = None,
+        save_graph: bool = True,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
         objectives: Sequence[Adaptation] | None = None,
         **kwargs: Any,
     ) -> None:
         if graph is None:
             raise ValueError("KnowledgeTrainer needs graph=, a KnowledgeGraph.")
         self.injection = KnowledgeInjection(
-            graph, vectors, linker, injector, text_column, max_mentions
+            graph,
+            vectors,
+            linker,
+            injector,
+            text_column,
+            max_mentions,
+            save_graph,
+            learning_rate,
+            weight_decay,
         )
         super().__init__(*args, objectives=[self.injection, *(objectives or ())], **kwargs)
 

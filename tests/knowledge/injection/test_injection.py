@@ -1,6 +1,7 @@
 """Knowledge in a Trainer: one line, exact, and a plain checkpoint."""
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_adapt import (
     adapt,
 )
 from hf_adapt.knowledge import (
+    EntityLinker,
     EntityVectors,
     KnowledgeCallback,
     KnowledgeGraph,
@@ -518,3 +520,32 @@ def test_the_callback_takes_its_options(tmp_path: Path) -> None:
     one.train()
     assert one.state.log_history[0]["knowledge/mentions_per_row"] <= 1
     assert callback.explain("w0 w4").mentions[0].surface == "w0"
+
+
+@pytest.mark.parametrize("way_in", [KnowledgeCallback, KnowledgeTrainer])
+def test_every_way_in_has_the_same_options(way_in: type) -> None:
+    def options(cls: type) -> dict[str, Any]:
+        own = inspect.signature(cls.__init__).parameters.values()
+        left = ("self", "args", "kwargs", "graph", "name", "objectives")
+        return {p.name: p.default for p in own if p.name not in left}
+
+    assert options(way_in) == options(KnowledgeInjection)
+
+
+def test_the_trainer_hands_its_options_on(tmp_path: Path) -> None:
+    given: dict[str, Any] = dict(
+        vectors=toy.vectors(),
+        linker=EntityLinker(toy.graph()),
+        injector=KnowledgeInjector(1),
+        text_column="sentence",
+        max_mentions=2,
+        save_graph=False,
+        learning_rate=0.5,
+        weight_decay=0.25,
+    )
+    graph = toy.graph()
+    one = KnowledgeTrainer(made("bert"), arguments(tmp_path), graph=graph, **given)
+    for own in (one.injection, KnowledgeCallback(graph, **given).injection):
+        assert own.graph is graph and own.text_columns == ("sentence",)
+        kept = {name: getattr(own, name) for name in given if name != "text_column"}
+        assert kept == {name: value for name, value in given.items() if name != "text_column"}
