@@ -111,7 +111,7 @@ TRAINING_DEFAULTS = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "learning_rate": 1e-4,
-    "warmup_steps": 0.1,
+    "warmup_steps": 12,
     "logging_steps": 20,
     "disable_tqdm": True,
     "save_strategy": "no",

@@ -76,6 +76,8 @@ def test_eight_micro_batches_of_one_are_one_of_eight(
 # Not those whose loss the Trainer's smoothing does not know: positions, and yes or no per class.
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("spans", "several_labels")])
 def test_accumulation_is_exact_under_label_smoothing(name: str, tmp_path: Path) -> None:
+    if name == "gpt2" and not FIVE:
+        pytest.skip("before 5.0 the Trainer counts the first token, which is never predicted")
     case, smooth = CASES[name], {"label_smoothing_factor": 0.1}
     if name == "seq2seq":  # the Trainer takes the labels away: the collator must have shifted them
         shifted = case.model(0).prepare_decoder_input_ids_from_labels

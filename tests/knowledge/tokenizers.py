@@ -49,7 +49,10 @@ def tokenizer(kind: str) -> Any:
             pair=pairs.get(kind, "$A </s> $B </s>"),
             special_tokens=ids,
         )
+    # transformers 4 takes the prefix away again unless it is told.
+    prefix = {"add_prefix_space": True} if kind == "prefixed bytes" else {}
     return PreTrainedTokenizerFast(
+        **prefix,
         tokenizer_object=raw,
         pad_token="<pad>",
         unk_token="<unk>",
