@@ -288,16 +288,26 @@ class Batch(Rows):
         if self._objective is None:
             return hidden
         alias = hidden.view_as(hidden)
-        share = f"{self._objective.name}/gradient_ratio"
-        held: list[torch.Tensor] = []
-
-        def measure(total: torch.Tensor) -> None:
-            if held:
-                own = held.pop().detach().float()
-                own_norm, rest_norm = own.norm(), (total.detach().float() - own).norm()
-                ratio = own_norm / (own_norm + rest_norm).clamp(min=torch.finfo(own.dtype).tiny)
-                self._metrics.add(share, ratio)
-
-        alias.register_hook(held.append)  # type: ignore[no-untyped-call]
-        hidden.register_hook(measure)  # type: ignore[no-untyped-call]
+        _measure_share(alias, hidden, f"{self._objective.name}/gradient_ratio", self._metrics)
         return alias
+
+
+def _measure_share(
+    alias: torch.Tensor, hidden: torch.Tensor, name: str, metrics: MetricAverager
+) -> None:
+    """Log, in the backward, which share of a hidden state's gradient comes through the alias.
+
+    The hooks must hold neither the tensors nor anything that holds them (a batch): Python's
+    collector does not see a cycle through a tensor's hooks, so it would never be freed.
+    """
+    own_gradients: list[torch.Tensor] = []
+
+    def measure(total: torch.Tensor) -> None:
+        if own_gradients:
+            own = own_gradients.pop().detach().float()
+            own_norm, rest_norm = own.norm(), (total.detach().float() - own).norm()
+            ratio = own_norm / (own_norm + rest_norm).clamp(min=torch.finfo(own.dtype).tiny)
+            metrics.add(name, ratio)
+
+    alias.register_hook(own_gradients.append)  # type: ignore[no-untyped-call]
+    hidden.register_hook(measure)  # type: ignore[no-untyped-call]

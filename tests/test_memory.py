@@ -1,0 +1,166 @@
+"""Nothing outlives its step: no batch and no tensor while a run lasts, no model after it.
+
+A cycle through a tensor's hooks is never collected, so one forgotten hook costs a batch a step.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_adapt import (
+    DANN,
+    MMD,
+    AdaptationCallback,
+    AttentionMaps,
+    CachedTeacher,
+    Contrastive,
+    Distillation,
+    FreezeOnly,
+    GradualUnfreezingCallback,
+    HiddenStates,
+    InformationMaximization,
+    KnowledgeCallback,
+    KnowledgeInjection,
+    KnowledgeInjector,
+    Objective,
+    SelfAttentionRelations,
+    SelfTeacher,
+)
+from hf_adapt.engine.batch import Rows
+from hf_adapt.knowledge import (
+    DescriptionAlignment,
+    EntityPrediction,
+    LinkPrediction,
+)
+from tests.knowledge import toy
+from tests.tiny import arguments, bert, collate, llama, rows
+
+Make = Callable[[Path], tuple[Any, TrainerCallback | None]]
+"""Makes a model and the callback that adds the capability to its Trainer."""
+
+
+class Centres(Objective):
+    """An objective of an author's own, on features and on predictions."""
+
+    needs_target = True
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        features, domain = batch.features()
+        logits, _ = batch.logits()
+        batch.log("seen", features.mean())
+        gap = features[domain == 0].mean(0) - features[domain > 0].mean(0)
+        return gap.square().sum() + logits.square().mean()
+
+
+def domains(*objectives: Objective, **settings: Any) -> Make:
+    return lambda folder: (
+        bert(),
+        AdaptationCallback(*objectives, target_dataset=rows(40, 2, labels=None), **settings),
+    )
+
+
+def distilled(**settings: Any) -> Make:
+    return lambda folder: (
+        bert(attn_implementation="eager"),
+        AdaptationCallback(Distillation(bert(seed=1, attn_implementation="eager"), **settings)),
+    )
+
+
+def known(*objectives: type[Objective], **injector: Any) -> Make:
+    def make(folder: Path) -> tuple[Any, TrainerCallback]:
+        own = KnowledgeInjector(**injector)
+        injection = KnowledgeInjection(toy.graph(), toy.vectors(), injector=own)
+        return bert(), AdaptationCallback(injection, *(kind(injection) for kind in objectives))
+
+    return make
+
+
+CASES: dict[str, Make] = {
+    "plain": lambda folder: (bert(), None),
+    "mmd": domains(MMD()),
+    "dann": domains(DANN()),
+    "information maximization": domains(InformationMaximization()),
+    "several, separate": domains(MMD(), DANN(), Centres(), target_forward="separate"),
+    "teacher": distilled(),
+    "features": distilled(
+        features=[
+            HiddenStates(),
+            SelfAttentionRelations(num_heads=2),
+            AttentionMaps(),
+            Contrastive(),
+        ]
+    ),
+    "self-teacher": lambda folder: (
+        bert(dropout=True),
+        AdaptationCallback(Distillation(SelfTeacher())),
+    ),
+    "cached teacher": lambda folder: (
+        bert(),
+        AdaptationCallback(Distillation(CachedTeacher(folder / "cache", bert(seed=1)))),
+    ),
+    "chunked": lambda folder: (llama(), AdaptationCallback(Distillation(llama(seed=1)))),
+    "described": lambda folder: (bert(), KnowledgeCallback(toy.graph())),
+    "gated addition": known(layers=["embeddings", 0, "head"], num_neighbours=2),
+    "cross-attention": known(layers=0, form="cross_attention", num_heads=2),
+    "adapter": known(layers=-1, form="adapter"),
+    "soft prompt": known(form="soft_prompt"),
+    "text triples": known(form="text_triples"),
+    "knowledge objectives": known(
+        EntityPrediction, LinkPrediction, DescriptionAlignment, layers=0, num_neighbours=2
+    ),
+    "unfreezing": lambda folder: (bert(), GradualUnfreezingCallback(layer_decay=0.9)),
+    "prefix cache": lambda folder: (
+        bert(),
+        GradualUnfreezingCallback(
+            FreezeOnly("embeddings", r"layer\.0"),
+            cache_frozen_prefix=True,
+            cache_dir=folder / "prefix",
+        ),
+    ),
+}
+
+
+class Count(TrainerCallback):
+    """Counts live tensors, and the rows and batches that objectives see, at two steps."""
+
+    def __init__(self) -> None:
+        self.counts: list[tuple[int, int]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (40, 50):  # schedules are in their last phase
+            gc.collect()
+            objects = gc.get_objects()
+            tensors = sum(issubclass(type(o), torch.Tensor) for o in objects)
+            self.counts.append((tensors, sum(issubclass(type(o), Rows) for o in objects)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_kept_from_step_to_step_or_after_the_run(name: str, tmp_path: Path) -> None:
+    model, callback = CASES[name](tmp_path)
+    adaptations = callback.plan.adaptations if isinstance(callback, AdaptationCallback) else ()
+    knowledge = any(isinstance(a, KnowledgeInjection) for a in adaptations)
+    # One epoch: its last batch may be smaller.
+    data = toy.rows(120, 1) if knowledge else rows(120, 1, "lm" if name == "chunked" else "row")
+    count = Count()
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=50, per_device_train_batch_size=2, logging_steps=25),
+        train_dataset=data,
+        data_collator=toy.collator() if knowledge else collate,
+        processing_class=toy.tokenizer() if knowledge else None,
+        callbacks=[count],
+    )
+    if callback is not None:
+        trainer.add_callback(callback)
+    trainer.train()
+    assert count.counts[0] == count.counts[1]
+    alive = weakref.ref(model)
+    del model, trainer, callback, adaptations, count, data
+    gc.collect()
+    assert alive() is None
