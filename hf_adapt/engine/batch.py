@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_adapt.engine.features import Pooling, pool, token_mask, unwrapped_base
+from hf_adapt.engine.features import (
+    Pooling,
+    pool,
+    token_mask,
+    unwrapped_base,
+    without_virtual_tokens,
+)
 
 if TYPE_CHECKING:
     from typing import Self
@@ -60,6 +66,13 @@ class Part:
         """(B, T) with 1 on real tokens, or None where the model has no mask."""
         mask = self.inputs.get("attention_mask")
         return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    def own_tokens(self, hidden: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        """A value per token, without the virtual tokens of a learned prompt."""
+        tokens = self.inputs.get("input_ids", self.attention_mask)
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2:
+            return hidden
+        return without_virtual_tokens(hidden, tokens.shape[1], model)
 
     @property
     def token_counts(self) -> torch.Tensor:
@@ -224,6 +237,7 @@ class Batch(Rows):
             mask = torch.ones_like(part.domain, dtype=torch.bool)
             if hidden.ndim == 3:
                 given = part.masks.get(id(module), part.attention_mask)
+                hidden = part.own_tokens(hidden, self.model)
                 mask = token_mask(hidden, given, self.model)
             features.append(pool(hidden, mask, self.pooling))
             tokens = self.pooling == "tokens" and hidden.ndim == 3
@@ -250,6 +264,7 @@ class Batch(Rows):
                         "decoder of an encoder-decoder has none for unlabelled rows. Use an "
                         "objective on features (DANN, MMD)."
                     )
+                values = part.own_tokens(values, self.model)
                 mask = token_mask(values, part.attention_mask, self.model)
                 values, domain = values[mask], domain.repeat_interleave(mask.sum(1))
             logits.append(values)

@@ -109,6 +109,17 @@ def _wrap_train() -> None:
     Trainer.train = train  # type: ignore[method-assign]
 
 
+def _unknown(name: str, unknown: dict[str, Any]) -> str:
+    """What to say of keyword arguments that a callback does not have."""
+    advice = ""
+    if "objectives" in unknown:
+        advice = (
+            "; objectives= belongs to AdaptationTrainer. Here they are passed one by one, as in "
+            f"{name}(MMD(), DANN(), target_dataset=target)"
+        )
+    return f"{name} got an unexpected keyword argument {next(iter(unknown))!r}{advice}."
+
+
 class AdaptationCallback(TrainerCallback):
     """Adds adaptations to an existing script in one line.
 
@@ -142,7 +153,10 @@ class AdaptationCallback(TrainerCallback):
         use_target_labels: bool = False,
         target_forward: TargetForward = "joint",
         source_domain: int | str | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(_unknown(type(self).__name__, unknown))
         self.plan = Plan(
             adaptations,
             target_dataset,

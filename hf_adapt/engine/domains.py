@@ -7,7 +7,15 @@ go on meaning what they meant before a target was added.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -287,8 +295,10 @@ def pair(
     if not all(is_map_style(target) for target in targets):
         raise ValueError(
             "A map-style train_dataset is paired with target rows by index, and a target_dataset "
-            "is a stream. Make the target map-style (`Dataset.from_list(list(stream.take(n)))`) "
-            "or stream the source too (`train_dataset.to_iterable_dataset()`)."
+            "is a stream. Make the target map-style "
+            "(`datasets.Dataset.from_list(list(itertools.islice(target, 10_000)))`), or stream the "
+            "source too (`train_dataset.to_iterable_dataset()` of a datasets.Dataset, with "
+            "max_steps)."
         )
     if isinstance(source, datasets.Dataset):
         return PairedHfDataset(source, targets, ratio, seed)
@@ -308,7 +318,9 @@ class PairedCollator:
 
     The author's collator is called on all rows together, so they are padded alike; source rows
     come first. Labels of target rows are hidden (-100) before and after it: before, so that the
-    columns agree; after, because a language-model collator makes labels from the tokens.
+    columns agree; after, because a language-model collator makes labels from the tokens. A collator
+    that cannot take -100 (one that looks labels up in a table) is given a source row's label for
+    them instead, which is hidden afterwards.
 
     Args:
         collator: The author's collator.
@@ -316,6 +328,8 @@ class PairedCollator:
         use_target_labels: Keep the target's labels, for semi-supervised adaptation and domain
             generalisation.
         separate: Collate the target rows into a batch of their own under `TARGET_BATCH`.
+        used: The columns that the author's collator is given; a target row may lack any other.
+            None for all.
     """
 
     def __init__(
@@ -324,8 +338,10 @@ class PairedCollator:
         label_names: Sequence[str],
         use_target_labels: bool = False,
         separate: bool = False,
+        used: Collection[str] | None = None,
     ) -> None:
         self.collator = collator
+        self.used = used
         self.label_names = label_columns(label_names, collator)
         self.use_target_labels = use_target_labels
         self.separate = separate
@@ -352,14 +368,41 @@ class PairedCollator:
                 targets.append(self._target_row(_without_domain(target), sources[0]))
         domain_column = torch.tensor(domains)
         if not self.separate:
-            return self._collate(sources + targets, domain_column)
-        batch = self._collate(sources, domain_column[: len(sources)])
+            return self._collate(sources + targets, domain_column, sources[0])
+        batch = self._collate(sources, domain_column[: len(sources)], sources[0])
         if targets:
-            batch[TARGET_BATCH] = self._collate(targets, domain_column[len(sources) :])
+            batch[TARGET_BATCH] = self._collate(targets, domain_column[len(sources) :], sources[0])
         return batch
 
-    def _collate(self, rows: list[Any], domain: torch.Tensor) -> Any:
-        batch = self.collator(rows)
+    def _collated(self, rows: list[Any], domain: torch.Tensor, like: Any) -> Any:
+        """The author's batch, its target rows labelled -100 or, where that fails, as `like` is."""
+        hidden = isinstance(like, Mapping) and bool(domain.any()) and not self.use_target_labels
+        names = [key for key in like if key in self.label_names] if hidden else []
+        if not names:
+            return self.collator(rows)
+        try:
+            return self.collator(rows)
+        except Exception as error:
+            stand_ins = [
+                {**row, **{name: _stand_in_label(like, row, name) for name in names}} if d else row
+                for row, d in zip(rows, domain.tolist(), strict=True)
+            ]
+            try:
+                batch = self.collator(stand_ins)
+            except Exception:
+                raise error from None  # it is not the label
+            if not self.separate and not self.label_names & set(batch):
+                raise ValueError(
+                    f"{type(self.collator).__name__} cannot collate target rows labelled "
+                    f"{IGNORED} ({type(error).__name__}: {error}), and makes of the label what "
+                    "hf_adapt cannot hide again: its batch has none of the label columns "
+                    f"{', '.join(sorted(self.label_names))}. Name its labels in "
+                    "TrainingArguments(label_names=[...]), or pass target_forward='separate'."
+                ) from error
+            return batch
+
+    def _collate(self, rows: list[Any], domain: torch.Tensor, like: Any) -> Any:
+        batch = self._collated(rows, domain, like)
         if not isinstance(batch, MutableMapping):
             raise TypeError(
                 "Adapting to a target needs a data collator that returns a dict of tensors; "
@@ -384,7 +427,13 @@ class PairedCollator:
         if not isinstance(target, Mapping) or not isinstance(like, Mapping):
             return target
         row = {key: target[key] for key in like if key in target and self._keeps(key)}
-        missing = [key for key in like if key not in row and key not in self.label_names]
+        missing = [
+            key
+            for key in like
+            if key not in row
+            and key not in self.label_names
+            and (self.used is None or key in self.used)
+        ]
         if missing:
             raise ValueError(missing_columns_message(missing, list(target)))
         for key in like:
@@ -433,6 +482,20 @@ def _hidden_label(like: Mapping[str, Any], target: Mapping[str, Any], key: str) 
     if isinstance(label, (torch.Tensor, np.ndarray, np.generic)):
         return type(label)(IGNORED) if isinstance(label, np.generic) else label * 0 + IGNORED
     return float(IGNORED) if isinstance(label, float) else IGNORED
+
+
+def _stand_in_label(like: Mapping[str, Any], target: Mapping[str, Any], key: str) -> Any:
+    """A label that a collator can read: the source row's, or its first one for each token."""
+    label = like[key]
+    length = _length(target)
+    per_token = hasattr(label, "__len__") and len(label) == _length(like)
+    if length is None or isinstance(label, str) or not per_token:
+        return label
+    first = next((i for i, value in enumerate(label) if value != IGNORED), 0)
+    if isinstance(label, torch.Tensor):
+        return label[first : first + 1].repeat(length)
+    repeated = [label[first]] * length
+    return np.asarray(repeated) if isinstance(label, np.ndarray) else repeated
 
 
 def _length(row: Mapping[str, Any]) -> int | None:

@@ -132,6 +132,26 @@ class FeatureTap:
         self._handle.remove()
 
 
+def without_virtual_tokens(hidden: torch.Tensor, length: int, model: nn.Module) -> torch.Tensor:
+    """A hidden state at the rows' own tokens, without those of a learned prompt before them.
+
+    Args:
+        hidden: (B, T, D); (B, V + T, D) under PEFT's prompt tuning and p-tuning.
+        length: Number of the rows' own tokens, T.
+        model: The model, asked for V.
+
+    Shape:
+        - output: (B, T, D).
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    active = getattr(model, "active_adapter", None)
+    config = configs.get(active) if isinstance(active, str) and isinstance(configs, dict) else None
+    extra = hidden.shape[1] - length
+    if not getattr(config, "is_prompt_learning", False) or extra <= 0:
+        return hidden
+    return hidden[:, extra:] if extra == getattr(config, "num_virtual_tokens", 0) else hidden
+
+
 def token_mask(
     hidden: torch.Tensor, attention_mask: torch.Tensor | None, model: nn.Module
 ) -> torch.Tensor:

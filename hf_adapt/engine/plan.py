@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import datasets
 import numpy as np
+import torch
 
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.auxiliary import preserved_random_state
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 HfDataset = (datasets.Dataset, datasets.IterableDataset)
+
+SPLITS = (datasets.DatasetDict, datasets.IterableDatasetDict)
 
 SOURCE_NAMES = (0, "source")
 """What the source is called in a `domain` column, unless the author says otherwise."""
@@ -62,9 +66,14 @@ class Plan:
     def __post_init__(self) -> None:
         for adaptation in self.adaptations:
             if not isinstance(adaptation, Adaptation):
-                raise TypeError(
-                    f"Expected an Adaptation or Objective, got {type(adaptation).__name__} "
-                    f"({adaptation!r}). A target dataset is passed as target_dataset=..."
+                raise TypeError(_not_an_adaptation(adaptation))
+        if self.target_dataset is not None:
+            check_target(self.target_dataset)
+            if not self.adaptations:
+                raise ValueError(
+                    "A target_dataset was given without an adaptation that uses it, so training "
+                    "would be the plain Trainer's. Say what to do with it, for example "
+                    "AdaptationCallback(MMD(), target_dataset=target)."
                 )
         if not self.target_ratio > 0:
             raise ValueError(
@@ -75,6 +84,71 @@ class Plan:
             raise ValueError(
                 f"target_forward={self.target_forward!r} is unknown: use 'joint' or 'separate'."
             )
+
+
+def _not_an_adaptation(given: Any) -> str:
+    """What to say of an argument that is no adaptation."""
+    if isinstance(given, type) and issubclass(given, Adaptation):
+        return f"Expected an Adaptation, got the class {given.__name__}: write {given.__name__}()."
+    if isinstance(given, (list, tuple)) and given and isinstance(given[0], Adaptation):
+        return (
+            f"Expected an Adaptation, got a {type(given).__name__} of them: pass them one by one, "
+            f"as in AdaptationCallback({', '.join(f'{type(a).__name__}()' for a in given)})."
+        )
+    shown = repr(given)
+    return (
+        f"Expected an Adaptation or Objective, got {type(given).__name__} "
+        f"({shown if len(shown) < 80 else shown[:77] + '...'}). A target dataset is passed as "
+        "target_dataset=..."
+    )
+
+
+def check_target(target: Any) -> None:
+    """Refuse what is no dataset, or more than one without saying so.
+
+    Raises:
+        TypeError: If it is not a dataset.
+        ValueError: If it is all the splits of one.
+    """
+    prepare = (
+        "Load it, for example load_dataset('csv', data_files=..., split='train'), and tokenise it "
+        "as the train_dataset was."
+    )
+    if isinstance(target, SPLITS):
+        splits = [str(name) for name in target]
+        raise ValueError(
+            f"target_dataset is a {type(target).__name__} with the splits {', '.join(splits)}; all "
+            "of them, a test split too, would be trained on as domains of their own. Choose one: "
+            f"target_dataset=dataset[{splits[0] if splits else 'train'!r}], or load_dataset(..., "
+            "split='train'). Several target domains are passed as a list or a plain dict."
+        )
+    if isinstance(target, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"target_dataset={str(target)[:80]!r} is a {type(target).__name__}, expected a "
+            f"dataset. {prepare}"
+        )
+    if isinstance(target, datasets.Dataset | datasets.IterableDataset | torch.utils.data.Dataset):
+        return
+    if isinstance(target, Mapping):
+        for each in target.values():
+            check_target(each)
+    elif isinstance(target, (list, tuple)):
+        for each in target:
+            if not isinstance(each, Mapping) or isinstance(each, SPLITS):  # else it is a row
+                check_target(each)
+    elif hasattr(target, "iloc"):
+        raise TypeError(
+            f"target_dataset is a {type(target).__name__}, whose rows are not read by number. Use "
+            "datasets.Dataset.from_pandas(frame, preserve_index=False), and tokenise it as the "
+            "train_dataset was."
+        )
+    elif isinstance(target, torch.utils.data.DataLoader | Iterator) or not (
+        hasattr(target, "__getitem__") or hasattr(target, "__iter__")
+    ):
+        raise TypeError(
+            f"target_dataset is a {type(target).__name__}, expected a dataset: rows that can be "
+            f"read by number, or again and again. {prepare}"
+        )
 
 
 def active_adaptations(plans: Sequence[Plan]) -> list[Adaptation]:
@@ -88,8 +162,10 @@ def active_adaptations(plans: Sequence[Plan]) -> list[Adaptation]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"Several adaptations are named {', '.join(map(repr, twice))}: their logs and their "
-            f"state in the checkpoint would collide. Give one of them another name=."
+            f"Several adaptations are named {', '.join(map(repr, twice))}, so each would be "
+            "counted twice. If the callback was added twice (a notebook cell that ran again), "
+            "remove one with trainer.remove_callback(...), or make the Trainer anew. If both are "
+            "meant, give one of them another name=."
         )
     freezing = [a.name for a in active if a.freezes]
     if len(freezing) > 1:
@@ -124,8 +200,9 @@ class DomainData:
         self.num_domains = 1 + len(targets)
         self.separate = plan.target_forward == "separate" or hasattr(trainer, "collect_features")
         source_rows = _without_unused_columns(trainer, source)
+        self._used = _used_columns(trainer)
+        _check_columns(trainer, source_rows, targets, self._used)
         target_rows = [_without_unused_columns(trainer, target) for target in targets]
-        _check_columns(trainer, source_rows, target_rows)
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
         self._source = source
         self._paired: PairedDataset | PairedIterableDataset = pair(
@@ -148,7 +225,7 @@ class DomainData:
             inner = trainer._get_collator_with_removed_columns(collator, description="training")
         trainer.train_dataset = self._paired
         trainer.data_collator = PairedCollator(
-            inner, trainer.label_names, self._plan.use_target_labels, self.separate
+            inner, trainer.label_names, self._plan.use_target_labels, self.separate, self._used
         )
         try:
             yield
@@ -237,10 +314,9 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
 def _prepared(trainer: Trainer, source: Any, target: Any) -> Any:
     """A raw target of a Trainer that tokenises its own datasets (TRL), tokenised by it."""
     prepare = getattr(trainer, "_prepare_dataset", None)
-    names = getattr(target, "column_names", None) or []
-    if not callable(prepare) or "input_ids" in names or not isinstance(target, HfDataset):
+    if not callable(prepare) or not isinstance(target, HfDataset):
         return target
-    if "input_ids" not in (getattr(source, "column_names", None) or []):
+    if "input_ids" in (_columns(target) or ()) or "input_ids" not in (_columns(source) or ()):
         return target
     formatting = getattr(trainer, "_formatting_func", None)
     return prepare(target, trainer.processing_class, trainer.args, False, formatting, "target")
@@ -262,13 +338,20 @@ def _without_unused_columns(trainer: Trainer, dataset: Any) -> Any:
     return dataset
 
 
-def _check_columns(trainer: Trainer, source: Any, targets: Sequence[Any]) -> None:
+def _used_columns(trainer: Trainer) -> set[str] | None:
+    """The columns that reach the collator, or None for all."""
+    if not trainer.args.remove_unused_columns or hasattr(trainer, "collect_features"):
+        return None
+    trainer._set_signature_columns_if_needed()
+    kept = trainer._kept_columns("training")  # type: ignore[attr-defined]  # AdaptationMixin's
+    return {*(getattr(trainer, "_signature_columns", None) or ()), *kept}
+
+
+def _check_columns(
+    trainer: Trainer, source: Any, targets: Sequence[Any], used: Collection[str] | None
+) -> None:
     """Refuse a target without the source's model inputs, before anything is trained."""
     labels = {*label_columns(trainer.label_names, trainer.data_collator), DOMAIN}
-    used: set[str] | None = None
-    if trainer.args.remove_unused_columns:
-        trainer._set_signature_columns_if_needed()
-        used = set(getattr(trainer, "_signature_columns", None) or ())
     wanted = _columns(source)
     for target in targets:
         found = _columns(target)
@@ -284,13 +367,20 @@ def _check_columns(trainer: Trainer, source: Any, targets: Sequence[Any]) -> Non
 
 
 def _columns(dataset: Any) -> list[str] | None:
-    if isinstance(dataset, HfDataset) and dataset.column_names is not None:
-        return list(dataset.column_names)
-    if is_map_style(dataset):
-        with preserved_random_state():
-            row = dataset[0]
-        return list(row) if isinstance(row, Mapping) else None
-    return None
+    """The columns of a dataset's rows, or None where they cannot be known without reading it.
+
+    A row is looked at: a transform on the fly gives other columns than those that are stored.
+    """
+    stored = isinstance(dataset, HfDataset)
+    row: Any = None
+    with preserved_random_state():
+        if is_map_style(dataset):
+            row = dataset[0] if len(dataset) else None
+        elif stored and dataset.column_names is None:  # a `datasets` stream begins anew each time
+            row = next(iter(dataset), None)
+    if isinstance(row, Mapping):
+        return list(row)
+    return list(dataset.column_names) if stored and dataset.column_names is not None else None
 
 
 def has_domain_needs(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> bool:

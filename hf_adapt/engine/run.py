@@ -254,11 +254,30 @@ class AdaptationRun:
                     self._forward_apart(model, first)
                     loss = torch.zeros((), device=self.trainer.args.device)
                 else:
-                    loss = self._base_loss(model, dict(first.inputs), num_items)
+                    loss = self._explained_base_loss(model, first, num_items)
         for part in parts[1:]:
             with self._recording(part):
                 self._forward_apart(model, part)
         return loss
+
+    def _explained_base_loss(self, model: nn.Module, part: Part, num_items: Any) -> torch.Tensor:
+        """The base loss; where it fails on hidden labels only, that is said."""
+        source = part.domain == 0
+        try:
+            return self._base_loss(model, dict(part.inputs), num_items)
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or bool(source.all()):
+                raise
+            try:
+                self._base_loss(model, rows_of(part.inputs, source), num_items)
+            except Exception:
+                raise error from None  # it fails on source rows too
+            raise ValueError(
+                f"The training loss failed on unlabelled target rows, whose label is {IGNORED} "
+                f"({type(error).__name__}: {error}); on the source rows alone it works. Pass "
+                "target_forward='separate', which computes the loss on source rows alone, or leave "
+                f"out rows labelled {IGNORED} in your own loss."
+            ) from error
 
     @property
     def _base_weight(self) -> float:
@@ -301,6 +320,7 @@ class AdaptationRun:
             return
         self._ready = True
         modes = {module: module.training for module in self.model.modules()}
+        buffers = _Buffers(self.model)
         # Some Trainers count tokens or keep metrics in compute_loss; the probe must not add to it.
         kept = {k: _copy_metrics(getattr(self.trainer, k, None)) for k in KEPT_METRICS}
         try:
@@ -316,6 +336,7 @@ class AdaptationRun:
                 if fusing is not None and self._fuses_exactly(model, fusing, parts):
                     self._fused = fusing
         finally:
+            buffers.restore()
             for module, training in modes.items():
                 module.training = training
             for key, value in kept.items():
@@ -734,6 +755,27 @@ def _components(objective: Objective, value: Any) -> dict[str, Any]:
                 "forward (for example `return rows.num_features()`), or return the mean."
             )
     return components
+
+
+class _Buffers:
+    """The buffers of a model as they are now: some models count or average in every forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Put values back that have changed, also of buffers that were replaced."""
+        with torch.no_grad():
+            for module, name, buffer, value in self._kept:
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _copy_metrics(metrics: Any) -> Any:

@@ -14,6 +14,7 @@ from transformers.training_args import ParallelMode
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.columns import column_collator, inputs_of, kept_columns
 from hf_adapt.engine.domains import COLUMNS, DOMAIN, TargetForward
+from hf_adapt.engine.normalisation import rows_of
 from hf_adapt.engine.plan import DomainData, Plan, active_adaptations, has_domain_needs
 from hf_adapt.engine.run import AdaptationRun, Memory, RunCallback
 
@@ -245,6 +246,13 @@ class AdaptationMixin(_Base):
         )
         self._created_lr_scheduler = True  # so that the next train() makes its own
         return self.lr_scheduler
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        # The author's count is of the author's rows. (Before transformers 5 the Trainer counts
+        # inside its loop, out of reach.)
+        if DOMAIN in inputs:
+            inputs = rows_of(inputs, inputs[DOMAIN] == 0)
+        super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
 
     # ---- one step ----
 

@@ -1,0 +1,265 @@
+"""Datasets as scripts have them: every kind of source with every kind of target, raw columns too.
+
+Each pairing trains on what the plain Trainer would be given, or is refused with advice that works.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+
+from hf_adapt import MMD, AdaptationCallback, InformationMaximization
+from tests.knowledge import toy
+from tests.tiny import arguments, bert, collate, llama, rows
+
+
+class Stream(IterableDataset):
+    def __init__(self, data: datasets.Dataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+class MapStyle(torch.utils.data.Dataset):
+    def __init__(self, data: datasets.Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+KINDS: dict[str, Any] = {
+    "dataset": lambda data: data,
+    "list": lambda data: data.to_list(),
+    "torch": MapStyle,
+    "stream": lambda data: data.to_iterable_dataset(),
+    "mapped stream": lambda data: data.to_iterable_dataset().map(dict),  # of unknown columns
+    "torch stream": Stream,
+}
+
+
+def with_text(data: datasets.Dataset) -> datasets.Dataset:
+    return data.add_column("text", [f"row {i}" for i in range(len(data))])
+
+
+SOURCE, TARGET = rows(12, 1), rows(9, 2, labels=None)
+
+
+def trained(source: Any, target: Any, folder: Path) -> Trainer:
+    trainer = Trainer(
+        bert(),
+        arguments(folder, max_steps=2),
+        train_dataset=source,
+        data_collator=collate,
+        callbacks=[AdaptationCallback(MMD(), target_dataset=target)],
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("source", KINDS)
+def test_every_pairing_with_raw_columns_on_either_side(
+    source: str, target: str, tmp_path: Path
+) -> None:
+    make, other = KINDS[source], KINDS[target]
+    refused = "stream" in target and "stream" not in source
+    for own, theirs in ((with_text(SOURCE), TARGET), (SOURCE, with_text(TARGET))):
+        if refused:
+            with pytest.raises(ValueError, match=r"Dataset\.from_list\(list\(itertools\.islice"):
+                trained(make(own), other(theirs), tmp_path)
+            # What the message advises.
+            rows_of_it = list(itertools.islice(other(theirs), 10_000))
+            trainer = trained(make(own), datasets.Dataset.from_list(rows_of_it), tmp_path)
+        else:
+            trainer = trained(make(own), other(theirs), tmp_path)
+        assert trainer.state.log_history[0]["loss/mmd"] != 0
+
+
+def texts(seed: int) -> datasets.Dataset:
+    return datasets.Dataset.from_list([{"text": text} for text in toy.sentences(12, seed)])
+
+
+@pytest.mark.parametrize("target", ["dataset", "stream", "mapped stream"])
+@pytest.mark.parametrize("source", ["dataset", "stream", "mapped stream"])
+def test_raw_text_for_sft_in_every_pairing(source: str, target: str, tmp_path: Path) -> None:
+    def train(given: Any) -> SFTTrainer:
+        tokenizer = toy.tokenizer()
+        tokenizer.eos_token = "[SEP]"
+        trainer = SFTTrainer(
+            llama(),
+            SFTConfig(
+                output_dir=str(tmp_path),
+                use_cpu=True,
+                report_to=[],
+                bf16=False,
+                gradient_checkpointing=False,
+                max_steps=2,
+                logging_steps=1,
+                save_strategy="no",
+                per_device_train_batch_size=4,
+            ),
+            train_dataset=KINDS[source](texts(1)),
+            processing_class=tokenizer,
+            callbacks=[AdaptationCallback(MMD(), target_dataset=given)],
+        )
+        trainer.train()
+        return trainer
+
+    given = KINDS[target](texts(2))
+    if "stream" in target and "stream" not in source:
+        with pytest.raises(ValueError, match="A map-style train_dataset is paired"):
+            train(given)
+        given = datasets.Dataset.from_list(list(itertools.islice(given, 10_000)))
+    assert train(given).state.log_history[0]["loss/mmd"] != 0
+
+
+def test_transforms_on_the_fly_are_compared_by_what_they_give(tmp_path: Path) -> None:
+    """The stored columns have other names in the source than in the target."""
+
+    def tokenised(data: datasets.Dataset, stored: str) -> datasets.Dataset:
+        plain = data.to_list()
+        numbers = datasets.Dataset.from_dict({stored: range(len(plain))})
+        return numbers.with_transform(
+            lambda batch: {key: [plain[i][key] for i in batch[stored]] for key in plain[0]}
+        )
+
+    for source, target in (
+        (tokenised(SOURCE, "image"), tokenised(TARGET, "picture")),
+        (SOURCE, tokenised(TARGET, "picture")),
+        (tokenised(SOURCE, "image"), TARGET),
+    ):
+        trainer = Trainer(
+            bert(),
+            arguments(tmp_path, remove_unused_columns=False),
+            train_dataset=source,
+            data_collator=collate,
+            callbacks=[AdaptationCallback(MMD(), target_dataset=target)],
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["loss/mmd"] != 0
+
+
+RAW = datasets.Dataset.from_list([{"text": "a b"}, {"text": "c"}])
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "match"),
+    [
+        (
+            datasets.DatasetDict({"train": TARGET, "test": TARGET}),
+            ValueError,
+            r"splits train, test.*target_dataset=dataset\['train'\]",
+        ),
+        ([datasets.DatasetDict({"test": TARGET})], ValueError, "splits test"),
+        ("laptop.csv", TypeError, "'laptop.csv' is a str.*load_dataset"),
+        (["good film", "bad film"], TypeError, "'good film' is a str"),
+        (Path("laptop.csv"), TypeError, "Path, expected a dataset"),
+        (pd.DataFrame({"text": ["a"]}), TypeError, "from_pandas"),
+        (iter(TARGET), TypeError, "again and again"),
+        (DataLoader(TARGET), TypeError, "DataLoader, expected a dataset"),
+    ],
+    ids=["splits", "list of splits", "path", "texts", "Path", "frame", "iterator", "loader"],
+)
+def test_what_is_no_dataset_is_refused_at_once(
+    target: Any, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        AdaptationCallback(MMD(), target_dataset=target)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "list", "torch", "stream", "torch stream"])
+def test_a_target_that_was_not_tokenised_is_said_so(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"target_dataset lacks the column\(s\) 'input_ids'"):
+        source = SOURCE.to_iterable_dataset() if "stream" in kind else SOURCE
+        trained(source, KINDS[kind](RAW), tmp_path)
+
+
+def test_a_target_without_an_adaptation_is_refused() -> None:
+    with pytest.raises(ValueError, match="without an adaptation that uses it"):
+        AdaptationCallback(target_dataset=TARGET)
+
+
+LABELS = {"good": 0, "bad": 1, "so-so": 2}
+NAMES = list(LABELS)
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+@pytest.mark.parametrize("labelled", ["target has none", "target has its own"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["rows", "tokens"])
+def test_a_collator_that_looks_labels_up(
+    per_token: bool, labelled: str, forward: Any, tmp_path: Path
+) -> None:
+    """It cannot read -100; target rows are collated with a source row's label, then hidden."""
+
+    def named(data: datasets.Dataset) -> list[dict[str, Any]]:
+        return [
+            {
+                **row,
+                "label": [NAMES[t % 3] for t in row["input_ids"]]
+                if per_token
+                else NAMES[len(row["input_ids"]) % 3],
+            }
+            for row in data
+        ]
+
+    seen = []
+
+    def look_up(features: Any) -> Any:
+        labels = [row["label"] for row in features]
+        numbers = [[LABELS[x] for x in own] if per_token else LABELS[own] for own in labels]
+        rows = [{**row, "labels": n} for row, n in zip(features, numbers, strict=True)]
+        batch = collate(rows)
+        seen.append(batch)
+        return batch
+
+    trainer = Trainer(
+        bert("token" if per_token else "sequence"),
+        arguments(tmp_path, remove_unused_columns=False),
+        train_dataset=named(SOURCE),
+        data_collator=look_up,
+    )
+    target = named(TARGET) if labelled == "target has its own" else TARGET.to_list()
+    trainer.add_callback(
+        AdaptationCallback(
+            MMD(), InformationMaximization(), target_dataset=target, target_forward=forward
+        )
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/mmd"] != 0
+    for batch in seen:
+        if forward == "joint":
+            assert bool((batch["labels"][4:] == -100).all())
+            assert bool(
+                (batch["labels"][:4] != -100).flatten(1).any(1).all() if per_token else True
+            )
+            assert per_token or bool((batch["labels"][:4] != -100).all())
+
+
+def test_a_collator_that_hides_its_labels_under_another_name_is_refused(tmp_path: Path) -> None:
+    def look_up(features: Any) -> Any:
+        batch = collate([{k: v for k, v in row.items() if k != "label"} for row in features])
+        return {**batch, "gold": torch.tensor([LABELS[row["label"]] for row in features])}
+
+    source = [{**row, "label": "good"} for row in rows(12, 1, labels=None)]
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path, remove_unused_columns=False),
+        train_dataset=source,
+        data_collator=look_up,
+        callbacks=[AdaptationCallback(MMD(), target_dataset=TARGET)],
+    )
+    with pytest.raises(ValueError, match=r"none of the label columns.*label_names=\[\.\.\.\]"):
+        trainer.train()
