@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FEW_ITEMS = 400
+"""Features of which a discriminator's accuracy is known to about five points."""
+
 
 class _Reversal(torch.autograd.Function):
     @staticmethod
@@ -202,9 +205,15 @@ class DANN(Objective):
         self.dropout = dropout
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self._num_domains = 2
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew with what is known of the discriminator."""
         self._warned: set[str] = set()
         self._best_margin = float("-inf")
-        self._num_domains = 2
+        self._items = 0
+        self._seen = [0.0, 0.0, 0.0]  # items, and sums over them of accuracy and source share
 
     def term_weight(self, progress: float) -> float:
         """1: λ acts in the reversal, so that the discriminator learns at full rate."""
@@ -218,7 +227,7 @@ class DANN(Objective):
     def build_modules(self, batch: Batch) -> nn.Module:
         """The discriminator, as wide as the features are."""
         features, _ = batch.features()
-        self._warned, self._best_margin = set(), float("-inf")
+        self._forget()
         self._num_domains = batch.num_domains
         return DomainDiscriminator(
             features.shape[1], batch.num_domains, self.hidden_sizes, self.dropout
@@ -239,6 +248,7 @@ class DANN(Objective):
         with torch.no_grad():
             source_share = (domain == 0).float().mean()
             accuracy = (logits.argmax(1) == domain).float().mean()
+        self._items += len(domain)
         batch.log("domain_accuracy", accuracy, len(domain))
         batch.log("source_share", source_share, len(domain))
         batch.log("lambda", scale)
@@ -252,12 +262,20 @@ class DANN(Objective):
         norm = metrics.get(f"{self.name}/module_gradient_norm")
         if accuracy is None or source_share is None:
             return
-        chance = max(source_share, (1 - source_share) / (self._num_domains - 1))
-        self._best_margin = max(self._best_margin, accuracy - chance)
         if norm == 0:
             self._warn(
                 "no gradient", "its discriminator gets no gradient (every gradient is exactly 0)"
             )
+        items, self._items = self._items, 0
+        self._seen = [
+            x + items * y for x, y in zip(self._seen, (1, accuracy, source_share), strict=True)
+        ]
+        if self._seen[0] < FEW_ITEMS:
+            return  # the accuracy of so few is chance itself
+        accuracy, source_share = self._seen[1] / self._seen[0], self._seen[2] / self._seen[0]
+        self._seen = [0.0, 0.0, 0.0]
+        chance = max(source_share, (1 - source_share) / (self._num_domains - 1))
+        self._best_margin = max(self._best_margin, accuracy - chance)
         if progress >= 0.3 and accuracy < chance - 0.2:
             self._warn(
                 "outrun",

@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 
 from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.auxiliary import preserved_random_state
 from hf_adapt.engine.columns import column_collator, inputs_of, kept_columns
 from hf_adapt.engine.domains import COLUMNS, DOMAIN, TargetForward
 from hf_adapt.engine.normalisation import rows_of
@@ -276,6 +277,17 @@ class AdaptationMixin(_Base):
             )
         loss, outputs = run.compute_loss(model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The author's; during training it leaves the random state as it was.
+
+        An evaluation at an epoch's end comes after the checkpoint of the epoch's last step and is
+        not repeated on resume, so its draws would make the resumed run another one.
+        """
+        if self._adaptation_run is None:
+            return super().evaluate(*args, **kwargs)
+        with preserved_random_state():
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The author's; a `domain` column in evaluation data is not shown to the model."""

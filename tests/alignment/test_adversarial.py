@@ -256,6 +256,7 @@ def test_domain_column_is_driven_out():
 def log(dann, caplog, progress, accuracy, norm=1.0, source_share=0.5):
     """Let `dann` see a logging step; the warnings it gave."""
     caplog.clear()
+    dann._items = 1000  # as many as `loss` has seen since the last log
     with caplog.at_level(logging.WARNING, logger="hf_adapt"):
         dann.on_log(
             {
@@ -275,6 +276,15 @@ def test_warns_once_of_a_discriminator_at_chance(caplog):
     assert message.startswith("adversary: its discriminator was at chance")
     assert "accuracy 0.52, majority 0.50" in message
     assert log(dann, caplog, 0.5, 0.5) == []
+
+
+def test_a_few_rows_say_nothing_of_a_discriminator(caplog):
+    dann = DANN()
+    for progress in (0.5, 0.6, 0.7):
+        dann._items = 16
+        with caplog.at_level(logging.WARNING, logger="hf_adapt"):
+            dann.on_log({"dann/domain_accuracy": 0.5, "dann/source_share": 0.5}, progress)
+    assert not caplog.records
 
 
 def test_chance_after_a_success_is_what_dann_wants(caplog):

@@ -1,5 +1,6 @@
 """Inactive means invisible; the four ways in are one."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hf_adapt import (
     adapt,
 )
 from hf_adapt.alignment import dann_loss
-from tests.tiny import arguments, bert, collate, rows, same_bits, weights
+from tests.tiny import FIVE, arguments, bert, collate, rows, same_bits, weights
 
 
 def settings(folder: Path, cls: Any = TrainingArguments, **more: Any) -> dict[str, Any]:
@@ -167,6 +168,45 @@ def test_a_ramp_at_zero_leaves_the_gradient_of_the_model_alone(tmp_path: Path) -
             assert all(e["dann/module_gradient_norm"] > 0 for e in entries)
     assert same_bits(*states)
     assert moved
+
+
+class Counting(torch.nn.Module):
+    """Counts its forwards, in evaluation too: one buffer in place, one replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("forwards", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, *args: Any) -> None:
+        self.forwards += 1
+        self.replaced = self.replaced + 1
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_the_first_batch_s_probe_leaves_buffers_as_they_were(forward: Any, tmp_path: Path) -> None:
+    model = bert()
+    model.counting = Counting()
+    model.register_forward_hook(lambda model, args, output: model.counting())
+    trainer = Trainer(model, **settings(tmp_path))
+    adapt(trainer, DANN(), target_dataset=target(), target_forward=forward).train()
+    forwards = 12 if forward == "joint" else 24  # one or two for each of 6 x 2 micro-batches
+    assert float(model.counting.forwards) == float(model.counting.replaced) == forwards
+
+
+@pytest.mark.skipif(not FIVE, reason="transformers 4 counts inside its loop, out of reach")
+@pytest.mark.parametrize("how", ["all", "non_padding"])
+def test_tokens_seen_are_those_of_the_authors_rows(how: str, tmp_path: Path) -> None:
+    def seen(adapted: bool) -> int:
+        counted = settings(tmp_path, include_num_input_tokens_seen=how)
+        counted["data_collator"] = functools.partial(collate, length=10)
+        trainer = Trainer(bert(), **counted)
+        if adapted:
+            adapt(trainer, MMD(), target_dataset=target())
+        trainer.train()
+        return trainer.state.num_input_tokens_seen
+
+    assert seen(adapted=True) == seen(adapted=False) > 0
 
 
 def test_the_adapted_class_keeps_its_name_and_overrides(tmp_path: Path) -> None:

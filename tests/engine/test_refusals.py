@@ -196,7 +196,74 @@ def test_two_different_targets(tmp_path: Path) -> None:
 
 def test_two_adaptations_of_one_name(tmp_path: Path) -> None:
     trainer = adapt(trainer_with(tmp_path), DANN(), DANN(), target_dataset=rows(9, 2, None))
-    refused(trainer, "named 'dann'.*another name=")
+    refused(trainer, r"named 'dann'.*added twice.*remove_callback.*another name=")
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: AdaptationCallback(MMD), r"the class MMD: write MMD\(\)"),
+        (lambda: AdaptationCallback([MMD(), DANN()]), r"AdaptationCallback\(MMD\(\), DANN\(\)\)"),
+        (
+            lambda: AdaptationCallback(objectives=[MMD()]),
+            "belongs to AdaptationTrainer.*one by one",
+        ),
+        (lambda: AdaptationCallback(MMD(), taget_dataset=[]), "keyword argument 'taget_dataset'"),
+    ],
+    ids=["class", "list", "objectives", "typo"],
+)
+def test_adaptations_passed_in_another_way(make: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        make()
+
+
+def focal(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A focal loss by one-hot labels, as many scripts have it."""
+    chances = outputs["logits"].log_softmax(-1)
+    hot = torch.nn.functional.one_hot(labels, 3)
+    return -((1 - chances.exp()) ** 2 * chances * hot).sum(-1).mean()
+
+
+def gathered(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    return -outputs["logits"].log_softmax(-1).gather(1, labels[:, None]).mean()
+
+
+def weighted(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    each = torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")
+    return (torch.tensor([1.0, 2.0, 1.0])[labels] * each).mean()
+
+
+@pytest.mark.parametrize("loss", [focal, gathered, weighted])
+def test_a_loss_that_cannot_take_minus_100(loss: Any, tmp_path: Path) -> None:
+    def trainer(forward: Any) -> Trainer:
+        made = Trainer(
+            bert(),
+            arguments(tmp_path),
+            train_dataset=rows(12, 1),
+            data_collator=collate,
+            compute_loss_func=loss,
+        )
+        target = rows(9, 2, None)
+        made.add_callback(AdaptationCallback(MMD(), target_dataset=target, target_forward=forward))
+        return made
+
+    refused(trainer("joint"), "failed on unlabelled target rows.*target_forward='separate'")
+    trainer("separate").train()
+
+
+def test_a_loss_that_fails_on_source_rows_too_says_so_itself(tmp_path: Path) -> None:
+    def broken(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        raise RuntimeError("sizes do not fit")
+
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=rows(12, 1),
+        data_collator=collate,
+        compute_loss_func=broken,
+    )
+    trainer.add_callback(AdaptationCallback(MMD(), target_dataset=rows(9, 2, None)))
+    refused(trainer, "^sizes do not fit", RuntimeError)
 
 
 def test_not_an_adaptation(tmp_path: Path) -> None:
