@@ -149,7 +149,9 @@ def _fold_blocks(text: str, ignore_case: bool) -> Folded:
 
 @functools.cache
 def _units() -> Callable[[str], Iterator[re.Match[str]]]:
-    return re.compile(rf"\s{{2,}}|\S?[{_marks()}]+|\S?[{JAMO}]+").finditer
+    # No more than 30 marks at once, as in Unicode's stream-safe format: to order them costs the
+    # square of their number.
+    return re.compile(rf"\s{{2,}}|\S?[{_marks()}]{{1,30}}|\S?[{JAMO}]+").finditer
 
 
 @functools.cache
