@@ -40,6 +40,7 @@ class Names:
 
 def canonical(text: str, ignore_case: bool) -> str:
     text = text.casefold() if ignore_case else text
+    text = text.replace("’", "'").replace("\u2011", "-")
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
@@ -55,6 +56,10 @@ def is_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
+def is_regional(character: str) -> bool:
+    return 0x1F1E6 <= ord(character) <= 0x1F1FF
+
+
 def is_boundary(text: str, place: int, whole_words: bool) -> bool:
     """Whether a mention may begin or end here."""
     if place in (0, len(text)):
@@ -63,6 +68,11 @@ def is_boundary(text: str, place: int, whole_words: bool) -> bool:
     while base > 0 and is_mark(text[base]):
         base -= 1
     after, before = text[place], text[base]
+    if is_regional(after):
+        start = place
+        while start > 0 and is_regional(text[start - 1]):
+            start -= 1
+        return (place - start) % 2 == 0
     if is_mark(after):
         return not is_word(before)
     if not whole_words or not is_word(after) or not is_word(before):

@@ -19,6 +19,14 @@ UNSPACED = (
 # Vowels and finals of decomposed Hangul: letters, but NFC joins them to what is before.
 JAMO = "\u1160-\u11ff"
 JOINERS = "\u200c\u200d"
+# Two regional indicators are a flag; a black flag and tags are that of a country's part.
+FLAGS = "[\U0001f1e6-\U0001f1ff]{2}|\U0001f3f4[\U000e0020-\U000e007f]+"
+SOFT_HYPHEN = "\u00ad"
+# Each is one character for one, so that no offset moves.
+PUNCTUATION = [(odd, "'") for odd in "\u2018\u2019\u201b\u02bc\uff07"]
+PUNCTUATION += [(odd, "-") for odd in "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"]
+RULES = 2
+"""Raised whenever names or texts fold otherwise, so that no cache of older rules is read."""
 find_unspaced = re.compile(f"[{UNSPACED}]").search
 _odd_space = re.compile(r"[^\S ]")
 _odd_ascii_space = {code: " " for code in range(128) if chr(code).isspace()}
@@ -56,7 +64,8 @@ def fold(text: str, ignore_case: bool) -> Folded:
     """Fold a text without losing track of its offsets.
 
     Canonically equal strings ('é' as one character or as two) fold alike, and with `ignore_case`
-    so do strings that differ in case alone ('ß' and 'SS' too).
+    so do strings that differ in case alone ('ß' and 'SS' too). A soft hyphen after a character is
+    left out.
 
     Args:
         text: Any text.
@@ -73,9 +82,25 @@ def fold(text: str, ignore_case: bool) -> Folded:
         odd = _odd_ascii_space
         folded = folded.translate(odd) if is_ascii else _odd_space.sub(" ", folded)
     # A character folds to one or more, so an equal length means one to one.
-    if len(folded) == len(text) and (is_ascii or unicodedata.is_normalized("NFC", folded)):
+    plain = is_ascii or (SOFT_HYPHEN not in text and unicodedata.is_normalized("NFC", folded))
+    if plain and len(folded) == len(text):
         return Folded(folded) if "  " not in folded else _without_runs(folded)
     return _fold_blocks(text, ignore_case)
+
+
+def fold_punctuation(text: str) -> str:
+    """The text with plain apostrophes and hyphens, of the same length.
+
+    Names and texts are compared so; tokens, which spell what the text has, are not.
+
+    Example:
+        >>> fold_punctuation("Alzheimer’s, COVID‑19")
+        "Alzheimer's, COVID-19"
+    """
+    if not text.isascii():
+        for odd, plain in PUNCTUATION:
+            text = text.replace(odd, plain)  # faster than a table: most texts have few of them
+    return text
 
 
 def fold_names(names: Sequence[str], ignore_case: bool) -> list[str]:
@@ -94,7 +119,7 @@ def fold_names(names: Sequence[str], ignore_case: bool) -> list[str]:
         and text.strip(" ") == text
     ):
         return (text.casefold() if ignore_case else text).split("\n")
-    return [fold(name, ignore_case).text.strip(" ") for name in names]
+    return [fold(fold_punctuation(name), ignore_case).text.strip(" ") for name in names]
 
 
 def _without_runs(text: str) -> Folded:
@@ -141,7 +166,8 @@ def _fold_blocks(text: str, ignore_case: bool) -> Folded:
         if unit.start() > end:
             add_plain(text[end : unit.start()])
         part, end = unit.group(), unit.end()
-        add(" " if part[0].isspace() else folded(part), len(part))
+        made = " " if part[0].isspace() else part[0] + part[1:].replace(SOFT_HYPHEN, "")
+        add(folded(made), len(part))
     if end < len(text):
         add_plain(text[end:])
     return Folded("".join(pieces), starts, origins, frozenset(inside))
@@ -149,7 +175,12 @@ def _fold_blocks(text: str, ignore_case: bool) -> Folded:
 
 @functools.cache
 def _units() -> Callable[[str], Iterator[re.Match[str]]]:
-    return re.compile(rf"\s{{2,}}|\S?[{_marks()}]+|\S?[{JAMO}]+").finditer
+    # No more than 30 marks at once, as in Unicode's stream-safe format: to order them costs the
+    # square of their number.
+    marks = _marks()
+    return re.compile(
+        rf"\s{{2,}}|\S[{marks}{SOFT_HYPHEN}]{{1,30}}|[{marks}]{{1,30}}|\S?[{JAMO}]+"
+    ).finditer
 
 
 @functools.cache
@@ -169,8 +200,8 @@ def _marks() -> str:
 def token_splitter(ascii_only: bool, whole_words: bool) -> Callable[[str], list[str]]:
     """Splits a folded text into [gap, token, gap, token, …, gap]; a gap is empty or a space.
 
-    A token is a word with its combining marks, a character of a script without spaces, or any
-    other single character. A match begins and ends with a token. Without `whole_words` each
+    A token is a word with its combining marks, a character of a script without spaces, a flag of
+    two characters, or any other single character. A match begins and ends with a token. Without `whole_words` each
     character, with its marks, is a token.
     """
     if ascii_only:
@@ -178,7 +209,7 @@ def token_splitter(ascii_only: bool, whole_words: bool) -> Callable[[str], list[
     marks = _marks()
     letters = rf"[^\W{UNSPACED}]"
     word = rf"{letters}+(?:[{marks}]+{letters}*)*|" if whole_words else ""
-    return re.compile(rf"({word}\w[{marks}]*|\S)").split
+    return re.compile(rf"({word}\w[{marks}]*|{FLAGS}|\S)").split
 
 
 def tokens_among_signs(text: str, whole_words: bool) -> tuple[list[str], list[int], list[int]]:
@@ -243,4 +274,4 @@ def _long_tokens(whole_words: bool) -> Callable[[str, int, int], Iterator[re.Mat
     marks = _marks()
     letters = rf"[^\W{UNSPACED}]"
     word = rf"{letters}+(?:[{marks}]+{letters}*)+|{letters}{{2,}}|" if whole_words else ""
-    return re.compile(rf"{word}\w[{marks}]+").finditer
+    return re.compile(rf"{word}\w[{marks}]+|{FLAGS}").finditer

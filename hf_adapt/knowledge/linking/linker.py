@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from hf_adapt.knowledge.linking.callable_linker import CallableLinker
-from hf_adapt.knowledge.linking.folding import fold
+from hf_adapt.knowledge.linking.folding import fold, fold_punctuation
 from hf_adapt.knowledge.linking.inflection import english_forms
 from hf_adapt.knowledge.linking.matching import AhoCorasickMatcher, Matcher, WordMatcher
 from hf_adapt.knowledge.linking.mentions import (
@@ -30,7 +30,8 @@ class EntityLinker(Linker):
     """Links by dictionary: where a text has a name of an entity, the name's entities are meant.
 
     Of names that overlap, the leftmost and of those the longest is linked. Whitespace between the
-    words of a name may be any in the text; other characters must be the name's, accents included.
+    words of a name may be any in the text, and so may be the sort of an apostrophe or a hyphen;
+    other characters must be the name's, accents included.
     Scripts without spaces between words (Chinese, Japanese, Thai, ...) have no word boundaries.
 
     Args:
@@ -135,7 +136,7 @@ class EntityLinker(Linker):
         if self._own is not None:
             return self._own.link(text)
         assert self._matcher is not None
-        folded = fold(checked_text(text), self.ignore_case)
+        folded = fold(fold_punctuation(checked_text(text)), self.ignore_case)
         found = self._matcher.find(folded, self.overlapping)
         if folded.starts is not None:
             found = [(folded.origin(start), folded.origin(end), n) for start, end, n in found]

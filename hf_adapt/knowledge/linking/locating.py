@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+BASE = np.uint64(0x9E3779B97F4A7C15)
+ALPHANUMERIC = [byte for byte in range(128) if chr(byte).isalnum()]
 
 
 class Overlap(NamedTuple):
@@ -37,14 +43,35 @@ def find_whole(row: bytes, text: bytes, start: int, size: int) -> Overlap | None
         start: The first item of the row that may be part of it.
         size: Bytes of an item; of 1, they are UTF-8.
     """
-    first = place = find(row, text, start, size)
-    while place >= 0 and size == 1:
-        around = row[max(place - 1, 0) : place], row[place + len(text) : place + len(text) + 1]
-        if not any(byte.isalnum() for byte in around):
-            break
-        place = find(row, text, place + 1, size)
-    place = place if place >= 0 else first
+    place = find(row, text, start, size)
+    if place >= 0 and size == 1:
+        place = _between_words(row, text, place)
     return Overlap(place, 0, len(text) // size) if place >= 0 else None
+
+
+def _between_words(row: bytes, text: bytes, first: int) -> int:
+    """The first place of the text from `first` on that is not inside a word, else `first`."""
+    end = first + len(text)
+    if not (row[max(first - 1, 0) : first].isalnum() or row[end : end + 1].isalnum()):
+        return first
+    sums, powers = _hashes(np.frombuffer(row, np.uint8))
+    wanted = _hashes(np.frombuffer(text, np.uint8))[0][-1]
+    last = len(row) - len(text) + 1
+    places = np.flatnonzero(sums[len(text) :] - sums[:last] == wanted * powers[:last])
+    letters = np.isin(np.frombuffer(b" " + row + b" ", np.uint8), ALPHANUMERIC)
+    places = places[~(letters[places] | letters[places + len(text) + 1])]
+    later = (place for place in places[places >= first].tolist() if row.startswith(text, place))
+    return next(later, first)
+
+
+def _hashes(items: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Polynomial hashes of all beginnings, which wrap at 2^64, and the powers in them.
+
+    Places that may be equal are found all at once: comparing one after another would be quadratic
+    in a text that repeats itself.
+    """
+    powers = np.concatenate([[np.uint64(1)], np.cumprod(np.full(len(items), BASE))])
+    return np.concatenate([[np.uint64(0)], np.cumsum(items * powers[1:])]), powers
 
 
 def find_part(
@@ -89,12 +116,13 @@ def _overlap(run: bytes, text: bytes, size: int) -> Overlap | None:
 
 def _tail_in_head(one: bytes, other: bytes, size: int) -> int | None:
     """Where the longest end of `one` begins that is a beginning of `other`."""
-    few = 8 * size
-    place = find(one, other[:size], max(0, (len(one) - len(other)) // size), size)
-    while place >= 0:
-        at = place * size
-        # A glance first: whole ends of long texts are not copied at each equal letter.
-        if other.startswith(one[at : at + few]) and other.startswith(one[at:]):
+    length = min(len(one), len(other)) // size
+    items = np.uint8 if size == 1 else np.uint32
+    beginnings, powers = _hashes(np.frombuffer(other, items, length))
+    ends, _ = _hashes(np.frombuffer(one, items)[len(one) // size - length :])
+    same = ends[-1] - ends == beginnings[::-1] * powers
+    for shift in np.flatnonzero(same[:-1]).tolist():
+        place: int = len(one) // size - length + shift
+        if other.startswith(one[place * size :]):
             return place
-        place = find(one, other[:size], place + 1, size)
     return None

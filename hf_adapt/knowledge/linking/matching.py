@@ -154,17 +154,17 @@ class WordMatcher:
     def _all(
         self, folded: Folded, codes: list[int | None], starts: list[int], stops: list[int]
     ) -> list[Match]:
-        text, inside = folded.text, folded.inside
+        """Every match, those inside of others too; none that cuts a character of the text."""
+        text, inside, longer, number = folded.text, folded.inside, self._codes.get, len(codes)
         found: list[Match] = []
-        for first, begun in enumerate(codes):
-            code, start = begun or 0, starts[first]
-            for stop in stops[first:] if code and start not in inside else ():
-                if stop != stops[first]:
-                    code = self._codes.get(text[start:stop], 0)
-                if code > BEGINNING and code and stop not in inside:
-                    found.append((start, stop, abs(code)))
-                if code >= 0:
+        for first in compress(range(number), codes):
+            start, token, code = starts[first], first, codes[first] or 0
+            while start not in inside:
+                if code > BEGINNING and code and stops[token] not in inside:
+                    found.append((start, stops[token], abs(code)))
+                if code >= 0 or (token := token + 1) == number:
                     break
+                code = longer(text[start : stops[token]], 0)
         return found
 
 

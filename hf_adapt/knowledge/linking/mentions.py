@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from hf_adapt.knowledge.linking.folding import RULES
 from hf_adapt.knowledge.linking.surfaces import Candidate, NamedEntities
 
 FUNCTION = "function:"
@@ -68,7 +69,7 @@ class Linker(ABC):
         """Equal for linkers that find the same in every text: of the graph and the settings."""
         # "auto" and both matchers find the same, so a dataset that is cached stays good.
         settings = {key: value for key, value in self.settings.items() if value not in MATCHERS}
-        told = json.dumps([1, settings, self.graph.fingerprint], sort_keys=True)
+        told = json.dumps([RULES, settings, self.graph.fingerprint], sort_keys=True)
         for function in self._functions():
             told += _hash_of(function)
         return hashlib.sha256(told.encode()).hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from array import array
 from bisect import bisect_left, bisect_right
@@ -12,6 +13,7 @@ import numpy as np
 
 from hf_adapt.knowledge.linking.folding import Folded, fold
 from hf_adapt.knowledge.linking.locating import Overlap, find_part, find_whole
+from hf_adapt.knowledge.linking.mentions import Mention
 from hf_adapt.knowledge.linking.pieces import ITEM, Row, Span, TokenPieces
 
 # A shorter part than this may be there by chance, unless it is all that a run has.
@@ -38,6 +40,14 @@ class Placed(NamedTuple):
     end: int
     loses_marks: bool = False
 
+    @classmethod
+    def of(
+        cls, kept: list[tuple[int, int, int]], start: int, end: int, loses_marks: bool = False
+    ) -> Placed:
+        """From the position, the first character and the end of each token."""
+        positions, starts, ends = ([item[place] for item in kept] for place in range(3))
+        return cls(positions, starts, ends, start, end, loses_marks)
+
     def tokens(self, text: str, start: int, end: int) -> Span | None:
         """First position and end of the tokens that stand for some characters of the text.
 
@@ -47,7 +57,7 @@ class Placed(NamedTuple):
             start += 1
         while end > start and text[end - 1].isspace():
             end -= 1
-        missing = text[start : self.start] + text[self.end : end]
+        missing = text[start : min(self.start, end)] + text[max(self.end, start) : end]
         droppable = "CMZ" if self.loses_marks else "Z"
         if any(unicodedata.category(character)[0] not in droppable for character in missing):
             return None
@@ -55,6 +65,28 @@ class Placed(NamedTuple):
         if first > last:
             return None
         return self.positions[first], self.positions[last] + 1
+
+    def among(self, text: str, mentions: Sequence[Mention]) -> Sequence[Mention]:
+        """Of all the mentions of the text, by start, those that the row may have.
+
+        A window of a long text has few of them.
+        """
+        start = self.start
+        droppable = "CMZ" if self.loses_marks else "Z"
+        while start > 0 and unicodedata.category(text[start - 1])[0] in droppable:
+            start -= 1
+        first = bisect_left(mentions, start, key=_start)
+        return mentions[first : bisect_left(mentions, self.end, first, key=_start)]
+
+
+@functools.lru_cache(maxsize=16)
+def _composed(text: str) -> Folded:
+    """The text as tokenizers that compose characters see it; windows of one ask again."""
+    return fold(text, ignore_case=False)
+
+
+def _start(mention: Mention) -> int:
+    return mention.start
 
 
 class Placer:
@@ -126,7 +158,7 @@ class Placer:
         start, unsure = row.bounds[after], None
         for is_folded in (False, True):
             # Many tokenizers compose characters, and sentencepiece makes whitespace one space.
-            spelling = fold(text, ignore_case=False) if is_folded else Folded(text)
+            spelling = _composed(text) if is_folded else Folded(text)
             if is_folded and spelling.text == text:
                 break
             stripped = spelling.text.strip()
@@ -227,7 +259,7 @@ def _by_ids(part: Overlap, spans: list[Span], shift: int, text: str) -> Placed:
     # What no token stands for is not cut off; a character some of whose tokens are missing is.
     before = next((stop for start, stop in reversed(spans[: part.of]) if stop > start), shift)
     after = next((start for start, stop in spans[end:] if stop > start), len(text) + shift)
-    return _placed(kept, before - shift, after - shift, False)
+    return Placed.of(kept, before - shift, after - shift)
 
 
 def _from_bytes(row: Row, part: Overlap, spelling: Folded, text: str, content: bytes) -> Placed:
@@ -252,12 +284,7 @@ def _from_bytes(row: Row, part: Overlap, spelling: Folded, text: str, content: b
         kept = [(token, origin(start), origin(end)) for token, start, end in kept]
     is_cut = part.of > 0 and owner[part.of] == owner[part.of - 1]
     start = origin(owner[part.of] + is_cut + lead)
-    return _placed(kept, start, origin(owner[part.of + part.length] + lead), False)
-
-
-def _placed(kept: list[tuple[int, int, int]], start: int, end: int, loses_marks: bool) -> Placed:
-    positions, starts, ends = ([item[place] for item in kept] for place in range(3))
-    return Placed(positions, starts, ends, start, end, loses_marks)
+    return Placed.of(kept, start, origin(owner[part.of + part.length] + lead))
 
 
 def place_by_offsets(
@@ -289,7 +316,7 @@ def place_by_offsets(
         if not kept or not _fits(row, text, kept, pieces):
             return None
         cut_before, cut_after = row.cuts(first, end)
-        made[place] = _placed(
+        made[place] = Placed.of(
             kept, kept[0][1] + cut_before, kept[-1][2] - cut_after, row.loses_marks
         )
     return made

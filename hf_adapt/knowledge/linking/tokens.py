@@ -10,7 +10,7 @@ from typing import Any
 from hf_adapt.knowledge.linking.linker import Candidate, Linker, Mention
 from hf_adapt.knowledge.linking.mapping import MENTIONS, TOKEN_MENTIONS, text_of
 from hf_adapt.knowledge.linking.pieces import Row
-from hf_adapt.knowledge.linking.placing import Placer, Recent, place_by_offsets
+from hf_adapt.knowledge.linking.placing import Placed, Placer, Recent, place_by_offsets
 
 OFFSETS = "offset_mapping"
 
@@ -112,7 +112,7 @@ class TokenAligner:
             if text is None or place is None:
                 continue
             mentions = self._link(text) if given is None else given[column]
-            for mention in mentions:
+            for mention in place.among(text, mentions):
                 span = place.tokens(text, mention.start, mention.end)
                 if span is not None:
                     made.append(TokenMention(*span, mention, column))
@@ -146,16 +146,13 @@ class TokenAligner:
         moved = 0
         for first, end in row.runs:
             text, spans = self._placer.pieces.text(row.tokens[first:end])
-            places = [place for place, (start, stop) in enumerate(spans) if stop > start]
+            kept = [(first + i, *span) for i, span in enumerate(spans) if span[1] > span[0]]
+            placed = Placed.of(kept, 0, len(text))
             for mention in self._link(text):
-                inside = [
-                    first + place
-                    for place in places
-                    if spans[place][1] > mention.start and spans[place][0] < mention.end
-                ]
-                if inside:
+                span = placed.tokens(text, mention.start, mention.end)
+                if span is not None:
                     at = replace(mention, start=mention.start + moved, end=mention.end + moved)
-                    made.append(TokenMention(inside[0], inside[-1] + 1, at))
+                    made.append(TokenMention(*span, at))
             moved += len(text) + 1
         return made
 
@@ -201,6 +198,8 @@ def _given(value: Any, texts: Sequence[str | None]) -> list[list[Mention]] | Non
                 "the column."
             )
         made[column].append(Mention(start, end, text[start:end], _candidates(record)))
+    for mentions in made:
+        mentions.sort(key=lambda mention: mention.start)
     return made
 
 
