@@ -13,13 +13,17 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.engine.training import unwrapped_model
+from hf_adapt.engine.training import resumed_from, unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher, make_batcher
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import NAMES, Knowledge
-from hf_adapt.knowledge.injection.saving import check_fingerprint, save_knowledge
+from hf_adapt.knowledge.injection.saving import (
+    check_fingerprint,
+    resumed_vectors,
+    save_knowledge,
+)
 from hf_adapt.knowledge.injection.sites import is_causal_lm
 from hf_adapt.knowledge.injection.text_triples import VISIBILITY
 from hf_adapt.knowledge.linking.linker import EntityLinker
@@ -64,8 +68,8 @@ class KnowledgeInjection(Adaptation):
             tokenised. Where the dataset has none, the text is what the tokens decode to. Rows
             linked beforehand by `linker.map` (a column `mentions`) are not linked again.
         max_mentions: Mentions of a row at most, the first ones; None for all.
-        save_graph: Whether the graph and the vectors are put beside the final model (checkpoints
-            only name them).
+        save_graph: Whether the graph and the vectors are put beside the final model. Checkpoints
+            only name them, but hold the vectors that the run made itself: it resumes with them.
         learning_rate: Peak learning rate of the injector; it follows the run's schedule.
         weight_decay: Of the injector.
         name: Prefix of what is logged and stored.
@@ -106,6 +110,7 @@ class KnowledgeInjection(Adaptation):
                 "EntityVectors.from_file(path, graph), which finds entities by their keys."
             )
         self.graph, self.vectors = graph, vectors
+        self._makes_vectors = vectors is None
         self.linker = EntityLinker(graph) if linker is None else linker
         self.injector = KnowledgeInjector() if injector is None else injector
         self.text_columns = (text_column,) if isinstance(text_column, str) else tuple(text_column)
@@ -140,8 +145,7 @@ class KnowledgeInjection(Adaptation):
                 "Linking needs the tokenizer that made the rows: pass processing_class=tokenizer "
                 "to the Trainer."
             )
-        if self.vectors is None and self.injector.needs_vectors:
-            self.vectors = self._described(model, tokenizer)
+        self._find_vectors(trainer, model, tokenizer)
         self._batcher = make_batcher(
             model,
             self.injector,
@@ -194,6 +198,20 @@ class KnowledgeInjection(Adaptation):
             yield
         finally:
             self.attachment.link, self.attachment.has_warned = link, warned
+
+    def _find_vectors(self, trainer: Trainer, model: nn.Module, tokenizer: Any) -> None:
+        """Take the vectors of the checkpoint, where the run made them; make them where it starts.
+
+        A resumed model has trained: what it makes of the descriptions is not what it made of them.
+        """
+        checkpoint, found = resumed_from(trainer), None
+        if checkpoint is not None:
+            given = None if self._makes_vectors else self.vectors
+            found = resumed_vectors(checkpoint, self.graph, given)
+        if found is not None:
+            self.vectors = found
+        elif self.vectors is None and self.injector.needs_vectors:
+            self.vectors = self._described(model, tokenizer)
 
     def _described(self, model: nn.Module, tokenizer: Any) -> EntityVectors:
         if self.graph.num_entities > MANY_DESCRIPTIONS:
@@ -316,7 +334,8 @@ class KnowledgeInjection(Adaptation):
     def save(self, folder: str) -> None:
         """Write what `load_knowledge_model` needs beside the model."""
         if self.injector.is_built:
-            whole = self.save_graph and not Path(folder).name.startswith("checkpoint-")
+            is_checkpoint = Path(folder).name.startswith("checkpoint-")
+            whole = self.save_graph and not is_checkpoint
             save_knowledge(
                 folder,
                 self.injector,
@@ -327,6 +346,7 @@ class KnowledgeInjection(Adaptation):
                 text_columns=self.text_columns,
                 max_mentions=self.max_mentions,
                 with_graph=whole,
+                with_vectors=whole or (is_checkpoint and self._makes_vectors),
             )
 
     def detach(self) -> None:
