@@ -17,6 +17,11 @@ from hf_adapt.engine.training import resumed_from, unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher, make_batcher
+from hf_adapt.knowledge.injection.checks import (
+    check_has_text,
+    check_text_columns,
+    refuse_trainer,
+)
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import NAMES, Knowledge
 from hf_adapt.knowledge.injection.saving import (
@@ -65,8 +70,9 @@ class KnowledgeInjection(Adaptation):
         injector: Where and how; `KnowledgeInjector()` by default: gated addition to the input
             embeddings.
         text_column: The column(s) of the dataset with the text, in the order in which they were
-            tokenised. Where the dataset has none, the text is what the tokens decode to. Rows
-            linked beforehand by `linker.map` (a column `mentions`) are not linked again.
+            tokenised. By default `text`, and where the dataset has no such column, the text is what
+            the tokens decode to. Rows linked beforehand by `linker.map` (a column `mentions`) are
+            not linked again.
         max_mentions: Mentions of a row at most, the first ones; None for all.
         save_graph: Whether the graph and the vectors are put beside the final model. Checkpoints
             only name them, but hold the vectors that the run made itself: it resumes with them.
@@ -94,7 +100,7 @@ class KnowledgeInjection(Adaptation):
         vectors: EntityVectors | None = None,
         linker: Any = None,
         injector: KnowledgeInjector | None = None,
-        text_column: str | Sequence[str] = "text",
+        text_column: str | Sequence[str] | None = None,
         max_mentions: int | None = None,
         save_graph: bool = True,
         learning_rate: float = 1e-3,
@@ -113,7 +119,9 @@ class KnowledgeInjection(Adaptation):
         self._makes_vectors = vectors is None
         self.linker = EntityLinker(graph) if linker is None else linker
         self.injector = KnowledgeInjector() if injector is None else injector
-        self.text_columns = (text_column,) if isinstance(text_column, str) else tuple(text_column)
+        self.names_columns = text_column is not None
+        named = "text" if text_column is None else text_column
+        self.text_columns = (named,) if isinstance(named, str) else tuple(named)
         self.row_columns = (*self.text_columns, *LINKED_COLUMNS)
         self.max_mentions, self.save_graph = max_mentions, save_graph
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -139,6 +147,9 @@ class KnowledgeInjection(Adaptation):
         """Put the injector on the model, and make the vectors where there are none."""
         model = unwrapped_model(trainer)
         _check_model(model)
+        refuse_trainer(trainer, "knowledge injection")
+        if self.names_columns:
+            check_text_columns(trainer, self.text_columns)
         tokenizer = trainer.processing_class
         if tokenizer is None:
             raise ValueError(
@@ -258,12 +269,23 @@ class KnowledgeInjection(Adaptation):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process makes batches; the model stays where it is.
-        kept = ("name", "graph", "vectors", "row_columns", "_batcher")
+        kept = (
+            "name",
+            "graph",
+            "vectors",
+            "row_columns",
+            "text_columns",
+            "names_columns",
+            "_batcher",
+        )
         return {key: value for key, value in vars(self).items() if key in kept}
 
     def collate(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
         """Add the mentions of the rows to their batch."""
         assert self._batcher is not None
+        if self.names_columns:
+            for row in rows:
+                check_has_text(row, self.text_columns, "a row of the batch does not have")
         self._batcher.add_to(rows, batch)
 
     def collates_evaluation(self, trainer: Trainer) -> bool:
