@@ -99,8 +99,8 @@ class TokenAligner:
         usable = len(mask) == len(tokens) and not any(isinstance(m, list) for m in mask[:1])
         found = Row(tokens, mask if usable else None, placer.pieces)
         texts = [text_of(row.get(column)) for column in self.text_columns]
+        columns = ", ".join(self.text_columns)
         if not any(text is not None for text in texts):
-            columns = ", ".join(self.text_columns)
             why, advice = without_text or (f"rows have no text (columns {columns})", KEEP_TEXT)
             return self._from_decoding(found, why, advice)
         if not any(text and not text.isspace() for text in texts):
@@ -112,7 +112,7 @@ class TokenAligner:
         if placed is None:
             placed = placer.place(found, texts)
         if not any(placed):
-            why = f"the text of a row ({', '.join(self.text_columns)}) is not what its tokens say"
+            why = f"the text of a row is not what its tokens say (columns {columns})"
             return self._from_decoding(found, why, KEEP_TEXT)
         made: list[TokenMention] = []
         given = _given(row.get(MENTIONS), texts)
