@@ -121,6 +121,7 @@ class AdaptationRun:
         self.extra_inputs = extra_inputs
         self._ready = False
         self._ignores_num_items = False
+        self.checkpoint: str | None = None
         self._resume_from: str | None = None
         self._schedule: Callable[[int], float] | None = None
         self._totals: dict[str, torch.Tensor] = {}
@@ -137,8 +138,13 @@ class AdaptationRun:
 
     # ---- start and end ----
 
-    def start(self) -> None:
-        """Check the adaptations against the model and tap its features."""
+    def start(self, checkpoint: str | None = None) -> None:
+        """Check the adaptations against the model and tap its features.
+
+        Args:
+            checkpoint: The folder that the run resumes from, if it does.
+        """
+        self.checkpoint = checkpoint
         for adaptation in self.adaptations:
             adaptation.setup(self.trainer)
         for layer in {objective.feature_layer for objective in self.objectives}:

@@ -102,7 +102,7 @@ class AdaptationMixin(_Base):
         callback = RunCallback(run)
         self._adaptation_run, self._adaptation_memory = run, run.memory
         try:
-            run.start()
+            run.start(kwargs.get("resume_from_checkpoint"))
             self.callback_handler.callbacks.append(callback)
             output = super()._inner_training_loop(*args, **kwargs)
             run.guard.check()

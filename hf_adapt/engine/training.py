@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +21,16 @@ def unwrapped_model(trainer: Trainer) -> nn.Module:
     """The model with the parameters that the optimizer knows."""
     model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
     return model
+
+
+def resumed_from(trainer: Trainer) -> Path | None:
+    """The checkpoint that the run under way resumes from; None if it starts from the beginning.
+
+    Known from `setup` on, where the model has the checkpoint's weights already. What an adaptation
+    makes of the weights that a training starts from, it must find in the checkpoint again.
+    """
+    run = getattr(trainer, "_adaptation_run", None)
+    return None if run is None or run.checkpoint is None else Path(run.checkpoint)
 
 
 def added_inputs(trainer: Trainer) -> set[str]:

@@ -27,6 +27,7 @@ from hf_adapt.unfreezing.planning import PlanMaker, PlanOptions, ScheduleLike, U
 from hf_adapt.unfreezing.prefix import FrozenPrefix
 from hf_adapt.unfreezing.prefix_checks import cacheable_stack
 from hf_adapt.unfreezing.rates import importance_factor, importance_of, rewarm_factor
+from hf_adapt.unfreezing.resuming import warn_of_moved_phases
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -166,6 +167,7 @@ class GradualUnfreezing(Adaptation):
         if self._cached:
             self._prefix = FrozenPrefix(trainer, model, self._groups, self._cache_dir)
         logger.info("Gradual unfreezing:\n%s", self._plan)
+        warn_of_moved_phases(trainer, self._plan, self._groups, self._clock)
 
     def _check_rates_count(self, trainer: Trainer) -> None:
         assert trainer.optimizer is not None

@@ -6,7 +6,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Unit = Literal["step", "percent", "epoch", "plateau"]
@@ -133,6 +133,7 @@ class Phase:
     Args:
         at: When it starts: a step (120), `"25%"`, `"1.5 epochs"` or `"plateau"`.
         train: Names of groups, or regular expressions that match them whole.
+        where: What errors about it begin with: the file and line that it was read from.
 
     Example:
         >>> Phase(0, ["head"]), str(Phase("25%", ["head", r"layer\..*"]).at)
@@ -141,8 +142,10 @@ class Phase:
 
     at: Moment
     train: tuple[str, ...]
+    where: str = field(default="", compare=False, repr=False)
 
-    def __init__(self, at: int | str | Moment, train: str | Iterable[str]) -> None:
+    def __init__(self, at: int | str | Moment, train: str | Iterable[str], where: str = "") -> None:
+        object.__setattr__(self, "where", where)
         object.__setattr__(self, "at", Moment.parse(at))
         object.__setattr__(self, "train", (train,) if isinstance(train, str) else tuple(train))
 

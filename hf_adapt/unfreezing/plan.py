@@ -33,6 +33,7 @@ class UnfreezingPlan:
         plateau: The rule that starts the phases at `"plateau"`.
         clock: How long the run is, where that is known: only for printing.
         costs: Sizes of the groups: only for printing.
+        path: The file that it was read from, for errors.
     """
 
     groups: dict[str, tuple[str, ...]]
@@ -42,6 +43,7 @@ class UnfreezingPlan:
     plateau: Plateau | None = None
     clock: Clock | None = None
     costs: dict[str, GroupCost] | None = None
+    path: str | os.PathLike[str] | None = field(default=None, compare=False, repr=False)
 
     # ---- bound to a model and a run ----
 
@@ -51,7 +53,12 @@ class UnfreezingPlan:
         Raises:
             ValueError: If they overlap, match nothing, or leave trainable parameters out.
         """
-        return layer_groups(model, self.groups)
+        try:
+            return layer_groups(model, self.groups)
+        except ValueError as error:
+            if self.path is None:
+                raise
+            raise ValueError(f"{self.path}: {error}") from error
 
     def trained(self, groups: Sequence[LayerGroup]) -> list[frozenset[str]]:
         """The groups that each phase trains.
@@ -61,26 +68,30 @@ class UnfreezingPlan:
         """
         if not self.phases:
             raise ValueError("The schedule is empty: a plan needs at least one phase, at step 0.")
-        first = self.phases[0].at
-        if first.amount != 0 or first.unit == "plateau":
+        first = self.phases[0]
+        if first.at.amount != 0 or first.at.unit == "plateau":
             raise ValueError(
-                f"The first phase starts at {first}: nothing would train before. Let it start at 0."
+                f"{first.where}The first phase starts at {first.at}: nothing would train before. "
+                "Let it start at 0."
             )
         waiting = [phase.at.unit == "plateau" for phase in self.phases]
         late = next((i for i in range(1, len(waiting)) if waiting[i - 1] and not waiting[i]), None)
         if late is not None:
             raise ValueError(
-                f"The phase at {self.phases[late].at} comes after one that waits for a plateau, "
-                "which may come later or never. Let all phases after a plateau wait for one, too."
+                f"{self.phases[late].where}The phase at {self.phases[late].at} comes after one "
+                "that waits for a plateau, which may come later or never. Let all phases after a "
+                "plateau wait for one, too."
             )
-        if self.plateau is None and any(phase.at.unit == "plateau" for phase in self.phases):
+        if self.plateau is None and any(waiting):
             raise ValueError(
-                "A phase waits for a plateau, but the plan has no `plateau:` rule (metric, "
-                "patience)."
+                f"{self.phases[waiting.index(True)].where}A phase waits for a plateau, but the "
+                "plan has no `plateau:` rule (metric, patience)."
             )
         for phase in self.phases:
             if not phase.train:
-                raise ValueError(f"The phase at {phase.at} trains no group: name at least one.")
+                raise ValueError(
+                    f"{phase.where}The phase at {phase.at} trains no group: name at least one."
+                )
         return [frozenset(select(phase.train, groups)) for phase in self.phases]
 
     def timeline(
@@ -105,10 +116,13 @@ class UnfreezingPlan:
                     break
                 start = waiting.pop(0)
             else:
-                start = clock.step_of(phase.at)
+                try:
+                    start = clock.step_of(phase.at)
+                except ValueError as error:
+                    raise ValueError(f"{phase.where}{error}") from error
             if starts and start < starts[-1]:
                 raise ValueError(
-                    f"The phase at {phase.at} (step {start}) comes after one at step "
+                    f"{phase.where}The phase at {phase.at} (step {start}) comes after one at step "
                     f"{starts[-1]}: write the phases in the order in which they start."
                 )
             starts.append(start)
@@ -211,6 +225,7 @@ class UnfreezingPlan:
             rates=content.get("rates", {}),
             rewarm_steps=content.get("rewarm_steps", 0),
             plateau=content.get("plateau"),
+            path=path,
         )
 
 

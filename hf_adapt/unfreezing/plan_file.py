@@ -45,8 +45,11 @@ class _Reader:
         self.path = path
         self.loader = yaml.SafeLoader("")
 
+    def where(self, node: yaml.Node) -> str:
+        return f"{self.path}, line {node.start_mark.line + 1}: "
+
     def fail(self, node: yaml.Node, message: str) -> NoReturn:
-        raise ValueError(f"{self.path}, line {node.start_mark.line + 1}: {message}")
+        raise ValueError(f"{self.where(node)}{message}")
 
     def read(self) -> dict[str, Any]:
         try:
@@ -108,7 +111,7 @@ class _Reader:
                     "`at: plateau` here, too.",
                 )
             try:
-                phases.append(Phase(self.value(keys["at"]), trained))
+                phases.append(Phase(self.value(keys["at"]), trained, self.where(keys["at"])))
             except ValueError as error:
                 self.fail(keys["at"], str(error))
         return phases

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_adapt.engine.auxiliary import preserved_random_state
+from hf_adapt.engine.preserving import preserved
 from hf_adapt.engine.row_store import RowStore, row_keys, write_description
 from hf_adapt.engine.training import steps_per_epoch
 from hf_adapt.unfreezing.layers import LayerGroup
@@ -433,10 +433,10 @@ class FrozenPrefix:
         """Compute the batch both ways, once, and compare the outputs of the model."""
         self._busy = True
         outputs = []
-        buffers = [(b, b.clone()) for b in self.model.buffers()]  # batch norm counts each forward
         try:
             for replayed in (False, True):
-                with torch.no_grad(), preserved_random_state():
+                # Batch norm, and models of one's own, count each forward.
+                with torch.no_grad(), preserved(self.model):
                     if replayed:
                         self._replay(hidden)
                     outputs.append(output_tensors(self.model(*args, **kwargs)))
@@ -447,9 +447,6 @@ class FrozenPrefix:
         finally:
             self._unpatch()
             self._busy = False
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
         mask = inputs.get("attention_mask")
         tolerance = TOLERANCE.get(hidden.dtype, HALF_TOLERANCE)
         if self.trainer.accelerator.mixed_precision != "no":  # autocast starts inside the model

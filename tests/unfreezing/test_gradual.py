@@ -298,6 +298,30 @@ def test_a_plateau_of_one_of_several_evaluation_sets(tmp_path: Path) -> None:
     assert phases == [0, 0, 1, 2, 3, 3, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("options", "phase", "says"),
+    [({}, 1, True), ({"every_steps": 2}, 2, False), ({"every_epochs": 0.25}, 2, False)],
+)
+def test_resuming_to_more_steps_says_what_is_frozen_again(
+    options: dict[str, Any], phase: int, says: bool, tmp_path: Path, caplog: Any
+) -> None:
+    """Shares of the run are shares of the longer one; steps and epochs stay where they were."""
+    short: dict[str, Any] = dict(max_steps=6, save_strategy="steps", save_steps=3)
+    first = make(tmp_path, **short)
+    first.add_callback(GradualUnfreezingCallback(until="layer.0", **options))
+    first.train()
+    for number, steps, warns in ((6, 24, says), (3, 6, False)):
+        caplog.clear()
+        longer = make(tmp_path / "more", max_steps=steps)
+        longer.add_callback(GradualUnfreezingCallback(until="layer.0", **options))
+        longer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{number}"))
+        assert ("freezes layer.1, layer.0 again" in caplog.text) == warns
+        assert ("every_steps=" in caplog.text and "step 6 of 24" in caplog.text) == warns
+        if steps == 24:
+            log = [entry for entry in longer.state.log_history if entry["step"] == 7]
+            assert log[0]["unfreezing/phase"] == (0 if says else phase)
+
+
 def test_a_plateau_is_remembered_when_another_adaptation_joins_at_resume(tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(
         save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=1

@@ -21,6 +21,7 @@ from hf_adapt import (
 )
 from hf_adapt.cli import app
 from hf_adapt.unfreezing.costs import group_costs, phase_cost
+from hf_adapt.unfreezing.phases import Clock
 from hf_adapt.unfreezing.plan import group_patterns
 from tests.tiny import arguments, bert, collate, llama, rows, same_bits, weights
 
@@ -317,3 +318,48 @@ def test_the_command_s_errors_are_one_message(
     done = CliRunner().invoke(app, ["schedule", str(tmp_path / "model"), *options])
     assert done.exit_code == 1
     assert "Error:" in done.stderr and expected in done.stderr
+
+
+# ---- files that only a run can judge ----
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "where", "message"),
+    [
+        (
+            "- at: 50%",
+            "- at: 60%\n  add: [layers]\n- at: 40%",
+            "line 10: ",
+            "in the order in which",
+        ),
+        ("- at: 50%", "- at: 9\n  add: [layers]\n- at: 50%", "line 10: ", "in the order in which"),
+        ("- at: 50%", "- at: 99", "line 8: ", "beyond the last of the run's 16"),
+        ("- at: 50%", "- at: 1 epoch", "line 8: ", "the training set has no length"),
+        ("- at: 0", "- at: 3", "line 6: ", "nothing would train before"),
+        ("- at: 50%", "- at: plateau", "line 8: ", "the plan has no `plateau:` rule"),
+        ("[classifier]", "[clasifier]", "", "clasifier"),
+        ("  head: [classifier]", "  head: [classifier, bert.pooler]", "", "pooler"),
+    ],
+)
+def test_what_is_wrong_for_a_model_or_a_run_names_the_file_and_the_line(
+    before: str, after: str, where: str, message: str, tmp_path: Path
+) -> None:
+    assert before in GOOD
+    path = tmp_path / "plan.yaml"
+    path.write_text(GOOD.replace(before, after, 1))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        plan = unfreezing_plan(bert(), schedule=path, max_steps=16)
+        plan.timeline(plan.bind(bert()), Clock(16))  # as a run on a stream does
+    assert str(error.value).startswith(f"{path}, {where}" if where else f"{path}: ")
+
+
+def test_where_a_plan_was_read_from_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(GOOD)
+    plan = UnfreezingPlan.load(path)
+    assert plan == UnfreezingPlan(plan.groups, plan.phases, plan.rates)
+    assert str(path) not in repr(plan)
+    plan.phases.append(Phase("70%", "head"))  # edited since, whose line is unknown
+    plan.phases.append(Phase("60%", "head"))
+    with pytest.raises(ValueError, match=r"^The phase at 60%"):
+        plan.timeline(plan.bind(bert()), Clock(16))

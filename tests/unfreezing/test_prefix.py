@@ -22,6 +22,7 @@ from hf_adapt import (
     adapt,
 )
 from hf_adapt.engine.row_store import RECORD, RowStore, row_keys
+from hf_adapt.unfreezing.prefix import FrozenPrefix
 from hf_adapt.unfreezing.prefix_checks import cacheable_stack
 from tests.tiny import FIVE, GradientRecorder, arguments, bert, collate, llama, rows, weights
 
@@ -621,3 +622,49 @@ def test_damaged_and_torn_rows_are_not_read(tmp_path: Path) -> None:
         assert again.batch(keys[:2], 3) is None and keys[1] not in again
         again.add(keys[2], kept[keys[2]], 0)
         assert torch.equal(again.batch([keys[2]], 3)[0], kept[keys[2]])
+
+
+class Counted(nn.Linear):
+    """A head that counts its forwards, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 3)
+        self.register_buffer("in_place", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()), persistent=False)
+        self.calls = 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.in_place += 1
+        self.replaced = self.replaced + 1
+        self.calls += 1
+        return super().forward(hidden)
+
+
+def test_comparing_the_kept_rows_is_not_counted(tmp_path: Path) -> None:
+    model = bert()
+    model.classifier = Counted()
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=6),
+        train_dataset=rows(8, 1),
+        data_collator=collate,
+    )
+    trainer.add_callback(
+        GradualUnfreezingCallback(FreezeOnly("embeddings", r"layer\.0"), cache_frozen_prefix=True)
+    )
+    compared = 0
+    original = FrozenPrefix._same
+
+    def same(self: Any, *args: Any) -> bool:
+        nonlocal compared
+        before = (float(head.in_place), float(head.replaced), head.calls)
+        found = original(self, *args)
+        compared += 1
+        assert (float(head.in_place), float(head.replaced), head.calls) == before
+        return found
+
+    head = model.classifier
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenPrefix, "_same", same)
+        trainer.train()
+    assert compared > 0

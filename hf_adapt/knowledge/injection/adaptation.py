@@ -13,13 +13,22 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.engine.training import unwrapped_model
+from hf_adapt.engine.training import resumed_from, unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher, make_batcher
+from hf_adapt.knowledge.injection.checks import (
+    check_has_text,
+    check_text_columns,
+    refuse_trainer,
+)
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import NAMES, Knowledge
-from hf_adapt.knowledge.injection.saving import check_fingerprint, save_knowledge
+from hf_adapt.knowledge.injection.saving import (
+    check_fingerprint,
+    resumed_vectors,
+    save_knowledge,
+)
 from hf_adapt.knowledge.injection.sites import is_causal_lm
 from hf_adapt.knowledge.injection.text_triples import VISIBILITY
 from hf_adapt.knowledge.linking.linker import EntityLinker
@@ -61,11 +70,12 @@ class KnowledgeInjection(Adaptation):
         injector: Where and how; `KnowledgeInjector()` by default: gated addition to the input
             embeddings.
         text_column: The column(s) of the dataset with the text, in the order in which they were
-            tokenised. Where the dataset has none, the text is what the tokens decode to. Rows
-            linked beforehand by `linker.map` (a column `mentions`) are not linked again.
+            tokenised. By default `text`, and where the dataset has no such column, the text is what
+            the tokens decode to. Rows linked beforehand by `linker.map` (a column `mentions`) are
+            not linked again.
         max_mentions: Mentions of a row at most, the first ones; None for all.
-        save_graph: Whether the graph and the vectors are put beside the final model (checkpoints
-            only name them).
+        save_graph: Whether the graph and the vectors are put beside the final model. Checkpoints
+            only name them, but hold the vectors that the run made itself: it resumes with them.
         learning_rate: Peak learning rate of the injector; it follows the run's schedule.
         weight_decay: Of the injector.
         name: Prefix of what is logged and stored.
@@ -90,7 +100,7 @@ class KnowledgeInjection(Adaptation):
         vectors: EntityVectors | None = None,
         linker: Any = None,
         injector: KnowledgeInjector | None = None,
-        text_column: str | Sequence[str] = "text",
+        text_column: str | Sequence[str] | None = None,
         max_mentions: int | None = None,
         save_graph: bool = True,
         learning_rate: float = 1e-3,
@@ -106,9 +116,12 @@ class KnowledgeInjection(Adaptation):
                 "EntityVectors.from_file(path, graph), which finds entities by their keys."
             )
         self.graph, self.vectors = graph, vectors
+        self._makes_vectors = vectors is None
         self.linker = EntityLinker(graph) if linker is None else linker
         self.injector = KnowledgeInjector() if injector is None else injector
-        self.text_columns = (text_column,) if isinstance(text_column, str) else tuple(text_column)
+        self.names_columns = text_column is not None
+        named = "text" if text_column is None else text_column
+        self.text_columns = (named,) if isinstance(named, str) else tuple(named)
         self.row_columns = (*self.text_columns, *LINKED_COLUMNS)
         self.max_mentions, self.save_graph = max_mentions, save_graph
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -134,14 +147,16 @@ class KnowledgeInjection(Adaptation):
         """Put the injector on the model, and make the vectors where there are none."""
         model = unwrapped_model(trainer)
         _check_model(model)
+        refuse_trainer(trainer, "knowledge injection")
+        if self.names_columns:
+            check_text_columns(trainer, self.text_columns)
         tokenizer = trainer.processing_class
         if tokenizer is None:
             raise ValueError(
                 "Linking needs the tokenizer that made the rows: pass processing_class=tokenizer "
                 "to the Trainer."
             )
-        if self.vectors is None and self.injector.needs_vectors:
-            self.vectors = self._described(model, tokenizer)
+        self._find_vectors(trainer, model, tokenizer)
         self._batcher = make_batcher(
             model,
             self.injector,
@@ -195,6 +210,20 @@ class KnowledgeInjection(Adaptation):
         finally:
             self.attachment.link, self.attachment.has_warned = link, warned
 
+    def _find_vectors(self, trainer: Trainer, model: nn.Module, tokenizer: Any) -> None:
+        """Take the vectors of the checkpoint, where the run made them; make them where it starts.
+
+        A resumed model has trained: what it makes of the descriptions is not what it made of them.
+        """
+        checkpoint, found = resumed_from(trainer), None
+        if checkpoint is not None:
+            given = None if self._makes_vectors else self.vectors
+            found = resumed_vectors(checkpoint, self.graph, given)
+        if found is not None:
+            self.vectors = found
+        elif self.vectors is None and self.injector.needs_vectors:
+            self.vectors = self._described(model, tokenizer)
+
     def _described(self, model: nn.Module, tokenizer: Any) -> EntityVectors:
         if self.graph.num_entities > MANY_DESCRIPTIONS:
             logger.warning(
@@ -240,12 +269,23 @@ class KnowledgeInjection(Adaptation):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process makes batches; the model stays where it is.
-        kept = ("name", "graph", "vectors", "row_columns", "_batcher")
+        kept = (
+            "name",
+            "graph",
+            "vectors",
+            "row_columns",
+            "text_columns",
+            "names_columns",
+            "_batcher",
+        )
         return {key: value for key, value in vars(self).items() if key in kept}
 
     def collate(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
         """Add the mentions of the rows to their batch."""
         assert self._batcher is not None
+        if self.names_columns:
+            for row in rows:
+                check_has_text(row, self.text_columns, "a row of the batch does not have")
         self._batcher.add_to(rows, batch)
 
     def collates_evaluation(self, trainer: Trainer) -> bool:
@@ -316,7 +356,8 @@ class KnowledgeInjection(Adaptation):
     def save(self, folder: str) -> None:
         """Write what `load_knowledge_model` needs beside the model."""
         if self.injector.is_built:
-            whole = self.save_graph and not Path(folder).name.startswith("checkpoint-")
+            is_checkpoint = Path(folder).name.startswith("checkpoint-")
+            whole = self.save_graph and not is_checkpoint
             save_knowledge(
                 folder,
                 self.injector,
@@ -327,6 +368,7 @@ class KnowledgeInjection(Adaptation):
                 text_columns=self.text_columns,
                 max_mentions=self.max_mentions,
                 with_graph=whole,
+                with_vectors=whole or (is_checkpoint and self._makes_vectors),
             )
 
     def detach(self) -> None:

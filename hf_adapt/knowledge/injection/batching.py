@@ -22,6 +22,13 @@ CACHED_NEIGHBOURS = 100_000
 """Entities whose neighbours are kept in memory."""
 
 
+TOKENS_ALONE = (
+    "the model was given tokens alone",
+    "Make the inputs with knowledge_inputs(model, texts), which links the texts themselves.",
+)
+"""Why a model's own inputs are linked by what they decode to, and what does better."""
+
+
 class Vectors(Protocol):
     """A table of entity vectors, as [`EntityVectors`] is."""
 
@@ -96,6 +103,12 @@ class KnowledgeBatcher:
             ValueError: If the batch is not one padded sequence of tokens for each row.
         """
         ids = batch.get("input_ids")
+        if ids is None:
+            raise ValueError(
+                "Knowledge needs batches with input_ids, and the data collator made none (it made "
+                f"{', '.join(batch)}). It works with Trainers whose rows are one sequence of "
+                "tokens each; a Trainer that batches several columns by itself is not supported."
+            )
         shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != len(rows):
             raise ValueError(
@@ -169,7 +182,7 @@ class KnowledgeBatcher:
             mask = _at(attention_mask, number)
             if mask is not None and mask.ndim == 1 and len(mask) == len(ids):
                 row["attention_mask"] = mask.tolist()
-            found = self.aligner(row)[: self.max_mentions]
+            found = self.aligner(row, TOKENS_ALONE)[: self.max_mentions]
             mentions.append([(m, m.start, m.end) for m in found])
         knowledge = self._gathered(mentions)
         moved = {name: value.to(input_ids.device) for name, value in knowledge.inputs().items()}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_adapt.engine.preserving import preserved
 from hf_adapt.knowledge.injection.attachment import Attachment, known_attachment
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
 from hf_adapt.knowledge.linking.tokens import TokenMention
@@ -157,15 +158,14 @@ def explain_with(attachment: Attachment, batcher: KnowledgeBatcher, text: str) -
     batch: dict[str, Any] = dict(encoded)
     batcher.add_to([row], batch)
     device = next(attachment.model.parameters()).device
-    training = attachment.model.training
-    attachment.model.eval()
-    attachment.records = []
+    records: list[Any] = []
+    attachment.records = records
     try:
-        attachment.reader(**{name: value.to(device) for name, value in batch.items()})
-        records = attachment.records
+        with preserved(attachment.model):
+            attachment.model.eval()
+            attachment.reader(**{name: value.to(device) for name, value in batch.items()})
     finally:
         attachment.records = None
-        attachment.model.train(training)
     places = tuple(str(site.place) for site in attachment.sites)
     mentions = [
         _explained(mention, number, records, batcher.graph) for number, mention in enumerate(found)

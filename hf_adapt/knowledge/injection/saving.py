@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from safetensors.torch import load_file
 from torch import nn
@@ -42,8 +43,9 @@ def save_knowledge(
     text_columns: Sequence[str] = ("text",),
     max_mentions: int | None = None,
     with_graph: bool = True,
+    with_vectors: bool = True,
 ) -> None:
-    """Write the settings of injector and linker, and the graph and vectors where wanted.
+    """Write the settings of the injector and the linker; the graph and vectors where wanted.
 
     The injector's weights are in `adaptation.safetensors`, with the other auxiliary modules'.
 
@@ -56,7 +58,8 @@ def save_knowledge(
         name: Prefix of the weights.
         text_columns: The columns that were linked.
         max_mentions: Mentions of a row at most.
-        with_graph: Whether graph and vectors are written too.
+        with_graph: Whether the graph is written too.
+        with_vectors: Whether the vectors are written too.
     """
     own = Path(folder) / FOLDER
     own.mkdir(parents=True, exist_ok=True)
@@ -70,10 +73,9 @@ def save_knowledge(
         "text_columns": list(text_columns),
         "max_mentions": max_mentions,
     }
-    if with_graph:
-        for part, where in ((graph, own / "graph"), (vectors, own / "vectors")):
-            if part is not None and not _is_there(part, where):
-                part.save(where)
+    for part, name, is_wanted in ((graph, "graph", with_graph), (vectors, "vectors", with_vectors)):
+        if is_wanted and part is not None and not _is_there(part, own / name):
+            part.save(own / name)
     path = own / SETTINGS_FILE
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -186,6 +188,48 @@ def load_knowledge_model(
     return model
 
 
+def resumed_vectors(
+    checkpoint: Path, graph: KnowledgeGraph, given: EntityVectors | None
+) -> EntityVectors | None:
+    """The entity vectors that a training started with, where it made them itself.
+
+    Args:
+        checkpoint: The folder that a run resumes from.
+        graph: The run's graph; another one than the training's is refused.
+        given: The run's own vectors, if it was given some; likewise.
+
+    Returns:
+        The vectors, in memory: the checkpoint may be removed while the run lasts. None where the
+        run has its own, or the checkpoint knows nothing of an injector.
+
+    Raises:
+        ValueError: If graph or vectors are others, or the checkpoint lacks the vectors.
+    """
+    own = checkpoint / FOLDER
+    if not (own / SETTINGS_FILE).is_file():
+        return None
+    settings = read_settings(checkpoint)
+    check_fingerprint("graph", graph.fingerprint, settings["graph"]["fingerprint"])
+    if settings["vectors"] is None:
+        return None
+    expected = settings["vectors"]["fingerprint"]
+    if given is not None:
+        check_fingerprint("vectors", given.fingerprint, expected)
+        return None
+    if not (own / "vectors").exists():
+        raise ValueError(
+            f"{checkpoint} does not hold the entity vectors of its training (fingerprint "
+            f"{expected}), and encoding the descriptions with the trained weights would give "
+            "others. Pass vectors=: those that the training was given, or, if it was given none, "
+            "EntityVectors.from_descriptions(graph, model, tokenizer) with the model that the "
+            "training started from."
+        )
+    mapped = EntityVectors.load(own / "vectors", graph)
+    vectors = EntityVectors(mapped.gather(np.arange(len(mapped))), mapped.metadata)
+    check_fingerprint("vectors", vectors.fingerprint, expected)
+    return vectors
+
+
 def knowledge_inputs(model: nn.Module, texts: Sequence[str], **options: Any) -> dict[str, Any]:
     """Texts as inputs for a model with an injector, mentions and all.
 
@@ -234,7 +278,8 @@ def check_fingerprint(what: str, found: str, expected: str) -> None:
         raise ValueError(
             f"The {what} given has the fingerprint {found}, and the model was trained with "
             f"{expected}: entities have other numbers or facts there, so the injector would read "
-            f"the wrong ones. Pass the {what} of the training, or train anew."
+            f"the wrong ones. Pass the {what} of the training (a script can keep what it made: "
+            f"{what}.save(folder)), or start a new training."
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.engine.preserving import preserved
 from hf_adapt.knowledge.linking.tokens import TokenMention
 
 IGNORED = -100
@@ -191,8 +192,6 @@ def check_visibility(model: nn.Module) -> None:
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]], device=parameter.device)
     positions = first_position(base) + torch.arange(3, device=parameter.device).repeat(2, 1)
     visible = torch.ones(2, 3, 3, dtype=torch.bool, device=parameter.device)
-    training = base.training
-    base.eval()
 
     def difference(hidden: bool | None) -> float:
         """By the last token, of the first one's state; None: as the model has it by itself."""
@@ -205,14 +204,14 @@ def check_visibility(model: nn.Module) -> None:
         return float((states[0, 0] - states[1, 0]).abs().max())
 
     try:
-        unseen, seen, plain = difference(True), difference(False), difference(None)
+        with preserved(base):
+            base.eval()
+            unseen, seen, plain = difference(True), difference(False), difference(None)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"{name} does not take a mask of shape (B, 1, T, T), which form='text_triples' needs: "
             f"{error}. {way_out}"
         ) from error
-    finally:
-        base.train(training)
     if plain == 0:
         raise ValueError(
             f"form='text_triples' needs an encoder; {name} reads from left to right, and facts at "

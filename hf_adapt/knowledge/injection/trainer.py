@@ -25,7 +25,7 @@ class KnowledgeTrainer(AdaptationTrainer):
         vectors: A vector for each entity.
         linker: Finds the entities in texts.
         injector: Where and how.
-        text_column: The column(s) of the dataset with the text.
+        text_column: The column(s) of the dataset with the text; by default `text`, if there is one.
         max_mentions: Mentions of a row at most.
         save_graph: Whether graph and vectors are put beside the final model.
         learning_rate: Peak learning rate of the injector; the model's is in `args`.
@@ -53,7 +53,7 @@ class KnowledgeTrainer(AdaptationTrainer):
         vectors: EntityVectors | None = None,
         linker: Any = None,
         injector: KnowledgeInjector | None = None,
-        text_column: str | Sequence[str] = "text",
+        text_column: str | Sequence[str] | None = None,
         max_mentions: int | None = None,
         save_graph: bool = True,
         learning_rate: float = 1e-3,

@@ -13,6 +13,7 @@ from hf_adapt.knowledge.linking.pieces import Row
 from hf_adapt.knowledge.linking.placing import Placed, Placer, Recent, place_by_offsets
 
 OFFSETS = "offset_mapping"
+KEEP_TEXT = "Keep the text as a column of the dataset, or run linker.map first."
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,15 @@ class TokenAligner:
         self.__dict__.update(state)
         self._link = Recent(self.linker.link)
 
-    def __call__(self, row: Mapping[str, Any]) -> list[TokenMention]:
+    def __call__(
+        self, row: Mapping[str, Any], without_text: tuple[str, str] | None = None
+    ) -> list[TokenMention]:
         """The mentions of a row, by position.
 
         Args:
             row: Has `input_ids` (one sequence) and some of `columns`.
+            without_text: Why a row has no text and what to do about it, for the warning; by
+                default that the dataset should have it.
 
         Raises:
             ValueError: If the tokenizer is a slow one, or given mentions do not fit the row.
@@ -94,8 +99,10 @@ class TokenAligner:
         usable = len(mask) == len(tokens) and not any(isinstance(m, list) for m in mask[:1])
         found = Row(tokens, mask if usable else None, placer.pieces)
         texts = [text_of(row.get(column)) for column in self.text_columns]
+        columns = ", ".join(self.text_columns)
         if not any(text is not None for text in texts):
-            return self._from_decoding(found, "rows have no text")
+            why, advice = without_text or (f"rows have no text (columns {columns})", KEEP_TEXT)
+            return self._from_decoding(found, why, advice)
         if not any(text and not text.isspace() for text in texts):
             return []
         placed = None
@@ -105,7 +112,8 @@ class TokenAligner:
         if placed is None:
             placed = placer.place(found, texts)
         if not any(placed):
-            return self._from_decoding(found, "the text of a row is not what its tokens say")
+            why = f"the text of a row is not what its tokens say (columns {columns})"
+            return self._from_decoding(found, why, KEEP_TEXT)
         made: list[TokenMention] = []
         given = _given(row.get(MENTIONS), texts)
         for column, (text, place) in enumerate(zip(texts, placed, strict=True)):
@@ -130,15 +138,14 @@ class TokenAligner:
             self._placer = Placer(self.tokenizer)
         return self._placer
 
-    def _from_decoding(self, row: Row, why: str) -> list[TokenMention]:
+    def _from_decoding(self, row: Row, why: str, advice: str) -> list[TokenMention]:
         """Link what the tokens spell."""
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"Entities are linked in the tokenizer's own decoding, because {why} (columns "
-                f"{', '.join(self.text_columns)}). Names that the tokenizer changes are missed: "
-                "case and accents under an uncased vocabulary, unknown tokens, spaces around "
-                "punctuation. Keep the text as a column of the dataset, or run linker.map first.",
+                f"Entities are linked in the tokenizer's own decoding, because {why}. Names that "
+                "the tokenizer changes are missed: case and accents under an uncased vocabulary, "
+                f"unknown tokens, spaces around punctuation. {advice}",
                 stacklevel=3,
             )
         assert self._placer is not None

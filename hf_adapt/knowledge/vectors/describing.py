@@ -19,6 +19,7 @@ from hf_adapt.engine.features import (
     token_mask,
     unwrapped_base,
 )
+from hf_adapt.engine.preserving import preserved
 from hf_adapt.knowledge.vectors.table import EntityVectors
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def encode_descriptions(
     Args:
         graph: Whose entities they are.
         model: Any transformers model; its head is not run. It is left as it was: where it lies,
-            what is in training mode, and the random state.
+            what is in training mode, its buffers, and the random state.
         tokenizer: Its own; it needs no padding token.
         batch_size: Texts at a time.
         max_length: Tokens at most; the rest of a description is cut off.
@@ -123,18 +124,14 @@ def _hidden(
 @contextmanager
 def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
     """The model in evaluation mode without gradients, on a device; afterwards it is as it was."""
-    training = [module for module in model.modules() if module.training]
     home = next(model.parameters()).device
     place = home if device is None else torch.device(device)
-    devices = [place] if place.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            model.eval()
+    with preserved(model), torch.no_grad():
+        model.eval()
+        try:
             if place != home:
                 model.to(place)
             yield place
-    finally:
-        if place != home:
-            model.to(home)
-        for module in training:
-            module.training = True
+        finally:
+            if place != home:
+                model.to(home)
