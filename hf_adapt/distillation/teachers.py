@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_adapt.distillation.copies import bind_to_itself, copied
 from hf_adapt.engine.features import unwrapped_base
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class ModelTeacher(Teacher):
             self._take(model)
 
     def _take(self, model: nn.Module) -> None:
+        bind_to_itself(model)
         self.module = model
         # A PEFT model's own forward takes *args, **kwargs.
         parameters = inspect.signature(unwrapped_base(model).forward).parameters
@@ -247,7 +249,7 @@ class SelfTeacher(Teacher):
             )
         self._student, self._step = student, None
         # In float32: small steps would be rounded away in half precision.
-        self.module = copy.deepcopy(student).float().eval().requires_grad_(False)
+        self.module = copied(student).float().eval().requires_grad_(False)
 
     def begin(self, trainer: Trainer) -> None:
         """Start from the weights that training starts from (a checkpoint's are loaded by now)."""
