@@ -155,11 +155,26 @@ def check_one_output(student: nn.Module, kind: str, divergence: Divergence) -> N
             )
 
 
+def num_positions(model: nn.Module | None) -> int | None:
+    """How many tokens a model takes, as far as its configuration says."""
+    config = None if model is None else _config(model)
+    get_text_config = getattr(config, "get_text_config", None)
+    config = get_text_config() if callable(get_text_config) else config
+    number = getattr(config, "max_position_embeddings", None)
+    if not isinstance(number, int) or number < 1:
+        return None
+    assert model is not None
+    for name, module in model.named_modules():
+        # RoBERTa's family counts from one after the padding's position.
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx:
+            return number - module.padding_idx - 1
+    return number
+
+
 def check_sequence_length(student: nn.Module, teacher: nn.Module) -> None:
     """Warn of a teacher that has fewer positions than its student."""
-    own = getattr(_config(student), "max_position_embeddings", None)
-    theirs = getattr(_config(teacher), "max_position_embeddings", None)
-    if isinstance(own, int) and isinstance(theirs, int) and theirs < own:
+    own, theirs = num_positions(student), num_positions(teacher)
+    if own is not None and theirs is not None and theirs < own:
         logger.warning(
             "The teacher has %d positions and the student %d: longer rows would fail. Truncate at "
             "%d.",

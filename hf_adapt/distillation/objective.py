@@ -25,12 +25,13 @@ from hf_adapt.distillation.fused import FusedHeads
 from hf_adapt.distillation.hooks import Lesson, TeacherHooks
 from hf_adapt.distillation.taps import tapped
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
+from hf_adapt.distillation.texts import check_dataset, column_names, named_datasets
 from hf_adapt.distillation.tokenizers import universal_logit_distance
 from hf_adapt.engine.adaptation import Extract, FusedLoss, Objective, Term
 from hf_adapt.engine.batch import Part
 from hf_adapt.engine.features import find_feature_module, unwrapped_base
 from hf_adapt.engine.progress import Schedule, value_at
-from hf_adapt.engine.training import added_inputs, unwrapped_model
+from hf_adapt.engine.training import added_inputs, target_datasets, unwrapped_model
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -87,7 +88,8 @@ class Distillation(TeacherHooks, Objective):
         teacher_processing_class: The teacher's tokenizer, if it is another one. Classifiers get
             the text in each model's own tokens; language models are compared by universal logit
             distillation, which needs no common vocabulary.
-        text_column: The column with the text, for a teacher with another tokenizer.
+        text_column: The column with the text, for a teacher with another tokenizer; two for pairs.
+            A cell is a text or a list of words.
         chunked: Whether a language model's losses are computed without whole logits: None where
             it can be done, False never, True or else an error.
         byte_budget: Memory that these computations may use for pieces of logits.
@@ -120,7 +122,7 @@ class Distillation(TeacherHooks, Objective):
         features: Sequence[FeatureLoss] = (),
         logits_weight: float = 1.0,
         teacher_processing_class: Any = None,
-        text_column: str | None = None,
+        text_column: str | Sequence[str] | None = None,
         chunked: bool | None = None,
         byte_budget: int | None = None,
         name: str | None = None,
@@ -142,7 +144,7 @@ class Distillation(TeacherHooks, Objective):
         self.teacher_weights = teacher_weights
         self.logits_weight = logits_weight
         self.chunked, self.byte_budget = chunked, byte_budget
-        self.columns = () if text_column is None else (text_column,)
+        self.columns = column_names(text_column)
         self._fused: FusedHeads | None = None
         self._sanity: list[TeacherSanity] = []
         self._asked_before: list[Lesson] = []
@@ -197,6 +199,10 @@ class Distillation(TeacherHooks, Objective):
             )
         student = self._bind(trainer)
         self._check(trainer.processing_class)
+        if self._retokenizer is not None and not self.is_cross_tokenizer:
+            targets = target_datasets(trainer)
+            for name, dataset in named_datasets(trainer.train_dataset, targets):
+                check_dataset(dataset, self.columns, name)
         if not self._overrides("divergence", "distillation_loss", "select_logits"):
             check_one_output(student, self.head.kind, self.divergence_function)
         if self._overrides("distillation_loss") and callable(self.teacher_weights):
@@ -525,9 +531,8 @@ class Distillation(TeacherHooks, Objective):
         Raises:
             ValueError: If there is no teacher to run.
         """
-        known = self._is_checked and self._student is unwrapped_model(trainer)
-        if not known:
-            self._bind(trainer)
+        student = unwrapped_model(trainer)
+        known = self._is_checked and self._student is student
         for teacher in self.teachers:
             own = teacher.source
             if own is None:
@@ -536,10 +541,11 @@ class Distillation(TeacherHooks, Objective):
                     f"{teacher.name} has none behind it. Pass CachedTeacher(folder, teacher=model)."
                 )
             if own.module is None or isinstance(own, ModelTeacher):
-                own.setup(trainer, self._student)
+                own.setup(trainer, student)
             if isinstance(own, ModelTeacher):
                 own.begin(trainer)
         if not known:
+            self._bind(trainer)
             self._check(trainer.processing_class)
         self._autocast = trainer.accelerator.autocast
 
