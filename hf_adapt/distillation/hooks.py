@@ -155,7 +155,7 @@ class TeacherHooks:
         if theirs is not None and not same_vocabulary(processing_class, theirs):
             positions = num_positions(self.teachers[0].module)
             self._retokenizer = Retokenizer(processing_class, theirs, self.text_column, positions)
-            if self.head.kind not in ("rows", "labels", "causal_lm") or (
+            if self.head.kind not in ("rows", "labels", "values", "causal_lm") or (
                 self.head.is_encoder_decoder
             ):
                 raise ValueError(

@@ -14,7 +14,7 @@ from hf_adapt.distillation.checks import (
     Classes,
     TeacherSanity,
     check_labels,
-    check_one_output,
+    check_regression,
     check_sequence_length,
     shared_vocabulary,
 )
@@ -203,8 +203,9 @@ class Distillation(TeacherHooks, Objective):
             targets = target_datasets(trainer)
             for name, dataset in named_datasets(trainer.train_dataset, targets):
                 check_dataset(dataset, self.columns, name)
-        if not self._overrides("divergence", "distillation_loss", "select_logits"):
-            check_one_output(student, self.head.kind, self.divergence_function)
+        overridden = self._overrides("divergence", "distillation_loss", "select_logits")
+        if self.logits_weight and not overridden:
+            check_regression(student, self.head, self.divergence_function)
         if self._overrides("distillation_loss") and callable(self.teacher_weights):
             raise ValueError(
                 "distillation_loss gives one sum for all items, so teacher_weights cannot weigh "
@@ -374,6 +375,7 @@ class Distillation(TeacherHooks, Objective):
             batch.log("temperature", temperature)
         sums: dict[str, torch.Tensor] = {}
         for part in batch.parts:
+            self.head = self.head.with_labels(part.inputs.get("labels"))
             if fused := part.is_fused:  # these losses have asked the teacher already
                 lessons, self._asked_before = self._asked_before, []
             else:
@@ -416,7 +418,8 @@ class Distillation(TeacherHooks, Objective):
             if lesson.item_mask is not None:
                 own = self.hooks.select_logits(outputs, part.inputs, lesson.item_mask)
             own, theirs = self._compared(own, lesson.signal, temperature, teacher)
-            has_classes = not isinstance(lesson.signal, TopK)  # else the last one is all others
+            # Of top classes the last one is all others.
+            has_classes = not isinstance(lesson.signal, TopK) and self.head.kind != "values"
             if torch.is_grad_enabled() and has_classes:
                 sanity.see(self.head, part, mask, theirs, batch.progress)
             if len(own) == 0:
@@ -590,6 +593,8 @@ class Distillation(TeacherHooks, Objective):
         logs = [logits[:, : self._classes].log_softmax(-1) for logits in signals]
         mean = (torch.stack(logs) + (shares / shares.sum(0)).log().unsqueeze(-1)).logsumexp(0)
         student = student[:, : self._classes]
+        if self.head.kind == "values":  # no classes to agree on
+            student, mean = student[:, :1], mean[:, :1]
         return student, mean, item_labels(self.head, inputs, mask), self._row_counts(mask), whole
 
     # ---- losses without whole logits ----

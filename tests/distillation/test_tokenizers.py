@@ -198,29 +198,34 @@ def test_the_text_columns_of_a_command_line() -> None:
     assert args.options()["text_column"] == ("premise", "hypothesis")
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("cell", [None, float("nan"), 7])
-def test_a_missing_text_is_refused_with_its_place(cell: Any, stream: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cell", "where", "found"),
+    [
+        (None, "train_dataset", "no text"),
+        (None, "target_dataset", "no text"),
+        (float("nan"), "the batch", "no text"),
+        (7, "the batch", "int 7"),
+    ],
+)
+def test_a_missing_text_is_refused_with_its_place(
+    cell: Any, where: str, found: str, tmp_path: Path
+) -> None:
     own, other = tokenizer(), tokenizer(reverse=True)
-    made = classified(own, keep_text=True).to_list()
-    given = [{**row, "text": cell if i == 2 else row["text"]} for i, row in enumerate(made)]
-    found = {None: "no text", 7: "int 7"}.get(cell, "no text")
-    target = stream and cell is None
-    if isinstance(cell, float) or cell == 7:  # a column of datasets has one type
-        stream = True
-    data: Any = given if stream else datasets.Dataset.from_list(given)
+    whole = classified(own, keep_text=True)
+    rows = [{**row, "text": cell if i == 2 else row["text"]} for i, row in enumerate(whole)]
+    given: Any = rows if where == "the batch" else datasets.Dataset.from_list(rows)
     trainer = DistillationTrainer(
         model=bert(seed=0),
         teacher=bert(seed=1),
         args=arguments(tmp_path, per_device_train_batch_size=12),
-        train_dataset=datasets.Dataset.from_list(made) if target else data,
-        **({"target_dataset": datasets.Dataset.from_list(given)} if target else {}),
+        train_dataset=whole if where == "target_dataset" else given,
+        **({"target_dataset": given} if where == "target_dataset" else {}),
         data_collator=DataCollatorWithPadding(own),
         processing_class=own,
         teacher_processing_class=other,
         text_column="text",
     )
-    place = r"row 2 of target_dataset" if target else r"row \d+ of (train_dataset|the batch)"
+    place = rf"row {'[0-9]+' if where == 'the batch' else 2} of {where}"
     with pytest.raises(ValueError, match=f"'text' must hold a text.*{place} has {found}"):
         trainer.train()
     assert trainer.state.global_step == 0
