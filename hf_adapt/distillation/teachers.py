@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_adapt.distillation.copies import bind_to_itself, copied
 from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.engine.model_names import check_model_name
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -332,8 +333,10 @@ def load_teacher(name: str, student: nn.Module, options: Mapping[str, Any]) -> n
     """Load a model by name with the student's kind of head.
 
     Raises:
-        ValueError: If the head cannot be told from the student's class.
+        ValueError: If the head cannot be told from the student's class, or the name is a wrong
+            path.
     """
+    check_model_name(name)
     base = unwrapped_base(student)
     for factory, head in _FACTORIES.items():
         if any(cls.__name__.endswith(head) for cls in type(base).__mro__):

@@ -76,17 +76,31 @@ def check_dataset(dataset: Any, columns: Sequence[str], name: str) -> None:
     """
     if not isinstance(dataset, datasets.Dataset):
         return
+    check_columns(
+        dataset,
+        columns,
+        name,
+        "If it was removed when the rows were tokenised, keep it (`map(..., remove_columns=...)` "
+        "without it).",
+    )
+    for column, row in missing_cells(dataset, columns):
+        check_cell(None, column, f"row {row} of {name}")
+
+
+def check_columns(dataset: datasets.Dataset, columns: Sequence[str], name: str, fix: str) -> None:
+    """Refuse a dataset without these columns.
+
+    Raises:
+        ValueError: Naming those that it has, and a similar one.
+    """
     for column in columns:
         if column not in dataset.column_names:
             near = difflib.get_close_matches(column, dataset.column_names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"text_column={column!r} is missing in {name}, which has the columns "
-                f"{', '.join(dataset.column_names)}.{hint} If it was removed when the rows were "
-                "tokenised, keep it (`map(..., remove_columns=...)` without it)."
+                f"text_column={column!r} is missing: there is no column {column!r} in {name}, "
+                f"which has {', '.join(dataset.column_names)}.{hint} {fix}"
             )
-    for column, row in missing_cells(dataset, columns):
-        check_cell(None, column, f"row {row} of {name}")
 
 
 def missing_cells(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[str, int]]:
