@@ -107,7 +107,7 @@ __all__ = [
     "unfreezing_plan",
 ]
 
-_FAMILIES = ("alignment", "distillation", "evaluation", "knowledge", "unfreezing")
+_FAMILIES = ("alignment", "distillation", "engine", "evaluation", "knowledge", "unfreezing")
 
 _NAMES = {
     "alignment": "DANN MMD DomainAdversarialCallback InformationMaximization",

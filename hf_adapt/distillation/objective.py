@@ -49,6 +49,10 @@ LOGIT_SCALES = (
 )
 """What some models do to their logits after the projection."""
 
+ZEROS = 3
+"""Logs without any loss after which something is wrong; a learning rate that starts at 0 gives two
+with a teacher that starts as the student."""
+
 TeacherWeights = Sequence[float] | Callable[[Mapping[str, Any], list[torch.Tensor]], torch.Tensor]
 """A factor for each teacher, or a function (inputs, logits of each) -> (K,) or (K, N)."""
 
@@ -149,6 +153,7 @@ class Distillation(TeacherHooks, Objective):
         self._sanity: list[TeacherSanity] = []
         self._asked_before: list[Lesson] = []
         self._is_checked = False
+        self._zeros: int | None = 0
         self.is_said_apart = False
         self._check_options()
 
@@ -238,6 +243,7 @@ class Distillation(TeacherHooks, Objective):
                 )
             feature.setup(student, module)
         self._sanity = [TeacherSanity(teacher.name) for teacher in self.teachers]
+        self._zeros = 0
         self._fused = self._fusable()
 
     def _bind(self, trainer: Trainer) -> nn.Module:
@@ -640,7 +646,24 @@ class Distillation(TeacherHooks, Objective):
         )
         return fused._replace(term_sum=fused.term_sum * self.logits_weight)
 
-    # ---- checkpoints and the end ----
+    # ---- logs, checkpoints and the end ----
+
+    def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
+        """Point out a term that is 0 from the start."""
+        value = metrics.get(f"loss/{self.name}")
+        if value is None or self._zeros is None:
+            return
+        self._zeros = self._zeros + 1 if value == 0.0 else None
+        if self._zeros == ZEROS:
+            self._zeros = None
+            logger.warning(
+                "loss/%s was exactly 0 in the first %d logs, so nothing is learnt from the teacher "
+                "(%s). Does it predict with the student's own weights (the student itself, or a "
+                "function that runs it), or does item_mask choose no items?",
+                self.name,
+                ZEROS,
+                ", ".join(teacher.name for teacher in self.teachers),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What the teachers must keep: never their own weights, but a student's average."""

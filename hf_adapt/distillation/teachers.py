@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -162,6 +163,23 @@ class ModelTeacher(Teacher):
         elif _may_be_moved(self.module):
             self.module.to(trainer.args.device)
 
+    def state_dict(self) -> dict[str, Any]:
+        """A fingerprint of the weights, to know them again when training resumes."""
+        if self.module is None or self._is_sharded:
+            return {}
+        return {"fingerprint": sampled_fingerprint(self.module)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Warn of a teacher with other weights than before."""
+        assert self.module is not None
+        if not self._is_sharded and state.get("fingerprint") != sampled_fingerprint(self.module):
+            logger.warning(
+                "The teacher %s has other weights than in the run that is resumed. A teacher made "
+                "of the student's starting weights (copy.deepcopy(model)) must be made of them "
+                "again, not of the checkpoint's: load these weights for it.",
+                self.name,
+            )
+
     @property
     def inputs(self) -> set[str]:
         """What the model's forward takes; empty if it takes anything."""
@@ -265,6 +283,11 @@ class SelfTeacher(Teacher):
         if self._loaded:
             self.module.load_state_dict(self._loaded["weights"])
             self._step, self._loaded = int(self._loaded["step"]), {}
+        if self._step is None and step > 0:
+            logger.warning(
+                "The checkpoint holds no average of the student (it was saved by another Trainer, "
+                "or with save_only_model=True): it starts again, from the checkpoint's weights."
+            )
         if self._step is None or step <= self._step:
             self._step = step if self._step is None else self._step
             return
@@ -298,11 +321,23 @@ class SelfTeacher(Teacher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the average back, at the next step."""
-        self._loaded = state
+        self._loaded = state if "weights" in state else {}  # else another teacher's
 
     def close(self) -> None:
         """Let go of the student."""
         self._student = None
+
+
+def sampled_fingerprint(module: nn.Module) -> str:
+    """A hash of some of a model's weights, which tells two models apart in no time."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        if not value.is_meta:  # offloaded
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def as_teacher(teacher: Any) -> Teacher:
