@@ -1,20 +1,21 @@
-"""The command line: `hf-adapt schedule MODEL`, `hf-adapt cache-teacher TEACHER DATA`."""
+"""The command line: `hf-adapt schedule MODEL`, `hf-adapt cache-teacher TEACHER DATA`.
+
+torch and transformers take seconds to import, so that each command imports them for itself.
+"""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import transformers
 import typer
-from transformers import AutoConfig, AutoTokenizer
 
-from hf_adapt.distillation.cache import DTYPES, CachedTeacher
-from hf_adapt.distillation.filling import fill_cache, read_rows, tokenised
-from hf_adapt.unfreezing import LPFT, Gradual, UnfreezingSchedule, unfreezing_plan
-from hf_adapt.unfreezing.phases import Moment
+from hf_adapt import __version__
+
+if TYPE_CHECKING:
+    from hf_adapt.unfreezing import UnfreezingSchedule
 
 app = typer.Typer(
     help="Domain adaptation and knowledge transfer for the Hugging Face Trainer.",
@@ -64,8 +65,21 @@ class Direction(enum.StrEnum):
     bottom_up = "bottom_up"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-adapt {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
     """Domain adaptation and knowledge transfer for the Hugging Face Trainer."""
 
 
@@ -98,6 +112,9 @@ def schedule(
 
     Only the configuration is read, not the weights.
     """
+    from hf_adapt.unfreezing import LPFT, Gradual, unfreezing_plan
+    from hf_adapt.unfreezing.phases import Moment
+
     given = {
         "--every-steps": every_steps,
         "--every-epochs": every_epochs,
@@ -164,7 +181,9 @@ def cache_teacher(
     temperature: Annotated[
         float | None, typer.Option(help="Needed with --top-k: that of the distillation.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of what is kept: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of what is kept: float32, float16, bfloat16.")
+    ] = "float32",
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 32,
     device: Annotated[
         str | None, typer.Option(help="By default a CUDA device where there is one.")
@@ -174,13 +193,29 @@ def cache_teacher(
 
     Stopped half-way, it goes on from there when it is called again.
     """
+    from hf_adapt.distillation import filling
+    from hf_adapt.distillation.cache import CachedTeacher
+    from hf_adapt.distillation.checks import num_positions
+    from hf_adapt.distillation.tokenizers import token_limit
+
+    columns = text_column or ["text"]
     try:
-        words = _tokenizer(tokenizer or teacher)
-        rows = tokenised(read_rows(data, split), words, text_column or ["text"], max_length)
-        model = _head(teacher, task).from_pretrained(teacher)
+        head = _head(teacher, task)
+        rows, left_out = filling.with_texts(filling.read_rows(data, split, columns), columns)
+        _say_left_out(left_out)
+        words = _tokenizer(teacher, tokenizer)
+        model = _teacher(teacher, head)
         cache = CachedTeacher(output, model, top_k, temperature, dtype)
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        filled = fill_cache(cache, rows, words, batch_size=batch_size, device=where)
+        positions = num_positions(model)
+        limit = max_length or token_limit(words, None)
+        whole, rows = rows, filling.tokenised(rows, words, columns, limit)
+        if not filling.is_tokenised(whole) and (longer := filling.longer_rows(rows, positions)):
+            assert positions is not None
+            rows = filling.tokenised(whole, words, columns, positions)
+            _say_truncated(len(longer), positions)
+        filled = filling.fill_cache(
+            cache, rows, words, batch_size=batch_size, device=device or _default_device()
+        )
         with typer.progressbar(length=len(rows), label="Asking the teacher") as progress:
             done = 0
             for number in filled:
@@ -196,23 +231,88 @@ def cache_teacher(
     )
 
 
-def _tokenizer(name: str) -> Any:
-    """The tokenizer of a folder or id; None for models that have none."""
+def _say_left_out(rows: Sequence[int]) -> None:
+    if not rows:
+        return
+    first = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
+    left_out = "rows without text were" if len(rows) > 1 else "row without text was"
+    typer.echo(f"{len(rows)} {left_out} left out (row {first}, counted from 0).", err=True)
+
+
+def _say_truncated(number: int, positions: int) -> None:
+    typer.echo(
+        f"{number} {'rows are' if number > 1 else 'row is'} truncated to the {positions} tokens "
+        f"that the teacher takes. Truncate there in training too (max_length={positions}), or "
+        "these rows will not be found.",
+        err=True,
+    )
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _tokenizer(teacher: str, named: str | None) -> Any:
+    """The tokenizer that was named, else the teacher's; None for models that have none.
+
+    Raises:
+        ValueError: If the one that was named cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from hf_adapt.engine.model_names import check_model_name
+
+    if named is not None:
+        check_model_name(named)
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (ValueError, OSError, KeyError):
-        return None
+        return AutoTokenizer.from_pretrained(named or teacher)
+    except (ValueError, OSError, KeyError) as error:
+        if named is None:
+            return None
+        raise ValueError(f"There is no tokenizer in {named}: {error}") from error
+
+
+def _teacher(name: str, head: Any) -> Any:
+    """The teacher, with a head whose weights are there.
+
+    Raises:
+        ValueError: If it has none, or its weights are not there.
+    """
+    from transformers import MODEL_MAPPING
+
+    model, info = head.from_pretrained(name, output_loading_info=True)
+    bodies: Any = MODEL_MAPPING.get(type(model.config), ())
+    if type(model) in (bodies if isinstance(bodies, (list, tuple)) else (bodies,)):
+        raise ValueError(
+            f"{name} is a {type(model).__name__}, which has no head and so predicts nothing. Name "
+            "a model that was trained for the task (its folder, or its id on the hub)."
+        )
+    if missing := sorted(info["missing_keys"]):
+        more = ", …" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{name} has no weights for {', '.join(missing[:3])}{more} of a "
+            f"{type(model).__name__}, so its predictions would be random. Name a model that was "
+            "trained for the task, or another --task."
+        )
+    return model
 
 
 def _head(name: str, task: Task | None) -> Any:
     """The class of a model's head.
 
     Raises:
-        ValueError: If it cannot be told.
+        ValueError: If it cannot be told, or there is no such model.
     """
+    import transformers
+
+    from hf_adapt.engine.model_names import check_model_name
+
+    check_model_name(name)
     if task is not None:
         return getattr(transformers, HEADS[task])
-    config = AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name)
     named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
     found = getattr(transformers, named, None)
     if found is None:
@@ -225,8 +325,11 @@ def _head(name: str, task: Task | None) -> Any:
 
 def _empty_model(name: str, task: Task | None) -> Any:
     """The model without weights, on the meta device."""
-    config = AutoConfig.from_pretrained(name)
+    import torch
+    from transformers import AutoConfig
+
     found = _head(name, task)
+    config = AutoConfig.from_pretrained(name)
     is_auto = found.__name__.startswith("AutoModel")
     factory: Any = found.from_config if is_auto else found
     with torch.device("meta"):

@@ -13,6 +13,16 @@ def test_names_are_there_and_documented() -> None:
         assert (getattr(hf_adapt, name).__doc__ or "").strip(), name
 
 
+def test_names_are_found_when_they_are_asked_for() -> None:
+    found: dict[str, object] = {}
+    exec("from hf_adapt import *", found)
+    assert set(hf_adapt.__all__) <= set(found)
+    assert set(hf_adapt.__all__) == {n for names in hf_adapt._NAMES.values() for n in names.split()}
+    assert set(hf_adapt.__all__) <= set(dir(hf_adapt))
+    with pytest.raises(ImportError, match="cannot import name 'DAN'"):
+        exec("from hf_adapt import DAN")
+
+
 @pytest.mark.parametrize(
     "package", ["alignment", "distillation", "evaluation", "knowledge", "unfreezing"]
 )

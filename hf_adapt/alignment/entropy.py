@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -113,13 +113,7 @@ class InformationMaximization(Objective):
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes."""
-        config = getattr(trainer.model, "config", None)
-        problem = getattr(config, "problem_type", None)
-        if problem in ("regression", "multi_label_classification"):
-            raise ValueError(
-                f"InformationMaximization needs predictions over exclusive classes; this model's "
-                f"problem_type is {problem!r}. Use an objective on features (DANN, MMD)."
-            )
+        _refuse_other_problems(trainer.model)
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """Every target row (or token) has a prediction."""
@@ -127,6 +121,8 @@ class InformationMaximization(Objective):
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         """The two components, on the target rows."""
+        # Models without a problem_type choose one when they see the first labels.
+        _refuse_other_problems(batch.model)
         logits, domain = batch.logits()
         if logits.ndim != 2 or logits.shape[-1] < 2:
             raise ValueError(
@@ -143,3 +139,18 @@ class InformationMaximization(Objective):
             diversity = prediction_diversity(target) if len(target) else none
             terms["negative_diversity"] = -self.diversity_weight * diversity
         return terms
+
+
+def _refuse_other_problems(model: Any) -> None:
+    """Refuse a model whose outputs are not scores of exclusive classes.
+
+    Raises:
+        ValueError: If it is a regression, or may give a row several labels.
+    """
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"InformationMaximization needs predictions over exclusive classes; this model's "
+            f"problem_type is {problem!r}, as its configuration or its labels say (vectors of "
+            "floats are several labels per row). Use an objective on features (DANN, MMD)."
+        )

@@ -8,6 +8,7 @@ from typing import Any
 from hf_adapt.distillation.cache import CachedTeacher
 from hf_adapt.distillation.divergences import DIVERGENCES, JensenShannon
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
+from hf_adapt.distillation.texts import column_names
 
 
 @dataclass
@@ -58,8 +59,9 @@ class DistillationArguments:
     teacher_top_k: int | None = field(
         default=None, metadata={"help": "Keep only so many of the teacher's classes there."}
     )
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column with the text, for a teacher's own tokenizer."}
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "Column with the text, for a teacher's own tokenizer; two for pairs."},
     )
     evaluate_distillation: bool = field(
         default=False, metadata={"help": "Compare student and teacher in each evaluation."}
@@ -74,7 +76,7 @@ class DistillationArguments:
             "divergence": JensenShannon(self.jsd_beta)
             if self.divergence == "jsd"
             else self.divergence,
-            "text_column": self.text_column,
+            "text_column": column_names(self.text_column) or None,
         }
 
     def build_teacher(self) -> Teacher | None:

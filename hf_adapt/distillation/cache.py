@@ -162,11 +162,13 @@ class CachedTeacher(Teacher):
         temperature: float | None = None,
         dtype: str = "float32",
     ) -> None:
-        if top_k is not None and (top_k < 1 or temperature is None):
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"CachedTeacher(top_k={top_k}): top_k must be at least 1.")
+        if top_k is not None and temperature is None:
             raise ValueError(
-                f"CachedTeacher(top_k={top_k}, temperature={temperature}): top_k must be at least "
-                "1 and needs the temperature of the distillation, because the tail's mass is kept "
-                "at that temperature."
+                f"CachedTeacher(top_k={top_k}) needs the temperature of the distillation "
+                "(temperature=2.0, or --temperature 2), because the mass of all other classes is "
+                "kept at that temperature."
             )
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown: use {', '.join(DTYPES)}.")
@@ -284,7 +286,7 @@ class CachedTeacher(Teacher):
                     f"{self.folder} was made with another {what}: "
                     f"{stands.get(what, known)!r} ({key} {known}), not {now.get(what, found)!r} "
                     f"({found}). Use the one it was made "
-                    "with, or another folder."
+                    "with (or none, if the folder has all rows), or another folder."
                 )
         if stands["autocast"] not in ("no", now["autocast"]):
             logger.warning(

@@ -17,7 +17,6 @@ from hf_adapt.distillation.divergences import (
     reverse_kl,
 )
 from hf_adapt.distillation.heads import Head
-from hf_adapt.engine.batch import is_a
 from hf_adapt.engine.domains import IGNORED
 from hf_adapt.engine.features import unwrapped_base
 
@@ -137,8 +136,8 @@ def shared_vocabulary(student: Classes, teacher: Classes, tokenizer: Any) -> int
     return smaller
 
 
-def check_one_output(student: nn.Module, kind: str, divergence: Divergence) -> None:
-    """Refuse to compare distributions over a single class.
+def check_regression(student: nn.Module, head: Head, divergence: Divergence) -> None:
+    """Refuse to compare the numbers of a regression as if they were a distribution.
 
     Raises:
         ValueError: If the head is a regression's and the divergence is one of distributions.
@@ -146,20 +145,35 @@ def check_one_output(student: nn.Module, kind: str, divergence: Divergence) -> N
     compares_distributions = divergence in (forward_kl, reverse_kl) or isinstance(
         divergence, JensenShannon
     )
-    regression = getattr(_config(student), "num_labels", None) == 1
-    if kind == "rows" and regression and compares_distributions:
-        if not is_a(student, ("ForMultipleChoice",)):
-            raise ValueError(
-                f"{type(unwrapped_base(student)).__name__} has one output (num_labels=1, a "
-                "regression), over which every distribution is the same. Use divergence='mse'."
-            )
+    if head.kind == "values" and compares_distributions:
+        number = getattr(_config(student), "num_labels", None)
+        raise ValueError(
+            f"{type(unwrapped_base(student)).__name__} is a regression (num_labels={number}, "
+            f"problem_type={getattr(_config(student), 'problem_type', None)!r}), whose outputs are "
+            "numbers and no distribution over classes. Use divergence='mse'."
+        )
+
+
+def num_positions(model: nn.Module | None) -> int | None:
+    """How many tokens a model takes, as far as its configuration says."""
+    config = None if model is None else _config(model)
+    get_text_config = getattr(config, "get_text_config", None)
+    config = get_text_config() if callable(get_text_config) else config
+    number = getattr(config, "max_position_embeddings", None)
+    if not isinstance(number, int) or number < 1:
+        return None
+    assert model is not None
+    for name, module in model.named_modules():
+        # RoBERTa's family counts from one after the padding's position.
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx:
+            return number - module.padding_idx - 1
+    return number
 
 
 def check_sequence_length(student: nn.Module, teacher: nn.Module) -> None:
     """Warn of a teacher that has fewer positions than its student."""
-    own = getattr(_config(student), "max_position_embeddings", None)
-    theirs = getattr(_config(teacher), "max_position_embeddings", None)
-    if isinstance(own, int) and isinstance(theirs, int) and theirs < own:
+    own, theirs = num_positions(student), num_positions(teacher)
+    if own is not None and theirs is not None and theirs < own:
         logger.warning(
             "The teacher has %d positions and the student %d: longer rows would fail. Truncate at "
             "%d.",
@@ -189,7 +203,7 @@ class TeacherSanity:
         self, head: Head, part: Part, mask: torch.Tensor, logits: torch.Tensor, progress: float
     ) -> None:
         """Add the teacher's own loss on a micro-batch; warn after the last."""
-        if self.is_done or head.kind in ("spans", "labels") or progress > 0.5:
+        if self.is_done or head.kind in ("spans", "labels", "values") or progress > 0.5:
             return
         labels = part.inputs.get("labels")
         if not isinstance(labels, torch.Tensor) or labels.shape[:1] != mask.shape[:1]:

@@ -151,7 +151,7 @@ def _per_item(
 ) -> torch.Tensor:
     """For each item: 1, agreement, KL, 1 if labelled, and its bin of the calibration error.
 
-    All 0 for a regression, of whose one output every prediction is the same class.
+    All 0 where there is one output, of which every prediction is the same class.
 
     Shape:
         - student, teacher: (N, C), labels: (N,); output: (N, 4 + 3 BINS), float64.

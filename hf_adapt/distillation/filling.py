@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
@@ -19,34 +20,91 @@ from transformers import (
 )
 
 from hf_adapt.distillation.cache import CachedTeacher
-from hf_adapt.distillation.checks import Classes
+from hf_adapt.distillation.checks import Classes, num_positions
 from hf_adapt.distillation.heads import Head
 from hf_adapt.distillation.objective import Distillation
+from hf_adapt.distillation.texts import check_cell, check_columns, is_words, missing_cells
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
-def read_rows(source: str, split: str | None = None) -> datasets.Dataset:
+def read_rows(
+    source: str, split: str | None = None, columns: Sequence[str] = ()
+) -> datasets.Dataset:
     """Rows of a folder made by `save_to_disk`, a csv/tsv/json/jsonl/parquet file, or a hub id.
 
+    Args:
+        source: The folder, file or id.
+        split: Which split, if there are several.
+        columns: Columns with texts: in a csv or tsv file their cells are taken as they stand
+            (`NA`, `007`), and only an empty one is missing.
+
     Raises:
-        ValueError: If there are several splits and none is named.
+        ValueError: If there are several splits and none is named, or the file cannot be read.
     """
-    path = Path(source)
+    path, kind = Path(source), FORMATS.get(Path(source).suffix.lstrip("."))
     if path.is_dir():
         found = datasets.load_from_disk(source)
-    elif path.suffix.lstrip(".") in FORMATS:
-        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-        kind = FORMATS[path.suffix.lstrip(".")]
-        found = datasets.load_dataset(kind, data_files={"train": source}, **options)
+    elif kind is not None:
+        options: dict[str, Any] = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+        if kind == "csv":
+            options |= {"keep_default_na": False, "na_values": [""]}
+            options["converters"] = dict.fromkeys(columns, _cell)
+        try:
+            found = datasets.load_dataset(kind, data_files={"train": source}, **options)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(
+                f"{source} cannot be read as {kind}: {error.__cause__ or error} A cell with a "
+                "quotation mark must have another at its end, and double those in between; "
+                "jsonl and parquet files need none."
+            ) from error
+    elif path.exists():
+        raise ValueError(
+            f"{source} is no file of rows: expected .csv, .tsv, .json, .jsonl or .parquet, or a "
+            "folder made by save_to_disk."
+        )
     else:
         found = datasets.load_dataset(source)
     if isinstance(found, datasets.DatasetDict):
         if split is None and len(found) > 1:
             raise ValueError(f"{source} has the splits {', '.join(found)}: name one with --split.")
+        if split is not None and split not in found:
+            raise ValueError(f"{source} has no split {split!r}; it has {', '.join(found)}.")
         found = found[split or next(iter(found))]
     assert isinstance(found, datasets.Dataset)
     return found
+
+
+def _cell(text: str) -> str | None:
+    """A cell of a csv file; nothing is missing but what is empty."""
+    return text or None
+
+
+def with_texts(
+    rows: datasets.Dataset, columns: Sequence[str]
+) -> tuple[datasets.Dataset, list[int]]:
+    """The rows that have a text in these columns, and the numbers of the others.
+
+    Rows that are tokenised already all stay.
+
+    Raises:
+        ValueError: If a column is missing, or no row has a text.
+    """
+    if is_tokenised(rows):
+        return rows, []
+    check_columns(rows, columns, "the rows", "Name the text with --text-column.")
+    left_out = sorted({row for _, row in missing_cells(rows, columns)})
+    if len(left_out) == len(rows):
+        raise ValueError(f"There is no row with a text in {', '.join(map(repr, columns))}.")
+    if not left_out:
+        return rows, []
+    gone = set(left_out)
+    return rows.select([row for row in range(len(rows)) if row not in gone]), left_out
+
+
+def is_tokenised(rows: datasets.Dataset) -> bool:
+    """Whether rows are inputs of a model already."""
+    return bool({"input_ids", "pixel_values", "input_values"} & set(rows.column_names))
 
 
 def tokenised(
@@ -56,30 +114,46 @@ def tokenised(
 
     Args:
         rows: With `input_ids` or `pixel_values`, or with the text columns.
-        tokenizer: Called with the texts.
+        tokenizer: Called with the texts, or with the words where a cell is a list of these.
         columns: One text column, or two for pairs.
-        max_length: Where tokens are truncated; the tokenizer's limit by default.
+        max_length: Where tokens are truncated; None for nowhere.
 
     Raises:
-        ValueError: If a text column is missing.
+        ValueError: If there is no tokenizer, or a cell is neither a text nor words.
     """
-    if {"input_ids", "pixel_values"} & set(rows.column_names):
+    if is_tokenised(rows):
         return rows
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"The rows have no column {', '.join(map(repr, missing))}, and no input_ids either; "
-            f"they have {', '.join(rows.column_names)}. Name the text with --text-column."
-        )
+    if tokenizer is None:
+        raise ValueError("Rows of text need a tokenizer, and there is none beside the teacher.")
     kept = [name for name in ("label", "labels") if name in rows.column_names]
+
+    def tokenise(batch: dict[str, list[Any]], numbers: list[int]) -> Any:
+        for name in columns:
+            for cell, number in zip(batch[name], numbers, strict=True):
+                check_cell(cell, name, f"row {number} of the file")
+        return tokenizer(
+            *(batch[name] for name in columns),
+            truncation=max_length is not None,
+            max_length=max_length,
+            is_split_into_words=any(is_words(cell) for cell in batch[columns[0]]),
+        )
+
     return rows.map(
-        lambda batch: tokenizer(
-            *(batch[name] for name in columns), truncation=True, max_length=max_length
-        ),
+        tokenise,
         batched=True,
+        with_indices=True,
         remove_columns=[name for name in rows.column_names if name not in kept],
         desc="Tokenising",
     )
+
+
+def longer_rows(rows: datasets.Dataset, limit: int | None) -> list[int]:
+    """The rows with more tokens than this."""
+    if limit is None or "input_ids" not in rows.column_names:
+        return []
+    tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(10_000)
+    lengths = [n for t in tables for n in pc.list_value_length(t["input_ids"]).to_pylist()]
+    return [number for number, length in enumerate(lengths) if length > limit]
 
 
 def collator_for(head: Head, tokenizer: Any) -> Callable[[list[Any]], Any]:
@@ -117,11 +191,19 @@ def fill_cache(
         The number of rows done, after each batch.
 
     Raises:
-        ValueError: If there is no model behind the cache, or the folder holds something else.
+        ValueError: If there is no model behind the cache, the folder holds something else, or a row
+            has more tokens than the teacher takes.
     """
     module = cache.module
     if module is None:
         raise ValueError("Filling a cache needs its teacher: CachedTeacher(folder, teacher=model).")
+    positions = num_positions(module)
+    if isinstance(rows, datasets.Dataset) and (longer := longer_rows(rows, positions)):
+        raise ValueError(
+            f"The row {longer[0]} has {len(rows[longer[0]]['input_ids'])} tokens, and the teacher "
+            f"takes {positions} ({len(longer)} of {len(rows)} rows are longer). Truncate the rows "
+            f"at {positions}, also in training (max_length={positions})."
+        )
     head = Head.of(module)
     # On cards without the memory the model stays where it was loaded.
     if getattr(module, "hf_device_map", None) is None:

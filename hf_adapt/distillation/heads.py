@@ -14,7 +14,7 @@ from hf_adapt.engine.batch import is_a
 from hf_adapt.engine.domains import IGNORED
 from hf_adapt.engine.features import unwrapped_base
 
-HeadKind = Literal["rows", "labels", "tokens", "spans", "causal_lm"]
+HeadKind = Literal["rows", "labels", "values", "tokens", "spans", "causal_lm"]
 
 _ENDINGS: dict[HeadKind, tuple[str, ...]] = {
     "tokens": ("ForTokenClassification", "ForMaskedLM", "ForPreTraining"),
@@ -56,13 +56,16 @@ class Head:
 
     Attributes:
         kind: `"rows"`: one prediction per row; `"labels"`: one yes or no per row and label;
-            `"tokens"`: one per token; `"spans"`: start and end; `"causal_lm"`: one per token, of
-            the token after it.
+            `"values"`: the numbers of a regression, which are no distribution; `"tokens"`: one per
+            token; `"spans"`: start and end; `"causal_lm"`: one per token, of the token after it.
         is_encoder_decoder: Whether the tokens are the decoder's.
+        is_decided: Whether the configuration names the `problem_type`, so that labels change
+            nothing.
     """
 
     kind: HeadKind
     is_encoder_decoder: bool = False
+    is_decided: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Head:
@@ -76,11 +79,16 @@ class Head:
                 found = kind
         if encoder_decoder and found == "causal_lm":
             found = "tokens"  # the decoder's inputs are shifted already
-        if found == "rows" and getattr(config, "problem_type", None) == (
-            "multi_label_classification"
-        ):
-            found = "labels"
-        return cls(found, encoder_decoder)
+        problem = getattr(config, "problem_type", None)
+        if found == "rows" and not is_a(model, ("ForMultipleChoice",)):
+            if problem == "multi_label_classification":
+                found = "labels"
+            # As the models themselves decide it: by the number of outputs, if it is not said.
+            elif problem == "regression" or (
+                problem is None and getattr(config, "num_labels", None) == 1
+            ):
+                found = "values"
+        return cls(found, encoder_decoder, is_decided=problem is not None)
 
     def item_mask(
         self, inputs: Mapping[str, Any], domain: torch.Tensor | None = None
@@ -97,7 +105,7 @@ class Head:
         Shape:
             - output: (B,) bool for rows; (B, T) for tokens, at the position of the label.
         """
-        if self.kind in ("rows", "labels", "spans"):
+        if self.kind in ("rows", "labels", "values", "spans"):
             size = next(v.shape[0] for v in inputs.values() if isinstance(v, torch.Tensor))
             device = next(v.device for v in inputs.values() if isinstance(v, torch.Tensor))
             return torch.ones(size, dtype=torch.bool, device=device)
@@ -146,7 +154,7 @@ class Head:
         if self.kind == "labels":
             pairs = logits[mask].unsqueeze(-1)
             return torch.cat([pairs, torch.zeros_like(pairs)], dim=-1).flatten(0, 1)
-        if self.kind == "rows":
+        if self.kind in ("rows", "values"):
             if logits.ndim != 2:
                 raise ValueError(
                     f"The logits have shape {tuple(logits.shape)}; expected (rows, classes). "
@@ -194,7 +202,8 @@ class Head:
 
         The models themselves decide it only then, where the configuration has no `problem_type`.
         """
-        vectors = isinstance(labels, torch.Tensor) and labels.ndim == 2
-        if self.kind == "rows" and vectors and labels.is_floating_point() and labels.shape[1] > 1:
+        if self.kind != "rows" or self.is_decided or not isinstance(labels, torch.Tensor):
+            return self
+        if labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 1:
             return Head("labels", self.is_encoder_decoder)
         return self

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_adapt.distillation.cache import CachedTeacher, Signal
+from hf_adapt.distillation.checks import num_positions
 from hf_adapt.distillation.divergences import Divergence, named_divergence
 from hf_adapt.distillation.features import Captured, FeatureLoss
 from hf_adapt.distillation.heads import Head
@@ -44,7 +45,7 @@ class TeacherHooks:
         divergence: A name or a function.
         features: Terms on layers, whose taps see the teacher's forward.
         teacher_processing_class: The teacher's tokenizer, if it is another one.
-        text_column: The column with the text.
+        text_column: The column with the text, or two for pairs.
 
     Raises:
         ValueError: If there is no teacher.
@@ -56,7 +57,7 @@ class TeacherHooks:
         divergence: str | Divergence,
         features: Sequence[FeatureLoss],
         teacher_processing_class: Any,
-        text_column: str | None,
+        text_column: str | Sequence[str] | None,
     ) -> None:
         given = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
         if not given:
@@ -152,8 +153,9 @@ class TeacherHooks:
         self._retokenizer = None
         theirs = self.teacher_processing_class
         if theirs is not None and not same_vocabulary(processing_class, theirs):
-            self._retokenizer = Retokenizer(processing_class, theirs, self.text_column)
-            if self.head.kind not in ("rows", "labels", "causal_lm") or (
+            positions = num_positions(self.teachers[0].module)
+            self._retokenizer = Retokenizer(processing_class, theirs, self.text_column, positions)
+            if self.head.kind not in ("rows", "labels", "values", "causal_lm") or (
                 self.head.is_encoder_decoder
             ):
                 raise ValueError(

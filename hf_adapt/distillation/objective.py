@@ -14,7 +14,7 @@ from hf_adapt.distillation.checks import (
     Classes,
     TeacherSanity,
     check_labels,
-    check_one_output,
+    check_regression,
     check_sequence_length,
     shared_vocabulary,
 )
@@ -25,12 +25,13 @@ from hf_adapt.distillation.fused import FusedHeads
 from hf_adapt.distillation.hooks import Lesson, TeacherHooks
 from hf_adapt.distillation.taps import tapped
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
+from hf_adapt.distillation.texts import check_dataset, column_names, named_datasets
 from hf_adapt.distillation.tokenizers import universal_logit_distance
 from hf_adapt.engine.adaptation import Extract, FusedLoss, Objective, Term
 from hf_adapt.engine.batch import Part
 from hf_adapt.engine.features import find_feature_module, unwrapped_base
 from hf_adapt.engine.progress import Schedule, value_at
-from hf_adapt.engine.training import added_inputs, unwrapped_model
+from hf_adapt.engine.training import added_inputs, target_datasets, unwrapped_model
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -47,6 +48,10 @@ LOGIT_SCALES = (
     "output_multiplier",
 )
 """What some models do to their logits after the projection."""
+
+ZEROS = 3
+"""Logs without any loss after which something is wrong; a learning rate that starts at 0 gives two
+with a teacher that starts as the student."""
 
 TeacherWeights = Sequence[float] | Callable[[Mapping[str, Any], list[torch.Tensor]], torch.Tensor]
 """A factor for each teacher, or a function (inputs, logits of each) -> (K,) or (K, N)."""
@@ -87,7 +92,8 @@ class Distillation(TeacherHooks, Objective):
         teacher_processing_class: The teacher's tokenizer, if it is another one. Classifiers get
             the text in each model's own tokens; language models are compared by universal logit
             distillation, which needs no common vocabulary.
-        text_column: The column with the text, for a teacher with another tokenizer.
+        text_column: The column with the text, for a teacher with another tokenizer; two for pairs.
+            A cell is a text or a list of words.
         chunked: Whether a language model's losses are computed without whole logits: None where
             it can be done, False never, True or else an error.
         byte_budget: Memory that these computations may use for pieces of logits.
@@ -120,7 +126,7 @@ class Distillation(TeacherHooks, Objective):
         features: Sequence[FeatureLoss] = (),
         logits_weight: float = 1.0,
         teacher_processing_class: Any = None,
-        text_column: str | None = None,
+        text_column: str | Sequence[str] | None = None,
         chunked: bool | None = None,
         byte_budget: int | None = None,
         name: str | None = None,
@@ -142,11 +148,12 @@ class Distillation(TeacherHooks, Objective):
         self.teacher_weights = teacher_weights
         self.logits_weight = logits_weight
         self.chunked, self.byte_budget = chunked, byte_budget
-        self.columns = () if text_column is None else (text_column,)
+        self.columns = column_names(text_column)
         self._fused: FusedHeads | None = None
         self._sanity: list[TeacherSanity] = []
         self._asked_before: list[Lesson] = []
         self._is_checked = False
+        self._zeros: int | None = 0
         self.is_said_apart = False
         self._check_options()
 
@@ -197,8 +204,13 @@ class Distillation(TeacherHooks, Objective):
             )
         student = self._bind(trainer)
         self._check(trainer.processing_class)
-        if not self._overrides("divergence", "distillation_loss", "select_logits"):
-            check_one_output(student, self.head.kind, self.divergence_function)
+        if self._retokenizer is not None and not self.is_cross_tokenizer:
+            targets = target_datasets(trainer)
+            for name, dataset in named_datasets(trainer.train_dataset, targets):
+                check_dataset(dataset, self.columns, name)
+        overridden = self._overrides("divergence", "distillation_loss", "select_logits")
+        if self.logits_weight and not overridden:
+            check_regression(student, self.head, self.divergence_function)
         if self._overrides("distillation_loss") and callable(self.teacher_weights):
             raise ValueError(
                 "distillation_loss gives one sum for all items, so teacher_weights cannot weigh "
@@ -231,6 +243,7 @@ class Distillation(TeacherHooks, Objective):
                 )
             feature.setup(student, module)
         self._sanity = [TeacherSanity(teacher.name) for teacher in self.teachers]
+        self._zeros = 0
         self._fused = self._fusable()
 
     def _bind(self, trainer: Trainer) -> nn.Module:
@@ -368,6 +381,7 @@ class Distillation(TeacherHooks, Objective):
             batch.log("temperature", temperature)
         sums: dict[str, torch.Tensor] = {}
         for part in batch.parts:
+            self.head = self.head.with_labels(part.inputs.get("labels"))
             if fused := part.is_fused:  # these losses have asked the teacher already
                 lessons, self._asked_before = self._asked_before, []
             else:
@@ -410,7 +424,8 @@ class Distillation(TeacherHooks, Objective):
             if lesson.item_mask is not None:
                 own = self.hooks.select_logits(outputs, part.inputs, lesson.item_mask)
             own, theirs = self._compared(own, lesson.signal, temperature, teacher)
-            has_classes = not isinstance(lesson.signal, TopK)  # else the last one is all others
+            # Of top classes the last one is all others.
+            has_classes = not isinstance(lesson.signal, TopK) and self.head.kind != "values"
             if torch.is_grad_enabled() and has_classes:
                 sanity.see(self.head, part, mask, theirs, batch.progress)
             if len(own) == 0:
@@ -525,9 +540,8 @@ class Distillation(TeacherHooks, Objective):
         Raises:
             ValueError: If there is no teacher to run.
         """
-        known = self._is_checked and self._student is unwrapped_model(trainer)
-        if not known:
-            self._bind(trainer)
+        student = unwrapped_model(trainer)
+        known = self._is_checked and self._student is student
         for teacher in self.teachers:
             own = teacher.source
             if own is None:
@@ -536,10 +550,11 @@ class Distillation(TeacherHooks, Objective):
                     f"{teacher.name} has none behind it. Pass CachedTeacher(folder, teacher=model)."
                 )
             if own.module is None or isinstance(own, ModelTeacher):
-                own.setup(trainer, self._student)
+                own.setup(trainer, student)
             if isinstance(own, ModelTeacher):
                 own.begin(trainer)
         if not known:
+            self._bind(trainer)
             self._check(trainer.processing_class)
         self._autocast = trainer.accelerator.autocast
 
@@ -584,6 +599,8 @@ class Distillation(TeacherHooks, Objective):
         logs = [logits[:, : self._classes].log_softmax(-1) for logits in signals]
         mean = (torch.stack(logs) + (shares / shares.sum(0)).log().unsqueeze(-1)).logsumexp(0)
         student = student[:, : self._classes]
+        if self.head.kind == "values":  # no classes to agree on
+            student, mean = student[:, :1], mean[:, :1]
         return student, mean, item_labels(self.head, inputs, mask), self._row_counts(mask), whole
 
     # ---- losses without whole logits ----
@@ -629,7 +646,24 @@ class Distillation(TeacherHooks, Objective):
         )
         return fused._replace(term_sum=fused.term_sum * self.logits_weight)
 
-    # ---- checkpoints and the end ----
+    # ---- logs, checkpoints and the end ----
+
+    def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
+        """Point out a term that is 0 from the start."""
+        value = metrics.get(f"loss/{self.name}")
+        if value is None or self._zeros is None:
+            return
+        self._zeros = self._zeros + 1 if value == 0.0 else None
+        if self._zeros == ZEROS:
+            self._zeros = None
+            logger.warning(
+                "loss/%s was exactly 0 in the first %d logs, so nothing is learnt from the teacher "
+                "(%s). Does it predict with the student's own weights (the student itself, or a "
+                "function that runs it), or does item_mask choose no items?",
+                self.name,
+                ZEROS,
+                ", ".join(teacher.name for teacher in self.teachers),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What the teachers must keep: never their own weights, but a student's average."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -13,7 +14,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_adapt.distillation.copies import bind_to_itself, copied
 from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.engine.model_names import check_model_name
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -119,6 +122,7 @@ class ModelTeacher(Teacher):
             self._take(model)
 
     def _take(self, model: nn.Module) -> None:
+        bind_to_itself(model)
         self.module = model
         # A PEFT model's own forward takes *args, **kwargs.
         parameters = inspect.signature(unwrapped_base(model).forward).parameters
@@ -158,6 +162,23 @@ class ModelTeacher(Teacher):
                 self.module, self._is_sharded = _sharded(trainer, self.module), True
         elif _may_be_moved(self.module):
             self.module.to(trainer.args.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A fingerprint of the weights, to know them again when training resumes."""
+        if self.module is None or self._is_sharded:
+            return {}
+        return {"fingerprint": sampled_fingerprint(self.module)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Warn of a teacher with other weights than before."""
+        assert self.module is not None
+        if not self._is_sharded and state.get("fingerprint") != sampled_fingerprint(self.module):
+            logger.warning(
+                "The teacher %s has other weights than in the run that is resumed. A teacher made "
+                "of the student's starting weights (copy.deepcopy(model)) must be made of them "
+                "again, not of the checkpoint's: load these weights for it.",
+                self.name,
+            )
 
     @property
     def inputs(self) -> set[str]:
@@ -247,7 +268,7 @@ class SelfTeacher(Teacher):
             )
         self._student, self._step = student, None
         # In float32: small steps would be rounded away in half precision.
-        self.module = copy.deepcopy(student).float().eval().requires_grad_(False)
+        self.module = copied(student).float().eval().requires_grad_(False)
 
     def begin(self, trainer: Trainer) -> None:
         """Start from the weights that training starts from (a checkpoint's are loaded by now)."""
@@ -262,6 +283,11 @@ class SelfTeacher(Teacher):
         if self._loaded:
             self.module.load_state_dict(self._loaded["weights"])
             self._step, self._loaded = int(self._loaded["step"]), {}
+        if self._step is None and step > 0:
+            logger.warning(
+                "The checkpoint holds no average of the student (it was saved by another Trainer, "
+                "or with save_only_model=True): it starts again, from the checkpoint's weights."
+            )
         if self._step is None or step <= self._step:
             self._step = step if self._step is None else self._step
             return
@@ -295,11 +321,23 @@ class SelfTeacher(Teacher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the average back, at the next step."""
-        self._loaded = state
+        self._loaded = state if "weights" in state else {}  # else another teacher's
 
     def close(self) -> None:
         """Let go of the student."""
         self._student = None
+
+
+def sampled_fingerprint(module: nn.Module) -> str:
+    """A hash of some of a model's weights, which tells two models apart in no time."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        if not value.is_meta:  # offloaded
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def as_teacher(teacher: Any) -> Teacher:
@@ -330,8 +368,10 @@ def load_teacher(name: str, student: nn.Module, options: Mapping[str, Any]) -> n
     """Load a model by name with the student's kind of head.
 
     Raises:
-        ValueError: If the head cannot be told from the student's class.
+        ValueError: If the head cannot be told from the student's class, or the name is a wrong
+            path.
     """
+    check_model_name(name)
     base = unwrapped_base(student)
     for factory, head in _FACTORIES.items():
         if any(cls.__name__.endswith(head) for cls in type(base).__mro__):

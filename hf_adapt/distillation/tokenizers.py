@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_adapt.distillation.texts import column_names, text_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,20 +55,23 @@ class Retokenizer:
     Args:
         student: The student's tokenizer; needed to decode.
         teacher: The teacher's tokenizer.
-        text_column: A column of the rows: a text, or a pair of texts.
-        max_length: Where the teacher's tokens are truncated; its tokenizer's limit by default.
+        text_column: A column of the rows, or two for pairs. A cell is a text or a list of words,
+            which counts as the words with a space between.
+        positions: How many tokens the teacher takes; None where there is no limit but the
+            tokenizer's. Longer rows are truncated, with one warning.
     """
 
     def __init__(
         self,
         student: Any,
         teacher: Any,
-        text_column: str | None = None,
-        max_length: int | None = None,
+        text_column: str | Sequence[str] | None = None,
+        positions: int | None = None,
     ) -> None:
-        self.student, self.teacher, self.text_column = student, teacher, text_column
-        limit = getattr(teacher, "model_max_length", None) or 0
-        self.max_length = max_length or (limit if limit < 1_000_000 else None)
+        self.student, self.teacher = student, teacher
+        self.text_columns = column_names(text_column)
+        self.max_length = token_limit(teacher, positions)
+        self._has_warned = False
         if text_column is None and student is None:
             raise ValueError(
                 "A teacher with a tokenizer of its own needs the text: pass text_column= with a "
@@ -84,32 +89,30 @@ class Retokenizer:
     ) -> dict[str, torch.Tensor]:
         """The teacher's inputs for whole rows (classification)."""
         ids = inputs["input_ids"]
-        texts = self._texts(inputs, columns)
-        first = [text[0] if isinstance(text, (list, tuple)) else text for text in texts]
-        pairs = [text[1] if isinstance(text, (list, tuple)) else None for text in texts]
-        second = [str(p) for p in pairs] if any(p is not None for p in pairs) else None
+        first, *second = self._texts(inputs, columns)
         encoded = self.teacher(
             first,
-            second,
+            *second,
             padding=True,
             truncation=self.max_length is not None,
             max_length=self.max_length,
             return_tensors="pt",
         )
+        if any(own.overflowing for own in getattr(encoded, "encodings", None) or ()):
+            self._warn_truncated()
         return {key: value.to(ids.device) for key, value in encoded.items()}
 
     def _texts(
         self, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]
-    ) -> Sequence[Any]:
-        if self.text_column is not None:
-            texts = columns.get(self.text_column)
-            if texts is None or any(text is None for text in texts):
-                raise ValueError(
-                    f"text_column={self.text_column!r} is missing in rows of the batch. Keep it in "
-                    "the dataset (`map(..., remove_columns=...)` without it), also in the target's "
-                    "and in the evaluation's."
-                )
-            return texts
+    ) -> list[list[str]]:
+        """The texts of the rows, for each text column."""
+        if self.text_columns:
+            made = []
+            for column in self.text_columns:
+                cells = columns.get(column, [None] * len(inputs["input_ids"]))
+                places = (f"row {number} of the batch" for number in range(len(cells)))
+                made.append([text_of(c, column, p) for c, p in zip(cells, places, strict=True)])
+            return made
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         rows = [
             row if mask is None else row[mask[i].bool()]
@@ -118,7 +121,16 @@ class Retokenizer:
         decoded: list[str] = self.student.batch_decode(
             [row.tolist() for row in rows], skip_special_tokens=True
         )
-        return decoded
+        return [decoded]
+
+    def _warn_truncated(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "The teacher's own tokens of some rows are more than the %d that it takes: they "
+                "are truncated there, so it does not see the end of these texts.",
+                self.max_length,
+            )
 
     def completions(
         self, inputs: Mapping[str, Any], item_mask: torch.Tensor
@@ -142,8 +154,13 @@ class Retokenizer:
             # A tokenizer may put a special token first; the teacher's own is put there instead.
             before = self._encode(own[:begin], special=True)
             after = self._encode(own[begin:end], special=False)
-            rows.append(before + after)
-            masks.append([False] * len(before) + [True] * len(after))
+            kept = slice(None, self.max_length)
+            if self.max_length is not None and len(before) + len(after) > self.max_length:
+                self._warn_truncated()
+                if getattr(self.teacher, "truncation_side", "right") == "left":
+                    kept = slice(-self.max_length, None)
+            rows.append((before + after)[kept])
+            masks.append(([False] * len(before) + [True] * len(after))[kept])
         longest = max(1, *(len(row) for row in rows))
         pad = self.teacher.pad_token_id
         pad = (self.teacher.eos_token_id or 0) if pad is None else pad
@@ -163,6 +180,21 @@ class Retokenizer:
         if special and encoded and encoded[-1] == self.teacher.eos_token_id and len(encoded) > 1:
             encoded = encoded[:-1]
         return encoded
+
+
+def token_limit(tokenizer: Any, positions: int | None) -> int | None:
+    """How many tokens a row may have, by its tokenizer and its model; None for any number.
+
+    Saved tokenizers often name 1e30.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> token_limit(SimpleNamespace(model_max_length=int(1e30)), 512)
+        512
+    """
+    limit = getattr(tokenizer, "model_max_length", None) or 0
+    known = [limit] if 0 < limit < 1_000_000 else []
+    return min([*known, *([] if positions is None else [positions])], default=None)
 
 
 def paired_positions(

@@ -14,6 +14,7 @@ from hf_adapt.distillation.divergences import Divergence
 from hf_adapt.distillation.evaluating import TeacherComparison
 from hf_adapt.distillation.features import FeatureLoss
 from hf_adapt.distillation.objective import Distillation, TeacherWeights
+from hf_adapt.distillation.texts import column_names
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.columns import inputs_of
 from hf_adapt.engine.domains import COLUMNS
@@ -43,7 +44,7 @@ class DistillationTrainer(AdaptationTrainer):
         features: Terms on layers.
         logits_weight: Factor of the divergence beside features.
         teacher_processing_class: The teacher's tokenizer, if it is another one.
-        text_column: The column with the text, for a teacher with another tokenizer.
+        text_column: The column with the text, for a teacher with another tokenizer; two for pairs.
         chunked: Whether whole logits are avoided: None where it can be done, False never.
         byte_budget: Memory for pieces of logits.
         distillation_args: All of these but the functions and modules, as read by an
@@ -85,7 +86,7 @@ class DistillationTrainer(AdaptationTrainer):
         features: Sequence[FeatureLoss] = (),
         logits_weight: float = 1.0,
         teacher_processing_class: Any = None,
-        text_column: str | None = None,
+        text_column: str | Sequence[str] | None = None,
         chunked: bool | None = None,
         byte_budget: int | None = None,
         distillation_args: DistillationArguments | None = None,
@@ -98,7 +99,7 @@ class DistillationTrainer(AdaptationTrainer):
             "kd_weight": kd_weight,
             "ce_weight": ce_weight,
             "divergence": divergence,
-            "text_column": text_column,
+            "text_column": column_names(text_column) or None,
         }
         if distillation_args is not None:
             given, defaults = options, DistillationArguments().options()

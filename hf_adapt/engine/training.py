@@ -40,6 +40,12 @@ def added_inputs(trainer: Trainer) -> set[str]:
     return {name for adaptation in present for name in adaptation.added_inputs}
 
 
+def target_datasets(trainer: Trainer) -> list[Any]:
+    """What the Trainer's adaptations were given as `target_dataset`."""
+    plans = trainer._present_plans() if hasattr(trainer, "_present_plans") else ()
+    return [plan.target_dataset for plan in plans if plan.target_dataset is not None]
+
+
 def steps_per_epoch(trainer: Trainer) -> int | None:
     """Optimizer steps of an epoch of the run under way, or None for a stream without a length."""
     try:

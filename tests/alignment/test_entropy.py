@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Trainer
 
-from hf_adapt import InformationMaximization
+from hf_adapt import InformationMaximization, adapt
 from hf_adapt.alignment import prediction_diversity, prediction_entropy
+from tests.tiny import arguments, bert, collate, rows
 
 
 def logits_of(*probabilities):
@@ -100,7 +102,7 @@ def test_objective_refuses_arguments(arguments, message):
 
 
 def batch(logits, domain):
-    return SimpleNamespace(logits=lambda: (logits, torch.tensor(domain)))
+    return SimpleNamespace(model=None, logits=lambda: (logits, torch.tensor(domain)))
 
 
 def test_objective_sees_target_rows_alone():
@@ -150,3 +152,24 @@ def test_objective_counts_target_predictions():
         num_predictions=lambda target_only: torch.tensor(7 if target_only else 9)
     )
     assert int(InformationMaximization().num_items(rows)) == 7
+
+
+def test_a_problem_that_only_the_labels_tell_is_refused_in_every_run(tmp_path):
+    """transformers sets problem_type in the first forward, and leaves it set."""
+
+    def vectors(features):
+        batch = collate([{**row, "labels": 0} for row in features])
+        return {**batch, "labels": torch.tensor([row["labels"] for row in features])}
+
+    def data(seed):
+        made = rows(8, seed)
+        return made.map(lambda row, i: {"labels": [float(i % 2), 1.0, 0.0]}, with_indices=True)
+
+    trainer = Trainer(
+        model=bert(), args=arguments(tmp_path), train_dataset=data(1), data_collator=vectors
+    )
+    adapt(trainer, InformationMaximization(), target_dataset=data(2), target_forward="separate")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"exclusive classes.*'multi_label_classification'"):
+            trainer.train()
+        assert trainer.state.global_step == 0

@@ -197,3 +197,131 @@ def test_segments_that_are_all_zero_are_as_good_as_none(tmp_path: Path) -> None:
     pairs = data.map(lambda row: {"token_type_ids": [1] * len(row["input_ids"])})
     with pytest.raises(ValueError, match="are not in"):
         train(tmp_path, CachedTeacher(tmp_path / "cache"), data=pairs)
+
+
+# ---- texts that are missing, or look as if they were ----
+
+
+def fill(teacher: Path, file: Path, *options: str) -> Any:
+    command = ["cache-teacher", str(teacher), str(file), "-o", str(file.parent / "cache")]
+    return RUNNER.invoke(app, [*command, *options])
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The tokenised rows that the teacher is asked for."""
+    seen: list[dict[str, Any]] = []
+
+    def fake(cache: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(rows)
+        yield len(rows)
+
+    monkeypatch.setattr("hf_adapt.distillation.filling.fill_cache", fake)
+    return seen
+
+
+ODD = ["w1", "NA", "null", "None", "nan", "007", "", "w2"]
+
+
+def written(file: Path) -> Path:
+    if file.suffix == ".csv":
+        file.write_text("text,label\n" + "".join(f"{text},0\n" for text in ODD))
+    elif file.suffix == ".tsv":
+        file.write_text("text\tlabel\n" + "".join(f"{text}\t0\n" for text in ODD))
+    else:
+        rows = datasets.Dataset.from_list([{"text": text or None, "label": 0} for text in ODD])
+        rows.to_json(str(file)) if file.suffix == ".jsonl" else rows.to_parquet(str(file))
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_text_that_looks_missing_stays_text(
+    suffix: str, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tokenizer()
+    words.add_tokens(["NA", "null", "None", "nan", "007"])
+    words.save_pretrained(teacher_folder)
+    seen = asked(monkeypatch)
+    done = fill(teacher_folder, written(tmp_path / f"rows.{suffix}"))
+    assert done.exit_code == 0, done.output
+    assert [row["input_ids"] for row in seen] == words([text for text in ODD if text])["input_ids"]
+    assert "1 row without text was left out (row 6, counted from 0)" in " ".join(
+        done.output.split()
+    )
+
+
+def test_rows_without_any_text_or_with_something_else(teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.csv").write_text("text,label\n,0\n,1\n")
+    assert "no row with a text" in fill(teacher_folder, tmp_path / "none.csv").output
+    (tmp_path / "rows.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
+    output = " ".join(fill(teacher_folder, tmp_path / "rows.jsonl").output.split())
+    assert "row 0 of the file has int 1" in output
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_file_that_cannot_be_read(suffix: str, teacher_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"rows.{suffix}"
+    file.write_text(
+        'text,label\nw1,0\nw2,1\n"w3,0\nw4,1\n' if suffix == "csv" else '{"text": "w1"}\n{"text": '
+    )
+    done = fill(teacher_folder, file)
+    assert done.exit_code == 1 and done.exception.__class__ is SystemExit
+    output = " ".join(done.output.split())
+    assert f"rows.{suffix} cannot be read as {'csv' if suffix == 'csv' else 'json'}" in output
+    if suffix == "csv":
+        assert "starting at row 3" in output
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_byte_order_mark(
+    suffix: str, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, file = asked(monkeypatch), tmp_path / f"rows.{suffix}"
+    file.write_text("\ufefftext\nw1\n" if suffix == "csv" else '\ufeff{"text": "w1"}\n')
+    done = fill(teacher_folder, file)
+    assert done.exit_code == 0, done.output
+    assert len(seen) == 1
+
+
+def test_lists_of_words_are_tokenised_as_words(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, words = asked(monkeypatch), tokenizer()
+    columns = {"a": [["w1", "w2"], ["w3"]], "b": [["w4"], ["w5", "w6"]]}
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "rows.parquet"))
+    for names, texts_of in [(["a"], ["w1 w2", "w3"]), (["a", "b"], None)]:
+        seen.clear()
+        options = [option for name in names for option in ("--text-column", name)]
+        done = fill(teacher_folder, tmp_path / "rows.parquet", *options)
+        assert done.exit_code == 0, done.output
+        expected = (
+            words(texts_of)
+            if texts_of
+            else words(columns["a"], columns["b"], is_split_into_words=True)
+        )
+        assert [row["input_ids"] for row in seen] == expected["input_ids"]
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_rows_longer_than_the_teachers_positions(
+    tokenised: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Saved tokenizers often have no limit of their own."""
+    bert(seed=1, max_position_embeddings=8).save_pretrained(tmp_path / "teacher")
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "teacher")
+    text = " ".join(f"w{i}" for i in range(20))
+    rows = datasets.Dataset.from_list([{"text": text}, {"text": "w1"}])
+    if tokenised:
+        rows = rows.map(lambda row: words(row["text"]), remove_columns="text")
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    done = fill(tmp_path / "teacher", tmp_path / "rows.parquet")
+    output = " ".join(done.output.split())
+    if tokenised:
+        assert done.exit_code == 1
+        assert "row 0 has 22 tokens, and the teacher takes 8" in output
+        return
+    assert done.exit_code == 0, output
+    assert "1 row is truncated to the 8 tokens that the teacher takes" in output
+    student = words([text, "w1"], truncation=True, max_length=8)
+    data = datasets.Dataset.from_dict({**student, "labels": [0, 1]})
+    assert len(train(tmp_path, CachedTeacher(tmp_path / "cache"), data=data)) == 3

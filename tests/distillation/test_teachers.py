@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_adapt import (
     CachedTeacher,
@@ -70,7 +70,8 @@ def test_the_teacher_is_frozen_stays_in_eval_mode_and_is_not_saved(tmp_path: Pat
     trainer.save_model(str(tmp_path / "final"))
     saved = {p.name for p in (tmp_path / "checkpoint-3").iterdir()}
     assert "adaptation.safetensors" not in saved  # there is no projection
-    assert not {"adaptation_optimizer.pt"} & saved
+    state = torch.load(tmp_path / "checkpoint-3" / "adaptation_optimizer.pt", weights_only=True)
+    assert set(state["adaptations"]["distillation"]["0"]) == {"fingerprint"}
     assert {p.name for p in (tmp_path / "final").iterdir()} <= {
         "config.json",
         "model.safetensors",
@@ -473,3 +474,77 @@ def test_a_half_precision_teacher(tmp_path: Path) -> None:
     whole = run(tmp_path, str(tmp_path / "teacher"))
     cosine, ratio = cosine_and_ratio(half.gradients[0], whole.gradients[0])
     assert (cosine, ratio) == pytest.approx((1.0, 1.0), abs=2e-2)
+
+
+# ---- what a new process must find again ----
+
+
+@pytest.mark.parametrize("of", ["start", "checkpoint"])
+def test_a_teacher_made_of_the_starting_weights(
+    of: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Scripts load the last checkpoint and copy the model; the copy is then another teacher."""
+
+    def make(model: Any, max_steps: int) -> DistillationTrainer:
+        return DistillationTrainer(
+            model=model,
+            teacher=copy.deepcopy(model),
+            args=arguments(tmp_path, max_steps=max_steps, save_strategy="steps", save_steps=2),
+            train_dataset=rows(20, 1),
+            data_collator=collate,
+        )
+
+    make(bert(seed=0), 2).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    started = (
+        bert(seed=0) if of == "start" else BertForSequenceClassification.from_pretrained(checkpoint)
+    )
+    caplog.clear()
+    make(started, 4).train(resume_from_checkpoint=str(checkpoint))
+    assert ("other weights than in the run that is resumed" in caplog.text) == (of != "start")
+
+
+def test_an_average_that_is_not_in_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(teacher: Any, max_steps: int) -> Any:
+        return run(
+            tmp_path,
+            teacher,
+            model=bert(seed=0),
+            settings={"max_steps": max_steps, "save_strategy": "steps", "save_steps": 2},
+        )
+
+    make(SelfTeacher(), 2)
+    assert "holds no average" not in caplog.text
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "adaptation_optimizer.pt").unlink()
+    trainer = DistillationTrainer(
+        model=bert(seed=0),
+        teacher=SelfTeacher(),
+        args=arguments(tmp_path, max_steps=4),
+        train_dataset=rows(20, 1),
+        data_collator=collate,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert "holds no average" in caplog.text
+
+
+def test_a_loss_that_is_0_throughout_is_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = bert(seed=0)
+
+    def itself(inputs: dict[str, Any]) -> torch.Tensor:
+        return student(**inputs).logits
+
+    run(tmp_path, itself, model=student, settings={"max_steps": 4})
+    assert caplog.text.count("exactly 0 in the first 3 logs") == 1
+    caplog.clear()
+    run(tmp_path, SelfTeacher(), model=bert(seed=0), settings={"max_steps": 4, "warmup_steps": 2})
+    assert "exactly 0" not in caplog.text
+
+
+def test_a_wrong_path_of_a_teacher(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no folder .*no/such/teacher"):
+        run(tmp_path, str(tmp_path / "no/such/teacher"), model=bert(seed=0))

@@ -3,14 +3,31 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
+from transformers import (
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
-from hf_adapt import CachedTeacher, Contrastive, DistillationTrainer, HiddenStates
+from hf_adapt import (
+    CachedTeacher,
+    Contrastive,
+    DistillationArguments,
+    DistillationTrainer,
+    HiddenStates,
+)
+from hf_adapt.distillation.checks import num_positions
 from hf_adapt.distillation.tokenizers import Retokenizer, universal_logit_distance
-from tests.tiny import GradientRecorder, arguments, bert, cosine_and_ratio, llama
+from tests.distillation.heads import CASES
+from tests.tiny import SIZE, GradientRecorder, arguments, bert, collate, cosine_and_ratio, llama
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -41,8 +58,6 @@ def texts(number: int) -> list[str]:
 
 
 def classified(own: Any, keep_text: bool) -> Any:
-    import datasets
-
     made = [
         {**own(text), "labels": i % 3, **({"text": text} if keep_text else {})}
         for i, text in enumerate(texts(12))
@@ -132,19 +147,153 @@ def test_a_missing_text_is_named(tmp_path: Path) -> None:
         DistillationTrainer(**options).train()
 
 
-def test_pairs_of_texts() -> None:
+SHAPES: dict[str, tuple[Any, dict[str, list[Any]], list[Any]]] = {
+    "texts": ("text", {"text": ["w0 w1", "w3"]}, [["w0 w1", "w3"]]),
+    "words": ("text", {"text": [["w0", "w1"], ["w3"]]}, [["w0 w1", "w3"]]),
+    "pairs": (
+        ("premise", "hypothesis"),
+        {"premise": ["w0 w1", "w3"], "hypothesis": ["w2", "w4 w5 w6"]},
+        [["w0 w1", "w3"], ["w2", "w4 w5 w6"]],
+    ),
+    "pairs of words": (
+        ["premise", "hypothesis"],
+        {"premise": [["w0", "w1"], ["w3"]], "hypothesis": [["w2"], ["w4", "w5", "w6"]]},
+        [["w0 w1", "w3"], ["w2", "w4 w5 w6"]],
+    ),
+    "an empty text": ("text", {"text": ["", "w3"]}, [["", "w3"]]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_texts_words_and_pairs(shape: str, tmp_path: Path) -> None:
+    text_column, columns, expected = SHAPES[shape]
     own, other = tokenizer(), tokenizer(reverse=True)
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    given = Retokenizer(own, other, "text").rows(
-        {"input_ids": ids}, {"text": [("w0 w1", "w2"), ("w3", "w4 w5 w6")]}
+    seen: list[list[int]] = []
+    teacher = bert(seed=1)
+
+    def ask(inputs: dict[str, Any]) -> torch.Tensor:
+        seen.extend(row[row > 0].tolist() for row in inputs["input_ids"])
+        return teacher.eval()(**inputs).logits
+
+    data = datasets.Dataset.from_dict(
+        {**own(["w0 w1 w2", "w3 w4"]), "labels": [0, 1], **columns},
     )
-    expected = other(["w0 w1", "w3"], ["w2", "w4 w5 w6"], padding=True, return_tensors="pt")
-    assert torch.equal(given["input_ids"], expected["input_ids"])
+    DistillationTrainer(
+        model=bert(seed=0),
+        teacher=ask,
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=data,
+        data_collator=DataCollatorWithPadding(own),
+        processing_class=own,
+        teacher_processing_class=other,
+        text_column=text_column,
+    ).train()
+    assert sorted(map(tuple, seen[:2])) == sorted(map(tuple, other(*expected)["input_ids"]))
+
+
+def test_the_text_columns_of_a_command_line() -> None:
+    (args,) = HfArgumentParser(DistillationArguments).parse_args_into_dataclasses(
+        ["--text_column", "premise", "hypothesis"]
+    )
+    assert args.options()["text_column"] == ("premise", "hypothesis")
+
+
+@pytest.mark.parametrize(
+    ("cell", "where", "found"),
+    [
+        (None, "train_dataset", "no text"),
+        (None, "target_dataset", "no text"),
+        (float("nan"), "the batch", "no text"),
+        (7, "the batch", "int 7"),
+    ],
+)
+def test_a_missing_text_is_refused_with_its_place(
+    cell: Any, where: str, found: str, tmp_path: Path
+) -> None:
+    own, other = tokenizer(), tokenizer(reverse=True)
+    whole = classified(own, keep_text=True)
+    rows = [{**row, "text": cell if i == 2 else row["text"]} for i, row in enumerate(whole)]
+    given: Any = rows if where == "the batch" else datasets.Dataset.from_list(rows)
+    trainer = DistillationTrainer(
+        model=bert(seed=0),
+        teacher=bert(seed=1),
+        args=arguments(tmp_path, per_device_train_batch_size=12),
+        train_dataset=whole if where == "target_dataset" else given,
+        **({"target_dataset": given} if where == "target_dataset" else {}),
+        data_collator=DataCollatorWithPadding(own),
+        processing_class=own,
+        teacher_processing_class=other,
+        text_column="text",
+    )
+    place = rf"row {'[0-9]+' if where == 'the batch' else 2} of {where}"
+    with pytest.raises(ValueError, match=f"'text' must hold a text.*{place} has {found}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_name_of_a_text_column_that_is_not_there(tmp_path: Path) -> None:
+    own, other = tokenizer(), tokenizer(reverse=True)
+    trainer = DistillationTrainer(
+        model=bert(seed=0),
+        teacher=bert(seed=1),
+        args=arguments(tmp_path),
+        train_dataset=classified(own, keep_text=True),
+        data_collator=DataCollatorWithPadding(own),
+        processing_class=own,
+        teacher_processing_class=other,
+        text_column="txt",
+    )
+    with pytest.raises(ValueError, match=r"'txt' is missing.*train_dataset.*mean 'text'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("model_max_length", [int(1e30), 9, 6])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_teacher_with_fewer_positions_than_its_own_tokens(
+    causal: bool, model_max_length: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tokenizer(bert_like=not causal)
+    other = tokenizer(reverse=True, bert_like=not causal)
+    other.model_max_length = model_max_length
+    longest: list[int] = []
+
+    class Watched(DistillationTrainer):
+        def teacher_forward(self, teacher: Any, inputs: Any) -> Any:
+            longest.append(inputs["input_ids"].shape[1])
+            return super().teacher_forward(teacher, inputs)
+
+    teacher: Any = CASES["gpt2"].model(1) if causal else bert(seed=1, max_position_embeddings=8)
+    if causal:
+        teacher = GPT2LMHeadModel(GPT2Config(**{**teacher.config.to_dict(), "n_positions": 8}))
+    text = " ".join(WORDS[:20])
+    ids = own(text)["input_ids"]
+    row = {"input_ids": ids, "attention_mask": [1] * len(ids), "text": text}
+    trainer = Watched(
+        model=CASES["llama"].model(0) if causal else bert(seed=0),
+        teacher=teacher,
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=datasets.Dataset.from_list([{**row, "labels": ids if causal else 1}] * 8),
+        data_collator=collate,
+        processing_class=own,
+        teacher_processing_class=other,
+        text_column="text",
+    )
+    trainer.train()
+    assert set(longest) == {min(8, model_max_length)}
+    assert caplog.text.count("truncated there") == 1
+    assert trainer.state.log_history[0]["loss/distillation"] > 0
+
+
+def test_positions_of_robertas_family() -> None:
+    config = RobertaConfig(vocab_size=64, max_position_embeddings=10, pad_token_id=1, **SIZE)
+    model = RobertaForSequenceClassification(config).eval()
+    assert num_positions(model) == 8
+    model(input_ids=torch.full((1, 8), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 9), 5))
 
 
 def spoken(own: Any) -> Any:
-    import datasets
-
     made = []
     for text in texts(8):
         ids = own(text)["input_ids"]
@@ -171,8 +320,6 @@ def test_completions_are_tokenised_apart() -> None:
 
 
 def test_language_models_with_other_vocabularies(tmp_path: Path) -> None:
-    from tests.tiny import collate
-
     own, other = tokenizer(bert_like=False), tokenizer(reverse=True, bert_like=False)
 
     def run(size: int, steps: int) -> Any:
@@ -239,8 +386,6 @@ def test_layers_of_other_tokens_are_not_compared(tmp_path: Path) -> None:
 def test_an_evaluation_across_tokenizers_says_that_it_compares_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tests.tiny import collate
-
     own, other = tokenizer(bert_like=False), tokenizer(reverse=True, bert_like=False)
     trainer = DistillationTrainer(
         model=llama(0),

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -168,8 +169,6 @@ def test_the_teacher_sees_inputs_that_its_student_does_not_take(tmp_path: Path) 
             seen.append(inputs.get("token_type_ids"))
             return super().teacher_forward(teacher, inputs)
 
-    import datasets
-
     data = datasets.Dataset.from_list(made)
     trainer = make(
         tmp_path,
@@ -210,31 +209,65 @@ def test_vectors_of_labels_are_yes_or_no_for_each_class(tmp_path: Path) -> None:
     assert cosine_and_ratio(*gradients) == pytest.approx((1.0, 1.0), abs=1e-6)
 
 
-def test_a_regression_has_no_distribution(tmp_path: Path) -> None:
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_regression_has_no_distribution(outputs: int, tmp_path: Path) -> None:
     def one(seed: int) -> Any:
-        return bert(seed=seed, num_labels=1)
+        kind = {} if outputs == 1 else {"problem_type": "regression"}
+        return bert(seed=seed, num_labels=outputs, **kind)
 
-    import datasets
+    def labels(i: int) -> Any:
+        return float(i) if outputs == 1 else [float(i), float(-i)]
 
     data = datasets.Dataset.from_list(
-        [{**row, "labels": float(i)} for i, row in enumerate(rows(8, 1))]
+        [{**row, "labels": labels(i)} for i, row in enumerate(rows(8, 1))]
     )
-    with pytest.raises(ValueError, match=r"one output .*divergence='mse'"):
-        make(tmp_path, model=one(0), teacher=one(1), train_dataset=data).train()
+    with pytest.raises(ValueError, match=r"is a regression .*divergence='mse'"):
+        make(
+            tmp_path, model=one(0), teacher=one(1), train_dataset=data, data_collator=padded
+        ).train()
+    student, teacher = one(0), one(1)
+    with torch.no_grad():  # far from each other, where sigmoids are not
+        student.classifier.bias += 50.0
+        teacher.classifier.bias += 500.0
     trainer = make(
         tmp_path,
-        model=one(0),
-        teacher=one(1),
+        model=student,
+        teacher=teacher,
         train_dataset=data,
         eval_dataset=data,
+        data_collator=padded,
         divergence="mse",
         evaluate_distillation=True,
     )
     trainer.train()
-    assert trainer.state.log_history[0]["loss/distillation"] > 0
-    # Every prediction is the same class: an agreement would always be 1.
+    assert trainer.state.log_history[0]["loss/distillation"] == pytest.approx(450.0**2, rel=0.1)
+    # Numbers are no classes to agree on.
     assert "distillation/agreement" not in trainer.state.log_history[0]
     assert not {"eval_agreement", "eval_teacher_kl"} & set(trainer.evaluate())
+
+
+def padded(features: Any) -> dict[str, torch.Tensor]:
+    """Rows with labels of any shape."""
+    labels = torch.tensor([f["labels"] for f in features])
+    return {**collate([{**f, "labels": 0} for f in features]), "labels": labels}
+
+
+def test_labels_seen_first_decide_what_a_cache_keeps(tmp_path: Path) -> None:
+    """Without a problem_type only the first labels say that a row may have several."""
+    data = datasets.Dataset.from_list(
+        [{**row, "labels": [float(i % 2), 1.0, 0.0]} for i, row in enumerate(rows(8, 1))]
+    )
+    for _ in range(2):
+        trainer = make(
+            tmp_path,
+            model=bert(seed=0),
+            teacher=CachedTeacher(tmp_path / "cache", bert(seed=1)),
+            train_dataset=data,
+            data_collator=padded,
+        )
+        trainer.train()
+        assert trainer.distillation.head.kind == "labels"
+        assert trainer.state.log_history[0]["loss/distillation"] > 0
 
 
 def test_a_class_that_is_ruled_out_keeps_its_place_in_a_cache(tmp_path: Path) -> None:
@@ -331,8 +364,6 @@ def test_cached_answers_in_batches_that_are_padded_further(tmp_path: Path) -> No
 
 
 def test_classifiers_of_encoder_decoders(tmp_path: Path) -> None:
-    import datasets
-
     made = [{**row, "input_ids": [*row["input_ids"][:-1], 2]} for row in rows(12, 1)]
     trainer = make(
         tmp_path,

@@ -1,0 +1,141 @@
+"""Copies of models that run on their own weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy whose output follows its own weights; see [`bind_to_itself`]."""
+    clone = copy.deepcopy(model)
+    bind_to_itself(clone)
+    return clone
+
+
+def bind_to_itself(model: nn.Module) -> None:
+    """Let the copy of a patched model run on its own weights.
+
+    Libraries put a function in the place of an instance's `forward` (TRL's SFTTrainer, accelerate
+    under mixed precision). `copy.deepcopy` does not copy functions, so what they close over is
+    still the original: the copy gives the original's output, whatever its own weights are. Here
+    these functions are made again, for the copy. A model that is not such a copy stays as it is.
+
+    Raises:
+        ValueError: If the model's `forward` runs a model outside of it that it is no copy of.
+    """
+    own = set(model.modules())
+    for module in own:
+        patched = {k: v for k, v in vars(module).items() if callable(v) and not isinstance(v, type)}
+        pairs: dict[nn.Module, nn.Module] = {}
+        for other in _reached(list(patched.values())) - own:
+            if _is_copy(module, other):
+                names = dict(module.named_modules())
+                pairs |= {m: names[n] for n, m in other.named_modules() if n in names}
+        module.__dict__.update(_rebuilt(patched, pairs, {}))
+        strange = [
+            other
+            for other in _reached(vars(module).get("forward")) - own
+            if next(other.parameters(), None) is not None
+        ]
+        if strange:
+            raise ValueError(
+                f"The forward of this {type(module).__name__} was replaced by a function that runs "
+                f"a {type(strange[0]).__name__} outside of it, as in a copy of a model whose "
+                "forward was replaced: its predictions would not follow its own weights. Save the "
+                "model and load it again with from_pretrained, or pass a function as the teacher "
+                "(teacher=lambda inputs: model(**inputs))."
+            )
+
+
+def _reached(value: Any) -> set[nn.Module]:
+    """The modules that a callable refers to."""
+    seen: dict[int, tuple[Any, Any]] = {}
+    _rebuilt(value, {}, seen)
+    return {found for found, _ in seen.values() if isinstance(found, nn.Module)}
+
+
+def _is_copy(module: nn.Module, other: nn.Module) -> bool:
+    """Whether `module` has its `forward` from `other`, of which it is a copy."""
+    one, two = (vars(m).get("forward") for m in (module, other))
+    return type(module) is type(other) and _code(one) is _code(two) and one is not None
+
+
+def _code(value: Any) -> Any:
+    """What copies of a callable have in common."""
+    if isinstance(value, types.MethodType):
+        return value.__func__
+    if isinstance(value, functools.partial):
+        return value.func
+    return value if isinstance(value, types.FunctionType) else type(value)
+
+
+def _rebuilt(
+    value: Any, pairs: Mapping[nn.Module, nn.Module], seen: dict[int, tuple[Any, Any]]
+) -> Any:
+    """A callable that refers to other modules instead of some; itself if it refers to none."""
+    if id(value) in seen:
+        return seen[id(value)][1]
+    seen[id(value)] = (value, value)  # a function may refer to itself
+
+    def again(part: Any) -> Any:
+        return _rebuilt(part, pairs, seen)
+
+    made = value
+    if isinstance(value, nn.Module):
+        made = pairs.get(value, value)
+    elif isinstance(value, types.MethodType):
+        function, owner = again(value.__func__), again(value.__self__)
+        if function is not value.__func__ or owner is not value.__self__:
+            made = types.MethodType(function, owner)
+    elif isinstance(value, types.FunctionType):
+        made = _rebuilt_function(value, again)
+    elif isinstance(value, (tuple, list, dict)) and type(value) in (tuple, list, dict):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        new = {key: again(part) for key, part in parts}
+        if any(new[key] is not value[key] for key in new):
+            made = new if isinstance(value, dict) else type(value)(new.values())
+    elif isinstance(value, functools.partial):
+        function, args, keywords = (again(p) for p in (value.func, value.args, value.keywords))
+        if (function, args, keywords) != (value.func, value.args, value.keywords):
+            made = functools.partial(function, *args, **keywords)
+            made.__dict__.update(again(vars(value)))
+    elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+        new = again(vars(value))
+        if new is not vars(value):
+            made = object.__new__(type(value))  # accelerate's refuse copy.copy
+            made.__dict__.update(new)
+    seen[id(value)] = (value, made)
+    return made
+
+
+def _rebuilt_function(value: types.FunctionType, again: Callable[[Any], Any]) -> Any:
+    contents = [_content(cell) for cell in value.__closure__ or ()]
+    new = [again(content) for content in contents]
+    state = [again(part) for part in (value.__defaults__, value.__kwdefaults__, vars(value))]
+    before = [*contents, value.__defaults__, value.__kwdefaults__, vars(value)]
+    if all(one is other for one, other in zip([*new, *state], before, strict=True)):
+        return value
+    cells = tuple(
+        cell if one is other else types.CellType(one)
+        for cell, one, other in zip(value.__closure__ or (), new, contents, strict=True)
+    )
+    made = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, state[0], cells or None
+    )
+    made.__kwdefaults__, made.__doc__ = state[1], value.__doc__
+    made.__qualname__, made.__module__ = value.__qualname__, value.__module__
+    made.__dict__.update(state[2])
+    return made
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is filled later
+        return None

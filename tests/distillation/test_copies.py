@@ -1,0 +1,113 @@
+"""A copy of a model must follow its own weights, also where the model's `forward` was replaced."""
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+
+from hf_adapt import AdaptationCallback, Distillation, ModelTeacher, SelfTeacher
+from tests.engine.test_trainers import SFT_DATA, sft
+from tests.tiny import bert
+
+IDS = torch.arange(5, 13).view(2, 4)
+
+
+def by_method(model: Any) -> None:
+    """As TRL does it."""
+    original = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def by_function(model: Any) -> None:
+    """As accelerate does it under mixed precision."""
+    model.forward = convert_outputs_to_fp32(model.forward)
+
+
+def by_partial(model: Any) -> None:
+    """As accelerate's hooks do it."""
+
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return type(module).forward(module, *args, **kwargs)
+
+    model.forward = functools.partial(forward, model)
+
+
+def by_default(model: Any) -> None:
+    model.forward = lambda *args, _run=model.forward, **kwargs: _run(*args, **kwargs)
+
+
+def twice(model: Any) -> None:
+    by_method(model)
+    by_function(model)
+
+
+def by_part(model: Any) -> None:
+    """The closure holds a part of the original, and the original itself."""
+    head, body = model.classifier, model
+
+    def forward(input_ids: Any, **kwargs: Any) -> Any:
+        hidden = body.bert(input_ids=input_ids).pooler_output
+        return types.SimpleNamespace(logits=head(hidden))
+
+    model.forward = forward
+
+
+PATCHES = [by_method, by_function, by_partial, by_default, twice, by_part]
+
+
+def output(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
+@pytest.mark.parametrize("of_the_user", [False, True])
+def test_a_teacher_follows_its_own_weights(
+    patch: Callable[[Any], None], of_the_user: bool, tmp_path: Path
+) -> None:
+    student, other = bert(seed=0), bert(seed=1)
+    expected, before = output(other), output(student)
+    patch(student)
+    teacher = copy.deepcopy(student)
+    ModelTeacher(teacher)
+    teacher.load_state_dict(other.state_dict())
+    assert torch.equal(output(teacher), expected)
+    assert torch.equal(output(student), before)
+
+
+def test_a_forward_that_runs_another_model_is_refused() -> None:
+    one, other = bert(seed=0), bert(seed=1)
+    run = one.forward
+    one.forward = lambda **inputs: run(**inputs).logits + other(**inputs).logits
+    with pytest.raises(ValueError, match="would not follow its own weights"):
+        ModelTeacher(one)
+    part = bert(seed=0)
+    head: nn.Module = other.classifier
+    part.forward = lambda **inputs: head(part.bert(**inputs).pooler_output)
+    with pytest.raises(ValueError, match="runs a Linear outside of it"):
+        ModelTeacher(part)
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("self", False), ("copy", False), ("self", True)])
+def test_distillation_on_sft_trainer_is_not_zero(kind: str, lora: bool, tmp_path: Path) -> None:
+    source, _, settings = SFT_DATA["text"]
+    trainer = sft(tmp_path, source, lora, **settings)
+    trainer.args.max_steps, trainer.args.learning_rate = 3, 1.0 if lora else 1e-2
+    teacher: Any = SelfTeacher(decay=0.9) if kind == "self" else copy.deepcopy(trainer.model)
+    trainer.add_callback(AdaptationCallback(Distillation(teacher)))
+    trainer.train()
+    values = [log["loss/distillation"] for log in trainer.state.log_history if "loss" in log]
+    assert values[0] == pytest.approx(0.0, abs=1e-6)
+    assert values[-1] > 1e-5, values
