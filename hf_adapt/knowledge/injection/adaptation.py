@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.engine.supported import refuse_sentence_trainer
 from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
@@ -132,6 +133,12 @@ class KnowledgeInjection(Adaptation):
 
     def setup(self, trainer: Trainer) -> None:
         """Put the injector on the model, and make the vectors where there are none."""
+        refuse_sentence_trainer(
+            trainer,
+            "Knowledge injection",
+            "Use it where a row is one tokenised sequence: with transformers' Trainer and "
+            "Seq2SeqTrainer, or TRL's SFTTrainer.",
+        )
         model = unwrapped_model(trainer)
         _check_model(model)
         tokenizer = trainer.processing_class
