@@ -142,10 +142,11 @@ class KnowledgeInjection(Adaptation):
         model = unwrapped_model(trainer)
         _check_model(model)
         tokenizer = trainer.processing_class
-        if tokenizer is None:
+        if not hasattr(tokenizer, "pad_token_id"):  # a feature extractor makes no tokens
             raise ValueError(
                 "Linking needs the tokenizer that made the rows: pass processing_class=tokenizer "
-                "to the Trainer."
+                f"to the Trainer (found {type(tokenizer).__name__}). Rows that are no texts have "
+                "no entities to link."
             )
         if self.vectors is None and self.injector.needs_vectors:
             self.vectors = self._described(model, tokenizer)
