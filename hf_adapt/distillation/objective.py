@@ -187,8 +187,8 @@ class Distillation(TeacherHooks, Objective):
         refuse_sentence_trainer(
             trainer,
             "Distillation",
-            "Use the library's own losses on the teacher's predictions in a column 'label': MSELoss "
-            "or MarginMSELoss. They can be combined with MMD and DANN.",
+            "Use the library's own losses, MSELoss or MarginMSELoss, on the teacher's predictions "
+            "in a column 'label'. They can be combined with MMD and DANN.",
         )
         for teacher in self.teachers:
             if isinstance(teacher, CachedTeacher):

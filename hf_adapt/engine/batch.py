@@ -76,7 +76,7 @@ class Part:
 
     @property
     def num_choices(self) -> int:
-        """Sequences of a row: several in multiple choice, whose models take them as further rows."""
+        """Sequences of a row: several in multiple choice, whose models take each as a row."""
         ids = self.inputs.get("input_ids")
         return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 3 else 1
 

@@ -58,7 +58,7 @@ def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Modul
     if isinstance(headless, nn.Module) and headless is not base:
         return headless
     if any(cls.__name__ == "CrossEncoder" for cls in type(base).__mro__):
-        return find_feature_module(base.model, None)
+        return find_feature_module(cast(nn.Module, base.model), None)
     if isinstance(base, nn.Sequential) and len(base) > 0:  # sentence-transformers
         return base[0]
     raise ValueError(
@@ -132,7 +132,8 @@ class FeatureTap:
         if self._recording and torch.is_grad_enabled() == self._with_gradient:
             value = self._extract(output)
             if value is not None and self._extract is hidden_and_mask:
-                value = _with_mask(*value, kwargs.get("attention_mask"))
+                hidden, mask = value
+                value = _with_mask(hidden, mask, kwargs.get("attention_mask"))
             if value is not None:
                 self.captured.append(value)
 

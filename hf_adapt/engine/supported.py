@@ -1,4 +1,4 @@
-"""Trainers whose batches are not one sequence a row: what works there, and what is refused by name."""
+"""Trainers whose batches are not one sequence a row: what works there, and what is refused."""
 
 from __future__ import annotations
 

@@ -129,7 +129,10 @@ def test_accumulation_of_choices_is_exact(tmp_path: Path) -> None:
         )
         recorder = GradientRecorder()
         trainer.add_callback(recorder)
-        objectives = [DANN(ramp=None, hidden_sizes=(8,)), InformationMaximization(diversity_weight=0)]
+        objectives = [
+            DANN(ramp=None, hidden_sizes=(8,)),
+            InformationMaximization(diversity_weight=0),
+        ]
         adapt(trainer, *objectives, target_dataset=choices(8, 1, 35, labels=False)).train()
         gradients += recorder.gradients
     assert cosine_and_ratio(*gradients) == pytest.approx((1.0, 1.0), abs=1e-4)
@@ -147,9 +150,7 @@ def sentences(folder: Path, make_loss: Any, train: Any, **settings: Any) -> Any:
     model = encoder(folder)
     return library.SentenceTransformerTrainer(
         model=model,
-        args=arguments(
-            folder / "out", library.SentenceTransformerTrainingArguments, **settings
-        ),
+        args=arguments(folder / "out", library.SentenceTransformerTrainingArguments, **settings),
         train_dataset=train,
         loss=make_loss(model),
     )

@@ -108,9 +108,7 @@ def training_nli_cached(folder: Path) -> Script:
 
 def training_nli_streaming(folder: Path) -> Script:
     """Triplets from a stream."""
-    script = _train(
-        folder, losses.MultipleNegativesRankingLoss, _triplets(0), _triplets(30)
-    )
+    script = _train(folder, losses.MultipleNegativesRankingLoss, _triplets(0), _triplets(30))
     script.trainer.train_dataset = _triplets(0).to_iterable_dataset()
     return script
 

@@ -14,9 +14,9 @@ Outcomes = Mapping[tuple[str, str], str]
 HEAD = """# Official scripts with one line added
 
 Whether the example scripts of transformers, TRL and sentence-transformers train with each \
-capability of hf_adapt. The scripts are shortened ([tests/scripts](../tests/scripts)): tiny models, \
-made-up rows, but the data preparation, collator, metrics and Trainer of the original. One line is \
-added to each: `trainer.add_callback(…)`.
+capability of hf_adapt. The scripts are shortened ([tests/scripts](../tests/scripts)): the models \
+are tiny and the rows made up, but the data preparation, the collator, the metrics and the Trainer \
+are those of the original. One line is added to each: `trainer.add_callback(…)`.
 
 - **works**: the run trains, the saved model loads with plain `from_pretrained` without a missing \
 weight, and a run that is interrupted and resumed equals the uninterrupted one bit for bit.

@@ -253,9 +253,7 @@ def run_qa(folder: Path) -> Script:
                 encoded["end_positions"] = [2 + i % 3 for i in range(len(encoded["input_ids"]))]
             return encoded
 
-        return examples, examples.map(
-            prepare, batched=True, remove_columns=examples.column_names
-        )
+        return examples, examples.map(prepare, batched=True, remove_columns=examples.column_names)
 
     examples, train = rows(0, labels=True)
     trainer = QuestionAnsweringTrainer(

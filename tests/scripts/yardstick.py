@@ -95,7 +95,7 @@ def outcome(name: str, capability: str, folder: Path) -> str:
 
     Returns:
         "works", "works with `option`", each with a ¹ where the plain Trainer does not resume the
-        script bit for bit, or "refuses: " and the first sentence of the refusal.
+        script bit for bit, or "refuses: " and the words of the refusal.
 
     Raises:
         AssertionError: If it neither works nor refuses as it should.
@@ -107,7 +107,7 @@ def outcome(name: str, capability: str, folder: Path) -> str:
     if refusal is not None:
         advice = next((option for option in ADVICE if option in refusal), None)
         if advice is None:
-            return f"refuses: {first_sentence(refusal)}"
+            return f"refuses: {in_one_line(refusal)}"
         folder, options, said = folder / "advised", ADVICE[advice], f"works with `{advice}`"
         whole, refusal = train(build, line, options, folder)
         assert refusal is None, f"{advice} was advised, and is refused: {refusal}"
@@ -177,6 +177,6 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def first_sentence(text: str) -> str:
-    """The first sentence, on one line."""
-    return re.split(r"(?<=[.?!])\s", " ".join(text.split()), maxsplit=1)[0]
+def in_one_line(text: str) -> str:
+    """The words of a refusal; what was found in a model's outputs is another library's to say."""
+    return re.sub(r" \(found \[.*?\]\)", "", " ".join(text.split()))
