@@ -341,7 +341,7 @@ def _without_unused_columns(trainer: Trainer, dataset: Any) -> Any:
 
 def _used_columns(trainer: Trainer) -> set[str] | None:
     """The columns that reach the collator, or None for all."""
-    if not trainer.args.remove_unused_columns or hasattr(trainer, "collect_features"):
+    if not trainer.args.remove_unused_columns or is_sentence_trainer(trainer):
         return None
     trainer._set_signature_columns_if_needed()
     kept = trainer._kept_columns("training")  # type: ignore[attr-defined]  # AdaptationMixin's

@@ -120,7 +120,7 @@ class AdaptationRun:
         self.guard = FiniteGuard()
         self._base_loss = base_loss
         self.extra_inputs = extra_inputs
-        self._ready = False
+        self._ready = self._has_extra_forward = False
         self._ignores_num_items = False
         self._resume_from: str | None = None
         self._schedule: Callable[[int], float] | None = None
@@ -257,8 +257,7 @@ class AdaptationRun:
                 else:
                     loss = self._explained_base_loss(model, first, num_items)
             if is_sentence_trainer(self.trainer) and not self._taps.keys() <= first.hidden.keys():
-                # The loss ran the model without gradients (cached losses), in pieces, or on all
-                # texts at once: the features of these rows need a forward of their own.
+                self._say_extra_forward()
                 with self._recording(first):
                     self._forward_apart(model, first)
         for part in parts[1:]:
@@ -284,6 +283,16 @@ class AdaptationRun:
                 "target_forward='separate', which computes the loss on source rows alone, or leave "
                 f"out rows labelled {IGNORED} in your own loss."
             ) from error
+
+    def _say_extra_forward(self) -> None:
+        if not self._has_extra_forward:
+            self._has_extra_forward = True
+            logger.warning(
+                "The training loss runs the model without gradients (cached losses) or on other "
+                "rows than those of a batch (negatives), so the features of the source rows are "
+                "computed by one more forward. It takes memory for all rows of a micro-batch: use "
+                "a smaller per_device_train_batch_size if that is too much."
+            )
 
     @property
     def _base_weight(self) -> float:

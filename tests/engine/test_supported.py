@@ -164,8 +164,10 @@ def first_gradient(trainer: Any, *objectives: Any, target: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mini_batch_size", [3, 32])
-def test_cached_losses_train_as_the_plain_ones(mini_batch_size: int, tmp_path: Path) -> None:
-    """A loss that runs the model without gradients leaves the term its own."""
+def test_cached_losses_train_as_the_plain_ones(
+    mini_batch_size: int, tmp_path: Path, caplog: Any
+) -> None:
+    """Features of a loss that runs the model without gradients, which costs a forward."""
 
     def cached(model: Any) -> Any:
         return losses_of.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
@@ -177,6 +179,7 @@ def test_cached_losses_train_as_the_plain_ones(mini_batch_size: int, tmp_path: P
         gradients.append(first_gradient(trainer, *objectives, target=sentence_pairs(30)))
         assert all(0 < share < 1 for share in history(trainer, "mmd/gradient_ratio"))
         assert len(history(trainer, "mmd/gradient_ratio")) == 3
+        assert caplog.text.count("computed by one more forward") == (name == "cached")
     assert cosine_and_ratio(*gradients) == pytest.approx((1.0, 1.0), abs=1e-4)
 
 

@@ -34,6 +34,16 @@ its masks when a batch is made, and the batch after a checkpoint is made before 
 `run_image_classification`: transformers 5.24 saves a ViT under other names than its Trainer \
 loads, and starts again with new layers.
 
+What is particular to some of them:
+
+- **Multiple choice**: each choice of a row is a row of features.
+- **SentenceTransformerTrainer**: the loss sees source rows alone, and the features are those of \
+the first text column. Cached losses run the model without gradients, so the features take one \
+more forward of the source rows, and memory for a whole micro-batch.
+- **CrossEncoderTrainer**: the features are those of pairs of the first two text columns.
+- **DPO and reward training**: adapt the model to the target first (with `SFTTrainer`), and train \
+on the preferences then.
+
 Refusals:
 
 """
