@@ -19,7 +19,6 @@ from hf_adapt import (
     AdaptationCallback,
     Distillation,
     InformationMaximization,
-    KnowledgeCallback,
     adapt,
 )
 from tests.engine.test_trainers import encoder, sentence_pairs, words
@@ -280,9 +279,7 @@ def test_lists_of_documents_are_refused(tmp_path: Path) -> None:
     assert trainer.state.global_step == 0
 
 
-def test_distillation_and_knowledge_are_refused_by_name(tmp_path: Path) -> None:
-    from tests.scripts.world import graph
-
+def test_distillation_is_refused_by_name(tmp_path: Path) -> None:
     def mse(model: Any) -> Any:
         return losses_of.MSELoss(model)
 
@@ -291,16 +288,10 @@ def test_distillation_and_knowledge_are_refused_by_name(tmp_path: Path) -> None:
     pairs = sentence_pairs(0).add_column("label", [0.0, 1.0] * 6)
     cross = ranker(tmp_path / "pairs", cross_losses_of.BinaryCrossEntropyLoss, pairs)
     for trainer in (sentence, cross):
-        for callback in (
-            AdaptationCallback(Distillation(trainer.model[0])),
-            KnowledgeCallback(graph()),
-        ):
-            trainer.add_callback(callback)
-            name = type(trainer).__name__
-            with pytest.raises(ValueError, match=f"is not supported with {name}"):
-                trainer.train()
-            assert trainer.state.global_step == 0
-            trainer.remove_callback(callback)
+        trainer.add_callback(AdaptationCallback(Distillation(trainer.model[0])))
+        with pytest.raises(ValueError, match=f"is not supported with {type(trainer).__name__}"):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 def test_the_advice_for_distillation_works(tmp_path: Path) -> None:

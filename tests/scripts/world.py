@@ -36,7 +36,8 @@ class Script:
         target: Rows of another domain, prepared as the training rows were.
         teacher: A model of the same kind with other weights.
         load: Loads the saved model as a plain one, and fails where a weight is missing.
-        text_column: The column(s) with the text, as they were tokenised.
+        text_column: The column(s) with the text, as they were tokenised; None where the rows have
+            tokens alone, or a column "text".
         teacher_settings: What distilling needs to know beside the teacher.
     """
 
@@ -44,7 +45,7 @@ class Script:
     target: Any
     teacher: nn.Module
     load: Callable[[str], nn.Module]
-    text_column: str | Sequence[str] = "text"
+    text_column: str | Sequence[str] | None = None
     teacher_settings: dict[str, Any] = field(default_factory=dict)
 
 

@@ -50,7 +50,9 @@ def _distillation(script: Script, **options: Any) -> TrainerCallback:
 
 
 def _knowledge(script: Script, **options: Any) -> TrainerCallback:
-    return KnowledgeCallback(graph(), text_column=script.text_column, **options)
+    if script.text_column is not None:
+        options["text_column"] = script.text_column
+    return KnowledgeCallback(graph(), **options)
 
 
 def _nothing(script: Script, **options: Any) -> TrainerCallback:

@@ -13,7 +13,6 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.engine.supported import refuse_sentence_trainer
 from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
@@ -133,20 +132,13 @@ class KnowledgeInjection(Adaptation):
 
     def setup(self, trainer: Trainer) -> None:
         """Put the injector on the model, and make the vectors where there are none."""
-        refuse_sentence_trainer(
-            trainer,
-            "Knowledge injection",
-            "Use it where a row is one tokenised sequence: with transformers' Trainer and "
-            "Seq2SeqTrainer, or TRL's SFTTrainer.",
-        )
         model = unwrapped_model(trainer)
         _check_model(model)
         tokenizer = trainer.processing_class
-        if not hasattr(tokenizer, "pad_token_id"):  # a feature extractor makes no tokens
+        if tokenizer is None:
             raise ValueError(
                 "Linking needs the tokenizer that made the rows: pass processing_class=tokenizer "
-                f"to the Trainer (found {type(tokenizer).__name__}). Rows that are no texts have "
-                "no entities to link."
+                "to the Trainer."
             )
         if self.vectors is None and self.injector.needs_vectors:
             self.vectors = self._described(model, tokenizer)
