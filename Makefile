@@ -107,6 +107,10 @@ test-cuda: $(DEV)  ## the tests marked cuda, one at a time
 bench: $(DEV)  ## BENCH=engine_overhead (the default) or another file of benchmarks/
 	$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
+.PHONY: script-table
+script-table: $(DEV)  ## official scripts with each capability: docs/scripts.md; ARGS="run_glue dpo"
+	$(TEST_ENV) $(RUN) scripts/script_table.py $(ARGS)
+
 .PHONY: trainer-suite
 trainer-suite: suite-named $(SUITE_DEPS)  ## transformers' own Trainer tests with our mixin: SUITE=…/tests/trainer
 	$(RUN) scripts/trainer_suite.py '$(SUITE)' --workers $(WORKERS) $(ARGS)

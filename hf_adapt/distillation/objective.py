@@ -31,6 +31,7 @@ from hf_adapt.engine.adaptation import Extract, FusedLoss, Objective, Term
 from hf_adapt.engine.batch import Part
 from hf_adapt.engine.features import find_feature_module, unwrapped_base
 from hf_adapt.engine.progress import Schedule, value_at
+from hf_adapt.engine.supported import refuse_sentence_trainer
 from hf_adapt.engine.training import added_inputs, target_datasets, unwrapped_model
 
 if TYPE_CHECKING:
@@ -190,6 +191,12 @@ class Distillation(TeacherHooks, Objective):
 
     def setup(self, trainer: Trainer) -> None:
         """Load the teachers and compare them with the student, before anything is trained."""
+        refuse_sentence_trainer(
+            trainer,
+            "Distillation",
+            "Use the library's own losses, MSELoss or MarginMSELoss, on the teacher's predictions "
+            "in a column 'label'. They can be combined with MMD and DANN.",
+        )
         for teacher in self.teachers:
             if isinstance(teacher, CachedTeacher):
                 teacher.processing_class = self.teacher_processing_class

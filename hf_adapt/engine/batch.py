@@ -45,7 +45,7 @@ class Part:
         inputs: What the model was given, without the domain column.
         domain: (B,) long, 0 for source rows.
         hidden: The captured output of each tapped feature module, by the module's id.
-        masks: The attention mask in such an output, where it holds one of its own.
+        masks: The attention mask that belongs to such an output, where it has one of its own.
         outputs: The model's own outputs.
         columns: Columns that an adaptation asked for, one value per row.
         extra: Inputs that an adaptation asked for and the model does not take.
@@ -75,17 +75,23 @@ class Part:
         return without_virtual_tokens(hidden, tokens.shape[1], model)
 
     @property
-    def token_counts(self) -> torch.Tensor:
-        """(B,) the number of real tokens in each row."""
-        if (mask := self.attention_mask) is not None:
-            return mask.sum(1)
+    def num_choices(self) -> int:
+        """Sequences of a row: several in multiple choice, whose models take each as a row."""
         ids = self.inputs.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 3 else 1
+
+    @property
+    def token_counts(self) -> torch.Tensor:
+        """(B,) the number of real tokens in each row, all its choices together."""
+        mask, ids = self.inputs.get("attention_mask"), self.inputs.get("input_ids")
+        if isinstance(mask, torch.Tensor) and mask.ndim in (2, 3):
+            return mask.flatten(1).sum(1)
+        if not isinstance(ids, torch.Tensor) or ids.ndim not in (2, 3):
             raise ValueError(
                 "Counting tokens needs an attention_mask or input_ids in the batch; it has "
                 f"{', '.join(self.inputs)}. Use another pooling than 'tokens'."
             )
-        return torch.full((ids.shape[0],), ids.shape[1], device=ids.device)
+        return torch.full((ids.shape[0],), ids[0].numel(), device=ids.device)
 
     @property
     def logits(self) -> torch.Tensor:
@@ -97,7 +103,7 @@ class Part:
                 "uses_logits = False asked for them. Set uses_logits = True in its class."
             )
         if isinstance(outputs, Mapping):
-            logits = outputs.get("logits")
+            logits = outputs.get("logits", outputs.get("scores"))  # "scores": a cross-encoder's
         elif isinstance(outputs, (tuple, list)):
             logits = next((o for o in outputs if isinstance(o, torch.Tensor) and o.ndim >= 2), None)
         else:
@@ -120,6 +126,7 @@ class Layout:
         num_domains: Number of domains, the source included.
         module_of: The module behind each feature layer, or why there is none.
         token_features: Ids of the modules whose output has one vector per token.
+        choice_features: Ids of the modules whose output has one entry per choice of a row.
         token_logits: Whether the model predicts per token rather than per row.
         may_be_frozen: Whether an adaptation freezes parts of the model for a while.
     """
@@ -128,13 +135,16 @@ class Layout:
     num_domains: int = 1
     module_of: dict[str | None, nn.Module | ValueError] = field(default_factory=dict)
     token_features: set[int] = field(default_factory=set)
+    choice_features: set[int] = field(default_factory=set)
     token_logits: bool = False
     may_be_frozen: bool = False
 
     def learn(self, parts: list[Part]) -> None:
         """Take the number of dimensions from a first forward."""
         for part in parts:
-            self.token_features |= {key for key, h in part.hidden.items() if h.ndim == 3}
+            rows, hidden = len(part.domain), part.hidden.items()
+            self.token_features |= {key for key, h in hidden if h.ndim == 3}
+            self.choice_features |= {key for key, h in hidden if len(h) > rows}
             try:
                 self.token_logits = self.token_logits or part.logits.ndim == 3
             except ValueError:
@@ -176,17 +186,20 @@ class Rows:
     def num_features(self, target_only: bool = False) -> torch.Tensor:
         """How many items `features()` has, as a tensor: rows, or tokens with pooling tokens."""
         layer = self._objective.feature_layer if self._objective else None
-        per_token = id(self._layout.module_of.get(layer)) in self._layout.token_features
-        return self._count(self.pooling == "tokens" and per_token, target_only)
+        module = id(self._layout.module_of.get(layer))
+        if self.pooling == "tokens" and module in self._layout.token_features:
+            return self._count(True, target_only)
+        return self._count(False, target_only, module in self._layout.choice_features)
 
     def num_predictions(self, target_only: bool = False) -> torch.Tensor:
         """How many items `logits()` has, as a tensor: rows, or tokens for token heads."""
         return self._count(self._layout.token_logits, target_only)
 
-    def _count(self, tokens: bool, target_only: bool) -> torch.Tensor:
+    def _count(self, tokens: bool, target_only: bool, choices: bool = False) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.long, device=self.parts[0].domain.device)
         for part in self.parts:
-            per_row = part.token_counts if tokens else torch.ones_like(part.domain)
+            ones = torch.full_like(part.domain, part.num_choices if choices else 1)
+            per_row = part.token_counts if tokens else ones
             total = total + (per_row * (part.domain > 0) if target_only else per_row).sum()
         return total
 
@@ -214,7 +227,7 @@ class Batch(Rows):
 
         Shape:
             - features: (N, D) float32, N rows (or real tokens with pooling `"tokens"`);
-              domain: (N,) long, 0 for the source.
+              domain: (N,) long, 0 for the source. In multiple choice each choice is a row.
 
         Raises:
             ValueError: If the feature layer cannot be found, was not run by the forward, or gave
@@ -234,14 +247,18 @@ class Batch(Rows):
                     "entry per row. Pass feature_layer= with a module that the loss runs."
                 )
             hidden = self._observed(part.hidden[id(module)])
-            mask = torch.ones_like(part.domain, dtype=torch.bool)
+            domain = part.domain
+            if len(hidden) > len(domain):
+                domain = domain.repeat_interleave(part.num_choices)
+            mask = torch.ones_like(domain, dtype=torch.bool)
             if hidden.ndim == 3:
-                given = part.masks.get(id(module), part.attention_mask)
+                given = part.attention_mask
+                given = part.masks.get(id(module)) if given is None else given
                 hidden = part.own_tokens(hidden, self.model)
                 mask = token_mask(hidden, given, self.model)
             features.append(pool(hidden, mask, self.pooling))
             tokens = self.pooling == "tokens" and hidden.ndim == 3
-            domains.append(part.domain.repeat_interleave(mask.sum(1)) if tokens else part.domain)
+            domains.append(domain.repeat_interleave(mask.sum(1)) if tokens else domain)
         return torch.cat(features), torch.cat(domains)
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -273,6 +273,21 @@ class PairedIterableDataset(IterableDataset[PairedRow]):
             repeat += 1
 
 
+class PairedHfIterableDataset(PairedIterableDataset, datasets.IterableDataset):  # type: ignore[misc]  # untyped
+    """A paired stream that passes for the `datasets.IterableDataset` it was made from.
+
+    For Trainers that accept nothing else (sentence-transformers').
+    """
+
+    n_shards = num_shards = 0  # else accelerate would make a plain stream of some of the shards
+
+    def __init__(
+        self, source: datasets.IterableDataset, targets: Sequence[Any], ratio: float, seed: int
+    ) -> None:
+        self.__dict__.update(source.__dict__)
+        super().__init__(source, targets, ratio, seed)
+
+
 def is_map_style(dataset: Any) -> bool:
     """Whether rows are read by index (else the dataset is a stream)."""
     return (
@@ -283,13 +298,22 @@ def is_map_style(dataset: Any) -> bool:
 
 
 def pair(
-    source: Any, targets: Sequence[Any], ratio: float, seed: int
+    source: Any, targets: Sequence[Any], ratio: float, seed: int, keeps_type: bool = False
 ) -> PairedDataset | PairedIterableDataset:
     """Pair a source with its targets, map-style or streaming as the source is.
+
+    Args:
+        source: The source rows.
+        targets: The target domains.
+        ratio: Target rows per source row.
+        seed: Seed of the pairing.
+        keeps_type: Whether a paired `datasets.IterableDataset` must still be one.
 
     Raises:
         ValueError: If the source is map-style and a target is a stream.
     """
+    if keeps_type and isinstance(source, datasets.IterableDataset):
+        return PairedHfIterableDataset(source, targets, ratio, seed)
     if not is_map_style(source):
         return PairedIterableDataset(source, targets, ratio, seed)
     if not all(is_map_style(target) for target in targets):
@@ -408,7 +432,9 @@ class PairedCollator:
                 "Adapting to a target needs a data collator that returns a dict of tensors; "
                 f"{type(self.collator).__name__} returned {type(batch).__name__}."
             )
-        sizes = {k: v.shape[0] for k, v in batch.items() if _is_tensor(v) and v.ndim > 0}
+        # A cross-encoder's collator leaves texts as lists.
+        columns = {k: v for k, v in batch.items() if isinstance(v, list) or _is_tensor(v)}
+        sizes = {k: len(v) for k, v in columns.items() if isinstance(v, list) or v.ndim > 0}
         if len(rows) not in sizes.values():
             raise ValueError(
                 f"The data collator made a batch with first dimensions {sizes} of {len(rows)} "
@@ -417,7 +443,7 @@ class PairedCollator:
             )
         if not self.use_target_labels:
             for name in {*self.label_names, "shift_labels"} & set(sizes):
-                if sizes[name] == len(rows):
+                if sizes[name] == len(rows) and _is_tensor(batch[name]):
                     batch[name][domain > 0] = IGNORED
         batch[DOMAIN] = domain
         return batch

@@ -27,7 +27,8 @@ def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Modul
     Args:
         model: The unwrapped model (a PEFT model is looked through).
         feature_layer: A dotted module name, or None for the base model without its head: the
-            encoder of an encoder-decoder, the first module of a sentence-transformer.
+            encoder of an encoder-decoder, the first module of a sentence-transformer, the base
+            model in a cross-encoder.
 
     Returns:
         The module to hook.
@@ -56,6 +57,8 @@ def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Modul
                 return encoder
     if isinstance(headless, nn.Module) and headless is not base:
         return headless
+    if any(cls.__name__ == "CrossEncoder" for cls in type(base).__mro__):
+        return find_feature_module(cast(nn.Module, base.model), None)
     if isinstance(base, nn.Sequential) and len(base) > 0:  # sentence-transformers
         return base[0]
     raise ValueError(
@@ -93,6 +96,15 @@ def hidden_and_mask(output: Any) -> tuple[torch.Tensor, torch.Tensor | None] | N
     return hidden, mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
+def _with_mask(
+    hidden: torch.Tensor, mask: torch.Tensor | None, given: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The mask of the output, else the one its module was called with, where it fits."""
+    if mask is None and isinstance(given, torch.Tensor) and given.shape == hidden.shape[:2]:
+        mask = given
+    return hidden, mask
+
+
 class FeatureTap:
     """Keeps the outputs of one module while it is told to record.
 
@@ -103,7 +115,7 @@ class FeatureTap:
 
     def __init__(self, module: nn.Module, extract: Callable[[Any], Any] = hidden_and_mask) -> None:
         self._extract = extract
-        self._handle = module.register_forward_hook(self._hook)
+        self._handle = module.register_forward_hook(self._hook, with_kwargs=True)
         self._recording = self._with_gradient = False
         self.captured: list[Any] = []
 
@@ -116,9 +128,12 @@ class FeatureTap:
         """Record no more."""
         self._recording = False
 
-    def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._recording and torch.is_grad_enabled() == self._with_gradient:
             value = self._extract(output)
+            if value is not None and self._extract is hidden_and_mask:
+                hidden, mask = value
+                value = _with_mask(hidden, mask, kwargs.get("attention_mask"))
             if value is not None:
                 self.captured.append(value)
 

@@ -25,6 +25,7 @@ from hf_adapt.engine.domains import (
     missing_columns_message,
     pair,
 )
+from hf_adapt.engine.supported import is_sentence_trainer, refuse_target_rows
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -186,6 +187,7 @@ class DomainData:
 
     def __init__(self, trainer: Trainer, plans: Sequence[Plan]) -> None:
         self.trainer = trainer
+        refuse_target_rows(trainer)
         if getattr(trainer.args, "packing", False):
             raise ValueError(
                 "packing=True merges rows, so source and target rows could not be told apart. "
@@ -198,7 +200,7 @@ class DomainData:
         for target in targets:
             _check_not_empty(target)
         self.num_domains = 1 + len(targets)
-        self.separate = plan.target_forward == "separate" or hasattr(trainer, "collect_features")
+        self.separate = plan.target_forward == "separate" or is_sentence_trainer(trainer)
         source_rows = _without_unused_columns(trainer, source)
         self._used = _used_columns(trainer)
         _check_columns(trainer, source_rows, targets, self._used)
@@ -206,7 +208,7 @@ class DomainData:
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
         self._source = source
         self._paired: PairedDataset | PairedIterableDataset = pair(
-            source_rows, target_rows, plan.target_ratio, seed
+            source_rows, target_rows, plan.target_ratio, seed, is_sentence_trainer(trainer)
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -219,8 +221,7 @@ class DomainData:
         trainer = self.trainer
         dataset, collator = trainer.train_dataset, trainer.data_collator
         inner = collator
-        own_columns = hasattr(trainer, "collect_features")  # sentence-transformers
-        if not isinstance(self._source, datasets.Dataset) and not own_columns:
+        if not isinstance(self._source, datasets.Dataset) and not is_sentence_trainer(trainer):
             # The Trainer cleans the rows of other datasets in the collator; ours are wrapped.
             inner = trainer._get_collator_with_removed_columns(collator, description="training")
         trainer.train_dataset = self._paired
@@ -331,7 +332,7 @@ def _check_not_empty(target: Any) -> None:
 
 
 def _without_unused_columns(trainer: Trainer, dataset: Any) -> Any:
-    if isinstance(dataset, datasets.Dataset) and not hasattr(trainer, "collect_features"):
+    if isinstance(dataset, datasets.Dataset) and not is_sentence_trainer(trainer):
         if DOMAIN in dataset.column_names:
             dataset = dataset.remove_columns(DOMAIN)
         return trainer._remove_unused_columns(dataset, description="training")
@@ -340,7 +341,7 @@ def _without_unused_columns(trainer: Trainer, dataset: Any) -> Any:
 
 def _used_columns(trainer: Trainer) -> set[str] | None:
     """The columns that reach the collator, or None for all."""
-    if not trainer.args.remove_unused_columns or hasattr(trainer, "collect_features"):
+    if not trainer.args.remove_unused_columns or is_sentence_trainer(trainer):
         return None
     trainer._set_signature_columns_if_needed()
     kept = trainer._kept_columns("training")  # type: ignore[attr-defined]  # AdaptationMixin's

@@ -41,6 +41,7 @@ from hf_adapt.engine.normalisation import (
 )
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.rates import DividedGroups
+from hf_adapt.engine.supported import is_sentence_trainer, sentence_inputs
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -119,7 +120,7 @@ class AdaptationRun:
         self.guard = FiniteGuard()
         self._base_loss = base_loss
         self.extra_inputs = extra_inputs
-        self._ready = False
+        self._ready = self._has_extra_forward = False
         self._ignores_num_items = False
         self.checkpoint: str | None = None
         self._resume_from: str | None = None
@@ -242,7 +243,7 @@ class AdaptationRun:
         # forward per column): the first run over all rows is the plain one.
         size = len(part.domain)
         for key, values in captured.items():
-            fitting = [value for value in values if value[0].shape[0] == size]
+            fitting = [v for v in values if v[0].shape[0] in (size, size * part.num_choices)]
             if fitting:
                 part.hidden[key], mask = fitting[0]
                 if mask is not None:
@@ -261,6 +262,10 @@ class AdaptationRun:
                     loss = torch.zeros((), device=self.trainer.args.device)
                 else:
                     loss = self._explained_base_loss(model, first, num_items)
+            if is_sentence_trainer(self.trainer) and not self._taps.keys() <= first.hidden.keys():
+                self._say_extra_forward()
+                with self._recording(first):
+                    self._forward_apart(model, first)
         for part in parts[1:]:
             with self._recording(part):
                 self._forward_apart(model, part)
@@ -285,6 +290,16 @@ class AdaptationRun:
                 f"out rows labelled {IGNORED} in your own loss."
             ) from error
 
+    def _say_extra_forward(self) -> None:
+        if not self._has_extra_forward:
+            self._has_extra_forward = True
+            logger.warning(
+                "The training loss runs the model without gradients (cached losses) or on other "
+                "rows than those of a batch (negatives), so the features of the source rows are "
+                "computed by one more forward. It takes memory for all rows of a micro-batch: use "
+                "a smaller per_device_train_batch_size if that is too much."
+            )
+
     @property
     def _base_weight(self) -> float:
         """The factor of the task's own loss."""
@@ -298,10 +313,9 @@ class AdaptationRun:
 
     def _forward_apart(self, model: nn.Module, part: Part) -> None:
         """Run the model on rows alone, for their features and predictions; there is no loss."""
-        collect = getattr(self.trainer, "collect_features", None)
-        if callable(collect):  # sentence-transformers: one forward per text column
-            for features in collect(dict(part.inputs))[0]:
-                model(features)
+        if is_sentence_trainer(self.trainer):  # one forward per text column
+            for features in sentence_inputs(self.trainer, self.model, part.inputs):
+                model(features) if isinstance(self.model, nn.Sequential) else model(**features)
                 if all(tap.captured for tap in self._taps.values()):
                     return  # only the first column's features are used
             return
@@ -356,8 +370,8 @@ class AdaptationRun:
         if reference is None and self.trainer.compute_loss_func is not None:
             reference = items
         once = self._forward(model, parts, reference)
+        unlabelled, unlabelled_items = once, reference
         self._layout.learn(parts)
-        self._check_unlabelled_rows(model, parts[0], reference, once)
         if reference is not None and getattr(self.trainer, "loss_is_scaled_for_ga", None) is None:
             labelled = parts[0]
             if self._any_process(int(reference) == 0):  # a loss over no label is NaN: ask again
@@ -393,6 +407,8 @@ class AdaptationRun:
             if isinstance(adaptation, Objective):
                 with torch.autocast(device.type, enabled=False):
                     _components(adaptation, adaptation.loss(batch.for_objective(adaptation)))
+        # After the objectives: one that cannot work here at all must not be advised an option.
+        self._check_unlabelled_rows(model, parts[0], unlabelled_items, unlabelled)
         if self.memory.optimizer is None:
             self.memory.optimizer = AuxiliaryOptimizer(self.adaptations)
 
