@@ -39,6 +39,7 @@ from hf_adapt.engine.normalisation import (
     rows_of,
     trainer_divides,
 )
+from hf_adapt.engine.preserving import preserved
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.rates import DividedGroups
 from hf_adapt.engine.supported import is_sentence_trainer, sentence_inputs
@@ -339,12 +340,10 @@ class AdaptationRun:
         if self._ready:
             return
         self._ready = True
-        modes = {module: module.training for module in self.model.modules()}
-        buffers = _Buffers(self.model)
         # Some Trainers count tokens or keep metrics in compute_loss; the probe must not add to it.
         kept = {k: _copy_metrics(getattr(self.trainer, k, None)) for k in KEPT_METRICS}
         try:
-            with preserved_random_state(), torch.no_grad():
+            with preserved(self.model), torch.no_grad():
                 model.eval()
                 parts = self._parts(inputs)
                 fusing = self._fusing(parts)
@@ -356,9 +355,6 @@ class AdaptationRun:
                 if fusing is not None and self._fuses_exactly(model, fusing, parts):
                     self._fused = fusing
         finally:
-            buffers.restore()
-            for module, training in modes.items():
-                module.training = training
             for key, value in kept.items():
                 if value is not None:
                     setattr(self.trainer, key, value)
@@ -777,27 +773,6 @@ def _components(objective: Objective, value: Any) -> dict[str, Any]:
                 "forward (for example `return rows.num_features()`), or return the mean."
             )
     return components
-
-
-class _Buffers:
-    """The buffers of a model as they are now: some models count or average in every forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._kept = [
-            (module, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-
-    def restore(self) -> None:
-        """Put values back that have changed, also of buffers that were replaced."""
-        with torch.no_grad():
-            for module, name, buffer, value in self._kept:
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 def _copy_metrics(metrics: Any) -> Any:
