@@ -55,7 +55,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 3"
+demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 5"
 	$(RUN) examples/domain_shift_text.py $(ARGS)
 
 .PHONY: demo-unfreezing
