@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import itertools
@@ -31,7 +32,7 @@ def kind_of(path: Path) -> str:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """A file's bytes, decompressed where its name ends in `.gz`.
+    """A file's bytes, decompressed where its name ends in `.gz`, without a byte order mark.
 
     Raises:
         FileNotFoundError: If there is none; says what is in the folder instead.
@@ -43,9 +44,15 @@ def open_binary(path: Path) -> IO[bytes]:
         raise FileNotFoundError(
             f"There is no file {path}. {path.parent} holds {', '.join(there[:8]) or 'nothing'}."
         )
-    if path.name.lower().endswith(".gz"):
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return open(path, "rb")
+    file = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        file.read(3)
+    return cast(IO[bytes], file)
+
+
+def raw_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    r"""Each line of a file with its number; \n, \r\n and \r alone end lines."""
+    return enumerate((line for lines in file for line in lines.splitlines(keepends=True)), 1)
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -56,9 +63,9 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     bad = Malformed(path)
     with open_binary(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in raw_lines(file):
             try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                yield number, raw.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
                 bad.add(number, _encoding_problem(error))
     bad.raise_if_any("Save the file as UTF-8.")
@@ -121,7 +128,8 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
         raise ValueError(f"{path}, line {number}: the column {twice[0]!r} is there twice.")
     names = first if header else list(columns)
     skipped = number if header else 0
-    if quoted and _quotation_marks(path) % 2:  # pyarrow would take the rest for one cell
+    marks, lines = _counts(path) if quoted else (0, 0)
+    if marks % 2:  # pyarrow would take the rest for one cell
         explain(path, columns, separator)
     try:
         table = pa.csv.read_csv(
@@ -140,12 +148,19 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
     except pa.ArrowInvalid as error:
         explain(path, columns, separator)
         raise ValueError(f"{path}: {error}") from error
+    if marks and table.num_rows + header < lines:  # cells of several lines, or open quotations
+        explain(path, columns, separator)
     return table
 
 
-def _quotation_marks(path: Path) -> int:
+def _counts(path: Path) -> tuple[int, int]:
+    """How many quotation marks there are, and how many lines that are not blank."""
+    marks = lines = 0
     with open_binary(path) as file:
-        return sum(block.count(b'"') for block in iter(lambda: file.read(1 << 20), b""))
+        for _, raw in raw_lines(file):
+            marks += raw.count(b'"')
+            lines += not raw.isspace()
+    return marks, lines
 
 
 def explain(path: Path, columns: Sequence[str], separator: str | None) -> None:
@@ -185,9 +200,9 @@ def _rows(
     """The cells of each line that is not blank, and its number."""
 
     def decoded() -> Iterable[str]:
-        for number, raw in enumerate(file, 1):
+        for number, raw in raw_lines(file):
             try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield raw.decode()
             except UnicodeDecodeError as error:
                 bad.add(number, _encoding_problem(error))
                 yield raw.decode("utf-8", "replace")
@@ -205,7 +220,8 @@ def _rows(
         except StopIteration:
             return
         except csv.Error as error:
-            bad.add(number, str(error))
+            opened = ": a quotation mark is opened here and never closed"
+            bad.add(number, f"{error}{opened if 'end of data' in str(error) else ''}")
             continue
         if row:
             yield number, row
@@ -216,11 +232,13 @@ def _first_row(path: Path, separator: str) -> tuple[int, list[str], bool]:
     if len(separator) != 1:
         raise ValueError(f"separator={separator!r}: expected one character, such as ',' or '\\t'.")
     for quoted in (False, True):
+        bad = Malformed(path)
         with open_binary(path) as file:
-            for number, row in _rows(file, separator, quoted, Malformed(path)):
+            for number, row in _rows(file, separator, quoted, bad):
                 if quoted or (separator == "\t" and not all(map(_is_quoted, row))):
                     return number, [cell.strip() for cell in row], quoted
                 break
+    bad.raise_if_any("Correct or remove these lines.")
     raise ValueError(f"{path} is empty: expected one row on each line.")
 
 

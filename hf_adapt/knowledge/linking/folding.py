@@ -201,8 +201,8 @@ def token_splitter(ascii_only: bool, whole_words: bool) -> Callable[[str], list[
     """Splits a folded text into [gap, token, gap, token, …, gap]; a gap is empty or a space.
 
     A token is a word with its combining marks, a character of a script without spaces, a flag of
-    two characters, or any other single character. A match begins and ends with a token. Without `whole_words` each
-    character, with its marks, is a token.
+    two characters, or any other single character. A match begins and ends with a token. Without
+    `whole_words` each character, with its marks, is a token.
     """
     if ascii_only:
         return re.compile(r"([A-Za-z0-9_]+|\S)" if whole_words else r"(\S)").split
