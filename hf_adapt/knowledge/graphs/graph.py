@@ -155,8 +155,10 @@ class KnowledgeGraph:
     def from_obo(cls, path: str | Path) -> KnowledgeGraph:
         """From an OBO file: terms, names, synonyms, definitions, `is_a` and `relationship`.
 
-        Obsolete terms and what points to them are left out. A term of another ontology, which is
-        only pointed to, is kept with its id as its name.
+        Obsolete terms and what points to them are left out, and so are broad synonyms, which mean
+        more than their term. An alternative id (`alt_id`) stands for its term. An id that is no
+        term of the file, as of another ontology, is kept with the id as its name; the log has the
+        number of these. The tags of OBO 1.0 (`exact_synonym:` …) are read too.
 
         Args:
             path: The file; `.gz` is decompressed.

@@ -500,6 +500,39 @@ def test_obo(ending: str, tmp_path: Path) -> None:
         graph.entity("X:3")
 
 
+def test_obo_of_old_and_merged_terms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = (
+        OBO.replace("[Term]\nid: X:2", "[term]\nid: X:2\nalt_id: X:20\nalt_id: X:3")
+        + """
+[Term]
+id: X:5
+name: five
+exact_synonym: "quintet" [a:b]
+related_synonym: "fives" []
+narrow_synonym: "high five" []
+broad_synonym: "number" []
+synonym: "integer" BROAD []
+synonym: "cinq" []
+is_a: X:20 ! merged into X:2
+is_a: Z:404
+"""
+    )
+    caplog.set_level("INFO")
+    graph = KnowledgeGraph.from_obo(write(tmp_path / "x.obo", text))
+    five = graph.entity("X:5")
+    assert graph.names(five) == ["five", "quintet", "fives", "high five", "cinq"]
+    # X:3 is obsolete and merged into X:2; X:20 is no term of its own.
+    assert rows_of(graph) == {
+        ("X:1", "is_a", "X:2"),
+        ("X:1", "part_of", "Y:9"),
+        ("X:5", "is_a", "X:2"),
+        ("X:5", "is_a", "Z:404"),
+    }
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "left out 2 broad synonyms" in first
+    assert "edges point to 2 ids that are no terms of it, such as Y:9" in second
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
