@@ -6,12 +6,17 @@ import codecs
 import csv
 import gzip
 import itertools
+import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 5
 """How many malformed lines an error shows; it counts them all."""
@@ -19,10 +24,11 @@ SHOWN = 5
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 
 HEADER_WORDS = frozenset(
-    "alias description definition edge entity from gloss h head id key label name node o object p "
-    "predicate r rel relation s source subject synonym t tail target text to type".split()
+    "alias aliases concept cui definition definitions description descriptions edge entity from "
+    "gloss h head id iri key label labels name names node o object p predicate qid r rel relation "
+    "s source subject surface synonym synonyms t tail target term text title to type uri".split()
 )
-"""Cells that name a column in the first line of a file, and are hardly ever an entity."""
+"""Words of cells that name a column in the first line of a file, and are hardly ever an entity."""
 
 
 def kind_of(path: Path) -> str:
@@ -123,7 +129,7 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
     number, first, quoted = _first_row(path, separator)
     header = set(columns) <= set(first)
     if not header:
-        _check_without_header(path, first, columns, separator)
+        _check_without_header(path, number, first, columns, separator)
     elif twice := [name for name in columns if first.count(name) > 1]:
         raise ValueError(f"{path}, line {number}: the column {twice[0]!r} is there twice.")
     names = first if header else list(columns)
@@ -148,6 +154,8 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
     except pa.ArrowInvalid as error:
         explain(path, columns, separator)
         raise ValueError(f"{path}: {error}") from error
+    if not header and len(columns) == 3 and table.num_rows > 1:
+        _check_first_triple(path, number, table, separator)
     if marks and table.num_rows + header < lines:  # cells of several lines, or open quotations
         explain(path, columns, separator)
     return table
@@ -246,23 +254,59 @@ def _is_quoted(cell: str) -> bool:
     return len(cell) > 1 and cell[0] == cell[-1] == '"'
 
 
+def _check_first_triple(path: Path, line: int, table: Any, separator: str) -> None:
+    """The first row is a triple, unless it has nothing in common with the others."""
+    cells = [column[0].as_py() for column in table.columns]
+    heads, relations, tails = table.slice(1).columns
+    head, relation, tail = cells
+    pairs = [(relation, relations), *((cell, e) for cell in (head, tail) for e in (heads, tails))]
+    if any(pc.index(column, cell).as_py() >= 0 for cell, column in pairs):
+        return
+    shown = ", ".join(repr(cell.strip()) for cell in cells)
+    fix = (
+        f"If these are the names of the columns, pass head={head!r}, relation={relation!r}, "
+        f"tail={tail!r}."
+    )
+    # Where each other relation is there twice, the first row is the odd one out.
+    if len(relations) > 2 and pc.min(relations.value_counts().field("counts")).as_py() > 1:
+        raise ValueError(
+            f"{path}, line {line}: {shown} look like the names of the columns: no other row has "
+            f"this relation or one of these entities. {fix} If they are a triple, put the line "
+            f"{separator.join(('head', 'relation', 'tail'))!r} before it."
+        )
+    logger.warning(
+        "%s, line %d: %s are read as a triple, but no other row has the relation or one of the "
+        "entities. %s",
+        path,
+        line,
+        shown,
+        fix,
+    )
+
+
 def _check_without_header(
-    path: Path, first: list[str], columns: Sequence[str], separator: str
+    path: Path, line: int, first: list[str], columns: Sequence[str], separator: str
 ) -> None:
     """The first line is a row, unless it can only be a header with other names."""
-    looks_like_header = all(cell.lower() in HEADER_WORDS for cell in first)
+    looks_like_header = all(map(_is_header, first))
     if looks_like_header or (len(first) != len(columns) and len(first) > 1):
-        _raise_columns(path, first, columns)
+        _raise_columns(path, line, first, columns)
     if len(first) == 1:
         raise ValueError(
-            f"{path}, line 1: expected {len(columns)} columns ({', '.join(columns)}), got 1: "
+            f"{path}, line {line}: expected {len(columns)} columns ({', '.join(columns)}), got 1: "
             f"{first[0][:60]!r}. The separator is {separator!r}; pass separator= for another."
         )
 
 
-def _raise_columns(path: Path, first: list[str], columns: Sequence[str]) -> NoReturn:
+def _is_header(cell: str) -> bool:
+    """Whether a cell names a column: `head`, `entity_id`."""
+    words = re.findall(r"[^\W_]+", cell.lower())
+    return bool(words) and HEADER_WORDS.issuperset(words)
+
+
+def _raise_columns(path: Path, line: int, first: list[str], columns: Sequence[str]) -> NoReturn:
     raise ValueError(
-        f"{path}, line 1: expected a header with the columns {', '.join(columns)}, or exactly "
+        f"{path}, line {line}: expected a header with the columns {', '.join(columns)}, or exactly "
         f"{len(columns)} columns without a header; got {', '.join(map(repr, first[:8]))}. Name "
         "the file's columns (head=, relation=, tail=), or put those names in its first line."
     )

@@ -105,6 +105,46 @@ def test_a_header_with_other_names_is_not_a_triple(tmp_path: Path) -> None:
         KnowledgeGraph.from_triples(path)
 
 
+HEADED = "drug,effect,illness\naspirin,treats,pain\nx,treats,y\nz,causes,pain\nu,causes,v\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (HEADED, r"line 1: 'drug', 'effect', 'illness' look like the names of the columns"),
+        ("\n" + HEADED, r"line 2: .*pass head='drug', relation='effect', tail='illness'"),
+        ("head_id,rel_type,tail_id\na,r,b\n", "line 1: expected a header with the columns head"),
+    ],
+)
+def test_a_header_of_unknown_names_is_not_a_triple(text: str, match: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", text)
+    with pytest.raises(ValueError, match=match):
+        KnowledgeGraph.from_triples(path)
+    if "drug" in text:
+        columns = {"head": "drug", "relation": "effect", "tail": "illness"}
+        assert len(rows_of(KnowledgeGraph.from_triples(path, **columns))) == 4
+        write(path, "head,relation,tail\n" + text)
+        assert len(rows_of(KnowledgeGraph.from_triples(path))) == 5
+
+
+def test_a_first_triple_like_no_other_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for text in ("a,r,b\n", "a,r,b\nc,r,d\ne,s,f\ng,s,h\n", "a,r,b\nc,s,a\n"):
+        KnowledgeGraph.from_triples(write(tmp_path / "t.csv", text))
+    assert not caplog.records
+    graph = KnowledgeGraph.from_triples(write(tmp_path / "t.csv", "a,r,b\nc,s,d\ne,s,f\n"))
+    assert len(rows_of(graph)) == 3
+    (record,) = caplog.records
+    assert "'a', 'r', 'b' are read as a triple, but no other row has" in record.getMessage()
+
+
+def test_names_with_a_header_of_other_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "n.csv", "concept_id,title\nq1,cat\n")
+    with pytest.raises(ValueError, match="line 1: expected a header with the columns entity, name"):
+        KnowledgeGraph.from_triples([("q1", "r", "q2")], names=path)
+
+
 def test_numbers_are_keys() -> None:
     graph = KnowledgeGraph.from_triples([(1, "r", 2), (np.int64(2), 7, "x")])
     assert rows_of(graph) == {("1", "r", "2"), ("2", "7", "x")}
