@@ -167,7 +167,9 @@ def _read_array(path: Path, shape: list[int], dtype: str) -> npt.NDArray[Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            path.read_text(encoding="utf-8-sig")
+        )  # an editor may have added a mark
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}. Save anew.") from error
     if not isinstance(content, dict):

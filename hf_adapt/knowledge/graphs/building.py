@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hf_adapt.knowledge.graphs.content import Content, Ids
-from hf_adapt.knowledge.graphs.triples import Column, encode, read_file
+from hf_adapt.knowledge.graphs.triples import Column, encode, is_missing, read_file
 from hf_adapt.knowledge.strings import StringTable
 
-NameSource = Mapping[Any, str | Sequence[str]] | str | Path
+logger = logging.getLogger(__name__)
+
+NameSource = Mapping[Any, str | Sequence[str | None] | None] | str | Path
 """Names of entities: `{key: name or names}`, or a csv or tsv file of (entity, name)."""
 
 
@@ -29,16 +32,21 @@ class Pairs:
     priors: npt.NDArray[np.float32] | None = None
 
 
-def pairs_of(source: NameSource | None, what: str, separator: str | None = None) -> Pairs | None:
+def pairs_of(
+    source: NameSource | None, what: str, separator: str | None = None, given_as: str | None = None
+) -> Pairs | None:
     """Rows of (entity, text) from a mapping or a file.
+
+    What a mapping has as None, NaN or pandas' NA is left out, and counted in the log.
 
     Args:
         source: A mapping from entity to a text or several, a path, or None.
         what: The name of the texts' column, `"name"` or `"description"`.
         separator: Between the cells of a text file.
+        given_as: What errors call a mapping, `names={...}` where it is None.
 
     Raises:
-        ValueError: If the file is malformed, or a text is empty.
+        ValueError: If the file is malformed, a key is missing, or a text is empty or none.
         TypeError: If it is neither.
     """
     if source is None:
@@ -51,13 +59,45 @@ def pairs_of(source: NameSource | None, what: str, separator: str | None = None)
             f"{what}s must be a mapping from entity to {what} or the path of a csv or tsv file of "
             f"(entity, {what}) rows; got a {type(source).__name__}."
         )
-    listed = [([texts] if isinstance(texts, str) else texts) for texts in source.values()]
+    given_as = given_as or f"{what}s={{...}}"
+    if bad := [key for key in source if isinstance(key, (float, np.floating)) or is_missing(key)]:
+        raise ValueError(
+            f"{given_as}: expected keys that are text or whole numbers, got {bad[0]!r}"
+            f"{f' and {len(bad) - 1:,} more' if len(bad) > 1 else ''}. Leave these entries out."
+        )
+    listed = [_several(texts) for texts in source.values()]
     keys = [str(key) for key, texts in zip(source, listed, strict=True) for _ in texts]
+    flat = [t if type(t) is str or not is_missing(t) else None for texts in listed for t in texts]
     try:
-        texts = pa.array([text for texts in listed for text in texts], pa.large_string())
+        texts = pa.array(flat, pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"Every {what} of {what}s={{...}} must be text; {error}.") from error
-    return pairs_from(pa.array(keys, pa.large_string()), texts, what, f"{what}s={{...}}")
+        rows = zip(keys, flat, strict=True)
+        shown = [f"{key!r} has {t!r:.60}" for key, t in rows if not (t is None or _is_text(t))]
+        raise ValueError(f"Every {what} of {given_as} must be text; {shown[0]}.") from error
+    entities = pa.array(keys, pa.large_string())
+    if texts.null_count:
+        first = entities.filter(texts.is_null())[0].as_py()
+        entities, texts = entities.filter(texts.is_valid()), texts.drop_null()
+        logger.warning(
+            "%s: left out %d missing values (None or NaN), the first of %r.",
+            given_as,
+            len(flat) - len(texts),
+            first,
+        )
+    blank = pc.index(pc.utf8_trim_whitespace(texts), "").as_py()
+    if blank >= 0:
+        raise ValueError(
+            f"{given_as}: a {what!r} is empty, of {entities[blank].as_py()!r}. Leave it out."
+        )
+    return pairs_from(entities, texts, what, given_as)
+
+
+def _several(texts: Any) -> list[Any]:
+    return [texts] if _is_text(texts) or not isinstance(texts, Iterable) else list(texts)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, (str, bytes))
 
 
 def pairs_from(

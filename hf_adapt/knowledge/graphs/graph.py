@@ -73,7 +73,9 @@ class KnowledgeGraph:
 
         Entities are numbered in the order in which rows first name them, relations likewise.
         White space around a text is cut off, triples that are there twice count once, and nothing
-        is taken for a missing value: the gene `NA` is an entity.
+        is taken for a missing value: the gene `NA` is an entity. A cell that is missing (None, NaN)
+        is an error with its row; missing names and descriptions of a mapping are left out, and
+        the log has their number.
 
         Args:
             triples: The path of a csv, tsv (both also `.gz`) or parquet file, a
@@ -123,35 +125,40 @@ class KnowledgeGraph:
         alias_predicates: Sequence[str] = rdf.ALIASES,
         description_predicates: Sequence[str] = rdf.DESCRIPTIONS,
         language: str | None = "en",
+        malformed: rdf.Malformity = "error",
     ) -> KnowledgeGraph:
         """From Turtle, N-Triples, RDF/XML or OWL, through pyoxigraph or else rdflib.
 
         Keys are IRIs. RDF has no order, so entities and relations are numbered in the order of
         their IRIs. An OWL restriction (`A subClassOf [onProperty r; someValuesFrom B]`) becomes
         the triple (A, r, B). Other blank nodes, other literals and declarations such as
-        `A rdf:type owl:Class` are left out.
+        `A rdf:type owl:Class` are left out, and so are entities that are `owl:deprecated`.
 
         Args:
             path: The file; `.gz` is decompressed.
             format: `"turtle"`, `"ntriples"` or `"xml"`; by the file's ending where it is None.
             label_predicates: IRIs of what an entity is called; the first found is its label.
-            alias_predicates: IRIs of its other names.
+            alias_predicates: IRIs of its other names; broad synonyms are not among them.
             description_predicates: IRIs of its description; the first found counts.
             language: Texts of this language, or of none, count; all where it is None.
+            malformed: `"error"`, or `"skip"` to leave out statements that cannot be read, such as
+                one with a bad IRI in a dump, and log their number (with pyoxigraph).
 
         Raises:
             ImportError: If neither library is installed.
             ValueError: If the file is malformed, or holds no triple between entities.
         """
         predicates = label_predicates, alias_predicates, description_predicates
-        return cls(rdf.read(Path(path), format, predicates, language))
+        return cls(rdf.read(Path(path), format, predicates, language, malformed))
 
     @classmethod
     def from_obo(cls, path: str | Path) -> KnowledgeGraph:
         """From an OBO file: terms, names, synonyms, definitions, `is_a` and `relationship`.
 
-        Obsolete terms and what points to them are left out. A term of another ontology, which is
-        only pointed to, is kept with its id as its name.
+        Obsolete terms and what points to them are left out, and so are broad synonyms, which mean
+        more than their term. An alternative id (`alt_id`) stands for its term. An id that is no
+        term of the file, as of another ontology, is kept with the id as its name; the log has the
+        number of these. The tags of OBO 1.0 (`exact_synonym:` …) are read too.
 
         Args:
             path: The file; `.gz` is decompressed.
@@ -182,7 +189,9 @@ class KnowledgeGraph:
             description: The node attribute with the description.
 
         Raises:
-            ValueError: If two nodes have the same text, or there is no edge.
+            ValueError: If two nodes have the same text, a node or a relation is missing (None,
+                NaN), or there is no edge. Missing names and descriptions are left out, and
+                the log has their number.
         """
         return cls(networkx_graph.read(graph, relation, name, description))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from hf_adapt.knowledge.graphs.building import build, pairs_of
 from hf_adapt.knowledge.graphs.content import Content
-from hf_adapt.knowledge.graphs.triples import read_triples
+from hf_adapt.knowledge.graphs.triples import is_missing, read_triples
 
 
 def read(graph: Any, relation: str, name: str, description: str) -> Content:
@@ -17,6 +18,11 @@ def read(graph: Any, relation: str, name: str, description: str) -> Content:
         raise TypeError(f"Expected a networkx graph, got a {type(graph).__name__}.")
     keys: dict[str, Any] = {}
     for node in graph.nodes:
+        if is_missing(node):
+            raise ValueError(
+                f"The networkx graph has the missing value {node!r} as a node, with edges to "
+                f"{list(graph.adj[node])[:5]!r}. Remove the node: graph.remove_node({node!r})."
+            )
         if (other := keys.setdefault(str(node), node)) is not node:
             raise ValueError(
                 f"The nodes {other!r} and {node!r} would have one key, {str(node)!r}. Give them "
@@ -24,21 +30,29 @@ def read(graph: Any, relation: str, name: str, description: str) -> Content:
             )
     if graph.is_multigraph():
         edges = (
-            (str(u), data.get(relation, key if isinstance(key, str) else "related_to"), str(v))
+            (u, data.get(relation, key if isinstance(key, str) else "related_to"), v)
             for u, v, key, data in graph.edges(keys=True, data=True)
         )
     else:
-        edges = (
-            (str(u), data.get(relation, "related_to"), str(v))
-            for u, v, data in graph.edges(data=True)
-        )
-    nodes = list(graph.nodes(data=True))
-    names = {str(node): data[name] for node, data in nodes if data.get(name)}
-    texts = {str(node): data[description] for node, data in nodes if data.get(description)}
+        edges = ((u, data.get(relation, "related_to"), v) for u, v, data in graph.edges(data=True))
+
+    def triples() -> Iterator[tuple[str, Any, str]]:
+        for u, kind, v in edges:
+            if is_missing(kind):
+                raise ValueError(
+                    f"The edge from {u!r} to {v!r} has {relation}={kind!r}. Give it a relation, or "
+                    "delete the attribute: then it is 'related_to'."
+                )
+            yield str(u), kind, str(v)
+
+    def texts(attribute: str) -> dict[str, Any]:
+        found = ((str(node), data.get(attribute, "")) for node, data in graph.nodes(data=True))
+        return {key: value for key, value in found if not isinstance(value, str) or value}
+
     return build(
-        read_triples(edges, ("head", "relation", "tail")),
-        pairs_of(names, "name"),
-        pairs_of(texts, "description"),
+        read_triples(triples(), ("head", "relation", "tail")),
+        pairs_of(texts(name), "name", given_as=f"The node attribute {name!r}"),
+        pairs_of(texts(description), "description", given_as=f"The node attribute {description!r}"),
         isolated=pa.array(keys, pa.large_string()),
         source="The networkx graph",
     )

@@ -8,15 +8,16 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 
 from hf_adapt.knowledge.graphs.building import Pairs, build, pairs_from
 from hf_adapt.knowledge.graphs.content import Content
 from hf_adapt.knowledge.graphs.text_files import kind_of, open_binary
-from hf_adapt.knowledge.graphs.triples import read_triples
+from hf_adapt.knowledge.graphs.triples import read_triples, without
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,7 @@ ALIASES = (
     f"{SKOS}altLabel",
     f"{OBO_IN_OWL}hasExactSynonym",
     f"{OBO_IN_OWL}hasRelatedSynonym",
-    f"{OBO_IN_OWL}hasNarrowSynonym",
-    f"{OBO_IN_OWL}hasBroadSynonym",
+    f"{OBO_IN_OWL}hasNarrowSynonym",  # not broad ones: they mean more than the entity
     "http://schema.org/alternateName",
     "https://schema.org/alternateName",
 )
@@ -64,6 +64,9 @@ OXIGRAPH_FORMATS = {"turtle": "TURTLE", "ntriples": "N_TRIPLES", "xml": "RDF_XML
 RDFLIB_FORMATS = {"turtle": "turtle", "ntriples": "nt", "xml": "xml"}
 
 
+Malformity = Literal["error", "skip"]
+
+
 class _Statement(NamedTuple):
     """One triple of RDF; what it points to is an IRI, a blank node, or a text with its language."""
 
@@ -79,6 +82,7 @@ def read(
     format: str | None,
     predicates: tuple[Sequence[str], Sequence[str], Sequence[str]],
     language: str | None,
+    malformed: Malformity = "error",
 ) -> Content:
     """The arrays of an RDF file; see [`KnowledgeGraph.from_rdf`]."""
     labels, aliases, descriptions = predicates
@@ -86,14 +90,19 @@ def read(
     rank = {predicate: i for i, predicate in enumerate(named)}
     described = {predicate: i for i, predicate in enumerate(descriptions)}
     reader = _Reader(language, rank, described)
-    columns = read_triples(reader.edges(_statements(path, format)), ("head", "relation", "tail"))
+    statements = _statements(path, format, malformed)
+    columns = read_triples(reader.edges(statements), ("head", "relation", "tail"))
+    columns = without(columns, reader.deprecated)
     if reader.left_out:
         logger.info("%s: left out %d triples with blank nodes.", path, reader.left_out)
+    if reader.deprecated:
+        logger.info("%s: left out %d deprecated entities.", path, len(reader.deprecated))
+    unnamed = reader.predicates | reader.deprecated
     return build(
         columns,
-        _pairs(reader.names, reader.predicates, "name", path),
-        _pairs(reader.descriptions, reader.predicates, "description", path, one=True),
-        isolated=pa.array(sorted(reader.described()), pa.large_string()),
+        _pairs(reader.names, unnamed, "name", path),
+        _pairs(reader.descriptions, unnamed, "description", path, one=True),
+        isolated=pa.array(sorted(reader.described() - unnamed), pa.large_string()),
         in_order=False,
         source=str(path),
     )
@@ -109,11 +118,12 @@ class _Reader:
         self.names: list[tuple[str, int, str]] = []
         self.descriptions: list[tuple[str, int, str]] = []
         self.predicates: set[str] = set()  # properties are not entities, though they have labels
+        self.deprecated: set[str] = set()
         self.left_out = 0
 
     def described(self) -> set[str]:
         """The entities with a description, which are kept though in no triple."""
-        return {entity for entity, _, _ in self.descriptions} - self.predicates
+        return {entity for entity, _, _ in self.descriptions}
 
     def edges(self, statements: Iterator[_Statement]) -> Iterator[tuple[str, str, str]]:
         """The triples between entities; the rest is kept in this object."""
@@ -147,6 +157,8 @@ class _Reader:
 
     def _text(self, statement: _Statement) -> None:
         subject, predicate, text, _, tag = statement
+        if predicate == f"{OWL}deprecated" and text.strip().lower() in ("true", "1"):
+            self.deprecated.add(subject)
         spoken = (tag or "").lower().partition("-")[0]  # en-GB is English
         wanted = (self.language or "").lower().partition("-")[0]
         if not text.strip() or (self.language and tag and spoken != wanted):
@@ -159,13 +171,13 @@ class _Reader:
 
 def _pairs(
     rows: list[tuple[str, int, str]],
-    predicates: set[str],
+    left_out: set[str],
     what: str,
     path: Path,
     one: bool = False,
 ) -> Pairs | None:
     """Rows of (entity, text), the more important predicate first; RDF itself has no order."""
-    rows = sorted(row for row in rows if row[0] not in predicates)
+    rows = sorted(row for row in rows if row[0] not in left_out)
     if one:
         rows = list({entity: (entity, i, text) for entity, i, text in reversed(rows)}.values())
     if not rows:
@@ -175,7 +187,9 @@ def _pairs(
     return pairs_from(entities, texts, what, str(path))
 
 
-def _statements(path: Path, format: str | None) -> Iterator[_Statement]:
+def _statements(path: Path, format: str | None, malformed: Malformity) -> Iterator[_Statement]:
+    if malformed not in get_args(Malformity):
+        raise ValueError(f"malformed={malformed!r}: expected 'error' or 'skip'.")
     kind = format or FORMATS.get(kind_of(path))
     if kind not in OXIGRAPH_FORMATS:
         raise ValueError(
@@ -183,7 +197,12 @@ def _statements(path: Path, format: str | None) -> Iterator[_Statement]:
             f"format= one of {', '.join(map(repr, OXIGRAPH_FORMATS))}."
         )
     if importlib.util.find_spec("pyoxigraph") is not None:
-        parse = _with_pyoxigraph
+        parse: Any = partial(_with_pyoxigraph, malformed=malformed)
+    elif malformed == "skip":
+        raise ImportError(
+            "malformed='skip' needs pyoxigraph: pip install pyoxigraph. rdflib stops at the first "
+            "malformed statement."
+        )
     elif importlib.util.find_spec("rdflib") is not None:
         parse = _with_rdflib
     else:
@@ -197,12 +216,31 @@ def _statements(path: Path, format: str | None) -> Iterator[_Statement]:
         raise
     except Exception as error:  # each parser of rdflib has errors of its own kind
         raise ValueError(
-            f"{path} cannot be read as {kind}: {error}. Correct the file, or pass format= one of "
-            f"{', '.join(map(repr, OXIGRAPH_FORMATS))}."
+            f"{path} cannot be read as {kind}: {error}. Correct the file, pass malformed='skip' to "
+            "leave such statements out (with pyoxigraph), or pass format= one of "
+            f" {', '.join(map(repr, OXIGRAPH_FORMATS))}."
         ) from error
 
 
-def _with_pyoxigraph(path: Path, kind: str) -> Iterator[_Statement]:
+def _recovering(quads: Iterator[Any], path: Path, kind: str) -> Iterator[Any]:
+    """All that can be parsed; the parser goes on after a malformed statement."""
+    problems: list[str] = []
+    while True:
+        try:
+            yield next(quads)
+        except StopIteration:
+            break
+        except SyntaxError as error:
+            if kind == "xml" and "IRI" not in str(error):
+                raise  # the parser of XML ends there, and the rest would be missing
+            problems.append(str(error))
+    if problems:
+        logger.warning(
+            "%s: left out %d malformed statements, the first: %s", path, len(problems), problems[0]
+        )
+
+
+def _with_pyoxigraph(path: Path, kind: str, malformed: Malformity) -> Iterator[_Statement]:
     oxigraph: Any = importlib.import_module("pyoxigraph")
     with open_binary(path) as file:
         quads = oxigraph.parse(
@@ -210,7 +248,7 @@ def _with_pyoxigraph(path: Path, kind: str) -> Iterator[_Statement]:
             format=getattr(oxigraph.RdfFormat, OXIGRAPH_FORMATS[kind]),
             base_iri=path.resolve().as_uri(),
         )
-        for quad in quads:
+        for quad in _recovering(quads, path, kind) if malformed == "skip" else quads:
             subject, predicate, target = quad.subject, quad.predicate.value, quad.object
             start = f"_:{subject.value}" if isinstance(subject, oxigraph.BlankNode) else None
             if isinstance(target, oxigraph.Literal):
@@ -227,7 +265,9 @@ def _with_rdflib(path: Path, kind: str) -> Iterator[_Statement]:
     graph = rdflib.Graph(bind_namespaces="none")
     with open_binary(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of its own plugins
-        graph.parse(file, format=RDFLIB_FORMATS[kind], publicID=path.resolve().as_uri())
+        data = file.read()
+        data = data if b"\n" in data else data.replace(b"\r", b"\n")
+        graph.parse(data=data, format=RDFLIB_FORMATS[kind], publicID=path.resolve().as_uri())
     for subject, predicate, target in graph:
         start = f"_:{subject}" if isinstance(subject, rdflib.BNode) else str(subject)
         if isinstance(target, rdflib.Literal):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import itertools
+import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 5
 """How many malformed lines an error shows; it counts them all."""
@@ -18,10 +24,11 @@ SHOWN = 5
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 
 HEADER_WORDS = frozenset(
-    "alias description definition edge entity from gloss h head id key label name node o object p "
-    "predicate r rel relation s source subject synonym t tail target text to type".split()
+    "alias aliases concept cui definition definitions description descriptions edge entity from "
+    "gloss h head id iri key label labels name names node o object p predicate qid r rel relation "
+    "s source subject surface synonym synonyms t tail target term text title to type uri".split()
 )
-"""Cells that name a column in the first line of a file, and are hardly ever an entity."""
+"""Words of cells that name a column in the first line of a file, and are hardly ever an entity."""
 
 
 def kind_of(path: Path) -> str:
@@ -31,7 +38,7 @@ def kind_of(path: Path) -> str:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """A file's bytes, decompressed where its name ends in `.gz`.
+    """A file's bytes, decompressed where its name ends in `.gz`, without a byte order mark.
 
     Raises:
         FileNotFoundError: If there is none; says what is in the folder instead.
@@ -43,9 +50,15 @@ def open_binary(path: Path) -> IO[bytes]:
         raise FileNotFoundError(
             f"There is no file {path}. {path.parent} holds {', '.join(there[:8]) or 'nothing'}."
         )
-    if path.name.lower().endswith(".gz"):
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return open(path, "rb")
+    file = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        file.read(3)
+    return cast(IO[bytes], file)
+
+
+def raw_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    r"""Each line of a file with its number; \n, \r\n and \r alone end lines."""
+    return enumerate((line for lines in file for line in lines.splitlines(keepends=True)), 1)
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -56,9 +69,9 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     bad = Malformed(path)
     with open_binary(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in raw_lines(file):
             try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                yield number, raw.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
                 bad.add(number, _encoding_problem(error))
     bad.raise_if_any("Save the file as UTF-8.")
@@ -116,12 +129,13 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
     number, first, quoted = _first_row(path, separator)
     header = set(columns) <= set(first)
     if not header:
-        _check_without_header(path, first, columns, separator)
+        _check_without_header(path, number, first, columns, separator)
     elif twice := [name for name in columns if first.count(name) > 1]:
         raise ValueError(f"{path}, line {number}: the column {twice[0]!r} is there twice.")
     names = first if header else list(columns)
     skipped = number if header else 0
-    if quoted and _quotation_marks(path) % 2:  # pyarrow would take the rest for one cell
+    marks, lines = _counts(path) if quoted else (0, 0)
+    if marks % 2:  # pyarrow would take the rest for one cell
         explain(path, columns, separator)
     try:
         table = pa.csv.read_csv(
@@ -140,12 +154,21 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
     except pa.ArrowInvalid as error:
         explain(path, columns, separator)
         raise ValueError(f"{path}: {error}") from error
+    if not header and len(columns) == 3 and table.num_rows > 1:
+        _check_first_triple(path, number, table, separator)
+    if marks and table.num_rows + header < lines:  # cells of several lines, or open quotations
+        explain(path, columns, separator)
     return table
 
 
-def _quotation_marks(path: Path) -> int:
+def _counts(path: Path) -> tuple[int, int]:
+    """How many quotation marks there are, and how many lines that are not blank."""
+    marks = lines = 0
     with open_binary(path) as file:
-        return sum(block.count(b'"') for block in iter(lambda: file.read(1 << 20), b""))
+        for _, raw in raw_lines(file):
+            marks += raw.count(b'"')
+            lines += not raw.isspace()
+    return marks, lines
 
 
 def explain(path: Path, columns: Sequence[str], separator: str | None) -> None:
@@ -185,9 +208,9 @@ def _rows(
     """The cells of each line that is not blank, and its number."""
 
     def decoded() -> Iterable[str]:
-        for number, raw in enumerate(file, 1):
+        for number, raw in raw_lines(file):
             try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield raw.decode()
             except UnicodeDecodeError as error:
                 bad.add(number, _encoding_problem(error))
                 yield raw.decode("utf-8", "replace")
@@ -205,7 +228,8 @@ def _rows(
         except StopIteration:
             return
         except csv.Error as error:
-            bad.add(number, str(error))
+            opened = ": a quotation mark is opened here and never closed"
+            bad.add(number, f"{error}{opened if 'end of data' in str(error) else ''}")
             continue
         if row:
             yield number, row
@@ -216,11 +240,13 @@ def _first_row(path: Path, separator: str) -> tuple[int, list[str], bool]:
     if len(separator) != 1:
         raise ValueError(f"separator={separator!r}: expected one character, such as ',' or '\\t'.")
     for quoted in (False, True):
+        bad = Malformed(path)
         with open_binary(path) as file:
-            for number, row in _rows(file, separator, quoted, Malformed(path)):
+            for number, row in _rows(file, separator, quoted, bad):
                 if quoted or (separator == "\t" and not all(map(_is_quoted, row))):
                     return number, [cell.strip() for cell in row], quoted
                 break
+    bad.raise_if_any("Correct or remove these lines.")
     raise ValueError(f"{path} is empty: expected one row on each line.")
 
 
@@ -228,23 +254,59 @@ def _is_quoted(cell: str) -> bool:
     return len(cell) > 1 and cell[0] == cell[-1] == '"'
 
 
+def _check_first_triple(path: Path, line: int, table: Any, separator: str) -> None:
+    """The first row is a triple, unless it has nothing in common with the others."""
+    cells = [column[0].as_py() for column in table.columns]
+    heads, relations, tails = table.slice(1).columns
+    head, relation, tail = cells
+    pairs = [(relation, relations), *((cell, e) for cell in (head, tail) for e in (heads, tails))]
+    if any(pc.index(column, cell).as_py() >= 0 for cell, column in pairs):
+        return
+    shown = ", ".join(repr(cell.strip()) for cell in cells)
+    fix = (
+        f"If these are the names of the columns, pass head={head!r}, relation={relation!r}, "
+        f"tail={tail!r}."
+    )
+    # Where each other relation is there twice, the first row is the odd one out.
+    if len(relations) > 2 and pc.min(relations.value_counts().field("counts")).as_py() > 1:
+        raise ValueError(
+            f"{path}, line {line}: {shown} look like the names of the columns: no other row has "
+            f"this relation or one of these entities. {fix} If they are a triple, put the line "
+            f"{separator.join(('head', 'relation', 'tail'))!r} before it."
+        )
+    logger.warning(
+        "%s, line %d: %s are read as a triple, but no other row has the relation or one of the "
+        "entities. %s",
+        path,
+        line,
+        shown,
+        fix,
+    )
+
+
 def _check_without_header(
-    path: Path, first: list[str], columns: Sequence[str], separator: str
+    path: Path, line: int, first: list[str], columns: Sequence[str], separator: str
 ) -> None:
     """The first line is a row, unless it can only be a header with other names."""
-    looks_like_header = all(cell.lower() in HEADER_WORDS for cell in first)
+    looks_like_header = all(map(_is_header, first))
     if looks_like_header or (len(first) != len(columns) and len(first) > 1):
-        _raise_columns(path, first, columns)
+        _raise_columns(path, line, first, columns)
     if len(first) == 1:
         raise ValueError(
-            f"{path}, line 1: expected {len(columns)} columns ({', '.join(columns)}), got 1: "
+            f"{path}, line {line}: expected {len(columns)} columns ({', '.join(columns)}), got 1: "
             f"{first[0][:60]!r}. The separator is {separator!r}; pass separator= for another."
         )
 
 
-def _raise_columns(path: Path, first: list[str], columns: Sequence[str]) -> NoReturn:
+def _is_header(cell: str) -> bool:
+    """Whether a cell names a column: `head`, `entity_id`."""
+    words = re.findall(r"[^\W_]+", cell.lower())
+    return bool(words) and HEADER_WORDS.issuperset(words)
+
+
+def _raise_columns(path: Path, line: int, first: list[str], columns: Sequence[str]) -> NoReturn:
     raise ValueError(
-        f"{path}, line 1: expected a header with the columns {', '.join(columns)}, or exactly "
+        f"{path}, line {line}: expected a header with the columns {', '.join(columns)}, or exactly "
         f"{len(columns)} columns without a header; got {', '.join(map(repr, first[:8]))}. Name "
         "the file's columns (head=, relation=, tail=), or put those names in its first line."
     )

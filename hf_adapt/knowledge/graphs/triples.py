@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,13 @@ class Column:
     values: Any
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN or pandas' NA; the texts 'NA', 'nan' and '' are not missing."""
+    if isinstance(value, (float, np.floating)):
+        return bool(np.isnan(value))
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
+
+
 def read_triples(
     triples: Any, columns: tuple[str, str, str], separator: str | None = None
 ) -> list[Column]:
@@ -50,6 +57,17 @@ def read_triples(
     if isinstance(triples, (str, Path)):
         return read_file(Path(triples), columns, separator)
     return _encode(_table(triples, columns), columns, f"The {type(triples).__name__} of triples")
+
+
+def without(columns: list[Column], entities: Collection[str]) -> list[Column]:
+    """The triples whose head and tail are none of some entities."""
+    if not entities:
+        return columns
+    keep = np.ones(len(columns[0].codes), bool)
+    for column in (columns[0], columns[2]):
+        found = pc.is_in(column.values, pa.array(sorted(entities), pa.large_string()))
+        keep &= ~np.asarray(found)[column.codes]
+    return [Column(column.codes[keep], column.values) for column in columns]
 
 
 def read_file(path: Path, columns: Sequence[str], separator: str | None = None) -> list[Column]:

@@ -92,8 +92,7 @@ def read_text(
     of many more words than entities takes no more memory than the entities' vectors.
 
     Raises:
-        ValueError: If lines are malformed, a word is there twice, or entities are missing and
-            `missing` is `"error"`.
+        ValueError: If lines are malformed, or entities are missing and `missing` is `"error"`.
     """
     first, dimension = _layout(path)
     words = _words(path, first, dimension)
@@ -101,7 +100,7 @@ def read_text(
     spelled = words.find_all(pc.replace_substring(_labels(graph), " ", "_"))
     rows = np.where(keys >= 0, keys, np.where(labels >= 0, labels, spelled))
     found = int(np.count_nonzero(rows >= 0))
-    _report(path, graph, rows, len(words), missing)
+    _report(path, graph, rows, words, missing)
     table = np.zeros((len(graph), dimension), np.float32)
     order = np.argsort(rows, kind="stable")[len(graph) - found :]  # entities by their line
     bad, place = Malformed(path), 0
@@ -139,6 +138,8 @@ def _layout(path: Path) -> tuple[int, int]:
         numbers = 0
         while numbers < len(cells) - 1 and _is_number(cells[-1 - numbers]):
             numbers += 1
+        if line[:1].isspace():  # a blank word, before nothing but numbers
+            numbers += bool(cells) and _is_number(cells[0])
         if numbers:
             return number, numbers
         raise ValueError(
@@ -156,7 +157,7 @@ def _is_number(text: str) -> bool:
 
 
 def _split(path: Path, first: int, dimension: int) -> Iterator[tuple[int, str, str]]:
-    """The number of each line, its word, which may have spaces, and its numbers as text."""
+    """The number of each line, its word, which may have spaces or be blank, and its numbers."""
     bad = Malformed(path)
     for number, line in text_lines(path):
         line = line.rstrip()
@@ -167,7 +168,7 @@ def _split(path: Path, first: int, dimension: int) -> Iterator[tuple[int, str, s
         else:
             cells = line.rsplit(" ", dimension)
             word, numbers = cells[0], " ".join(cells[1:])
-        if not word.strip() or numbers.count(" ") != dimension - 1:
+        if numbers.count(" ") != dimension - 1:
             bad.add(number, f"expected a word and {dimension} numbers, got {line[:60]!r}")
             continue
         yield number, word, numbers
@@ -175,33 +176,25 @@ def _split(path: Path, first: int, dimension: int) -> Iterator[tuple[int, str, s
 
 
 def _words(path: Path, first: int, dimension: int) -> StringTable:
-    """The words in the order of their lines, each once."""
+    """The words in the order of their lines; of one that is there again, the first counts."""
     words = StringTable.of(word.strip() for _, word, _ in _split(path, first, dimension))
-    numbers = np.arange(len(words))
-    bad = Malformed(path)
-    if len(pc.unique(words.arrow())) < len(words):
-        again = np.flatnonzero(words.find_all(words.arrow()) != numbers)
-        lines = {number: line for number, line in _lines_of(path, first, dimension, again)}
-        for number in again.tolist():
-            bad.add(lines[number], f"the word {words[number]!r} was there before")
-    bad.raise_if_any("Keep one vector for each word.")
+    blank = int(np.count_nonzero(np.diff(words.offsets) == 0))
+    if blank:
+        logger.warning("%s: left out %d vectors whose word is blank.", path, blank)
+    if again := len(words) - len(pc.unique(words.arrow())) - max(0, blank - 1):
+        repeated = np.flatnonzero(words.find_all(words.arrow()) != np.arange(len(words)))
+        shown = next(word for row in repeated.tolist() if (word := words[row]))
+        logger.warning(
+            "%s: left out %d vectors whose word was there before, such as %r.", path, again, shown
+        )
     return words
-
-
-def _lines_of(
-    path: Path, first: int, dimension: int, rows: npt.NDArray[np.int64]
-) -> Iterator[tuple[int, int]]:
-    wanted = set(rows.tolist())
-    for row, (number, _, _) in enumerate(_split(path, first, dimension)):
-        if row in wanted:
-            yield row, number
 
 
 def _report(
     path: Path,
     graph: KnowledgeGraph,
     rows: npt.NDArray[np.int64],
-    num_words: int,
+    words: StringTable,
     missing: Literal["zero", "error"],
 ) -> None:
     """Say how many entities were found; an error if none was, or `missing` does not allow it."""
@@ -215,5 +208,7 @@ def _report(
             "labels; missing='zero' gives those without one zeros."
         )
     logger.info("%s: vectors of %d of %d entities, the rest zero.", path, found, len(rows))
+    distinct = pc.unique(words.arrow())
+    num_words = len(distinct) - (pc.index(distinct, "").as_py() >= 0)
     if unknown := num_words - len(np.unique(rows[rows >= 0])):
         logger.warning("%s: %d of its %d words are no entity's.", path, unknown, num_words)

@@ -182,7 +182,8 @@ class EntityVectors:
                 memory-mapped; text (`.txt`, `.vec`, also `.gz`) with a key and its vector on each
                 line, a first line with their numbers or without it; or a folder.
             graph: Whose entities they are. Words of a text file are compared with the entities'
-                keys, then with their labels (underscores may stand for spaces).
+                keys, then with their labels (underscores may stand for spaces). Of a word that is
+                there twice the first counts, and blank words are left out, with a warning.
             name: Of the tensor in a `.safetensors` file with several.
             missing: What becomes of entities that a text file does not have: zeros, with their
                 number logged, or an error.

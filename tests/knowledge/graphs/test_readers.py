@@ -52,6 +52,15 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     ),
     "byte order mark": lambda folder: write(folder / "t.csv", "\ufeff" + text_of(",")),
     "windows lines": lambda folder: write(folder / "t.tsv", text_of("\t").replace("\n", "\r\n")),
+    "mark and no header": lambda folder: write(folder / "t.csv", "\ufeff" + text_of(",", False)),
+    "mark and quotes": lambda folder: write(
+        folder / "t.csv", "\ufeff" + text_of('","', False).replace("\n", '"\n"').join('""')[:-2]
+    ),
+    "mark in .gz": lambda folder: write(folder / "t.tsv.gz", "\ufeff" + text_of("\t")),
+    "lone CR": lambda folder: write(folder / "t.csv", text_of(",").replace("\n", "\r")),
+    "lone CR without header": lambda folder: write(
+        folder / "t.tsv", text_of("\t", False).replace("\n", "\r")
+    ),
     "blanks": lambda folder: write(folder / "t.csv", "\n" + text_of(" , ").replace("\n", "\n\n")),
     "parquet": parquet,
     "rows": lambda folder: ROWS,
@@ -94,6 +103,46 @@ def test_a_header_with_other_names_is_not_a_triple(tmp_path: Path) -> None:
     path = write(tmp_path / "t.tsv", "subject\tpredicate\tobject\na\tr\tb\n")
     with pytest.raises(ValueError, match="Name the file's columns"):
         KnowledgeGraph.from_triples(path)
+
+
+HEADED = "drug,effect,illness\naspirin,treats,pain\nx,treats,y\nz,causes,pain\nu,causes,v\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (HEADED, r"line 1: 'drug', 'effect', 'illness' look like the names of the columns"),
+        ("\n" + HEADED, r"line 2: .*pass head='drug', relation='effect', tail='illness'"),
+        ("head_id,rel_type,tail_id\na,r,b\n", "line 1: expected a header with the columns head"),
+    ],
+)
+def test_a_header_of_unknown_names_is_not_a_triple(text: str, match: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", text)
+    with pytest.raises(ValueError, match=match):
+        KnowledgeGraph.from_triples(path)
+    if "drug" in text:
+        columns = {"head": "drug", "relation": "effect", "tail": "illness"}
+        assert len(rows_of(KnowledgeGraph.from_triples(path, **columns))) == 4
+        write(path, "head,relation,tail\n" + text)
+        assert len(rows_of(KnowledgeGraph.from_triples(path))) == 5
+
+
+def test_a_first_triple_like_no_other_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for text in ("a,r,b\n", "a,r,b\nc,r,d\ne,s,f\ng,s,h\n", "a,r,b\nc,s,a\n"):
+        KnowledgeGraph.from_triples(write(tmp_path / "t.csv", text))
+    assert not caplog.records
+    graph = KnowledgeGraph.from_triples(write(tmp_path / "t.csv", "a,r,b\nc,s,d\ne,s,f\n"))
+    assert len(rows_of(graph)) == 3
+    (record,) = caplog.records
+    assert "'a', 'r', 'b' are read as a triple, but no other row has" in record.getMessage()
+
+
+def test_names_with_a_header_of_other_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "n.csv", "concept_id,title\nq1,cat\n")
+    with pytest.raises(ValueError, match="line 1: expected a header with the columns entity, name"):
+        KnowledgeGraph.from_triples([("q1", "r", "q2")], names=path)
 
 
 def test_numbers_are_keys() -> None:
@@ -141,6 +190,9 @@ def test_malformed_lines(text: str | bytes, match: str, ending: str, tmp_path: P
     ("text", "match"),
     [
         ('a,r,b\na,r,"b\nc,d\n', r"line 2: unexpected end of data"),
+        ('a,r,"b\nc,r,d\n', r"line 1: .*a quotation mark is opened here and never closed"),
+        ('a,r,b\nc,r,"d\ne,r,"f\ng,r,h\n', r"line 2: .*expected after"),
+        ("a,r,b\rc,r\rd,r,e\r", r"line 2: expected 3 columns .* got 2"),
         ('a,r,"b\nb"\na,r\n', r"line 3: expected 3 columns .* got 2"),
         ("a,r,b\na,,b\n", r"line 2: the column 'relation' is empty"),
     ],
@@ -227,6 +279,67 @@ def test_malformed_names_and_descriptions(tmp_path: Path) -> None:
         KnowledgeGraph.from_triples(triples, descriptions=path)
 
 
+MISSING = [None, float("nan"), np.float32("nan"), pandas.NA, pandas.NaT]
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("source", ["mapping", "list", "networkx", "pandas"])
+def test_missing_names_and_descriptions_are_left_out_and_counted(
+    source: str, missing: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What looks like a missing value in text stays text."""
+    names: dict[str, Any] = {"q1": missing, "q2": "nan", "q3": "NA"}
+    texts: dict[str, Any] = {"q1": missing, "q2": "None", "q3": missing}
+    triples = [("q1", "r", "q2"), ("q2", "r", "q3")]
+    if source == "list":
+        names = {"q1": [missing, missing], "q2": ["nan", missing], "q3": ("NA",)}
+    if source == "pandas":
+        frame = pandas.DataFrame({"name": names, "description": texts})
+        names, texts = frame["name"].to_dict(), frame["description"].to_dict()
+    if source == "networkx":
+        made = networkx.DiGraph([("q1", "q2"), ("q2", "q3")])
+        for key in names:
+            made.add_node(key, name=names[key], description=texts[key])
+        graph = KnowledgeGraph.from_networkx(made)
+    else:
+        graph = KnowledgeGraph.from_triples(triples, names=names, descriptions=texts)
+    assert [graph.label(i) for i in range(3)] == ["q1", "nan", "NA"]
+    assert [graph.description(i) for i in range(3)] == [None, "None", None]
+    counts = [record.getMessage() for record in caplog.records]
+    assert len(counts) == 2
+    assert f"left out {3 if source == 'list' else 1} missing values" in counts[0]
+    assert "left out 2 missing values (None or NaN), the first of 'q1'" in counts[1]
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=lambda value: type(value).__name__)
+def test_missing_keys_and_cells_are_errors_with_their_place(missing: Any) -> None:
+    triples = [("q1", "r", "q2")]
+    with pytest.raises(ValueError, match=r"names=\{...\}: expected keys that are text"):
+        KnowledgeGraph.from_triples(triples, names={missing: "x"})
+    with pytest.raises(ValueError, match=r"triples\[1\]: the tail|'tail' is empty in the rows 1 "):
+        KnowledgeGraph.from_triples([*triples, ("q1", "r", missing)])
+    frame = pandas.DataFrame(triples, columns=["head", "relation", "tail"]).astype(object)
+    frame.loc[1] = [missing, "r", "q2"]
+    with pytest.raises(ValueError, match="'head' is empty in the rows 1 "):
+        KnowledgeGraph.from_triples(frame)
+    source = networkx.DiGraph()
+    source.add_edge("q1", "q2", relation=missing)
+    with pytest.raises(ValueError, match="The edge from 'q1' to 'q2' has relation="):
+        KnowledgeGraph.from_networkx(source)
+    if missing is not None:  # networkx refuses that itself
+        with pytest.raises(ValueError, match=r"missing value .* as a node"):
+            KnowledgeGraph.from_networkx(networkx.DiGraph([("q1", missing)]))
+
+
+def test_names_from_rows_of_a_dataset() -> None:
+    rows = datasets.Dataset.from_dict({"id": ["q1", "q2"], "label": ["cat", None]})
+    names = {row["id"]: row["label"] for row in rows}
+    graph = KnowledgeGraph.from_triples([("q1", "r", "q2")], names=names)
+    assert [graph.label(i) for i in range(2)] == ["cat", "q2"]
+    with pytest.raises(ValueError, match=r"Every name of names=\{...\} must be text; 'q2' has 3"):
+        KnowledgeGraph.from_triples([("q1", "r", "q2")], names={"q1": None, "q2": 3})  # type: ignore[dict-item]
+
+
 TURTLE = """
 @prefix : <http://x.org/> .
 @prefix rdfs: <http://www.w3.org/2000/01/rdf-schema#> .
@@ -272,6 +385,8 @@ def test_rdf_with_either_library(
         monkeypatch.setitem(sys.modules, "pyoxigraph", None)
     graph = KnowledgeGraph.from_rdf(path)
     check_rdf(graph)
+    marked = write(tmp_path / f"marked.{ending}", "\ufeff" + text.replace("\n", "\r"))
+    check_rdf(KnowledgeGraph.from_rdf(marked))
     monkeypatch.undo()
     plain = KnowledgeGraph.from_rdf(write(tmp_path / "plain.ttl", TURTLE))
     assert graph.fingerprint == plain.fingerprint  # RDF has no order
@@ -305,6 +420,70 @@ def test_malformed_rdf(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     literal = write(tmp_path / "t.nt", '<http://a> <http://b> "c" .\n')
     with pytest.raises(ValueError, match="holds no triples"):
         KnowledgeGraph.from_rdf(literal)
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"),
+    [
+        ("nt", "<x:a> <x:p> <x:b> .\n<x:a b> <x:p> <x:c> .\n<x:b> <x:p> <x:c> .\nword\n"),
+        ("ttl", "<x:a> <x:p> <x:b> ; <x:q> <{> .\n<x:b> <x:p> <x:c> . <x:b> <x:p> <<> .\n"),
+        (
+            "owl",
+            '<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:x="x:">'
+            + "".join(
+                f'<r:Description r:about="x:{a}"><x:p r:resource="x:{b}"/></r:Description>'
+                for a, b in ("ab", ("a", "b c"), "bc", ("{", "a"))
+            )
+            + "</r:RDF>",
+        ),
+    ],
+)
+def test_malformed_statements_are_left_out_and_counted(
+    ending: str, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("pyoxigraph")
+    path = write(tmp_path / f"dump.{ending}", text)
+    with pytest.raises(ValueError, match="pass malformed='skip' to leave such statements out"):
+        KnowledgeGraph.from_rdf(path)
+    assert not caplog.records
+    graph = KnowledgeGraph.from_rdf(path, malformed="skip")
+    assert rows_of(graph) == {("x:a", "x:p", "x:b"), ("x:b", "x:p", "x:c")}
+    (record,) = caplog.records
+    assert "left out 2 malformed statements, the first: " in record.getMessage()
+    assert "IRI" in record.getMessage()
+
+
+def test_what_cannot_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyoxigraph")
+    path = write(
+        tmp_path / "t.owl", '<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#"></r:X>'
+    )
+    with pytest.raises(ValueError, match="cannot be read as xml"):
+        KnowledgeGraph.from_rdf(path, malformed="skip")
+    with pytest.raises(ValueError, match="malformed='ignore': expected 'error' or 'skip'"):
+        KnowledgeGraph.from_rdf(path, malformed="ignore")  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pyoxigraph", None)
+    with pytest.raises(ImportError, match="malformed='skip' needs pyoxigraph"):
+        KnowledgeGraph.from_rdf(write(tmp_path / "t.nt", "<x:a> <x:p> <x:b> ."), malformed="skip")
+
+
+def test_deprecated_entities_and_broad_synonyms_of_owl(tmp_path: Path) -> None:
+    pytest.importorskip("pyoxigraph")
+    text = (
+        TURTLE
+        + """
+    @prefix oio: <http://www.geneontology.org/formats/oboInOwl#> .
+    :old owl:deprecated true ; rdfs:label "Old" ; rdfs:comment "gone" ; rdfs:subClassOf :drug .
+    :headache :was :old ; owl:deprecated false ; oio:hasBroadSynonym "pain" ;
+      oio:hasExactSynonym "cephalgia" .
+    """
+    )
+    graph = KnowledgeGraph.from_rdf(write(tmp_path / "t.ttl", text))
+    check_rdf(graph)
+    assert graph.names(4) == ["headache", "cephalgia"]
+    broad = "http://www.geneontology.org/formats/oboInOwl#hasBroadSynonym"
+    own = KnowledgeGraph.from_rdf(tmp_path / "t.ttl", alias_predicates=[broad])
+    assert own.names(4) == ["headache", "pain"]
 
 
 def test_rdf_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +528,8 @@ name: part of
 @pytest.mark.parametrize("ending", ["obo", "obo.gz"])
 def test_obo(ending: str, tmp_path: Path) -> None:
     graph = KnowledgeGraph.from_obo(write(tmp_path / f"x.{ending}", OBO))
+    old = write(tmp_path / f"old.{ending}", "\ufeff" + OBO.replace("\n", "\r"))
+    assert KnowledgeGraph.from_obo(old).fingerprint == graph.fingerprint
     assert rows_of(graph) == {("X:1", "is_a", "X:2"), ("X:1", "part_of", "Y:9")}
     attack = graph.entity("X:1")
     assert graph.names(attack) == ["heart attack", "myocardial infarction", "MI"]
@@ -357,6 +538,39 @@ def test_obo(ending: str, tmp_path: Path) -> None:
     assert graph.label(graph.entity("X:4")) == "alone"
     with pytest.raises(KeyError, match="No entity has the key 'X:3'"):
         graph.entity("X:3")
+
+
+def test_obo_of_old_and_merged_terms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = (
+        OBO.replace("[Term]\nid: X:2", "[term]\nid: X:2\nalt_id: X:20\nalt_id: X:3")
+        + """
+[Term]
+id: X:5
+name: five
+exact_synonym: "quintet" [a:b]
+related_synonym: "fives" []
+narrow_synonym: "high five" []
+broad_synonym: "number" []
+synonym: "integer" BROAD []
+synonym: "cinq" []
+is_a: X:20 ! merged into X:2
+is_a: Z:404
+"""
+    )
+    caplog.set_level("INFO")
+    graph = KnowledgeGraph.from_obo(write(tmp_path / "x.obo", text))
+    five = graph.entity("X:5")
+    assert graph.names(five) == ["five", "quintet", "fives", "high five", "cinq"]
+    # X:3 is obsolete and merged into X:2; X:20 is no term of its own.
+    assert rows_of(graph) == {
+        ("X:1", "is_a", "X:2"),
+        ("X:1", "part_of", "Y:9"),
+        ("X:5", "is_a", "X:2"),
+        ("X:5", "is_a", "Z:404"),
+    }
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "left out 2 broad synonyms" in first
+    assert "edges point to 2 ids that are no terms of it, such as Y:9" in second
 
 
 @pytest.mark.parametrize(

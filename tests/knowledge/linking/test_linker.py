@@ -108,6 +108,19 @@ def test_inflections() -> None:
     assert surfaces(german, "die HÄUSER") == ["HÄUSER"]
 
 
+@pytest.mark.parametrize("matcher", ["words", "ahocorasick"])
+def test_korean_particles(matcher: str) -> None:
+    """As docs/knowledge.md says: by parts of words, or by the particles as inflections."""
+    graph, text = Names(["서울", "한국"]), "서울은 한국의 수도이다"
+    assert surfaces(EntityLinker(graph, matcher=matcher), text) == []
+    parts = EntityLinker(graph, matcher=matcher, whole_words=False)
+    assert surfaces(parts, text) == ["서울", "한국"]
+    particles = EntityLinker(
+        graph, matcher=matcher, inflections=lambda word: [word + p for p in ("은", "는", "의")]
+    )
+    assert surfaces(particles, text) == ["서울은", "한국의"]
+
+
 def test_inflected_forms_of_several_names_are_ambiguous() -> None:
     def forms(word: str) -> list[str]:
         return [word + "s", word] if word != "axi" else ["axes"]
@@ -200,6 +213,15 @@ def test_fingerprints() -> None:
     assert len({linker.fingerprint for linker in linkers}) == len(linkers)
     same = [EntityLinker(MEDICAL, matcher=matcher) for matcher in ("auto", "words", "ahocorasick")]
     assert {linker.fingerprint for linker in same} == {linkers[0].fingerprint}
+
+
+def test_other_rules_of_folding_are_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset that was linked by older rules is not read from the cache."""
+    for make in (EntityLinker, lambda graph: CallableLinker(graph, lambda text: [])):
+        with monkeypatch.context() as patch:
+            now = make(MEDICAL).fingerprint
+            patch.setattr("hf_adapt.knowledge.linking.mentions.RULES", 1)
+            assert make(MEDICAL).fingerprint != now
 
 
 def test_settings_only_name_functions() -> None:

@@ -138,6 +138,27 @@ def test_word2vec_text_with_missing_and_unknown_words(
         EntityVectors.from_file(path, graph(), missing="error")
 
 
+@pytest.mark.parametrize("header", [["9 3"], []])
+@pytest.mark.parametrize("separator", [" ", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_word2vec_text_as_it_comes(
+    header: list[str], separator: str, end: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A byte order mark, blank words and words that are there again, as in GloVe's files."""
+    good = text_lines(KEYS, separator)
+    blank = [f" {separator}7 8 9".replace("  ", " "), f"\u00a0{separator}7 8 9"]
+    again = [f"{KEYS[1]}{separator}7 8 9"]
+    lines = [*header, *blank, *good, *again, *blank, *again]
+    path = tmp_path / "t.vec"
+    path.write_bytes(("\ufeff" + end.join(lines) + end).encode())
+    vectors = EntityVectors.from_file(path, graph(), missing="error")
+    assert np.array_equal(vectors.gather(np.arange(5)), table())
+    counts = [record.getMessage() for record in caplog.records]
+    assert len(counts) == 2
+    assert "left out 4 vectors whose word is blank" in counts[0]
+    assert f"left out 2 vectors whose word was there before, such as {KEYS[1]!r}" in counts[1]
+
+
 def test_entities_of_one_label_share_its_vector(tmp_path: Path) -> None:
     twins = KnowledgeGraph.from_triples(
         [("b1", "r", "b2")], names={"b1": "bank", "b2": "bank", "b3": "river"}
@@ -152,7 +173,6 @@ def test_entities_of_one_label_share_its_vector(tmp_path: Path) -> None:
     [
         (["cat 1 2", "lion 1"], r"line 2: expected a word and 2 numbers, got 'lion 1'"),
         (["2 2", "cat 1 2", "lion 1 x"], r"line 3: could not convert .*'x'"),
-        (["cat 1 2", "lion 1 2", "cat 3 4"], r"line 3: the word 'cat' was there before"),
         (["cat dog"], "line 1: expected a word and its numbers"),
         (["x 1 2"], "vectors of 0 of the graph's 5 entities"),
         (["cat 1 nan"], r"not finite in 1 rows: 0 \(cat\)"),
