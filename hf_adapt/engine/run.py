@@ -43,6 +43,7 @@ from hf_adapt.engine.preserving import preserved
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.rates import DividedGroups
 from hf_adapt.engine.supported import is_sentence_trainer, sentence_inputs
+from hf_adapt.engine.training import forget_compiled
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -147,6 +148,7 @@ class AdaptationRun:
             checkpoint: The folder that the run resumes from, if it does.
         """
         self.checkpoint = checkpoint
+        forget_compiled(self.trainer)
         for adaptation in self.adaptations:
             adaptation.setup(self.trainer)
         for layer in {objective.feature_layer for objective in self.objectives}:

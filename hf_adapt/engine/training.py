@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,6 +46,19 @@ def target_datasets(trainer: Trainer) -> list[Any]:
     """What the Trainer's adaptations were given as `target_dataset`."""
     plans = trainer._present_plans() if hasattr(trainer, "_present_plans") else ()
     return [plan.target_dataset for plan in plans if plan.target_dataset is not None]
+
+
+def forget_compiled(trainer: Trainer) -> None:
+    """Let a compiled run start without what was compiled before in this process.
+
+    Compiled code belongs to a model's class, is not guarded against hooks that come later
+    (`skip_nnmodule_hook_guards`), and torch compiles no more once it has as many versions of it as
+    it keeps, of which gradual unfreezing makes one per phase: the hooks of this run would not be
+    called.
+    """
+    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    if plugin is not None and plugin.backend != DynamoBackend.NO:
+        torch.compiler.reset()
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
+from torch import nn
+
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.rates import RateFactors
@@ -116,6 +118,7 @@ class GradualUnfreezing(Adaptation):
         self._trainer: Trainer | None = None
         self._freezer: Freezer | None = None
         self._prefix: FrozenPrefix | None = None
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._undo_unused: Any = None
         self._undo_checkpointing: Any = None
 
@@ -353,6 +356,7 @@ class GradualUnfreezing(Adaptation):
                 undo()
         self._trainer = self._freezer = self._prefix = None
         self._undo_unused = self._undo_checkpointing = None
+        self._parameters = {}
 
 
 class GradualUnfreezingCallback(AdaptationCallback):

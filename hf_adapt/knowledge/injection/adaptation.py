@@ -129,7 +129,7 @@ class KnowledgeInjection(Adaptation):
             self.name = name
         self.attachment: Attachment | None = None
         self._batcher: KnowledgeBatcher | None = None
-        self._seen: list[torch.Tensor] = []
+        self._seen: torch.Tensor | None = None
         self._is_silent = False
         self._starts_anew = False
         self._looks_at_places = True
@@ -175,7 +175,7 @@ class KnowledgeInjection(Adaptation):
                 self.attachment = Attachment(model, self.injector)
         self.attachment.connect(self._batcher)
         self.attachment.mask_rate = self._mask_rate
-        self._seen, self._trainer = [], trainer
+        self._seen, self._trainer = None, trainer
 
     # ---- what an objective withholds ----
 
@@ -299,15 +299,16 @@ class KnowledgeInjection(Adaptation):
         if isinstance(entities, torch.Tensor) and torch.is_grad_enabled():
             mentions = (entities[..., 0] >= 0).sum(1)
             counts = (mentions.sum(), (mentions > 0).sum(), torch.tensor(len(mentions)))
-            self._seen.append(torch.stack([c.to(mentions.device).float() for c in counts]))
+            seen = torch.stack([c.to(mentions.device).float() for c in counts])
+            self._seen = seen if self._seen is None else self._seen + seen
         return nullcontext()
 
     def log_values(self) -> dict[str, float]:
         """How much was linked since the last log, in this process."""
-        if not self._seen:
+        if self._seen is None:
             return {}
-        mentions, rows_with, rows = torch.stack(self._seen).sum(0).tolist()
-        self._seen = []
+        mentions, rows_with, rows = self._seen.tolist()
+        self._seen = None
         if mentions > 0:
             self._check_places()
         if mentions == 0 and not self._is_silent:
@@ -370,6 +371,10 @@ class KnowledgeInjection(Adaptation):
                 with_graph=whole,
                 with_vectors=whole or (is_checkpoint and self._makes_vectors),
             )
+
+    def close(self) -> None:
+        """Let go of the Trainer; the injector stays on the model."""
+        self._trainer = self._seen = None
 
     def detach(self) -> None:
         """Take the injector off the model, which is then the plain one."""

@@ -366,6 +366,10 @@ class DescriptionAlignment(_GraphObjective):
         """Take the run's precision."""
         self._autocast = trainer.accelerator.autocast
 
+    def close(self) -> None:
+        """Let go of the model and the Trainer's precision."""
+        self._reader, self._autocast = nn.Module(), nullcontext
+
     @property
     def _inputs(self) -> tuple[str, ...]:
         return (*super()._inputs, *DESCRIPTIONS)

@@ -1,0 +1,46 @@
+"""Compiled runs, one after the other in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_adapt import MMD, AdaptationCallback, GradualUnfreezingCallback, Phase
+from tests.tiny import arguments, bert, collate, rows
+
+
+def run(folder: Path, callback: Any, compiled: bool = True) -> list[float]:
+    settings = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    trainer = Trainer(
+        bert(num_hidden_layers=1),
+        arguments(folder, max_steps=4, **settings),
+        train_dataset=rows(16, 1),
+        data_collator=collate,
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    return [log["loss/mmd"] for log in trainer.state.log_history if "loss/mmd" in log]
+
+
+@pytest.fixture
+def compiler() -> Any:
+    """Each phase is compiled anew, and torch gives up after a few: here after two."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_run_after_a_compiled_unfreezing_run(tmp_path: Path) -> None:
+    def mmd() -> AdaptationCallback:
+        return AdaptationCallback(
+            MMD(), target_dataset=rows(8, 2, None, low=35), target_forward="separate"
+        )
+
+    plain = run(tmp_path, mmd(), compiled=False)
+    phases = [Phase(0, "head"), Phase(2, ["head", r"layer\..*"])]
+    run(tmp_path, GradualUnfreezingCallback(phases))
+    assert run(tmp_path, mmd()) == pytest.approx(plain, abs=1e-5)
