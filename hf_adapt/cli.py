@@ -262,10 +262,10 @@ def _tokenizer(teacher: str, named: str | None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from hf_adapt.engine.model_names import check_model_name
+    from hf_adapt.engine.hub_names import check_hub_name
 
     if named is not None:
-        check_model_name(named)
+        check_hub_name(named)
     try:
         return AutoTokenizer.from_pretrained(named or teacher)
     except (ValueError, OSError, KeyError) as error:
@@ -307,9 +307,9 @@ def _head(name: str, task: Task | None) -> Any:
     """
     import transformers
 
-    from hf_adapt.engine.model_names import check_model_name
+    from hf_adapt.engine.hub_names import check_hub_name
 
-    check_model_name(name)
+    check_hub_name(name)
     if task is not None:
         return getattr(transformers, HEADS[task])
     config = transformers.AutoConfig.from_pretrained(name)

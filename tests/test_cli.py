@@ -96,6 +96,7 @@ def test_what_is_missing_or_wrong(teacher_folder: Path, tmp_path: Path) -> None:
     end = ("-o", str(tmp_path / "cache"))
     top = said(*start, str(rows), *end, "--top-k", "2")
     assert "--temperature" in top and "None" not in top
+    assert "There is no folder no such rows" in said(*start, "no such rows", *end)
     assert "rows.txt" in said(*start, str(tmp_path / "rows.txt"), *end)
     (tmp_path / "rows.txt").write_text("w1\n")
     assert "expected .csv, .tsv, .json, .jsonl or .parquet" in said(

@@ -142,6 +142,10 @@ class FeatureLoss:
         """What to see of a layer; the same of student and teacher."""
         return {layer: None}
 
+    def close(self) -> None:
+        """Let go of the models' layers; `setup` finds them again."""
+        self._modules = []
+
     @property
     def student_taps(self) -> dict[nn.Module, Extract | None]:
         """The modules to see of the student."""

@@ -24,6 +24,7 @@ from hf_adapt.distillation.checks import Classes, num_positions
 from hf_adapt.distillation.heads import Head
 from hf_adapt.distillation.objective import Distillation
 from hf_adapt.distillation.texts import check_cell, check_columns, is_words, missing_cells
+from hf_adapt.engine.hub_names import check_hub_name
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
@@ -64,6 +65,7 @@ def read_rows(
             "folder made by save_to_disk."
         )
     else:
+        check_hub_name(source)
         found = datasets.load_dataset(source)
     if isinstance(found, datasets.DatasetDict):
         if split is None and len(found) > 1:

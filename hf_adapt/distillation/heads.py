@@ -83,10 +83,7 @@ class Head:
         if found == "rows" and not is_a(model, ("ForMultipleChoice",)):
             if problem == "multi_label_classification":
                 found = "labels"
-            # As the models themselves decide it: by the number of outputs, if it is not said.
-            elif problem == "regression" or (
-                problem is None and getattr(config, "num_labels", None) == 1
-            ):
+            elif problem == "regression" or getattr(config, "num_labels", None) == 1:
                 found = "values"
         return cls(found, encoder_decoder, is_decided=problem is not None)
 

@@ -684,7 +684,9 @@ class Distillation(TeacherHooks, Objective):
                 teacher.load_state_dict(state[str(index)])
 
     def close(self) -> None:
-        """Let go of the teachers' files."""
-        self._asked_before = []
+        """Let go of the teachers' files and of the models' layers."""
+        self._asked_before, self._fused = [], None
+        for feature in self.features:
+            feature.close()
         for teacher in self.teachers:
             teacher.close()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_adapt.distillation.copies import bind_to_itself, copied
 from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.engine.model_names import check_model_name
+from hf_adapt.engine.hub_names import check_hub_name
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -371,7 +371,7 @@ def load_teacher(name: str, student: nn.Module, options: Mapping[str, Any]) -> n
         ValueError: If the head cannot be told from the student's class, or the name is a wrong
             path.
     """
-    check_model_name(name)
+    check_hub_name(name)
     base = unwrapped_base(student)
     for factory, head in _FACTORIES.items():
         if any(cls.__name__.endswith(head) for cls in type(base).__mro__):

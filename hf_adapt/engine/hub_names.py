@@ -1,4 +1,4 @@
-"""Names of models: folders, or ids on the hub."""
+"""Names of models and data: folders, or ids on the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 
-def check_model_name(name: str | os.PathLike[str]) -> None:
+def check_hub_name(name: str | os.PathLike[str]) -> None:
     """Refuse a name that is neither a folder nor can be an id on the hub.
 
     The hub's own message is about the characters of an id, which a wrong path is not.
