@@ -288,7 +288,7 @@ def test_distillation_is_refused_by_name(tmp_path: Path) -> None:
     pairs = sentence_pairs(0).add_column("label", [0.0, 1.0] * 6)
     cross = ranker(tmp_path / "pairs", cross_losses_of.BinaryCrossEntropyLoss, pairs)
     for trainer in (sentence, cross):
-        trainer.add_callback(AdaptationCallback(Distillation(trainer.model[0])))
+        trainer.add_callback(AdaptationCallback(Distillation(next(trainer.model.children()))))
         with pytest.raises(ValueError, match=f"is not supported with {type(trainer).__name__}"):
             trainer.train()
         assert trainer.state.global_step == 0
