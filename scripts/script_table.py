@@ -1,7 +1,7 @@
 """Run every official script with every capability, and write docs/scripts.md.
 
 `make script-table`; `make script-table ARGS="run_glue dpo"` runs these again and keeps the others.
-Takes two minutes on two CPU cores.
+Takes about two minutes on two CPU cores.
 """
 
 import argparse

@@ -511,8 +511,8 @@ class AdaptationRun:
     def begin_step(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Count the items of all micro-batches of the coming optimizer step, on all processes."""
         self._totals, self._label_total = {}, None
-        if not batches:
-            return
+        if not batches or not isinstance(batches[0], Mapping):
+            return  # rows that the Trainer makes into batches later (GRPO's prompts)
         if not self._ready:
             labelled = (b for b in batches if (count_labels(self.trainer, b) or 0) > 0)
             first = next(labelled, batches[0])  # a loss over no label is NaN and tells nothing

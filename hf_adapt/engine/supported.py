@@ -38,8 +38,8 @@ def refuse_target_rows(trainer: Trainer) -> None:
         raise ValueError(
             f"{type(trainer).__name__} compares answers with each other (preferences, rewards), so "
             "rows of a target cannot stand beside them. Adapt the model to the target first, with "
-            "SFTTrainer and the same callback, and train on the answers then. Distillation and "
-            "GradualUnfreezingCallback work here too."
+            "SFTTrainer and an objective on features (MMD, DANN), and train on the answers then. "
+            "GradualUnfreezingCallback works here too, and Distillation with DPO, KTO and rewards."
         )
 
 

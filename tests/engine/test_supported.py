@@ -18,6 +18,7 @@ from hf_adapt import (
     MMD,
     AdaptationCallback,
     Distillation,
+    GradualUnfreezingCallback,
     InformationMaximization,
     adapt,
 )
@@ -29,7 +30,6 @@ from tests.tiny import (
     GradientRecorder,
     arguments,
     cosine_and_ratio,
-    flat_gradient,
 )
 
 BATCH = 4
@@ -288,7 +288,7 @@ def test_distillation_is_refused_by_name(tmp_path: Path) -> None:
     pairs = sentence_pairs(0).add_column("label", [0.0, 1.0] * 6)
     cross = ranker(tmp_path / "pairs", cross_losses_of.BinaryCrossEntropyLoss, pairs)
     for trainer in (sentence, cross):
-        trainer.add_callback(AdaptationCallback(Distillation(trainer.model[0])))
+        trainer.add_callback(AdaptationCallback(Distillation(next(trainer.model.children()))))
         with pytest.raises(ValueError, match=f"is not supported with {type(trainer).__name__}"):
             trainer.train()
         assert trainer.state.global_step == 0
@@ -334,27 +334,15 @@ def test_trainers_that_compare_answers_are_refused_by_name(tmp_path: Path) -> No
         processing_class=tokenizer(causal=True),
     )
     for trainer in (kto, grpo):
-        trainer.add_callback(AdaptationCallback(MMD(), target_dataset=data))
+        callback = AdaptationCallback(MMD(), target_dataset=data)
+        trainer.add_callback(callback)
         with pytest.raises(ValueError, match=f"{type(trainer).__name__} compares answers"):
             trainer.train()
         assert trainer.state.global_step == 0
-
-
-# ---- what cannot work at all is not advised an option first ----
-
-
-def test_a_regression_is_not_advised_an_option_that_fails(tmp_path: Path) -> None:
-    from tests.tiny import bert, collate, rows
-
-    source = rows(8, 0).map(lambda row: {"labels": float(row["labels"])})
-    trainer = Trainer(
-        model=bert(num_labels=1),
-        args=arguments(tmp_path),
-        train_dataset=source,
-        data_collator=collate,
-    )
-    plan = {"target_dataset": rows(8, 1, labels=None)}
-    with pytest.raises(ValueError, match="use DANN or MMD") as refused:
-        adapt(trainer, InformationMaximization(), **plan).train()
-    assert "separate" not in str(refused.value)
-    assert flat_gradient(trainer.model).abs().sum() == 0
+        trainer.remove_callback(callback)
+        trainer.add_callback(GradualUnfreezingCallback())  # as advised
+        if trainer is kto:
+            trainer.add_callback(AdaptationCallback(Distillation(llama(1))))
+        trainer.train()
+        assert trainer.state.global_step == len(history(trainer, "unfreezing/phase")) == 4
+    assert all(history(kto, "loss/distillation"))

@@ -151,10 +151,11 @@ class KnowledgeInjection(Adaptation):
         if self.names_columns:
             check_text_columns(trainer, self.text_columns)
         tokenizer = trainer.processing_class
-        if tokenizer is None:
+        if not hasattr(tokenizer, "pad_token_id"):  # a feature extractor makes no tokens
+            found = "none" if tokenizer is None else f"a {type(tokenizer).__name__}"
             raise ValueError(
                 "Linking needs the tokenizer that made the rows: pass processing_class=tokenizer "
-                "to the Trainer."
+                f"to the Trainer (it has {found}). Images and sound have no names to link."
             )
         self._find_vectors(trainer, model, tokenizer)
         self._batcher = make_batcher(
