@@ -7,8 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapp
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import datasets
+
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.domains import COLUMNS
+from hf_adapt.engine.auxiliary import preserved_random_state
+from hf_adapt.engine.domains import COLUMNS, is_map_style
 from hf_adapt.engine.features import unwrapped_base
 
 if TYPE_CHECKING:
@@ -69,6 +72,25 @@ def _without(row: Any, columns: Collection[str]) -> Any:
     if isinstance(row, Mapping) and any(name in row for name in columns):
         return {key: value for key, value in row.items() if key not in columns}
     return row
+
+
+def dataset_columns(dataset: Any) -> list[str] | None:
+    """The columns of the rows that a dataset gives, or None where only reading it would tell.
+
+    A transform on the fly, or a dataset of another library, is asked for its first row. So is a
+    `datasets` stream of unknown columns, which begins anew each time it is read.
+    """
+    row: Any = None
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        return list(dataset.format["columns"])
+    if isinstance(dataset, datasets.IterableDataset) and dataset.column_names is not None:
+        return list(dataset.column_names)
+    with preserved_random_state():
+        if isinstance(dataset, datasets.IterableDataset):
+            row = next(iter(dataset), None)
+        elif is_map_style(dataset) and len(dataset) > 0:
+            row = dataset[0]
+    return list(row) if isinstance(row, Mapping) else None
 
 
 def inputs_of(trainer: Trainer) -> set[str]:

@@ -13,19 +13,18 @@ import numpy as np
 import torch
 
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.auxiliary import preserved_random_state
+from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.domains import (
     DOMAIN,
     PairedCollator,
     PairedDataset,
     PairedIterableDataset,
     TargetForward,
-    is_map_style,
     label_columns,
     missing_columns_message,
     pair,
 )
-from hf_adapt.engine.supported import is_sentence_trainer, refuse_target_rows
+from hf_adapt.engine.supported import is_sentence_trainer, refuse_answers
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -187,7 +186,12 @@ class DomainData:
 
     def __init__(self, trainer: Trainer, plans: Sequence[Plan]) -> None:
         self.trainer = trainer
-        refuse_target_rows(trainer)
+        refuse_answers(
+            trainer,
+            "rows of a target cannot stand beside its rows",
+            "Adapt the model to the target first, with SFTTrainer and the same callback, and train "
+            "on the answers then. Distillation and GradualUnfreezingCallback work here too.",
+        )
         if getattr(trainer.args, "packing", False):
             raise ValueError(
                 "packing=True merges rows, so source and target rows could not be told apart. "
@@ -317,7 +321,9 @@ def _prepared(trainer: Trainer, source: Any, target: Any) -> Any:
     prepare = getattr(trainer, "_prepare_dataset", None)
     if not callable(prepare) or not isinstance(target, HfDataset):
         return target
-    if "input_ids" in (_columns(target) or ()) or "input_ids" not in (_columns(source) or ()):
+    if "input_ids" in (dataset_columns(target) or ()) or "input_ids" not in (
+        dataset_columns(source) or ()
+    ):
         return target
     formatting = getattr(trainer, "_formatting_func", None)
     return prepare(target, trainer.processing_class, trainer.args, False, formatting, "target")
@@ -353,9 +359,9 @@ def _check_columns(
 ) -> None:
     """Refuse a target without the source's model inputs, before anything is trained."""
     labels = {*label_columns(trainer.label_names, trainer.data_collator), DOMAIN}
-    wanted = _columns(source)
+    wanted = dataset_columns(source)
     for target in targets:
-        found = _columns(target)
+        found = dataset_columns(target)
         if wanted is None or found is None:
             continue  # streams without known columns are checked row by row
         missing = [
@@ -365,23 +371,6 @@ def _check_columns(
         ]
         if missing:
             raise ValueError(missing_columns_message(missing, found))
-
-
-def _columns(dataset: Any) -> list[str] | None:
-    """The columns of a dataset's rows, or None where they cannot be known without reading it.
-
-    A row is looked at: a transform on the fly gives other columns than those that are stored.
-    """
-    stored = isinstance(dataset, HfDataset)
-    row: Any = None
-    with preserved_random_state():
-        if is_map_style(dataset):
-            row = dataset[0] if len(dataset) else None
-        elif stored and dataset.column_names is None:  # a `datasets` stream begins anew each time
-            row = next(iter(dataset), None)
-    if isinstance(row, Mapping):
-        return list(row)
-    return list(dataset.column_names) if stored and dataset.column_names is not None else None
 
 
 def has_domain_needs(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> bool:

@@ -28,18 +28,21 @@ def compares_answers(trainer: Trainer) -> bool:
     return any(str(name).startswith("chosen") for name in columns)
 
 
-def refuse_target_rows(trainer: Trainer) -> None:
-    """Refuse to put target rows beside rows that a loss compares with each other.
+def refuse_answers(trainer: Trainer, why: str, instead: str) -> None:
+    """Refuse a Trainer that compares answers.
+
+    Args:
+        trainer: The Trainer.
+        why: What does not fit, as the end of a sentence.
+        instead: What to do, as whole sentences.
 
     Raises:
-        ValueError: If the Trainer compares answers.
+        ValueError: If it does.
     """
     if compares_answers(trainer):
         raise ValueError(
-            f"{type(trainer).__name__} compares answers with each other (preferences, rewards), so "
-            "rows of a target cannot stand beside them. Adapt the model to the target first, with "
-            "SFTTrainer and an objective on features (MMD, DANN), and train on the answers then. "
-            "GradualUnfreezingCallback works here too, and Distillation with DPO, KTO and rewards."
+            f"{type(trainer).__name__} compares answers with each other (preference data, "
+            f"rewards), and {why}. {instead}"
         )
 
 

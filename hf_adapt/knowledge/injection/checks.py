@@ -6,16 +6,12 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import datasets
-
-from hf_adapt.engine.auxiliary import preserved_random_state
+from hf_adapt.engine.columns import dataset_columns
+from hf_adapt.engine.supported import refuse_answers, refuse_sentence_trainer
 from hf_adapt.knowledge.linking.mapping import TOKEN_MENTIONS
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-PREFERENCES = {"chosen", "rejected"}
-"""What the columns of preference data are called, or begin with."""
 
 
 def refuse_trainer(trainer: Trainer, what: str) -> None:
@@ -26,24 +22,21 @@ def refuse_trainer(trainer: Trainer, what: str) -> None:
         what: What needs one, for the message.
 
     Raises:
-        ValueError: If it trains on preferences or encodes each text column by itself.
+        ValueError: If it compares answers or encodes each text column by itself.
     """
-    name = type(trainer).__name__
-    columns = columns_of(trainer.train_dataset) or ()
-    if {column.split("_")[0] for column in columns} >= PREFERENCES:
-        raise ValueError(
-            f"{name} trains on preference data (columns {', '.join(columns)}): a row is two "
-            f"sequences, and {what} needs rows of one. Use it in a training on single sequences: "
-            "SFTTrainer on the prompts and chosen answers before the preferences are trained, or "
-            "a Trainer with a ...ForSequenceClassification model on labelled rows in place of a "
-            "reward trainer."
-        )
-    if hasattr(trainer, "collect_features"):
-        raise ValueError(
-            f"{name} encodes each text column by itself, and {what} needs rows of one sequence. "
-            "Train the transformers model inside with a Trainer of transformers, on rows with "
-            "input_ids."
-        )
+    refuse_answers(
+        trainer,
+        f"{what} needs rows of one sequence",
+        "Use it in a training on single sequences: SFTTrainer on the prompts and chosen answers "
+        "before the preferences are trained, or a Trainer with a ...ForSequenceClassification "
+        "model on labelled rows in place of a reward trainer.",
+    )
+    refuse_sentence_trainer(
+        trainer,
+        what,
+        "Train the transformers model inside with a Trainer of transformers, on rows with "
+        "input_ids.",
+    )
 
 
 def check_text_columns(trainer: Trainer, columns: Sequence[str]) -> None:
@@ -57,7 +50,7 @@ def check_text_columns(trainer: Trainer, columns: Sequence[str]) -> None:
         ValueError: Naming the dataset, and a column of nearly that name.
     """
     for name, dataset in _datasets(trainer):
-        found = columns_of(dataset)
+        found = dataset_columns(dataset)
         if found is not None:
             check_has_text(found, columns, f"the {name} does not have")
 
@@ -96,16 +89,3 @@ def _datasets(trainer: Trainer) -> Iterator[tuple[str, Any]]:
             yield f"eval_dataset[{name!r}]", dataset
     elif several is not None:
         yield "eval_dataset", several
-
-
-def columns_of(dataset: Any) -> list[str] | None:
-    """The columns of the rows that a dataset gives; None where only the rows can tell."""
-    names = getattr(dataset, "column_names", None)
-    is_transformed = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
-    if isinstance(names, list) and not is_transformed:
-        return names
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0:
-        with preserved_random_state():
-            row = dataset[0]
-        return list(row) if isinstance(row, Mapping) else None
-    return None

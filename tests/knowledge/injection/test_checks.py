@@ -193,7 +193,9 @@ def test_preference_data_is_refused_by_name(make: Any, tmp_path: Path) -> None:
     one = make(tmp_path)
     one.add_callback(KnowledgeCallback(toy.graph()))
     name = type(one).__name__
-    with pytest.raises(ValueError, match=f"{name} trains on preference data.*SFTTrainer") as error:
+    with pytest.raises(
+        ValueError, match=f"{name} compares answers.*preference data.*SFTTrainer"
+    ) as error:
         one.train()
     assert "packing" not in str(error.value) and one.state.global_step == 0
 
