@@ -189,8 +189,9 @@ class DomainData:
         refuse_answers(
             trainer,
             "rows of a target cannot stand beside its rows",
-            "Adapt the model to the target first, with SFTTrainer and the same callback, and train "
-            "on the answers then. Distillation and GradualUnfreezingCallback work here too.",
+            "Adapt the model to the target first, with SFTTrainer and an objective on features "
+            "(MMD, DANN), and train on the answers then. GradualUnfreezingCallback works here too, "
+            "and Distillation with DPO, KTO and rewards.",
         )
         if getattr(trainer.args, "packing", False):
             raise ValueError(

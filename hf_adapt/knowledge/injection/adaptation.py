@@ -147,7 +147,7 @@ class KnowledgeInjection(Adaptation):
         """Put the injector on the model, and make the vectors where there are none."""
         model = unwrapped_model(trainer)
         _check_model(model)
-        refuse_trainer(trainer, "knowledge injection")
+        refuse_trainer(trainer)
         if self.names_columns:
             check_text_columns(trainer, self.text_columns)
         tokenizer = trainer.processing_class

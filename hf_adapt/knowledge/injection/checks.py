@@ -14,26 +14,25 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def refuse_trainer(trainer: Trainer, what: str) -> None:
+def refuse_trainer(trainer: Trainer) -> None:
     """Refuse a Trainer whose rows are not one sequence of tokens each.
 
     Args:
         trainer: The Trainer, before its dataloader exists.
-        what: What needs one, for the message.
 
     Raises:
         ValueError: If it compares answers or encodes each text column by itself.
     """
     refuse_answers(
         trainer,
-        f"{what} needs rows of one sequence",
+        "knowledge injection needs rows of one sequence",
         "Use it in a training on single sequences: SFTTrainer on the prompts and chosen answers "
         "before the preferences are trained, or a Trainer with a ...ForSequenceClassification "
         "model on labelled rows in place of a reward trainer.",
     )
     refuse_sentence_trainer(
         trainer,
-        what,
+        "Knowledge injection",
         "Train the transformers model inside with a Trainer of transformers, on rows with "
         "input_ids.",
     )

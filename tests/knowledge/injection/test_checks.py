@@ -227,7 +227,7 @@ def test_a_batch_without_tokens_says_what_it_has(tmp_path: Path) -> None:
 def test_sentence_transformers_are_refused_by_name(tmp_path: Path) -> None:
     one = trainer(tmp_path)
     one.collect_features = lambda inputs: ([inputs], None)  # what marks its Trainers
-    with pytest.raises(ValueError, match="Trainer encodes each text column by itself"):
+    with pytest.raises(ValueError, match="Knowledge injection is not supported with Trainer"):
         adapt(one, injection()).train()
 
 
