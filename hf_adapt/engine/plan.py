@@ -297,10 +297,10 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
     if isinstance(source, datasets.IterableDataset):
         chosen = SOURCE_NAMES if plan.source_domain is None else (plan.source_domain,)
         return (
-            source.filter(lambda row: row[DOMAIN] in chosen),
-            [source.filter(lambda row: row[DOMAIN] not in chosen)],
+            source.filter(lambda row: _given_domain(row[DOMAIN]) in chosen),
+            [source.filter(lambda row: _given_domain(row[DOMAIN]) not in chosen)],
         )
-    domains = np.asarray(source[DOMAIN])
+    domains = np.asarray([_given_domain(value, i) for i, value in enumerate(source[DOMAIN])])
     values = np.unique(domains).tolist()
     value = plan.source_domain
     if value is None:
@@ -315,6 +315,22 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
         source.select(np.flatnonzero(domains == value)),
         [source.select(np.flatnonzero(domains == v)) for v in values if v != value],
     )
+
+
+def _given_domain(value: Any, row: int | None = None) -> Any:
+    """The value of a `domain` column.
+
+    Raises:
+        ValueError: If it is missing.
+    """
+    if value is None or value != value:  # NaN
+        place = "A row" if row is None else f"Row {row}"
+        raise ValueError(
+            f"{place} of train_dataset has {value} in its {DOMAIN!r} column, so it is neither "
+            "source nor target. Fill the column in, or leave such rows out: "
+            f"train_dataset.filter(lambda row: row[{DOMAIN!r}] is not None)."
+        )
+    return value
 
 
 def _prepared(trainer: Trainer, source: Any, target: Any) -> Any:

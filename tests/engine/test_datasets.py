@@ -187,6 +187,14 @@ def test_a_target_that_was_not_tokenised_is_said_so(kind: str, tmp_path: Path) -
         trained(source, KINDS[kind](RAW), tmp_path)
 
 
+@pytest.mark.parametrize("values", [["source", None], [0.0, float("nan")]], ids=["None", "NaN"])
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+def test_a_row_without_a_domain_is_refused(kind: str, values: Any, tmp_path: Path) -> None:
+    data = SOURCE.add_column("domain", [values[i == 7] for i in range(len(SOURCE))])
+    with pytest.raises(ValueError, match=r"(Row 7|A row) of train_dataset has (None|nan)"):
+        trained(KINDS[kind](data), None, tmp_path)
+
+
 def test_a_target_without_an_adaptation_is_refused() -> None:
     with pytest.raises(ValueError, match="without an adaptation that uses it"):
         AdaptationCallback(target_dataset=TARGET)
