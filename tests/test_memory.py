@@ -5,7 +5,7 @@ A cycle through a tensor's hooks is never collected, so one forgotten hook costs
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +148,6 @@ class Count(TrainerCallback):
             objects = gc.get_objects()
             tensors = sum(issubclass(type(o), torch.Tensor) for o in objects)
             self.counts.append((tensors, sum(issubclass(type(o), Rows) for o in objects)))
-
-
-@pytest.fixture(autouse=True)
-def quick_collections() -> Iterator[None]:
-    """What was there before the test is not looked at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,12 +5,10 @@ The expected outcome of each is the table in docs/scripts.md, which `make script
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_old_to_collect() -> Iterator[None]:
-    """Each run collects garbage twice, which takes as long as it if all modules are looked at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 TABLE = read(PAGE.read_text(encoding="utf-8"))
