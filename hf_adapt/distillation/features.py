@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_adapt.engine.adaptation import Extract
-from hf_adapt.engine.domains import IGNORED
 from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.unfreezing.layers import Stack, find_stacks
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from hf_adapt.distillation.divergences import ABSENT
 from hf_adapt.engine.batch import is_a
-from hf_adapt.engine.domains import IGNORED
 from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.engine.labels import IGNORED
 
 HeadKind = Literal["rows", "labels", "values", "tokens", "spans", "causal_lm"]
 

@@ -74,11 +74,15 @@ def _without(row: Any, columns: Collection[str]) -> Any:
     return row
 
 
-def dataset_columns(dataset: Any) -> list[str] | None:
+def dataset_columns(dataset: Any, read_stream: bool = False) -> list[str] | None:
     """The columns of the rows that a dataset gives, or None where only reading it would tell.
 
-    A transform on the fly, or a dataset of another library, is asked for its first row. So is a
-    `datasets` stream of unknown columns, which begins anew each time it is read.
+    A transform on the fly, or a dataset of another library, is asked for its first row.
+
+    Args:
+        dataset: The dataset.
+        read_stream: Ask a `datasets` stream of unknown columns too. It begins anew each time it is
+            read, but may have to fill a buffer of shuffled rows first.
     """
     row: Any = None
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
@@ -87,7 +91,7 @@ def dataset_columns(dataset: Any) -> list[str] | None:
         return list(dataset.column_names)
     with preserved_random_state():
         if isinstance(dataset, datasets.IterableDataset):
-            row = next(iter(dataset), None)
+            row = None if not read_stream else next(iter(dataset), None)
         elif is_map_style(dataset) and len(dataset) > 0:
             row = dataset[0]
     return list(row) if isinstance(row, Mapping) else None

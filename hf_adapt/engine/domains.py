@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from hf_adapt.engine.labels import IGNORED, has_token_labels, label_of, length_of
+
 DOMAIN = "domain"
 """The column that says which domain a row is from: 0 is the source."""
 
@@ -32,9 +34,6 @@ TARGET_BATCH = "hf_adapt_target"
 
 COLUMNS = "hf_adapt_columns"
 """The key of the columns that adaptations want to see and the model must not."""
-
-IGNORED = -100
-"""The label that losses ignore."""
 
 UNPAIRED = (
     "A training batch came without its target rows: the Trainer's get_train_dataloader() does not "
@@ -255,20 +254,28 @@ class PairedIterableDataset(IterableDataset[PairedRow]):
                 for row in rows:
                     yield target[int(row)]
                 cycle += 1
-        repeat = 0
+        repeat, gave_rows = 0, False
         while True:
             if callable(set_epoch := getattr(target, "set_epoch", None)):
                 set_epoch((epoch << 20) + repeat)
             empty = True
             for row in target:
-                empty = False
+                empty, gave_rows = False, True
                 yield row
+            if empty and gave_rows:
+                raise ValueError(
+                    f"The target stream {index} has ended and cannot be read again, as a generator "
+                    "cannot. Make it map-style "
+                    "(`datasets.Dataset.from_list(list(itertools.islice(target, 10_000)))`), or a "
+                    "stream whose __iter__ begins anew."
+                )
             if empty:
                 place = f" in worker {worker.id} of {worker.num_workers}" if worker else ""
                 raise ValueError(
                     f"The target stream {index} gave no row{place}: it is empty, or has fewer "
-                    "shards than there are workers. Use a smaller dataloader_num_workers or "
-                    "reshard the stream."
+                    "shards than there are workers (use a smaller dataloader_num_workers or "
+                    f"reshard the stream), or a {DOMAIN!r} column has no other value than the "
+                    "source's."
                 )
             repeat += 1
 
@@ -366,6 +373,9 @@ class PairedCollator:
     ) -> None:
         self.collator = collator
         self.used = used
+        self.own_label_names = {*label_names, "labels"}
+        self._takes_hidden: bool | None = None
+        self._token_labels: dict[str, bool] = {}
         self.label_names = label_columns(label_names, collator)
         self.use_target_labels = use_target_labels
         self.separate = separate
@@ -389,7 +399,7 @@ class PairedCollator:
         for row in rows:
             for domain, target in row.targets:
                 domains.append(domain)
-                targets.append(self._target_row(_without_domain(target), sources[0]))
+                targets.append(self._target_row(_without_domain(target), sources))
         domain_column = torch.tensor(domains)
         if not self.separate:
             return self._collate(sources + targets, domain_column, sources[0])
@@ -402,28 +412,41 @@ class PairedCollator:
         """The author's batch, its target rows labelled -100 or, where that fails, as `like` is."""
         hidden = isinstance(like, Mapping) and bool(domain.any()) and not self.use_target_labels
         names = [key for key in like if key in self.label_names] if hidden else []
-        if not names:
+        if not names or self._takes_hidden:
             return self.collator(rows)
+        stand_ins = [
+            {**row, **{name: self._stand_in(like, row, name) for name in names}} if d else row
+            for row, d in zip(rows, domain.tolist(), strict=True)
+        ]
+        if self._takes_hidden is False:
+            return self.collator(stand_ins)
         try:
-            return self.collator(rows)
+            batch = self.collator(copy.deepcopy(rows))  # it may change them before it fails
         except Exception as error:
-            stand_ins = [
-                {**row, **{name: _stand_in_label(like, row, name) for name in names}} if d else row
-                for row, d in zip(rows, domain.tolist(), strict=True)
-            ]
             try:
                 batch = self.collator(stand_ins)
             except Exception:
                 raise error from None  # it is not the label
+            self._takes_hidden = False
             if not self.separate and not self.label_names & set(batch):
                 raise ValueError(
-                    f"{type(self.collator).__name__} cannot collate target rows labelled "
-                    f"{IGNORED} ({type(error).__name__}: {error}), and makes of the label what "
-                    "hf_adapt cannot hide again: its batch has none of the label columns "
-                    f"{', '.join(sorted(self.label_names))}. Name its labels in "
+                    f"The data collator {_name(self.collator)} cannot collate target rows "
+                    f"labelled {IGNORED} ({type(error).__name__}: {error}), and its batch has none "
+                    f"of the label columns {', '.join(sorted(self.own_label_names))}, in which "
+                    "another label could be hidden again. Name its labels in "
                     "TrainingArguments(label_names=[...]), or pass target_forward='separate'."
                 ) from error
-            return batch
+        else:
+            self._takes_hidden = True
+        return batch
+
+    def _stand_in(self, like: Mapping[str, Any], target: Mapping[str, Any], key: str) -> Any:
+        """A label that a collator can read: the source row's, or its first one for each token."""
+        label = like[key]
+        if not self._token_labels.get(key):
+            return label
+        first = next((value for value in label if value != IGNORED), label[0])
+        return label_of(label, first, length_of(target))
 
     def _collate(self, rows: list[Any], domain: torch.Tensor, like: Any) -> Any:
         batch = self._collated(rows, domain, like)
@@ -441,15 +464,26 @@ class PairedCollator:
                 "rows: it merges rows (packing, padding-free), so source and target rows can no "
                 "longer be told apart. Turn packing and padding_free off."
             )
-        if not self.use_target_labels:
+        if not self.use_target_labels and bool(domain.any()):
             for name in {*self.label_names, "shift_labels"} & set(sizes):
-                if sizes[name] == len(rows) and _is_tensor(batch[name]):
-                    batch[name][domain > 0] = IGNORED
+                if sizes[name] == len(rows):
+                    self._hide(name, batch[name], domain)
         batch[DOMAIN] = domain
         return batch
 
-    def _target_row(self, target: Any, like: Any) -> Any:
-        """The target row with the source row's columns, its labels hidden."""
+    def _hide(self, name: str, labels: Any, domain: torch.Tensor) -> None:
+        if _is_tensor(labels):
+            labels[domain > 0] = IGNORED
+        elif name in self.own_label_names and not self.separate:
+            raise ValueError(
+                f"The data collator {_name(self.collator)} makes a list of {name!r}, in which the "
+                "labels of target rows cannot be hidden (object detection, for example). Pass "
+                "target_forward='separate', which computes the loss on source rows alone."
+            )
+
+    def _target_row(self, target: Any, sources: Sequence[Any]) -> Any:
+        """The target row with the source rows' columns, its labels hidden."""
+        like = sources[0]
         if not isinstance(target, Mapping) or not isinstance(like, Mapping):
             return target
         row = {key: target[key] for key in like if key in target and self._keeps(key)}
@@ -464,8 +498,15 @@ class PairedCollator:
             raise ValueError(missing_columns_message(missing, list(target)))
         for key in like:
             if key in self.label_names and key not in row:
-                row[key] = _hidden_label(like, target, key)
+                length = length_of(target) if self._per_token(key, sources) else None
+                row[key] = label_of(like[key], IGNORED, length)
         return row
+
+    def _per_token(self, key: str, sources: Sequence[Any]) -> bool:
+        """Whether each token has a label; a vector of labels may be as long as a row by chance."""
+        if self._token_labels.get(key, True):
+            self._token_labels[key] = all(has_token_labels(row, key) for row in sources)
+        return self._token_labels[key]
 
     def _keeps(self, key: str) -> bool:
         return self.use_target_labels or key not in self.label_names
@@ -477,8 +518,18 @@ def missing_columns_message(missing: Sequence[str], found: Sequence[str]) -> str
         f"The target_dataset lacks the column(s) {', '.join(map(repr, missing))} that the "
         f"train_dataset gives the model; it has {', '.join(map(repr, found))}. Prepare (tokenise) "
         "the target as the source was, for example "
-        "`target.map(same_function, remove_columns=...)`; labels may be left out."
+        "`target.map(same_function, remove_columns=...)`; labels may be left out, and are told by "
+        "TrainingArguments(label_names=[...])."
     )
+
+
+def _name(collator: Any) -> str:
+    """What the author calls a collator that others wrap."""
+    own = getattr(collator, "__dict__", {})
+    inner = own.get("collator", own.get("data_collator"))
+    if inner is not None:
+        return _name(inner)
+    return str(getattr(collator, "__name__", type(collator).__name__))
 
 
 def _is_tensor(value: Any) -> bool:
@@ -489,41 +540,3 @@ def _without_domain(row: Any) -> Any:
     if isinstance(row, Mapping) and DOMAIN in row:
         return {key: value for key, value in row.items() if key != DOMAIN}
     return row
-
-
-def _hidden_label(like: Mapping[str, Any], target: Mapping[str, Any], key: str) -> Any:
-    """A label of -100 in the form of the source's: a number, a vector, or one per token."""
-    label = like[key]
-    if isinstance(label, (torch.Tensor, np.ndarray)) and label.ndim > 0:
-        per_token = label.ndim == 1 and len(label) == _length(like)
-        if per_token and (length := _length(target)) is not None:
-            label = label[:1].repeat(length)
-        full = torch.full_like if isinstance(label, torch.Tensor) else np.full_like
-        return full(label, IGNORED)
-    if isinstance(label, (list, tuple)):
-        if label and isinstance(label[0], float):
-            return [float(IGNORED)] * len(label)
-        per_token = len(label) == _length(like)
-        return [IGNORED] * ((_length(target) if per_token else None) or len(label))
-    if isinstance(label, (torch.Tensor, np.ndarray, np.generic)):
-        return type(label)(IGNORED) if isinstance(label, np.generic) else label * 0 + IGNORED
-    return float(IGNORED) if isinstance(label, float) else IGNORED
-
-
-def _stand_in_label(like: Mapping[str, Any], target: Mapping[str, Any], key: str) -> Any:
-    """A label that a collator can read: the source row's, or its first one for each token."""
-    label = like[key]
-    length = _length(target)
-    per_token = hasattr(label, "__len__") and len(label) == _length(like)
-    if length is None or isinstance(label, str) or not per_token:
-        return label
-    first = next((i for i, value in enumerate(label) if value != IGNORED), 0)
-    if isinstance(label, torch.Tensor):
-        return label[first : first + 1].repeat(length)
-    repeated = [label[first]] * length
-    return np.asarray(repeated) if isinstance(label, np.ndarray) else repeated
-
-
-def _length(row: Mapping[str, Any]) -> int | None:
-    ids = row.get("input_ids")
-    return None if ids is None else len(ids)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_adapt.engine.batch import Part
-from hf_adapt.engine.domains import IGNORED
+from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.normalisation import count_labels, rows_of
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ among others, do not do (transformers issue 47688).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from hf_adapt.engine.domains import IGNORED
 from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.engine.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -53,11 +53,49 @@ def count_labels(trainer: Trainer, inputs: Mapping[str, Any]) -> torch.Tensor | 
 
 
 def rows_of(inputs: Mapping[str, Any], keep: torch.Tensor) -> dict[str, Any]:
-    """The chosen rows of a batch: every tensor with one entry per row is indexed."""
-    size = len(keep)
+    """The chosen rows of a batch: every tensor or list with one entry per row is indexed."""
+    size, places = len(keep), keep.nonzero().flatten().tolist()
+
+    def chosen(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == size:
+            return value[keep.to(value.device)]
+        if isinstance(value, list) and len(value) == size:
+            return [value[place] for place in places]
+        return value
+
+    return {key: chosen(value) for key, value in inputs.items()}
+
+
+def with_source_labels(
+    inputs: Mapping[str, Any], domain: torch.Tensor, names: Collection[str]
+) -> dict[str, Any]:
+    """The batch with a source row's label in place of each hidden one, to see what a loss takes."""
+    labelled = dict(inputs)
+    for name in set(names) & inputs.keys():
+        labels = inputs[name]
+        if not isinstance(labels, torch.Tensor) or len(labels) != len(domain):
+            continue
+        known = labels[(domain == 0).to(labels.device)]
+        known = known[known != IGNORED].flatten()
+        if len(known):
+            target = (domain > 0).to(labels.device).view(-1, *[1] * (labels.ndim - 1))
+            labelled[name] = torch.where(target & labels.eq(IGNORED), known[0], labels)
+    return labelled
+
+
+def as_if_alone(inputs: Mapping[str, Any], keep: torch.Tensor) -> dict[str, Any]:
+    """The chosen rows of a batch, padded as they would be without the others.
+
+    A batch that is wider than its longest row was padded to a width of its own, which is kept.
+    """
+    rows, mask = rows_of(inputs, keep), inputs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.any(0).all()):
+        return rows
+    used = rows["attention_mask"].bool().any(0)
+    wide = (len(rows["attention_mask"]), len(used))
     return {
-        key: value[keep.to(value.device)]
-        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == size
+        key: value[:, used]
+        if isinstance(value, torch.Tensor) and value.shape[:2] == wide
         else value
-        for key, value in inputs.items()
+        for key, value in rows.items()
     }

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 
-from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.domains import (
     DOMAIN,
@@ -20,6 +20,7 @@ from hf_adapt.engine.domains import (
     PairedDataset,
     PairedIterableDataset,
     TargetForward,
+    is_map_style,
     label_columns,
     missing_columns_message,
     pair,
@@ -69,10 +70,10 @@ class Plan:
                 raise TypeError(_not_an_adaptation(adaptation))
         if self.target_dataset is not None:
             check_target(self.target_dataset)
-            if not self.adaptations:
+            if not any(isinstance(a, Objective) or a.needs_target for a in self.adaptations):
                 raise ValueError(
-                    "A target_dataset was given without an adaptation that uses it, so training "
-                    "would be the plain Trainer's. Say what to do with it, for example "
+                    "A target_dataset was given without an adaptation that uses it, so it would "
+                    "have no effect. Say what to do with it, for example "
                     "AdaptationCallback(MMD(), target_dataset=target)."
                 )
         if not self.target_ratio > 0:
@@ -130,12 +131,22 @@ def check_target(target: Any) -> None:
     if isinstance(target, datasets.Dataset | datasets.IterableDataset | torch.utils.data.Dataset):
         return
     if isinstance(target, Mapping):
+        if not target or any(_is_column(each) for each in target.values()):
+            raise TypeError(
+                f"target_dataset is a {type(target).__name__} of columns ("
+                f"{', '.join(map(str, target)) or 'none'}), expected a dataset, or a dict with a "
+                "dataset for each domain. Use datasets.Dataset.from_dict(dict(columns))."
+            )
         for each in target.values():
             check_target(each)
     elif isinstance(target, (list, tuple)):
         for each in target:
-            if not isinstance(each, Mapping) or isinstance(each, SPLITS):  # else it is a row
+            if not isinstance(each, Mapping | tuple) or isinstance(each, SPLITS):  # else a row
                 check_target(each)
+    elif isinstance(target, (torch.Tensor, np.ndarray)):
+        raise TypeError(
+            f"target_dataset is a {type(target).__name__}, expected a dataset. {prepare}"
+        )
     elif hasattr(target, "iloc"):
         raise TypeError(
             f"target_dataset is a {type(target).__name__}, whose rows are not read by number. Use "
@@ -149,6 +160,15 @@ def check_target(target: Any) -> None:
             f"target_dataset is a {type(target).__name__}, expected a dataset: rows that can be "
             f"read by number, or again and again. {prepare}"
         )
+
+
+def _is_column(value: Any) -> bool:
+    """Whether it is a column of a table rather than a dataset."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return True
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], list | str | int | float)
+    )
 
 
 def active_adaptations(plans: Sequence[Plan]) -> list[Adaptation]:
@@ -208,13 +228,23 @@ class DomainData:
         self.separate = plan.target_forward == "separate" or is_sentence_trainer(trainer)
         source_rows = _without_unused_columns(trainer, source)
         self._used = _used_columns(trainer)
-        _check_columns(trainer, source_rows, targets, self._used)
+        _check_columns(trainer, source_rows, targets, self._used, plan.use_target_labels)
         target_rows = [_without_unused_columns(trainer, target) for target in targets]
+        if is_map_style(source) and 0 < len(source) * plan.target_ratio < 1:
+            raise ValueError(
+                f"target_ratio={plan.target_ratio} of {len(source)} training rows is not even one "
+                "target row in an epoch. Use a larger ratio."
+            )
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
         self._source = source
         self._paired: PairedDataset | PairedIterableDataset = pair(
             source_rows, target_rows, plan.target_ratio, seed, is_sentence_trainer(trainer)
         )
+
+    @property
+    def uses_target_labels(self) -> bool:
+        """Whether the target's labels are trained on too."""
+        return self._plan.use_target_labels
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the target rows of this epoch from here on."""
@@ -287,7 +317,7 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
         if several and not isinstance(target[0], Mapping):  # else it is a list of rows
             return source, list(target)
         return source, [target]
-    columns = getattr(source, "column_names", None) or []
+    columns = dataset_columns(source, read_stream=True) or []
     if DOMAIN not in columns:
         needing = [a.name for a in plan.adaptations if a.needs_target]
         raise ValueError(
@@ -300,7 +330,9 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
             source.filter(lambda row: _given_domain(row[DOMAIN]) in chosen),
             [source.filter(lambda row: _given_domain(row[DOMAIN]) not in chosen)],
         )
-    domains = np.asarray([_given_domain(value, i) for i, value in enumerate(source[DOMAIN])])
+    stored = isinstance(source, datasets.Dataset)
+    given = source[DOMAIN] if stored else [row[DOMAIN] for row in source]
+    domains = np.asarray([_given_domain(value, i) for i, value in enumerate(given)])
     values = np.unique(domains).tolist()
     value = plan.source_domain
     if value is None:
@@ -311,9 +343,13 @@ def _split(trainer: Trainer, plan: Plan) -> tuple[Any, list[Any]]:
             "least one other domain. Pass source_domain= to say which value is the source "
             "(0 or 'source' by default)."
         )
+
+    def select(places: np.ndarray) -> Any:
+        return source.select(places) if stored else [source[int(place)] for place in places]
+
     return (
-        source.select(np.flatnonzero(domains == value)),
-        [source.select(np.flatnonzero(domains == v)) for v in values if v != value],
+        select(np.flatnonzero(domains == value)),
+        [select(np.flatnonzero(domains == v)) for v in values if v != value],
     )
 
 
@@ -336,11 +372,16 @@ def _given_domain(value: Any, row: int | None = None) -> Any:
 def _prepared(trainer: Trainer, source: Any, target: Any) -> Any:
     """A raw target of a Trainer that tokenises its own datasets (TRL), tokenised by it."""
     prepare = getattr(trainer, "_prepare_dataset", None)
-    if not callable(prepare) or not isinstance(target, HfDataset):
+    if not callable(prepare):
         return target
-    if "input_ids" in (dataset_columns(target) or ()) or "input_ids" not in (
-        dataset_columns(source) or ()
-    ):
+    target_has_tokens, source_has_tokens = (
+        "input_ids" in (dataset_columns(data, read_stream=True) or ()) for data in (target, source)
+    )
+    if target_has_tokens or not source_has_tokens:
+        return target
+    if isinstance(target, list):
+        target = datasets.Dataset.from_list(target)
+    if not isinstance(target, HfDataset):
         return target
     formatting = getattr(trainer, "_formatting_func", None)
     return prepare(target, trainer.processing_class, trainer.args, False, formatting, "target")
@@ -372,7 +413,11 @@ def _used_columns(trainer: Trainer) -> set[str] | None:
 
 
 def _check_columns(
-    trainer: Trainer, source: Any, targets: Sequence[Any], used: Collection[str] | None
+    trainer: Trainer,
+    source: Any,
+    targets: Sequence[Any],
+    used: Collection[str] | None,
+    use_labels: bool,
 ) -> None:
     """Refuse a target without the source's model inputs, before anything is trained."""
     labels = {*label_columns(trainer.label_names, trainer.data_collator), DOMAIN}
@@ -388,6 +433,13 @@ def _check_columns(
         ]
         if missing:
             raise ValueError(missing_columns_message(missing, found))
+        own = [name for name in wanted if name in labels - {DOMAIN}]
+        if use_labels and own and not any(name in found for name in own):
+            raise ValueError(
+                f"use_target_labels=True, but the target_dataset has none of the label columns "
+                f"{', '.join(map(repr, own))} of the train_dataset; it has "
+                f"{', '.join(map(repr, found))}. Rename its label column as in the train_dataset."
+            )
 
 
 def has_domain_needs(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> bool:

@@ -15,7 +15,7 @@ from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.auxiliary import preserved_random_state
 from hf_adapt.engine.columns import column_collator, inputs_of, kept_columns
 from hf_adapt.engine.domains import COLUMNS, DOMAIN, TargetForward
-from hf_adapt.engine.normalisation import rows_of
+from hf_adapt.engine.normalisation import as_if_alone
 from hf_adapt.engine.plan import DomainData, Plan, active_adaptations, has_domain_needs
 from hf_adapt.engine.run import AdaptationRun, Memory, RunCallback
 
@@ -252,7 +252,7 @@ class AdaptationMixin(_Base):
         # The author's count is of the author's rows. (Before transformers 5 the Trainer counts
         # inside its loop, out of reach.)
         if DOMAIN in inputs:
-            inputs = rows_of(inputs, inputs[DOMAIN] == 0)
+            inputs = as_if_alone(inputs, inputs[DOMAIN] == 0)
         super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
 
     # ---- one step ----
@@ -288,6 +288,13 @@ class AdaptationMixin(_Base):
             return super().evaluate(*args, **kwargs)
         with preserved_random_state():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """The author's; during training it leaves the random state as it was."""
+        if self._adaptation_run is None:
+            return super().predict(*args, **kwargs)
+        with preserved_random_state():
+            return super().predict(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The author's; a `domain` column in evaluation data is not shown to the model."""

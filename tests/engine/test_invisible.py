@@ -195,11 +195,14 @@ def test_the_first_batch_s_probe_leaves_buffers_as_they_were(forward: Any, tmp_p
 
 
 @pytest.mark.skipif(not FIVE, reason="transformers 4 counts inside its loop, out of reach")
+@pytest.mark.parametrize("length", [None, 12], ids=["to the longest", "to 12"])
 @pytest.mark.parametrize("how", ["all", "non_padding"])
-def test_tokens_seen_are_those_of_the_authors_rows(how: str, tmp_path: Path) -> None:
+def test_tokens_seen_are_those_of_the_authors_rows(
+    how: str, length: int | None, tmp_path: Path
+) -> None:
     def seen(adapted: bool) -> int:
         counted = settings(tmp_path, include_num_input_tokens_seen=how)
-        counted["data_collator"] = functools.partial(collate, length=10)
+        counted["data_collator"] = functools.partial(collate, length=length)
         trainer = Trainer(bert(), **counted)
         if adapted:
             adapt(trainer, MMD(), target_dataset=target())

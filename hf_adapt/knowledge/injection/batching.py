@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_adapt.engine.domains import IGNORED
+from hf_adapt.engine.labels import IGNORED
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import Knowledge
 from hf_adapt.knowledge.injection.prompts import add_prompt_tokens
