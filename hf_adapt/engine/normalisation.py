@@ -8,7 +8,7 @@ among others, do not do (transformers issue 47688).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,23 +64,6 @@ def rows_of(inputs: Mapping[str, Any], keep: torch.Tensor) -> dict[str, Any]:
         return value
 
     return {key: chosen(value) for key, value in inputs.items()}
-
-
-def with_source_labels(
-    inputs: Mapping[str, Any], domain: torch.Tensor, names: Collection[str]
-) -> dict[str, Any]:
-    """The batch with a source row's label in place of each hidden one, to see what a loss takes."""
-    labelled = dict(inputs)
-    for name in set(names) & inputs.keys():
-        labels = inputs[name]
-        if not isinstance(labels, torch.Tensor) or len(labels) != len(domain):
-            continue
-        known = labels[(domain == 0).to(labels.device)]
-        known = known[known != IGNORED].flatten()
-        if len(known):
-            target = (domain > 0).to(labels.device).view(-1, *[1] * (labels.ndim - 1))
-            labelled[name] = torch.where(target & labels.eq(IGNORED), known[0], labels)
-    return labelled
 
 
 def as_if_alone(inputs: Mapping[str, Any], keep: torch.Tensor) -> dict[str, Any]:

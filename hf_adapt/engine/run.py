@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import TrainerCallback
 
@@ -35,20 +34,24 @@ from hf_adapt.engine.columns import take_columns
 from hf_adapt.engine.domains import DOMAIN, TARGET_BATCH, UNPAIRED
 from hf_adapt.engine.features import FeatureTap, find_feature_module, unwrapped_base
 from hf_adapt.engine.fusing import FUSED, difference, few_rows, needs_logits, with_labels
-from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
 from hf_adapt.engine.normalisation import (
     count_labels,
     data_parallel_size,
     rows_of,
     trainer_divides,
-    with_source_labels,
 )
 from hf_adapt.engine.preserving import preserved
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.rates import DividedGroups
 from hf_adapt.engine.supported import is_sentence_trainer, sentence_inputs
 from hf_adapt.engine.training import forget_compiled
+from hf_adapt.engine.unlabelled import (
+    TARGET_ROWS_FAIL,
+    depends_on_target,
+    explained,
+    trains_on_target,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -59,11 +62,6 @@ logger = logging.getLogger(__name__)
 
 KEPT_METRICS = ("_metrics", "accum_loss_components")
 """Where TRL's and sentence-transformers' Trainers keep what their compute_loss logs."""
-
-TARGET_ROWS_FAIL = (
-    "hf_adapt: this was raised for rows of the target_dataset. Were they tokenised with the "
-    "model's own tokenizer, and truncated to its length, as the train_dataset was?"
-)
 
 BaseLoss = Callable[[Any, dict[str, Any], Any], torch.Tensor]
 """The author's `compute_loss` as (model, inputs, num_items_in_batch) -> loss."""
@@ -286,35 +284,20 @@ class AdaptationRun:
 
     def _explained_base_loss(self, model: nn.Module, part: Part, num_items: Any) -> torch.Tensor:
         """The base loss; where it fails on target rows only, that is said."""
-        try:
-            return self._base_loss(model, dict(part.inputs), num_items)
-        except Exception as error:
-            source = part.domain == 0
-            if bool(source.all()) or should_reduce_batch_size(error):
-                raise
-            labelled = with_source_labels(part.inputs, part.domain, self.label_names)
-            if not self._works(model, rows_of(part.inputs, source), num_items):
-                raise  # on source rows too
-            if not self._works(model, labelled, num_items):
-                error.add_note(TARGET_ROWS_FAIL)
-                raise
-            raise ValueError(
-                f"The training loss failed on unlabelled target rows, whose label is {IGNORED} "
-                f"({type(error).__name__}: {error}); on the source rows alone it works. Pass "
-                "target_forward='separate', which computes the loss on source rows alone, or leave "
-                f"out rows labelled {IGNORED} in your own loss."
-            ) from error
 
-    def _works(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Any) -> bool:
+        def loss(inputs: Mapping[str, Any]) -> torch.Tensor:
+            return self._base_loss(model, dict(inputs), num_items)
+
         try:
-            self._base_loss(model, dict(inputs), num_items)
-        except Exception:
-            return False
-        return True
+            return loss(part.inputs)
+        except Exception as error:
+            reason = explained(error, part, self._label_names, loss)
+            if reason is error:
+                raise
+            raise reason from error
 
     @property
-    def label_names(self) -> set[str]:
-        """The inputs that only say what is to be learnt."""
+    def _label_names(self) -> set[str]:
         return {*self.trainer.label_names, "labels", "shift_labels"}
 
     def _say_extra_forward(self) -> None:
@@ -510,57 +493,21 @@ class AdaptationRun:
             return
         if self._needs_no_labels(part):
             return
-        depends = self._depends_on_target(part, items)
-        if not self._any_process(depends is not None):  # no predictions to look at
+        depends = None
+        # A forward with gradients and without a backward would upset what shards the model.
+        if not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled):
+            seen = dataclasses.replace(part, hidden={}, masks={})
+            with torch.enable_grad(), self._recording(seen):
+                again = self._base_loss(self.model, dict(part.inputs), items)
+            depends = depends_on_target(again, seen.outputs, part.domain)
+        if not self._any_process(depends is not None):
             alone = self._base_loss(model, rows_of(part.inputs, part.domain == 0), items)
             # Without a label in the batch both are NaN.
             depends = not torch.isclose(
                 loss.float(), alone.float(), rtol=1e-3, atol=1e-5, equal_nan=True
             )
         if depends:
-            problem = getattr(getattr(self.model, "config", None), "problem_type", None)
-            raise ValueError(
-                f"The loss of {type(self.model).__name__} (problem_type={problem!r}) does not "
-                f"ignore unlabelled target rows: their predictions change it. Regression, "
-                f"multi-label and question-answering losses take {IGNORED} for a value; labels "
-                f"under another name than {', '.join(sorted(self.label_names))} are not hidden "
-                "unless TrainingArguments(label_names=[...]) names them. Pass "
-                "target_forward='separate', which computes the loss on source rows alone, or mask "
-                f"{IGNORED} in your own compute_loss."
-            )
-
-    def _depends_on_target(self, part: Part, items: Any) -> bool | None:
-        """Whether the base loss has a gradient at predictions for target rows; None if unknown."""
-        trainer = self.trainer
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            return None  # a forward with gradients but without a backward would upset them
-        part = dataclasses.replace(part, hidden={}, masks={})
-        with torch.enable_grad(), self._recording(part):
-            loss = self._base_loss(self.model, dict(part.inputs), items)
-        outputs = part.outputs
-        named = outputs.items() if isinstance(outputs, Mapping) else ()
-        predictions = [
-            value
-            for name, value in named
-            if name.endswith(("logits", "scores"))
-            and isinstance(value, torch.Tensor)
-            and value.requires_grad
-            and len(value) == len(part.domain)
-        ]
-        if not predictions or not loss.requires_grad:
-            return None
-        gradients = torch.autograd.grad(loss, predictions, allow_unused=True)
-        target = part.domain > 0
-        if not bool(target.any()):
-            return None
-        found: list[torch.Tensor | None] = list(gradients)
-        largest = [
-            (float(g.abs().max()), float(g[target].abs().max())) for g in found if g is not None
-        ]
-        if not largest or not all(math.isfinite(whole) for whole, _ in largest):
-            return None
-        # Two forwards drawn together (R-Drop) are equal here but for rounding.
-        return any(target > 1e-5 * max(whole, 1e-12) for whole, target in largest)
+            raise ValueError(trains_on_target(self.model, self._label_names))
 
     def _load(self) -> None:
         if self._resume_from is None:

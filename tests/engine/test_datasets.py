@@ -16,7 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
-from hf_adapt import MMD, AdaptationCallback, InformationMaximization
+from hf_adapt import (
+    MMD,
+    AdaptationCallback,
+    GradualUnfreezing,
+    adapt,
+)
 from tests.knowledge import toy
 from tests.tiny import arguments, bert, collate, llama, rows
 
@@ -57,13 +62,13 @@ def with_text(data: datasets.Dataset) -> datasets.Dataset:
 SOURCE, TARGET = rows(12, 1), rows(9, 2, labels=None)
 
 
-def trained(source: Any, target: Any, folder: Path) -> Trainer:
+def trained(source: Any, target: Any, folder: Path, **settings: Any) -> Trainer:
     trainer = Trainer(
         bert(),
         arguments(folder, max_steps=2),
         train_dataset=source,
         data_collator=collate,
-        callbacks=[AdaptationCallback(MMD(), target_dataset=target)],
+        callbacks=[AdaptationCallback(MMD(), target_dataset=target, **settings)],
     )
     trainer.train()
     return trainer
@@ -169,9 +174,24 @@ RAW = datasets.Dataset.from_list([{"text": "a b"}, {"text": "c"}])
         (Path("laptop.csv"), TypeError, "Path, expected a dataset"),
         (pd.DataFrame({"text": ["a"]}), TypeError, "from_pandas"),
         (iter(TARGET), TypeError, "again and again"),
+        ({"input_ids": [[1, 2], [3]]}, TypeError, "of columns .input_ids.*from_dict"),
+        ({}, TypeError, "of columns .none"),
+        (torch.zeros(3, 2), TypeError, "Tensor, expected a dataset"),
         (DataLoader(TARGET), TypeError, "DataLoader, expected a dataset"),
     ],
-    ids=["splits", "list of splits", "path", "texts", "Path", "frame", "iterator", "loader"],
+    ids=[
+        "splits",
+        "list of splits",
+        "path",
+        "texts",
+        "Path",
+        "frame",
+        "iterator",
+        "columns",
+        "empty",
+        "tensor",
+        "loader",
+    ],
 )
 def test_what_is_no_dataset_is_refused_at_once(
     target: Any, error: type[Exception], match: str
@@ -200,74 +220,67 @@ def test_a_target_without_an_adaptation_is_refused() -> None:
         AdaptationCallback(target_dataset=TARGET)
 
 
-LABELS = {"good": 0, "bad": 1, "so-so": 2}
-NAMES = list(LABELS)
+# ---- target rows that fail for another reason, and targets without effect ----
 
 
 @pytest.mark.parametrize("forward", ["joint", "separate"])
-@pytest.mark.parametrize("labelled", ["target has none", "target has its own"])
-@pytest.mark.parametrize("per_token", [False, True], ids=["rows", "tokens"])
-def test_a_collator_that_looks_labels_up(
-    per_token: bool, labelled: str, forward: Any, tmp_path: Path
+def test_target_rows_of_another_tokenizer_are_not_blamed_on_labels(
+    forward: Any, tmp_path: Path
 ) -> None:
-    """It cannot read -100; target rows are collated with a source row's label, then hidden."""
-
-    def named(data: datasets.Dataset) -> list[dict[str, Any]]:
-        return [
-            {
-                **row,
-                "label": [NAMES[t % 3] for t in row["input_ids"]]
-                if per_token
-                else NAMES[len(row["input_ids"]) % 3],
-            }
-            for row in data
-        ]
-
-    seen = []
-
-    def look_up(features: Any) -> Any:
-        labels = [row["label"] for row in features]
-        numbers = [[LABELS[x] for x in own] if per_token else LABELS[own] for own in labels]
-        rows = [{**row, "labels": n} for row, n in zip(features, numbers, strict=True)]
-        batch = collate(rows)
-        seen.append(batch)
-        return batch
-
-    trainer = Trainer(
-        bert("token" if per_token else "sequence"),
-        arguments(tmp_path, remove_unused_columns=False),
-        train_dataset=named(SOURCE),
-        data_collator=look_up,
-    )
-    target = named(TARGET) if labelled == "target has its own" else TARGET.to_list()
-    trainer.add_callback(
-        AdaptationCallback(
-            MMD(), InformationMaximization(), target_dataset=target, target_forward=forward
-        )
-    )
-    trainer.train()
-    assert trainer.state.log_history[0]["loss/mmd"] != 0
-    for batch in seen:
-        if forward == "joint":
-            assert bool((batch["labels"][4:] == -100).all())
-            assert bool(
-                (batch["labels"][:4] != -100).flatten(1).any(1).all() if per_token else True
-            )
-            assert per_token or bool((batch["labels"][:4] != -100).all())
+    target = rows(9, 2, labels=None, low=70, high=90)  # beyond the model's vocabulary
+    with pytest.raises(IndexError) as error:
+        trained(SOURCE, target, tmp_path, target_forward=forward)
+    assert "rows of the target_dataset" in "".join(error.value.__notes__)
 
 
-def test_a_collator_that_hides_its_labels_under_another_name_is_refused(tmp_path: Path) -> None:
-    def look_up(features: Any) -> Any:
-        batch = collate([{k: v for k, v in row.items() if k != "label"} for row in features])
-        return {**batch, "gold": torch.tensor([LABELS[row["label"]] for row in features])}
+def test_running_out_of_memory_is_left_to_auto_find_batch_size(tmp_path: Path) -> None:
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if len(labels) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels)
 
-    source = [{**row, "label": "good"} for row in rows(12, 1, labels=None)]
     trainer = Trainer(
         bert(),
-        arguments(tmp_path, remove_unused_columns=False),
-        train_dataset=source,
-        data_collator=look_up,
+        arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4),
+        train_dataset=SOURCE,
+        data_collator=collate,
+        compute_loss_func=loss,
         callbacks=[AdaptationCallback(MMD(), target_dataset=TARGET)],
     )
-    with pytest.raises(ValueError, match=r"none of the label columns.*label_names=\[\.\.\.\]"):
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_a_target_that_can_have_no_effect_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="would have no effect"):
+        AdaptationCallback(GradualUnfreezing(), target_dataset=TARGET)
+    trainer = Trainer(bert(), arguments(tmp_path), train_dataset=SOURCE, data_collator=collate)
+    adapt(trainer, MMD(), target_dataset=TARGET, target_ratio=0.05)
+    with pytest.raises(ValueError, match="not even one target row"):
         trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["list", "torch", "mapped stream"])
+def test_a_domain_column_in_any_kind_of_dataset(kind: str, tmp_path: Path) -> None:
+    data = SOURCE.add_column("domain", ["source", "mail"] * 6)
+    trainer = trained(KINDS[kind](data), None, tmp_path)
+    assert trainer.state.log_history[0]["loss/mmd"] != 0
+
+
+def test_a_shuffled_stream_is_not_read_beforehand(tmp_path: Path) -> None:
+    reads = []
+
+    def many(seed: int) -> Iterator[Any]:
+        for row in rows(40, seed):
+            reads.append(seed)
+            yield row
+
+    streams = [
+        datasets.IterableDataset.from_generator(many, gen_kwargs={"seed": seed})
+        .shuffle(buffer_size=30, seed=0)
+        .map(dict)
+        for seed in (1, 2)
+    ]
+    reads.clear()
+    trained(*streams, tmp_path)
+    assert len(reads) < 2 * 40 + 2
