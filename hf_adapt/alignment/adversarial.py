@@ -255,6 +255,14 @@ class DANN(Objective):
         count = torch.as_tensor(len(domain), device=logits.device)
         return dann_loss(logits, domain, reduction="sum"), count
 
+    def state_dict(self) -> dict[str, Any]:
+        """How good the discriminator has been, for the warnings."""
+        return {"best_margin": self._best_margin}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back; checkpoints before 0.2 do not have it."""
+        self._best_margin = state.get("best_margin", float("-inf"))
+
     def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
         """Warn of a discriminator that cannot teach the model anything."""
         accuracy = metrics.get(f"{self.name}/domain_accuracy")

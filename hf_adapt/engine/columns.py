@@ -92,7 +92,7 @@ def dataset_columns(dataset: Any, read_stream: bool = False) -> list[str] | None
     with preserved_random_state():
         if isinstance(dataset, datasets.IterableDataset):
             row = None if not read_stream else next(iter(dataset), None)
-        elif is_map_style(dataset) and len(dataset) > 0:
+        elif is_map_style(dataset) and not isinstance(dataset, Mapping) and len(dataset) > 0:
             row = dataset[0]
     return list(row) if isinstance(row, Mapping) else None
 

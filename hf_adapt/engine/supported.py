@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hf_adapt.engine.columns import dataset_columns
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -21,11 +23,15 @@ def is_sentence_trainer(trainer: Trainer) -> bool:
 
 def compares_answers(trainer: Trainer) -> bool:
     """Whether it trains on answers that are compared: preferences, or rewards of its own rows."""
-    if any(cls.__name__ in COUPLED_ROWS for cls in type(trainer).__mro__):
+    classes = [cls for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
+    if any(cls.__name__ in COUPLED_ROWS for cls in classes):
         return True
     trainer._set_signature_columns_if_needed()
-    columns = vars(trainer).get("_signature_columns") or ()
-    return any(str(name).startswith("chosen") for name in columns)
+    columns = [
+        *(vars(trainer).get("_signature_columns") or ()),
+        *(dataset_columns(trainer.train_dataset) or ()),
+    ]
+    return {"chosen", "rejected"} <= {str(name).split("_")[0] for name in columns}
 
 
 def refuse_answers(trainer: Trainer, why: str, instead: str) -> None:

@@ -64,7 +64,7 @@ class AdaptationMixin(_Base):
     def __init__(
         self,
         *args: Any,
-        objectives: Sequence[Adaptation] | None = None,
+        objectives: Sequence[Adaptation] | Adaptation | None = None,
         target_dataset: Any = None,
         target_ratio: float = 1.0,
         use_target_labels: bool = False,
@@ -75,7 +75,7 @@ class AdaptationMixin(_Base):
         if objectives:
             self._adaptation_plans = (
                 Plan(
-                    tuple(objectives),
+                    (objectives,) if isinstance(objectives, Adaptation) else tuple(objectives),
                     target_dataset,
                     target_ratio,
                     use_target_labels,

@@ -99,8 +99,9 @@ def depends_on_target(loss: torch.Tensor, outputs: Any, domain: torch.Tensor) ->
     ]
     if not predictions or not loss.requires_grad or not bool(target.any()):
         return None
-    gradients: tuple[torch.Tensor | None, ...]
-    gradients = torch.autograd.grad(loss, predictions, allow_unused=True)
+    gradients: list[torch.Tensor | None] = list(
+        torch.autograd.grad(loss, predictions, allow_unused=True)
+    )
     found = [g for g in gradients if g is not None and bool(torch.isfinite(g).all())]
     if not found:
         return None

@@ -293,6 +293,13 @@ def test_chance_after_a_success_is_what_dann_wants(caplog):
     assert log(dann, caplog, 0.9, 0.5) == []
 
 
+def test_a_resumed_run_knows_how_good_the_discriminator_was(caplog):
+    before, after = DANN(), DANN()
+    assert log(before, caplog, 0.1, 0.9) == []
+    after.load_state_dict(before.state_dict())
+    assert log(after, caplog, 0.9, 0.5) == []
+
+
 @pytest.mark.parametrize(
     ("num_domains", "source_share", "chance"), [(2, 0.75, 0.75), (2, 0.2, 0.8), (4, 0.25, 0.25)]
 )

@@ -284,3 +284,14 @@ def test_a_shuffled_stream_is_not_read_beforehand(tmp_path: Path) -> None:
     reads.clear()
     trained(*streams, tmp_path)
     assert len(reads) < 2 * 40 + 2
+
+
+def test_a_trainer_is_not_known_by_its_name_alone(tmp_path: Path) -> None:
+    class RewardTrainer(Trainer):
+        """An author's own, which is not TRL's."""
+
+    trainer = RewardTrainer(
+        bert(), arguments(tmp_path), train_dataset=SOURCE, data_collator=collate
+    )
+    adapt(trainer, MMD(), target_dataset=TARGET).train()
+    assert trainer.state.log_history[0]["loss/mmd"] != 0
