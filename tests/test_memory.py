@@ -39,7 +39,7 @@ from hf_adapt.knowledge import (
     LinkPrediction,
 )
 from tests.knowledge import toy
-from tests.tiny import arguments, bert, collate, llama, rows
+from tests.tiny import FIVE, arguments, bert, collate, llama, rows
 
 Make = Callable[[Path], tuple[Any, TrainerCallback | None]]
 """Makes a model and the callback that adds the capability to its Trainer."""
@@ -148,6 +148,10 @@ class Count(TrainerCallback):
             objects = gc.get_objects()
             tensors = sum(issubclass(type(o), torch.Tensor) for o in objects)
             self.counts.append((tensors, sum(issubclass(type(o), Rows) for o in objects)))
+
+
+if not FIVE:
+    del CASES["text triples"]  # BERT of transformers 4 takes no 4-D mask
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import trl
 from torch.utils.data import SequentialSampler
 from transformers import BertConfig, BertForMultipleChoice, Trainer
 from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
@@ -333,6 +334,7 @@ def test_trainers_that_compare_answers_are_refused_by_name(tmp_path: Path) -> No
         train_dataset=data.select_columns("prompt"),
         processing_class=tokenizer(causal=True),
     )
+    one_sequence_a_row = int(trl.__version__.split(".")[0]) >= 1  # TRL 0.24's KTO has several
     for trainer in (kto, grpo):
         callback = AdaptationCallback(MMD(), target_dataset=data)
         trainer.add_callback(callback)
@@ -341,8 +343,10 @@ def test_trainers_that_compare_answers_are_refused_by_name(tmp_path: Path) -> No
         assert trainer.state.global_step == 0
         trainer.remove_callback(callback)
         trainer.add_callback(GradualUnfreezingCallback())  # as advised
-        if trainer is kto:
+        if trainer is kto and one_sequence_a_row:
             trainer.add_callback(AdaptationCallback(Distillation(llama(1))))
         trainer.train()
         assert trainer.state.global_step == len(history(trainer, "unfreezing/phase")) == 4
-    assert all(history(kto, "loss/distillation"))
+    assert all(history(kto, "loss/distillation")) and one_sequence_a_row == bool(
+        history(kto, "loss/distillation")
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_adapt.engine.checkpoint import WEIGHTS_FILE
+from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, known_attachment
 from hf_adapt.knowledge.injection.batching import make_batcher
@@ -244,7 +246,12 @@ def knowledge_inputs(model: nn.Module, texts: Sequence[str], **options: Any) -> 
     Raises:
         ValueError: If the model has no injector.
     """
-    return known_attachment(model).batcher.encode(texts, **options)  # type: ignore[no-any-return]
+    attachment = known_attachment(model)
+    inputs: dict[str, Any] = attachment.batcher.encode(texts, **options)
+    taken = inspect.signature(type(unwrapped_base(attachment.model)).forward).parameters
+    if "token_type_ids" not in taken:  # which `generate` of transformers 4 refuses
+        inputs.pop("token_type_ids", None)
+    return inputs
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
