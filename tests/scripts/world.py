@@ -78,7 +78,10 @@ def tokenizer(causal: bool = False) -> PreTrainedTokenizerFast:
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
         )
-    ends = {"bos_token": "[CLS]", "eos_token": "[SEP]"} if causal else {}
+    ends: dict[str, Any] = {}
+    if causal:
+        names = ["input_ids", "attention_mask"]  # before transformers 5 there are token types too
+        ends = {"bos_token": "[CLS]", "eos_token": "[SEP]", "model_input_names": names}
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="[PAD]",
