@@ -12,7 +12,7 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
@@ -22,28 +22,9 @@ from hf_adapt import (
     GradualUnfreezing,
     adapt,
 )
+from tests.engine.test_trainers import MapStyle, Stream
 from tests.knowledge import toy
 from tests.tiny import arguments, bert, collate, llama, rows
-
-
-class Stream(IterableDataset):
-    def __init__(self, data: datasets.Dataset) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.data)
-
-
-class MapStyle(torch.utils.data.Dataset):
-    def __init__(self, data: datasets.Dataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.data[index]
-
 
 KINDS: dict[str, Any] = {
     "dataset": lambda data: data,
