@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,8 +57,16 @@ def forget_compiled(trainer: Trainer) -> None:
     called.
     """
     plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
-    if plugin is not None and plugin.backend != DynamoBackend.NO:
+    compiles = plugin is not None and plugin.backend != DynamoBackend.NO
+    assert trainer.model is not None
+    if compiles or any(map(_is_compiled, trainer.model.modules())):
         torch.compiler.reset()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether the user compiled it: by `torch.compile(module)`, or `module.compile()`."""
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or bool(is_compiled_module(module))
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:

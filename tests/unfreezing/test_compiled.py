@@ -11,10 +11,20 @@ from hf_adapt import MMD, AdaptationCallback, GradualUnfreezingCallback, Phase
 from tests.tiny import arguments, bert, collate, rows
 
 
-def run(folder: Path, callback: Any, compiled: bool = True) -> list[float]:
-    settings = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+def run(folder: Path, callback: Any, compiled: str | None) -> list[float]:
+    model: Any = bert(num_hidden_layers=1)
+    settings: dict[str, Any] = {}
+    if compiled == "arguments":
+        settings = {"torch_compile": True, "torch_compile_backend": "eager"}
+    if compiled == "in place":
+        model.compile(backend="eager")
+    if compiled == "wrapped":
+        model = torch.compile(model, backend="eager")
+        settings = {"remove_unused_columns": False}  # its signature names no columns
+    if compiled == "a layer":
+        model.bert.encoder.layer[0].compile(backend="eager")
     trainer = Trainer(
-        bert(num_hidden_layers=1),
+        model,
         arguments(folder, max_steps=4, **settings),
         train_dataset=rows(16, 1),
         data_collator=collate,
@@ -34,13 +44,16 @@ def compiler() -> Any:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_run_after_a_compiled_unfreezing_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", ["arguments", "in place", "wrapped", "a layer"])
+def test_a_compiled_run_after_a_compiled_unfreezing_run(compiled: str, tmp_path: Path) -> None:
+    """By the Trainer, or by the user before the Trainer has the model."""
+
     def mmd() -> AdaptationCallback:
         return AdaptationCallback(
             MMD(), target_dataset=rows(8, 2, None, low=35), target_forward="separate"
         )
 
-    plain = run(tmp_path, mmd(), compiled=False)
+    plain = run(tmp_path, mmd(), None)
     phases = [Phase(0, "head"), Phase(2, ["head", r"layer\..*"])]
-    run(tmp_path, GradualUnfreezingCallback(phases))
-    assert run(tmp_path, mmd()) == pytest.approx(plain, abs=1e-5)
+    run(tmp_path, GradualUnfreezingCallback(phases), compiled)
+    assert run(tmp_path, mmd(), compiled) == pytest.approx(plain, abs=1e-5)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hf_adapt.knowledge.graphs.content import Content, Ids
+from hf_adapt.knowledge.graphs.text_files import counted
 from hf_adapt.knowledge.graphs.triples import Column, encode, is_missing, read_file
 from hf_adapt.knowledge.strings import StringTable
 
@@ -79,9 +80,9 @@ def pairs_of(
         first = entities.filter(texts.is_null())[0].as_py()
         entities, texts = entities.filter(texts.is_valid()), texts.drop_null()
         logger.warning(
-            "%s: left out %d missing values (None or NaN), the first of %r.",
+            "%s: left out %s (None or NaN), the first of %r.",
             given_as,
-            len(flat) - len(texts),
+            counted(len(flat) - len(texts), "missing value"),
             first,
         )
     blank = pc.index(pc.utf8_trim_whitespace(texts), "").as_py()

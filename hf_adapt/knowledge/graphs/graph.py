@@ -142,7 +142,8 @@ class KnowledgeGraph:
             description_predicates: IRIs of its description; the first found counts.
             language: Texts of this language, or of none, count; all where it is None.
             malformed: `"error"`, or `"skip"` to leave out statements that cannot be read, such as
-                one with a bad IRI in a dump, and log their number (with pyoxigraph).
+                one with a bad IRI in a dump, and log their number (with pyoxigraph). An open
+                quotation costs one line in N-Triples; in Turtle and XML it is always an error.
 
         Raises:
             ImportError: If neither library is installed.

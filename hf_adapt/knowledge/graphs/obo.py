@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from hf_adapt.knowledge.graphs.building import build, pairs_of
 from hf_adapt.knowledge.graphs.content import Content
-from hf_adapt.knowledge.graphs.text_files import Malformed, text_lines
+from hf_adapt.knowledge.graphs.text_files import Malformed, counted, text_lines
 from hf_adapt.knowledge.graphs.triples import read_triples
 
 logger = logging.getLogger(__name__)
@@ -78,13 +78,14 @@ def _report(
 ) -> None:
     """Log what was left out, and edges to ids that are no terms."""
     if broad := sum(term.num_broad for term in kept):
-        logger.info("%s: left out %d broad synonyms: they mean more than the term.", path, broad)
+        number = counted(broad, "broad synonym")
+        logger.info("%s: left out %s, broader in meaning than the term.", path, number)
     if unknown := dict.fromkeys(tail for _, _, tail in edges if tail not in terms):
         logger.warning(
-            "%s: edges point to %d ids that are no terms of it, such as %s. They are kept with the "
-            "id as their name.",
+            "%s: edges point to %s without a term in it, such as %s. An entity is kept for each, "
+            "with the id as its name.",
             path,
-            len(unknown),
+            counted(len(unknown), "id"),
             next(iter(unknown)),
         )
 

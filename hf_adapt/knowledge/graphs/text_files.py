@@ -8,7 +8,9 @@ import gzip
 import itertools
 import logging
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -37,11 +39,18 @@ def kind_of(path: Path) -> str:
     return Path(name).suffix
 
 
-def open_binary(path: Path) -> IO[bytes]:
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A number with its noun: "1 triple", "2,000 triples"."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[IO[bytes]]:
     """A file's bytes, decompressed where its name ends in `.gz`, without a byte order mark.
 
     Raises:
         FileNotFoundError: If there is none; says what is in the folder instead.
+        ValueError: If it is not a whole gzip file though its name says so, as soon as that shows.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a file.")
@@ -50,10 +59,16 @@ def open_binary(path: Path) -> IO[bytes]:
         raise FileNotFoundError(
             f"There is no file {path}. {path.parent} holds {', '.join(there[:8]) or 'nothing'}."
         )
-    file = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
-    if file.peek(3).startswith(codecs.BOM_UTF8):
-        file.read(3)
-    return cast(IO[bytes], file)
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+            if file.peek(3).startswith(codecs.BOM_UTF8):
+                file.read(3)
+            yield cast(IO[bytes], file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is not a whole gzip file: {error}. Get it again, or give it a name without "
+            ".gz if it is not compressed."
+        ) from error
 
 
 def raw_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -103,7 +118,7 @@ class Malformed:
         """Raise a ValueError that shows the first lines, if there are any."""
         if self.count:
             more = [f"  and {self.count - SHOWN:,} more"] if self.count > SHOWN else []
-            lines = "1 malformed line" if self.count == 1 else f"{self.count:,} malformed lines"
+            lines = counted(self.count, "malformed line")
             raise ValueError("\n".join([f"{self.path}: {lines}.", *self._shown, *more, fix]))
 
 
@@ -138,19 +153,22 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
     if marks % 2:  # pyarrow would take the rest for one cell
         explain(path, columns, separator)
     try:
-        table = pa.csv.read_csv(
-            pa.input_stream(str(path), compression="detect"),
-            pa.csv.ReadOptions(column_names=names, skip_rows=skipped, block_size=1 << 24),
-            pa.csv.ParseOptions(
-                delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
-            ),
-            pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.string()),
-                include_columns=list(columns),
-                null_values=[],
-                strings_can_be_null=False,
-            ),
-        )
+        with open_binary(path) as file:  # pyarrow itself knows no .GZ, and less of what is wrong
+            table = pa.csv.read_csv(
+                pa.PythonFile(file, mode="r"),
+                pa.csv.ReadOptions(column_names=names, skip_rows=skipped, block_size=1 << 24),
+                pa.csv.ParseOptions(
+                    delimiter=separator,
+                    quote_char='"' if quoted else False,
+                    newlines_in_values=quoted,
+                ),
+                pa.csv.ConvertOptions(
+                    column_types=dict.fromkeys(columns, pa.string()),
+                    include_columns=list(columns),
+                    null_values=[],
+                    strings_can_be_null=False,
+                ),
+            )
     except pa.ArrowInvalid as error:
         explain(path, columns, separator)
         raise ValueError(f"{path}: {error}") from error

@@ -19,6 +19,7 @@ from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher, make_batcher
 from hf_adapt.knowledge.injection.checks import (
     check_has_text,
+    check_text,
     check_text_columns,
     refuse_trainer,
 )
@@ -287,6 +288,7 @@ class KnowledgeInjection(Adaptation):
         if self.names_columns:
             for row in rows:
                 check_has_text(row, self.text_columns, "a row of the batch does not have")
+                check_text(row, self.text_columns, "a row of the batch")
         self._batcher.add_to(rows, batch)
 
     def collates_evaluation(self, trainer: Trainer) -> bool:

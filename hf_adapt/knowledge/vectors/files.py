@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_adapt.knowledge.graphs.text_files import Malformed, text_lines
+from hf_adapt.knowledge.graphs.text_files import Malformed, counted, text_lines
 from hf_adapt.knowledge.strings import StringTable
 
 if TYPE_CHECKING:
@@ -94,8 +94,16 @@ def read_text(
     Raises:
         ValueError: If lines are malformed, or entities are missing and `missing` is `"error"`.
     """
-    first, dimension = _layout(path)
+    first, dimension, count = _layout(path)
     words = _words(path, first, dimension)
+    if len(words) < count:
+        logger.warning(
+            "%s has %s, and its first line says %s: the file may be cut off. Get it again if it "
+            "should have them all.",
+            path,
+            counted(len(words), "vector"),
+            f"{count:,}",
+        )
     keys, labels = words.find_all(_keys(graph)), words.find_all(_labels(graph))
     spelled = words.find_all(pc.replace_substring(_labels(graph), " ", "_"))
     rows = np.where(keys >= 0, keys, np.where(labels >= 0, labels, spelled))
@@ -127,21 +135,21 @@ def _labels(graph: KnowledgeGraph) -> Any:
     return pa.array((graph.label(i) for i in range(len(graph))), pa.large_string())
 
 
-def _layout(path: Path) -> tuple[int, int]:
-    """The number of the first line with a vector, and the vectors' dimension."""
+def _layout(path: Path) -> tuple[int, int, int]:
+    """The first line with a vector, the vectors' dimension, and their number if it is said."""
     for number, line in text_lines(path):
         cells = line.split()
         if number == 1 and len(cells) == 2 and cells[0].isdigit() and cells[1].isdigit():
-            return 2, int(cells[1])
+            return 2, int(cells[1]), int(cells[0])
         if "\t" in line:
-            return number, len(line.partition("\t")[2].split())
+            return number, len(line.partition("\t")[2].split()), 0
         numbers = 0
         while numbers < len(cells) - 1 and _is_number(cells[-1 - numbers]):
             numbers += 1
         if line[:1].isspace():  # a blank word, before nothing but numbers
             numbers += bool(cells) and _is_number(cells[0])
         if numbers:
-            return number, numbers
+            return number, numbers, 0
         raise ValueError(
             f"{path}, line {number}: expected a word and its numbers, got {line[:60]!r}."
         )
@@ -180,12 +188,14 @@ def _words(path: Path, first: int, dimension: int) -> StringTable:
     words = StringTable.of(word.strip() for _, word, _ in _split(path, first, dimension))
     blank = int(np.count_nonzero(np.diff(words.offsets) == 0))
     if blank:
-        logger.warning("%s: left out %d vectors whose word is blank.", path, blank)
+        number = counted(blank, "vector")
+        logger.warning("%s: left out %s whose word is blank.", path, number)
     if again := len(words) - len(pc.unique(words.arrow())) - max(0, blank - 1):
         repeated = np.flatnonzero(words.find_all(words.arrow()) != np.arange(len(words)))
         shown = next(word for row in repeated.tolist() if (word := words[row]))
+        number = counted(again, "vector")
         logger.warning(
-            "%s: left out %d vectors whose word was there before, such as %r.", path, again, shown
+            "%s: left out %s whose word was there before, such as %r.", path, number, shown
         )
     return words
 

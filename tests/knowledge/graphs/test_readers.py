@@ -307,7 +307,8 @@ def test_missing_names_and_descriptions_are_left_out_and_counted(
     assert [graph.description(i) for i in range(3)] == [None, "None", None]
     counts = [record.getMessage() for record in caplog.records]
     assert len(counts) == 2
-    assert f"left out {3 if source == 'list' else 1} missing values" in counts[0]
+    missing_names = "3 missing values" if source == "list" else "1 missing value"
+    assert f"left out {missing_names} (None or NaN)" in counts[0]
     assert "left out 2 missing values (None or NaN), the first of 'q1'" in counts[1]
 
 
@@ -453,13 +454,70 @@ def test_malformed_statements_are_left_out_and_counted(
     assert "IRI" in record.getMessage()
 
 
+def test_an_open_quotation_costs_one_statement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("pyoxigraph")
+    lines = [f"<x:{i}> <x:p> <x:b> ." for i in range(40)]
+    lines[10], lines[30] = '<x:q> <x:p> "never closed .', '<x:q> <x:p> "closed" .'
+    path = write(tmp_path / "dump.nt", "\n".join(lines))
+    assert len(rows_of(KnowledgeGraph.from_rdf(path, malformed="skip"))) == 38
+    (record,) = caplog.records
+    assert "left out 1 malformed statement, the first: line 11: " in record.getMessage()
+    # Turtle has no lines: where a quotation ends, only its author knows.
+    for mark in ('"', '"""'):
+        lines[10] = lines[10].replace('"', mark)
+        path = write(tmp_path / "dump.ttl", "\n".join(lines))
+        with pytest.raises(ValueError, match=r"dump.ttl cannot be read as turtle: .*line 11 ") as e:
+            KnowledgeGraph.from_rdf(path, malformed="skip")
+        assert "malformed='skip'" not in str(e.value) or "cannot leave" in str(e.value)
+        lines[30] = lines[29]
+    write(path, "\n".join([*lines[:5], "<x:q> <x:p> <x:b> ; <x:p>"]))
+    with pytest.raises(ValueError, match="Unexpected end"):
+        KnowledgeGraph.from_rdf(path, malformed="skip")
+
+
+@pytest.mark.parametrize("ending", ["csv", "obo", "nt", "ttl", "owl"])
+@pytest.mark.parametrize("malformed", ["error", "skip"])
+def test_compressed_files_that_are_not_whole(ending: str, malformed: str, tmp_path: Path) -> None:
+    """Also beyond the first block, which is read to look for a header."""
+    pytest.importorskip("pyoxigraph")
+    read = {"csv": KnowledgeGraph.from_triples, "obo": KnowledgeGraph.from_obo}.get(
+        ending, KnowledgeGraph.from_rdf
+    )
+    options = {"malformed": malformed} if ending in ("nt", "ttl", "owl") else {}
+    numbers = np.random.default_rng(0).integers(0, 1 << 60, 8_000).tolist()
+    lines = {
+        "csv": "{0},r,b\n",
+        "obo": "[Term]\nid: A:{0}\nname: a\n",
+        "owl": '<r:Description r:about="x:a{0}"><x:p r:resource="x:b"/></r:Description>',
+    }
+    text = "".join(lines.get(ending, "<x:{0}> <x:p> <x:b> .\n").format(n) for n in numbers)
+    if ending == "owl":
+        text = f'<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:x="x:">{text}'
+    whole = gzip.compress(text.encode())
+    for content in (whole[:60], whole[:-1000], whole[:-4], text.encode()):
+        path = tmp_path / f"t.{ending}.gz"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"t.{ending}.gz is not a whole gzip file") as raised:
+            read(path, **options)
+        assert "malformed" not in str(raised.value)
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "T.CSV.GZ"
+    path.write_bytes(gzip.compress(text_of(",").encode()))
+    assert rows_of(KnowledgeGraph.from_triples(path)) == set(ROWS)
+
+
 def test_what_cannot_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyoxigraph")
     path = write(
         tmp_path / "t.owl", '<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#"></r:X>'
     )
-    with pytest.raises(ValueError, match="cannot be read as xml"):
+    with pytest.raises(ValueError, match="cannot be read as xml") as raised:
         KnowledgeGraph.from_rdf(path, malformed="skip")
+    assert "one of 'turtle', 'ntriples', 'xml'" in str(raised.value)
     with pytest.raises(ValueError, match="malformed='ignore': expected 'error' or 'skip'"):
         KnowledgeGraph.from_rdf(path, malformed="ignore")  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "pyoxigraph", None)
@@ -570,7 +628,7 @@ is_a: Z:404
     }
     first, second = (record.getMessage() for record in caplog.records)
     assert "left out 2 broad synonyms" in first
-    assert "edges point to 2 ids that are no terms of it, such as Y:9" in second
+    assert "edges point to 2 ids without a term in it, such as Y:9" in second
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,52 @@ def test_every_kind_of_dataset(column: str, kind: str, tmp_path: Path) -> None:
     assert one.state.global_step == 0
 
 
+CELLS: dict[str, tuple[Any, str]] = {
+    "numbers": ([*range(24)], "row 0 of the train_dataset has int 0"),
+    "no text at all": ([None] * 24, "row 0 of the train_dataset has no text"),
+    "one without": (["w1"] * 2 + [None] * 22, "row 2 of the train_dataset has no text"),
+    "words": ([["w1"]] + [["w1", None]] * 23, r"row 1 of the train_dataset has list \['w1', N"),
+}
+
+
+@pytest.mark.parametrize("cells", CELLS)
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+def test_a_column_that_was_named_without_text(cells: str, kind: str, tmp_path: Path) -> None:
+    values, match = CELLS[cells]
+    data = reviews().add_column("said", values)
+    one = trainer(tmp_path, data=data.to_iterable_dataset() if kind == "stream" else data)
+    one.eval_dataset = None
+    one.add_callback(KnowledgeCallback(toy.graph(), toy.vectors(), text_column="said"))
+    if kind == "stream":
+        match = "a row of the batch has"
+    with pytest.raises(ValueError, match=f"text_column names 'said', which must .*{match}"):
+        one.train()
+
+
+def test_one_text_of_a_pair_may_be_missing(tmp_path: Path) -> None:
+    data = reviews().add_column("answer", ["w1", None] * 12)
+    one = trainer(tmp_path, data=data)
+    one.eval_dataset = None
+    own = KnowledgeCallback(toy.graph(), toy.vectors(), text_column=("review", "answer"))
+    one.add_callback(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        one.train()
+    assert one.state.log_history[0]["knowledge/mentions_per_row"] > 0
+
+
+def test_a_transform_may_make_the_text(tmp_path: Path) -> None:
+    own = toy.rows(24, 1)
+    texts = list(own["text"])
+    data = own.remove_columns("text").add_column("text", [*range(24)])
+    said = data.with_transform(lambda batch: {**batch, "text": [texts[i] for i in batch["text"]]})
+    one = trainer(tmp_path, data=said, remove_unused_columns=False)
+    one.eval_dataset = None
+    one.add_callback(KnowledgeCallback(toy.graph(), toy.vectors(), text_column="text"))
+    one.train()
+    assert one.state.log_history[0]["knowledge/mentions_per_row"] > 0
+
+
 def test_rows_of_a_later_evaluation(tmp_path: Path) -> None:
     one = with_review(tmp_path, text_column="review")
     one.train()

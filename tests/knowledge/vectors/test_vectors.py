@@ -159,6 +159,19 @@ def test_word2vec_text_as_it_comes(
     assert f"left out 2 vectors whose word was there before, such as {KEYS[1]!r}" in counts[1]
 
 
+@pytest.mark.parametrize(("count", "told"), [(400_000, True), (2, False), (1, False)])
+def test_a_header_of_a_larger_count_is_told(
+    count: int, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a download that broke off."""
+    path = tmp_path / "v.txt"
+    path.write_text(f"{count} 2\n{KEYS[0]} 1 2\n{KEYS[1]} 3 4\n")
+    assert len(EntityVectors.from_file(path, graph())) == 5
+    warned = [r.getMessage() for r in caplog.records if "its first line" in r.getMessage()]
+    assert bool(warned) == told
+    assert not told or f"has 2 vectors, and its first line says {count:,}" in warned[0]
+
+
 def test_entities_of_one_label_share_its_vector(tmp_path: Path) -> None:
     twins = KnowledgeGraph.from_triples(
         [("b1", "r", "b2")], names={"b1": "bank", "b2": "bank", "b3": "river"}
