@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hf_adapt.engine.auxiliary import preserved_random_state
 
-PLAIN = (bool, int, float, str, type(None), torch.Tensor)
+CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+"""What a forward may add to; types of others, such as a model's outputs, may allow no change."""
+
+KEPT = (bool, int, float, str, type(None), torch.Tensor, tuple, frozenset, np.ndarray)
 """Attributes of a module that a forward may change: its mode, counters, lengths, cached tensors."""
+
+INTERNAL = vars(nn.Module()).keys() - {"training"}
+"""Attributes in which torch keeps parameters, buffers, submodules and hooks."""
 
 
 @contextmanager
@@ -20,8 +30,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Restore a model's modes, buffers and counters afterwards, and the random state.
 
     A forward may change more than batch statistics, also in evaluation mode: count its calls, grow
-    a table of positions and remember its length. What is put back is put back together, so that a
-    buffer and the attribute that describes it go on belonging together.
+    a table of positions and remember its length, append to a list. What is put back is put back
+    together, so that a buffer and the attribute that describes it go on belonging together. A
+    module that builds its parameters or submodules in the forward keeps them, and so all the rest
+    that it says of itself but its mode.
 
     Args:
         model: Its parameters are left alone.
@@ -34,29 +46,74 @@ def preserved(model: nn.Module) -> Iterator[None]:
         0
     """
     modules = list(model.modules())
-    kept = [(module, _plain(vars(module)), dict(module._buffers)) for module in modules]
-    tensors = [v for _, *both in kept for each in both for v in each.values() if _has_values(v)]
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    modes = [module.training for module in modules]
+    kept = [_Kept(module) for module in modules if not _is_unbuilt(module)]
     try:
         with preserved_random_state():
             yield
     finally:
-        with torch.no_grad():
-            for tensor, before in values:
-                if not torch.equal(tensor, before):
-                    tensor.copy_(before)
-        for module, attributes, buffers in kept:
-            own = vars(module)
-            for name in _plain(own).keys() - attributes.keys():
-                del own[name]
-            own.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for state in kept:
+            state.restore()
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
-def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if isinstance(value, PLAIN)}
+class _Kept:
+    """What a module was, apart from its parameters and submodules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.submodules, self.buffers = dict(module._modules), dict(module._buffers)
+        self.attributes = _plain(module)
+        values = [*self.attributes.values(), *self.buffers.values()]
+        self.tensors = [(v, v.detach().clone()) for v in values if _has_values(v)]
+        self.arrays = [(v, v.copy()) for v in values if _is_writeable(v)]
+        self.containers = [(v, copy.copy(v)) for v in values if type(v) in CONTAINERS]
+        own = vars(module).values()
+        self.generators = [(v, v.get_state()) for v in own if isinstance(v, torch.Generator)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it all back, each into the same object, unless the module has built submodules."""
+        if self.module._modules != self.submodules:
+            return
+        for tensor, before in self.tensors:
+            if not torch.equal(tensor, before):
+                tensor.copy_(before)
+        for array, content in self.arrays:
+            array[...] = content
+        for container, content in self.containers:
+            container.clear()
+            (container.extend if hasattr(container, "extend") else container.update)(content)
+        for generator, state in self.generators:
+            generator.set_state(state)
+        own = vars(self.module)
+        for name in _plain(self.module).keys() - self.attributes.keys():
+            del own[name]
+        own.update(self.attributes)
+        self.module._buffers.clear()
+        self.module._buffers.update(self.buffers)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in INTERNAL and (isinstance(value, KEPT) or type(value) in CONTAINERS)
+    }
+
+
+def _is_unbuilt(module: nn.Module) -> bool:
+    """Whether the first forward gives it its sizes, as torch's lazy layers."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None and is_lazy(tensor) for tensor in own)
 
 
 def _has_values(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and not tensor.is_meta
+
+
+def _is_writeable(array: Any) -> bool:
+    """Whether a forward can change it; a mapped file, which may be large, is left alone."""
+    is_array = isinstance(array, np.ndarray) and not isinstance(array, np.memmap)
+    return is_array and bool(array.flags.writeable)

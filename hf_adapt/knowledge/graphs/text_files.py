@@ -172,8 +172,8 @@ def read_columns(path: Path, columns: Sequence[str], separator: str | None = Non
     except pa.ArrowInvalid as error:
         explain(path, columns, separator)
         raise ValueError(f"{path}: {error}") from error
-    if not header and len(columns) == 3 and table.num_rows > 1:
-        _check_first_triple(path, number, table, separator)
+    if not header:
+        _check_first_row(path, number, first, table, separator)
     if marks and table.num_rows + header < lines:  # cells of several lines, or open quotations
         explain(path, columns, separator)
     return table
@@ -272,25 +272,33 @@ def _is_quoted(cell: str) -> bool:
     return len(cell) > 1 and cell[0] == cell[-1] == '"'
 
 
-def _check_first_triple(path: Path, line: int, table: Any, separator: str) -> None:
-    """The first row is a triple, unless it has nothing in common with the others."""
-    cells = [column[0].as_py() for column in table.columns]
-    heads, relations, tails = table.slice(1).columns
-    head, relation, tail = cells
-    pairs = [(relation, relations), *((cell, e) for cell in (head, tail) for e in (heads, tails))]
-    if any(pc.index(column, cell).as_py() >= 0 for cell, column in pairs):
+def _check_first_row(path: Path, line: int, first: list[str], table: Any, separator: str) -> None:
+    """The first row is one like the others, unless it has nothing in common with them."""
+    columns, cells = table.column_names, [column[0].as_py() for column in table.columns]
+    others = table.slice(1).columns
+    # A relation may be there again as a relation, and an entity as a head or a tail.
+    places = [(1,), (0, 2), (0, 2)] if len(cells) == 3 else [range(len(cells))] * len(cells)
+    order = (1, 0, 2) if len(cells) == 3 else range(len(cells))
+    for own, at in zip(order, places, strict=True):
+        if any(pc.index(others[i], cells[own]).as_py() >= 0 for i in at):
+            return
+    num_names = sum(map(_is_header, first))
+    if num_names == len(first):
+        _raise_columns(path, line, first, columns)
+    if len(cells) != 3 or table.num_rows == 1:
         return
     shown = ", ".join(repr(cell.strip()) for cell in cells)
     fix = (
-        f"If these are the names of the columns, pass head={head!r}, relation={relation!r}, "
-        f"tail={tail!r}."
+        f"If these are the names of the columns, pass head={cells[0]!r}, relation={cells[1]!r}, "
+        f"tail={cells[2]!r}."
     )
     # Where each other relation is there twice, the first row is the odd one out.
-    if len(relations) > 2 and pc.min(relations.value_counts().field("counts")).as_py() > 1:
+    counts = others[1].value_counts().field("counts")
+    if num_names == 2 and table.num_rows > 3 and pc.min(counts).as_py() > 1:
         raise ValueError(
             f"{path}, line {line}: {shown} look like the names of the columns: no other row has "
             f"this relation or one of these entities. {fix} If they are a triple, put the line "
-            f"{separator.join(('head', 'relation', 'tail'))!r} before it."
+            f"{separator.join(columns)!r} before it."
         )
     logger.warning(
         "%s, line %d: %s are read as a triple, but no other row has the relation or one of the "
@@ -305,9 +313,8 @@ def _check_first_triple(path: Path, line: int, table: Any, separator: str) -> No
 def _check_without_header(
     path: Path, line: int, first: list[str], columns: Sequence[str], separator: str
 ) -> None:
-    """The first line is a row, unless it can only be a header with other names."""
-    looks_like_header = all(map(_is_header, first))
-    if looks_like_header or (len(first) != len(columns) and len(first) > 1):
+    """The first line is a row, unless its number of cells is another."""
+    if len(first) != len(columns) and len(first) > 1:
         _raise_columns(path, line, first, columns)
     if len(first) == 1:
         raise ValueError(
@@ -325,6 +332,16 @@ def _is_header(cell: str) -> bool:
 def _raise_columns(path: Path, line: int, first: list[str], columns: Sequence[str]) -> NoReturn:
     raise ValueError(
         f"{path}, line {line}: expected a header with the columns {', '.join(columns)}, or exactly "
-        f"{len(columns)} columns without a header; got {', '.join(map(repr, first[:8]))}. Name "
-        "the file's columns (head=, relation=, tail=), or put those names in its first line."
+        f"{len(columns)} columns without a header; got {', '.join(map(repr, first[:8]))}. "
+        f"{naming(columns)}"
     )
+
+
+def naming(columns: Sequence[str]) -> str:
+    """The advice for a file whose columns have other names."""
+    if len(columns) == 3:  # of triples, which may be called anything
+        return (
+            "Name the file's columns (head=..., relation=..., tail=...), or call them "
+            f"{', '.join(columns)}."
+        )
+    return f"Call the columns {' and '.join(columns)}."

@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from hf_adapt.knowledge.graphs.text_files import SEPARATORS, SHOWN, explain, kind_of, read_columns
+from hf_adapt.knowledge.graphs.text_files import (
+    SEPARATORS,
+    SHOWN,
+    explain,
+    kind_of,
+    naming,
+    read_columns,
+)
 from hf_adapt.knowledge.strings import CHUNK
 
 
@@ -105,7 +112,7 @@ def _check_columns(there: Sequence[str], columns: Sequence[str], source: str) ->
             raise ValueError(
                 f"{source}: there is no column {name!r}. Its columns are "
                 f"{', '.join(map(repr, list(there)[:12]))}{f'; near: {near}' if near else ''}. "
-                "Pass their names: head=..., relation=..., tail=...."
+                f"{naming(columns)}"
             )
 
 

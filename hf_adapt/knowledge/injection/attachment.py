@@ -157,6 +157,8 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Knowledge | None:
         """The mentions of inputs that bring none, where they can be found."""
+        if not self.injector.is_built:
+            return None  # as in a copy of the model that was made before training: a self-teacher
         ids = kwargs.get("input_ids", args[0] if args else None)
         if any(_cached_length(kwargs.get(name)) > 0 for name in CACHES):
             return None  # what was said before lies in the cache

@@ -216,7 +216,9 @@ def resumed_vectors(
         return None
     expected = settings["vectors"]["fingerprint"]
     if given is not None:
-        check_fingerprint("vectors", given.fingerprint, expected)
+        made = (own / "vectors").exists()  # by the run itself, so they travel with it
+        fix = "Leave vectors= out: the checkpoint holds those that its run made" if made else None
+        check_fingerprint("vectors", given.fingerprint, expected, fix)
         return None
     if not (own / "vectors").exists():
         raise ValueError(
@@ -275,18 +277,26 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
-def check_fingerprint(what: str, found: str, expected: str) -> None:
+def check_fingerprint(what: str, found: str, expected: str, fix: str | None = None) -> None:
     """Refuse another graph, or other vectors, than those of the training.
+
+    Args:
+        what: `"graph"` or `"vectors"`.
+        found: The fingerprint of what there is.
+        expected: That of the training.
+        fix: What to do, where it is not to pass those of the training.
 
     Raises:
         ValueError: If the fingerprints differ.
     """
     if found != expected:
+        own = (
+            f"Pass the {what} of the training (a script can keep what it made: {what}.save(folder))"
+        )
         raise ValueError(
-            f"The {what} given has the fingerprint {found}, and the model was trained with "
-            f"{expected}: entities have other numbers or facts there, so the injector would read "
-            f"the wrong ones. Pass the {what} of the training (a script can keep what it made: "
-            f"{what}.save(folder)), or start a new training."
+            f"The {what} {'has' if what == 'graph' else 'have'} the fingerprint {found}, and the "
+            f"model was trained with {expected}: the injector would read what it was not trained "
+            f"on. {fix or own}, or start a new training."
         )
 
 

@@ -105,14 +105,14 @@ def test_a_header_with_other_names_is_not_a_triple(tmp_path: Path) -> None:
         KnowledgeGraph.from_triples(path)
 
 
-HEADED = "drug,effect,illness\naspirin,treats,pain\nx,treats,y\nz,causes,pain\nu,causes,v\n"
+HEADED = "source,effect,target\naspirin,treats,pain\nx,treats,y\nz,causes,pain\nu,causes,v\n"
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (HEADED, r"line 1: 'drug', 'effect', 'illness' look like the names of the columns"),
-        ("\n" + HEADED, r"line 2: .*pass head='drug', relation='effect', tail='illness'"),
+        (HEADED, r"line 1: 'source', 'effect', 'target' look like the names of the columns"),
+        ("\n" + HEADED, r"line 2: .*pass head='source', relation='effect', tail='target'"),
         ("head_id,rel_type,tail_id\na,r,b\n", "line 1: expected a header with the columns head"),
     ],
 )
@@ -120,11 +120,29 @@ def test_a_header_of_unknown_names_is_not_a_triple(text: str, match: str, tmp_pa
     path = write(tmp_path / "t.csv", text)
     with pytest.raises(ValueError, match=match):
         KnowledgeGraph.from_triples(path)
-    if "drug" in text:
-        columns = {"head": "drug", "relation": "effect", "tail": "illness"}
+    if "effect" in text:
+        columns = {"head": "source", "relation": "effect", "tail": "target"}
         assert len(rows_of(KnowledgeGraph.from_triples(path, **columns))) == 4
         write(path, "head,relation,tail\n" + text)
         assert len(rows_of(KnowledgeGraph.from_triples(path))) == 5
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        ("Abdication,involves,King", True),
+        ("drug,effect,illness", True),
+        ("name,likes,label", False),
+        ("e1,type,node", False),
+    ],
+)
+def test_a_first_triple_of_words_is_no_header(
+    first: str, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"e{i},likes,e{i + 1}" for i in range(20)]
+    path = write(tmp_path / "t.csv", "\n".join([first, *rows]))
+    assert len(rows_of(KnowledgeGraph.from_triples(path))) == 21
+    assert ("are read as a triple, but no other row" in caplog.text) == told
 
 
 def test_a_first_triple_like_no_other_is_told(
@@ -141,8 +159,17 @@ def test_a_first_triple_like_no_other_is_told(
 
 def test_names_with_a_header_of_other_names(tmp_path: Path) -> None:
     path = write(tmp_path / "n.csv", "concept_id,title\nq1,cat\n")
-    with pytest.raises(ValueError, match="line 1: expected a header with the columns entity, name"):
+    with pytest.raises(
+        ValueError, match="line 1: expected a header with the columns entity, name"
+    ) as e:
         KnowledgeGraph.from_triples([("q1", "r", "q2")], names=path)
+    assert "Call the columns entity and name" in str(e.value) and "head=" not in str(e.value)
+    pandas.DataFrame({"id": ["q1"], "title": ["cat"]}).to_parquet(tmp_path / "n.parquet")
+    with pytest.raises(
+        ValueError, match=r"no column 'entity'.*Call the columns entity and name"
+    ) as e:
+        KnowledgeGraph.from_triples([("q1", "r", "q2")], names=tmp_path / "n.parquet")
+    assert "head=" not in str(e.value)
 
 
 def test_numbers_are_keys() -> None:

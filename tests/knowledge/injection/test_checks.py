@@ -18,8 +18,9 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from hf_adapt import DANN, adapt
+from hf_adapt import DANN, Distillation, SelfTeacher, adapt
 from hf_adapt.knowledge import KnowledgeCallback, KnowledgeInjection, KnowledgeTrainer
+from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
 from tests.knowledge import toy
 from tests.knowledge.injection.test_injection import injection, trainer
 from tests.knowledge.models import NO_DROPOUT, SIZE, TOKENS, VOCABULARY, made
@@ -151,6 +152,25 @@ def test_a_transform_may_make_the_text(tmp_path: Path) -> None:
     one.eval_dataset = None
     one.add_callback(KnowledgeCallback(toy.graph(), toy.vectors(), text_column="text"))
     one.train()
+    assert one.state.log_history[0]["knowledge/mentions_per_row"] > 0
+
+
+@pytest.mark.parametrize("knowledge_first", [True, False])
+def test_a_copy_of_the_student_links_nothing(
+    knowledge_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its injector has no weights: there is nothing that mentions could add."""
+
+    def linked(*_: Any) -> None:
+        raise AssertionError("decoded tokens are linked")
+
+    monkeypatch.setattr(KnowledgeBatcher, "of_tokens", linked)
+    one = trainer(tmp_path, data=reviews())
+    one.eval_dataset = None
+    both = [injection(text_column="review"), Distillation(SelfTeacher())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapt(one, *(both if knowledge_first else both[::-1])).train()
     assert one.state.log_history[0]["knowledge/mentions_per_row"] > 0
 
 

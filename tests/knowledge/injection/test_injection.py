@@ -198,7 +198,7 @@ def test_every_model_resumes_bit_exact(name: str, tmp_path: Path) -> None:
 def test_another_graph_is_refused_on_resume(tmp_path: Path) -> None:
     adapt(trainer(tmp_path, save_strategy="steps", save_steps=2), injection()).train()
     other = KnowledgeInjection(toy.shuffled(tmp_path), toy.vectors(), injector=injection().injector)
-    with pytest.raises(ValueError, match="The graph given has the fingerprint"):
+    with pytest.raises(ValueError, match="The graph has the fingerprint"):
         adapt(trainer(tmp_path), other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -117,9 +117,9 @@ def test_what_a_folder_may_lack(tmp_path: Path) -> None:
         load_knowledge_model(folder)
     with pytest.raises(ValueError, match="Pass vectors="):
         load_knowledge_model(folder, toy.graph())
-    with pytest.raises(ValueError, match="The graph given has the fingerprint"):
+    with pytest.raises(ValueError, match="The graph has the fingerprint"):
         load_knowledge_model(folder, toy.shuffled(tmp_path), toy.vectors())
-    with pytest.raises(ValueError, match="The vectors given has the fingerprint"):
+    with pytest.raises(ValueError, match="The vectors have the fingerprint"):
         load_knowledge_model(folder, toy.graph(), toy.vectors(seed=9))
     model = load_knowledge_model(folder, toy.graph(), toy.vectors())
     inputs = knowledge_inputs(one.model, TEXTS)
