@@ -1,6 +1,8 @@
 """What `from hf_adapt import …` offers."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -30,3 +32,13 @@ def test_packages_offer_what_they_say(package: str) -> None:
     module = importlib.import_module(f"hf_adapt.{package}")
     for name in module.__all__:
         assert (getattr(module, name).__doc__ or "").strip(), name
+
+
+def test_modules_are_attributes() -> None:
+    program = (
+        "import hf_adapt, hf_adapt.engine\n"
+        "hf_adapt.engine.progress.dann_ramp, hf_adapt.alignment.coral, hf_adapt.distillation.cache"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'progres'"):
+        importlib.import_module("hf_adapt.engine").progres  # noqa: B018

@@ -154,6 +154,40 @@ def check_regression(student: nn.Module, head: Head, divergence: Divergence) -> 
         )
 
 
+KINDS = {
+    "rows": "classifier of one label for each row",
+    "labels": "multi-label classifier",
+    "values": "regression",
+}
+
+
+def check_kinds(student: Head, teacher: nn.Module | None, labels: Any = None) -> None:
+    """Refuse a teacher whose outputs mean something else than the student's.
+
+    One label or several are told apart by labels where the configuration does not say it.
+
+    Args:
+        student: The student's head, as far as it is known.
+        teacher: Nothing is known of None.
+        labels: The labels of a batch, which decide what the student is.
+
+    Raises:
+        ValueError: If one is a regression and the other is not, or one has several labels.
+    """
+    if teacher is None:
+        return
+    theirs = Head.of(teacher)
+    if student.kind == theirs.kind or not {student.kind, theirs.kind} <= set(KINDS):
+        return
+    decided = theirs.is_decided and (student.is_decided or labels is not None)
+    if decided or "values" in (student.kind, theirs.kind):
+        raise ValueError(
+            f"The student is a {KINDS[student.kind]} and the teacher a {KINDS[theirs.kind]}, so "
+            "their outputs cannot be compared. Use a teacher of the same kind (problem_type in "
+            "both configurations), or override select_logits."
+        )
+
+
 def num_positions(model: nn.Module | None) -> int | None:
     """How many tokens a model takes, as far as its configuration says."""
     config = None if model is None else _config(model)

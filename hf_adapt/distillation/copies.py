@@ -8,7 +8,9 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -25,6 +27,9 @@ def bind_to_itself(model: nn.Module) -> None:
     under mixed precision). `copy.deepcopy` does not copy functions, so what they close over is
     still the original: the copy gives the original's output, whatever its own weights are. Here
     these functions are made again, for the copy. A model that is not such a copy stays as it is.
+
+    What this cannot see (globals, objects that hold the original, hooks) is found when the copy
+    first runs: see [`WeightsInUse`].
 
     Raises:
         ValueError: If the model's `forward` runs a model outside of it that it is no copy of.
@@ -50,6 +55,54 @@ def bind_to_itself(model: nn.Module) -> None:
                 "forward was replaced: its predictions would not follow its own weights. Save the "
                 "model and load it again with from_pretrained, or pass a function as the teacher "
                 "(teacher=lambda inputs: model(**inputs))."
+            )
+
+
+class WeightsInUse(TorchFunctionMode):
+    """Records which of a model's weights are computed with while the context is open.
+
+    Args:
+        model: The model whose weights are looked out for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names: set[str] = set()
+
+    def __enter__(self) -> Any:
+        """Begin; compiled models run as they are written, so that their steps are seen."""
+        self._eager = torch.compiler.set_stance("force_eager")
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """End."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._eager.__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the arguments of a function of torch."""
+        result = func(*args, **(kwargs or {}))
+        if result is None or isinstance(result, (torch.Tensor, tuple)):  # not a shape or a dtype
+            for value in (*args, *(kwargs or {}).values()):
+                for one in value if isinstance(value, (list, tuple)) else (value,):
+                    if id(one) in self._names:
+                        self.names.add(self._names[id(one)])
+        return result
+
+    def check(self, teacher: str) -> None:
+        """Refuse a teacher that ran on the model's weights.
+
+        Raises:
+            ValueError: Naming one of them.
+        """
+        if self.names:
+            raise ValueError(
+                f"The teacher ({teacher}) runs on {len(self.names)} of the student's own weights "
+                f"({min(self.names)}, …), as a copy does whose forward or hooks refer to the "
+                "original model: its predictions would follow the student's. Take the replaced "
+                "forward or the hooks off before the model is copied, or save the model and load "
+                "it again with from_pretrained as the teacher."
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from hf_adapt.distillation.checks import Classes, num_positions
 from hf_adapt.distillation.heads import Head
 from hf_adapt.distillation.objective import Distillation
 from hf_adapt.distillation.texts import check_cell, check_columns, is_words, missing_cells
+from hf_adapt.engine.columns import named_inputs
 from hf_adapt.engine.hub_names import check_hub_name
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
@@ -242,7 +242,7 @@ def _known(module: torch.nn.Module, head: Head | None) -> set[str]:
     what is distilled.
     """
     labels = {"label", "label_ids", "labels"}
-    known = {*inspect.signature(module.forward).parameters, *labels}
+    known = {*(named_inputs(module) or ()), *labels}
     if head is None or head.kind == "tokens":
         return known
     return known - (labels - {"labels"} if head.kind == "causal_lm" else labels)

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_adapt.distillation.cache import CachedTeacher, Signal
 from hf_adapt.distillation.checks import num_positions
+from hf_adapt.distillation.copies import WeightsInUse
 from hf_adapt.distillation.divergences import Divergence, named_divergence
 from hf_adapt.distillation.features import Captured, FeatureLoss
 from hf_adapt.distillation.heads import Head
@@ -75,6 +76,7 @@ class TeacherHooks:
         self._added_inputs: set[str] = set()
         self._classes: int | None = None
         self._retokenizer: Retokenizer | None = None
+        self._independent: set[int] = set()  # ids of the teachers' models that were looked at
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     # ---- the hooks: override any of them ----
@@ -148,6 +150,7 @@ class TeacherHooks:
         """
         self._label_names = {*label_names, "labels"}
         self._classes = None
+        self._independent = {id(student)}
         if self._student is not student:
             self._student, self.head = student, Head.of(student)
         self._retokenizer = None
@@ -224,8 +227,14 @@ class TeacherHooks:
         return int(getattr(getattr(self._student, "config", None), "num_labels", 1))
 
     def _called(self, teacher: Any, inputs: Mapping[str, Any]) -> Any:
-        with torch.no_grad(), self._autocast():
+        module = getattr(teacher, "module", None)
+        is_new = module is not None and id(module) not in self._independent
+        watched = WeightsInUse(self._student) if is_new else nullcontext()
+        with torch.no_grad(), self._autocast(), watched:
             outputs = self.hooks.teacher_forward(teacher, inputs)
+        if isinstance(watched, WeightsInUse):
+            watched.check(teacher.name)
+            self._independent.add(id(module))
         logits = outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "logits", None)
         if isinstance(logits, torch.Tensor) and logits.requires_grad:
             raise ValueError(

@@ -13,6 +13,7 @@ from hf_adapt.distillation.cache import CachedTeacher, Signal, TopK, bucket_logi
 from hf_adapt.distillation.checks import (
     Classes,
     TeacherSanity,
+    check_kinds,
     check_labels,
     check_regression,
     check_sequence_length,
@@ -270,6 +271,7 @@ class Distillation(TeacherHooks, Objective):
                 theirs = teacher.classes
             if not self._overrides("select_logits"):
                 check_labels(own, theirs)
+                check_kinds(self.head, teacher.module)
             if self._retokenizer is None:
                 shared.append(shared_vocabulary(own, theirs, tokenizer))
                 if teacher.module is not None:
@@ -428,6 +430,9 @@ class Distillation(TeacherHooks, Objective):
             self.teachers, lessons, weights, self._sanity, strict=True
         ):
             own = student
+            labels = part.inputs.get("labels")
+            if labels is not None and not self._overrides("select_logits"):
+                check_kinds(self.head, teacher.module, labels)
             if lesson.item_mask is not None:
                 own = self.hooks.select_logits(outputs, part.inputs, lesson.item_mask)
             own, theirs = self._compared(own, lesson.signal, temperature, teacher)

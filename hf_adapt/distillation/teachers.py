@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_adapt.distillation.copies import bind_to_itself, copied
+from hf_adapt.engine.columns import named_inputs
 from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.hub_names import check_hub_name
 
@@ -124,12 +123,7 @@ class ModelTeacher(Teacher):
     def _take(self, model: nn.Module) -> None:
         bind_to_itself(model)
         self.module = model
-        # A PEFT model's own forward takes *args, **kwargs.
-        parameters = inspect.signature(unwrapped_base(model).forward).parameters
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        known = isinstance(unwrapped_base(model), PreTrainedModel)
-        # Transformers models take **kwargs for their attention, not for columns they do not know.
-        self._accepted = set(parameters) if known or not takes_all else None
+        self._accepted = named_inputs(model)
 
     def setup(self, trainer: Trainer, student: nn.Module) -> None:
         """Load the teacher if it was named; refuse one that the student trains.

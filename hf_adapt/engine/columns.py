@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from torch import nn
+from transformers import PreTrainedModel
 
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.auxiliary import preserved_random_state
@@ -97,6 +99,21 @@ def dataset_columns(dataset: Any, read_stream: bool = False) -> list[str] | None
     return list(row) if isinstance(row, Mapping) else None
 
 
+def named_inputs(model: nn.Module) -> set[str] | None:
+    """The inputs that a model's forward names, or None if it takes anything."""
+    # A PEFT model's own forward takes *args, **kwargs, and so may one that replaced a model's.
+    base = unwrapped_base(model)
+    base = getattr(base, "_orig_mod", base)  # torch.compile's
+    for forward in (base.forward, type(base).forward):
+        parameters = list(inspect.signature(forward).parameters.values())
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        # Transformers models take **kwargs for their attention, not for columns they do not know.
+        if not takes_all or (isinstance(base, PreTrainedModel) and names - {"self"}):
+            return names - {"self"}
+    return None
+
+
 def inputs_of(trainer: Trainer) -> set[str]:
     """Inputs that the Trainer's model takes, and labels.
 
@@ -104,7 +121,7 @@ def inputs_of(trainer: Trainer) -> set[str]:
     """
     trainer._set_signature_columns_if_needed()
     model = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
-    taken = inspect.signature(model.forward).parameters
+    taken = named_inputs(model) or ()
     return {*taken, *(vars(trainer).get("_signature_columns") or ())}
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
+from transformers import Trainer
 
 from hf_adapt import AdaptationCallback, Distillation, ModelTeacher, SelfTeacher
 from tests.engine.test_trainers import SFT_DATA, sft
-from tests.tiny import bert
+from tests.tiny import arguments, bert, collate, rows
 
 IDS = torch.arange(5, 13).view(2, 4)
 
@@ -64,6 +65,53 @@ def by_part(model: Any) -> None:
     model.forward = forward
 
 
+class Holder:
+    """As a Trainer holds its model: it cannot be called."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.run = model, type(model).forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.model, *args, **kwargs)
+
+
+def by_global(model: Any) -> None:
+    """As at the top level of a script."""
+    names = {"old": model.forward}
+    exec("def forward(*args, **kwargs):\n    return old(*args, **kwargs)", names)
+    model.forward = names["forward"]
+
+
+def by_holder(model: Any) -> None:
+    holder = Holder(model)
+    model.forward = lambda *args, **kwargs: holder.run(holder.model, *args, **kwargs)
+
+
+def by_method_of_a_holder(model: Any) -> None:
+    run = Holder(model).forward
+    model.forward = lambda *args, **kwargs: run(*args, **kwargs)
+
+
+def by_parameter(model: Any) -> None:
+    weight, run = model.classifier.weight, model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = run(*args, **kwargs)
+        outputs.logits = outputs.logits + weight.sum()
+        return outputs
+
+    model.forward = forward
+
+
+def by_hook(model: Any) -> None:
+    def add(module: Any, args: Any, outputs: Any) -> Any:
+        outputs.logits = outputs.logits + model.classifier.bias
+        return outputs
+
+    model.register_forward_hook(add)
+
+
+BEYOND_CURE = [by_global, by_holder, by_method_of_a_holder, by_parameter, by_hook]
 PATCHES = [by_method, by_function, by_partial, by_default, twice, by_part]
 
 
@@ -111,3 +159,55 @@ def test_distillation_on_sft_trainer_is_not_zero(kind: str, lora: bool, tmp_path
     values = [log["loss/distillation"] for log in trainer.state.log_history if "loss" in log]
     assert values[0] == pytest.approx(0.0, abs=1e-6)
     assert values[-1] > 1e-5, values
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["self", "copy"])
+@pytest.mark.parametrize("patch", BEYOND_CURE, ids=lambda patch: patch.__name__)
+def test_a_copy_that_runs_on_the_students_weights_is_refused(
+    patch: Callable[[Any], None], kind: str, frozen: bool, tmp_path: Path
+) -> None:
+    """Its predictions would be the student's own, whatever the student learns."""
+    student = bert(seed=0)
+    student.bert.requires_grad_(not frozen)
+    patch(student)
+    teacher: Any = SelfTeacher(decay=0.9) if kind == "self" else copy.deepcopy(student)
+    trainer = Trainer(
+        student,
+        arguments(tmp_path, remove_unused_columns=False),
+        train_dataset=rows(8, 1),
+        data_collator=collate,
+        callbacks=[AdaptationCallback(Distillation(teacher))],
+    )
+    with pytest.raises(ValueError, match=r"runs on \d+ of the student's own weights \(\w+\."):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_compiled_copy_is_looked_at_too(tmp_path: Path) -> None:
+    student = bert(seed=0)
+    weight = student.classifier.weight
+
+    class Leaking(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden @ weight.T
+
+    teacher = copy.deepcopy(bert(seed=1))
+    teacher.classifier = Leaking()
+    compiled: Any = torch.compile(teacher, backend="eager")
+    for used, is_refused in (
+        (compiled, True),
+        (torch.compile(bert(seed=1), backend="eager"), False),
+    ):
+        trainer = Trainer(
+            student,
+            arguments(tmp_path, max_steps=1),
+            train_dataset=rows(8, 1),
+            data_collator=collate,
+            callbacks=[AdaptationCallback(Distillation(used))],
+        )
+        if is_refused:
+            with pytest.raises(ValueError, match="1 of the student's own weights"):
+                trainer.train()
+        else:
+            trainer.train()

@@ -19,6 +19,7 @@ from hf_adapt import (
 )
 from hf_adapt.distillation.cache import TopK, bucket_logits, teacher_fingerprint
 from hf_adapt.distillation.divergences import forward_kl
+from hf_adapt.distillation.filling import fill_cache
 from hf_adapt.distillation.teachers import as_teacher
 from tests.distillation.heads import CASES
 from tests.tiny import (
@@ -548,3 +549,24 @@ def test_a_loss_that_is_0_throughout_is_pointed_out(
 def test_a_wrong_path_of_a_teacher(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no folder .*no/such/teacher"):
         run(tmp_path, str(tmp_path / "no/such/teacher"), model=bert(seed=0))
+
+
+@pytest.mark.parametrize("way", ["online", "compiled", "cached"])
+def test_a_teacher_whose_forward_was_wrapped_gets_its_inputs(way: str, tmp_path: Path) -> None:
+    teacher, plain = bert(seed=1), bert(seed=1)
+    forward = teacher.forward
+    teacher.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    if way == "compiled":
+        teacher = torch.compile(bert(seed=1), backend="eager")
+    given: Any = teacher
+    if way == "cached":
+        data = CASES["sequence"].data(8)
+        given = CachedTeacher(tmp_path / "cache", teacher)
+        assert list(fill_cache(given, data, data_collator=CASES["sequence"].collate)) == [8]
+    else:
+        assert ModelTeacher(given).inputs == ModelTeacher(plain).inputs
+        assert not {"args", "kwargs", "self"} & ModelTeacher(given).inputs
+    found, expected = run(tmp_path, given), run(tmp_path, plain)
+    assert found.state.log_history[0]["loss/distillation"] == pytest.approx(
+        expected.state.log_history[0]["loss/distillation"], rel=1e-5
+    )

@@ -36,6 +36,7 @@ from tests.tiny import (
     SIZE,
     VOCABULARY,
     GradientRecorder,
+    arguments,
     bert,
     collate,
     cosine_and_ratio,
@@ -244,6 +245,43 @@ def test_a_regression_has_no_distribution(outputs: int, tmp_path: Path) -> None:
     # Numbers are no classes to agree on.
     assert "distillation/agreement" not in trainer.state.log_history[0]
     assert not {"eval_agreement", "eval_teacher_kl"} & set(trainer.evaluate())
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs"),
+    [
+        (None, "regression"),
+        ("regression", "single_label_classification"),
+        (None, "multi_label_classification"),
+        ("single_label_classification", "multi_label_classification"),
+        ("multi_label_classification", "single_label_classification"),
+    ],
+)
+def test_student_and_teacher_predict_the_same_kind(
+    own: str | None, theirs: str, tmp_path: Path
+) -> None:
+    """Numbers or yes and no were compared with one distribution over classes."""
+    many = own in ("regression", "multi_label_classification")
+    data = CASES["several_labels"].data(8) if many else rows(8, 1)
+    options: dict[str, Any] = dict(
+        model=bert(seed=0, problem_type=own),
+        teacher=bert(seed=1, problem_type=theirs),
+        train_dataset=data,
+        data_collator=padded,
+        divergence="mse",
+    )
+    trainer = make(tmp_path, **options)
+    with pytest.raises(ValueError, match=r"The student is a .* and the teacher a .*same kind"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+    class Mapped(DistillationTrainer):
+        def select_logits(self, outputs: Any, inputs: Any, mask: Any) -> Any:
+            return outputs["logits"][mask]
+
+    if own is None:
+        args = arguments(tmp_path, max_steps=1)
+        Mapped(args=args, **options).train()
 
 
 def padded(features: Any) -> dict[str, torch.Tensor]:
