@@ -25,7 +25,7 @@ SOFT_HYPHEN = "\u00ad"
 # Each is one character for one, so that no offset moves.
 PUNCTUATION = [(odd, "'") for odd in "\u2018\u2019\u201b\u02bc\uff07"]
 PUNCTUATION += [(odd, "-") for odd in "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"]
-RULES = 2
+RULES = 3
 """Raised whenever names or texts fold otherwise, so that no cache of older rules is read."""
 find_unspaced = re.compile(f"[{UNSPACED}]").search
 _odd_space = re.compile(r"[^\S ]")
@@ -64,8 +64,8 @@ def fold(text: str, ignore_case: bool) -> Folded:
     """Fold a text without losing track of its offsets.
 
     Canonically equal strings ('é' as one character or as two) fold alike, and with `ignore_case`
-    so do strings that differ in case alone ('ß' and 'SS' too). A soft hyphen after a character is
-    left out.
+    so do strings that differ in case alone ('ß' and 'SS' too). A soft hyphen after a character or a
+    space is left out.
 
     Args:
         text: Any text.
@@ -145,9 +145,9 @@ def _fold_blocks(text: str, ignore_case: bool) -> Folded:
     pieces: list[str] = []
     starts, origins, inside = [0], [0], set[int]()
 
-    def add(made: str, size: int) -> None:
+    def add(made: str, size: int, is_one: bool = False) -> None:
         start = starts[-1]
-        if len(made) != size:
+        if is_one or len(made) != size:
             inside.update(range(start + 1, start + len(made)))
         pieces.append(made)
         starts.append(start + len(made))
@@ -167,7 +167,8 @@ def _fold_blocks(text: str, ignore_case: bool) -> Folded:
             add_plain(text[end : unit.start()])
         part, end = unit.group(), unit.end()
         made = " " if part[0].isspace() else part[0] + part[1:].replace(SOFT_HYPHEN, "")
-        add(folded(made), len(part))
+        # With a soft hyphen 'ß' is as long as "ss", and still one character.
+        add(folded(made), len(part), is_one=SOFT_HYPHEN in part)
     if end < len(text):
         add_plain(text[end:])
     return Folded("".join(pieces), starts, origins, frozenset(inside))
@@ -179,7 +180,7 @@ def _units() -> Callable[[str], Iterator[re.Match[str]]]:
     # square of their number.
     marks = _marks()
     return re.compile(
-        rf"\s{{2,}}|\S[{marks}{SOFT_HYPHEN}]{{1,30}}|[{marks}]{{1,30}}|\S?[{JAMO}]+"
+        rf"\s[\s{SOFT_HYPHEN}]+|\S[{marks}{SOFT_HYPHEN}]{{1,30}}|[{marks}]{{1,30}}|\S?[{JAMO}]+"
     ).finditer
 
 
