@@ -231,13 +231,26 @@ def test_a_missing_text_is_refused_with_its_place(
     assert trainer.state.global_step == 0
 
 
-def test_the_name_of_a_text_column_that_is_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dataset", "list", "stream", "transform", "format"])
+def test_the_name_of_a_text_column_that_is_not_there(kind: str, tmp_path: Path) -> None:
     own, other = tokenizer(), tokenizer(reverse=True)
+    data = classified(own, keep_text=True)
+    given: dict[str, Any] = {
+        "dataset": data,
+        "list": data.to_list(),
+        "stream": data.to_iterable_dataset(),
+        "transform": data.rename_column("text", "txt").with_transform(
+            lambda rows: {"text" if key == "txt" else key: rows[key] for key in rows}
+        ),
+        "format": data.rename_column("text", "txt")
+        .add_column("text", data["text"])
+        .with_format(None, columns=["input_ids", "attention_mask", "labels", "text"]),
+    }
     trainer = DistillationTrainer(
         model=bert(seed=0),
         teacher=bert(seed=1),
         args=arguments(tmp_path),
-        train_dataset=classified(own, keep_text=True),
+        train_dataset=given[kind],
         data_collator=DataCollatorWithPadding(own),
         processing_class=own,
         teacher_processing_class=other,
