@@ -260,6 +260,27 @@ def test_the_name_of_a_text_column_that_is_not_there(kind: str, tmp_path: Path) 
         trainer.train()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_an_evaluation_set_without_the_text(several: bool, tmp_path: Path) -> None:
+    own, other = tokenizer(), tokenizer(reverse=True)
+    without = classified(own, keep_text=False)
+    trainer = DistillationTrainer(
+        model=bert(seed=0),
+        teacher=bert(seed=1),
+        args=arguments(tmp_path),
+        train_dataset=classified(own, keep_text=True),
+        eval_dataset={"a": without} if several else without,
+        data_collator=DataCollatorWithPadding(own),
+        processing_class=own,
+        teacher_processing_class=other,
+        text_column="text",
+        evaluate_distillation=True,
+    )
+    place = r"eval_dataset\['a'\]" if several else "eval_dataset"
+    with pytest.raises(ValueError, match=f"'text' is missing.*in {place}, only"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("model_max_length", [int(1e30), 9, 6])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_teacher_with_fewer_positions_than_its_own_tokens(
