@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from hf_adapt.engine.columns import dataset_columns
 
@@ -110,13 +112,16 @@ def check_columns(there: Sequence[str], columns: Sequence[str], name: str, fix: 
 
 
 def missing_cells(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """The cells of these columns that hold nothing, as (column, row)."""
+    """The cells of these columns that hold nothing, or a word that is nothing, as (column, row)."""
     start = 0
     for table in dataset.select_columns(list(columns)).with_format("arrow").iter(10_000):
         for column in columns:
-            if table[column].null_count:
-                empty = table[column].is_null().to_pylist()
-                yield from ((column, start + i) for i, is_empty in enumerate(empty) if is_empty)
+            cells = table[column]
+            has_words = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+            if cells.null_count or (has_words and pc.list_flatten(cells).null_count):
+                for i, cell in enumerate(cells.to_pylist()):
+                    if cell is None or (has_words and None in cell):
+                        yield column, start + i
         start += len(table)
 
 

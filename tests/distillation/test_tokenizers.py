@@ -25,6 +25,7 @@ from hf_adapt import (
     HiddenStates,
 )
 from hf_adapt.distillation.checks import num_positions
+from hf_adapt.distillation.texts import missing_cells
 from hf_adapt.distillation.tokenizers import Retokenizer, universal_logit_distance
 from tests.distillation.heads import CASES
 from tests.tiny import SIZE, GradientRecorder, arguments, bert, collate, cosine_and_ratio, llama
@@ -435,3 +436,8 @@ def test_an_evaluation_across_tokenizers_says_that_it_compares_nothing(
     for _ in range(2):
         assert "eval_agreement" not in trainer.evaluate()
     assert caplog.text.count("nothing is compared") == 1
+
+
+def test_a_word_that_is_missing_is_found_before_training() -> None:
+    rows = datasets.Dataset.from_dict({"words": [["w1"], None, ["w2", None], []]})
+    assert list(missing_cells(rows, ["words"])) == [("words", 1), ("words", 2)]
