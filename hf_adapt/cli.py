@@ -196,10 +196,12 @@ def cache_teacher(
     from hf_adapt.distillation import filling
     from hf_adapt.distillation.cache import CachedTeacher
     from hf_adapt.distillation.checks import num_positions
+    from hf_adapt.distillation.texts import column_names
     from hf_adapt.distillation.tokenizers import token_limit
 
-    columns = text_column or ["text"]
     try:
+        columns = column_names(text_column or "text")
+        chosen = _device(device)
         head = _head(teacher, task)
         rows, left_out = filling.with_texts(filling.read_rows(data, split, columns), columns)
         _say_left_out(left_out)
@@ -213,9 +215,7 @@ def cache_teacher(
             assert positions is not None
             rows = filling.tokenised(whole, words, columns, positions)
             _say_truncated(len(longer), positions)
-        filled = filling.fill_cache(
-            cache, rows, words, batch_size=batch_size, device=device or _default_device()
-        )
+        filled = filling.fill_cache(cache, rows, words, batch_size=batch_size, device=chosen)
         with typer.progressbar(length=len(rows), label="Asking the teacher") as progress:
             done = 0
             for number in filled:
@@ -226,7 +226,8 @@ def cache_teacher(
         raise typer.Exit(1) from error
     size = sum(file.stat().st_size for file in output.glob("*.bin"))
     typer.echo(
-        f"{done} rows, {cache.computed} of them asked now; {size / 1e6:.1f} MB in {output}. "
+        f"{done} {'row' if done == 1 else 'rows'}, {cache.computed} of them asked now; "
+        f"{size / 1e6:.1f} MB in {output}. "
         f'Train with: DistillationTrainer(teacher=CachedTeacher("{output}"), ...)'
     )
 
@@ -248,10 +249,25 @@ def _say_truncated(number: int, positions: int) -> None:
     )
 
 
-def _default_device() -> str:
+def _device(named: str | None) -> str:
+    """The device that was named, else a CUDA device where there is one.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if named is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=named)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {named} cannot be used on this machine: {first.removesuffix('.')}. Name "
+            "another, such as cpu or cuda:0."
+        ) from error
+    return named
 
 
 def _tokenizer(teacher: str, named: str | None) -> Any:

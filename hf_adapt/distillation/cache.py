@@ -170,6 +170,11 @@ class CachedTeacher(Teacher):
                 "(temperature=2.0, or --temperature 2), because the mass of all other classes is "
                 "kept at that temperature."
             )
+        if temperature is not None and not temperature > 0:
+            raise ValueError(
+                f"CachedTeacher(temperature={temperature}): the temperature must be positive, that "
+                "of the distillation (2 is usual)."
+            )
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown: use {', '.join(DTYPES)}.")
         if isinstance(teacher, SelfTeacher):

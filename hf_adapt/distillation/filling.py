@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
@@ -43,22 +44,31 @@ def read_rows(
     Raises:
         ValueError: If there are several splits and none is named, or the file cannot be read.
     """
-    path, kind = Path(source), FORMATS.get(Path(source).suffix.lstrip("."))
+    path = Path(source)
+    suffix = next((s[1:] for s in reversed(path.suffixes) if s.lower() != ".gz"), "").lower()
+    kind = FORMATS.get(suffix)
     if path.is_dir():
         found = datasets.load_from_disk(source)
     elif kind is not None:
-        options: dict[str, Any] = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+        options: dict[str, Any] = {"delimiter": "\t"} if suffix == "tsv" else {}
         if kind == "csv":
-            options |= {"keep_default_na": False, "na_values": [""]}
+            options |= {"keep_default_na": False, "na_values": [""], "skip_blank_lines": False}
             options["converters"] = dict.fromkeys(columns, _cell)
+        if path.exists() and not path.stat().st_size:
+            raise ValueError(f"{source} has no rows: it is empty.")
         try:
             found = datasets.load_dataset(kind, data_files={"train": source}, **options)
-        except datasets.exceptions.DatasetGenerationError as error:
+        except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
+            reason = str(error.__cause__ or error).strip()
             raise ValueError(
-                f"{source} cannot be read as {kind}: {error.__cause__ or error} A cell with a "
-                "quotation mark must have another at its end, and double those in between; "
-                "jsonl and parquet files need none."
+                f"{source} cannot be read as {kind}: {reason}{_fix(reason)}"
             ) from error
+        except StopIteration as error:
+            raise ValueError(f"{source} has no rows: it is empty.") from error
+        except ValueError as error:
+            if "corresponds to no data" not in str(error):
+                raise
+            raise ValueError(f"{source} has no rows.") from error
     elif path.exists():
         raise ValueError(
             f"{source} is no file of rows: expected .csv, .tsv, .json, .jsonl or .parquet, or a "
@@ -75,6 +85,16 @@ def read_rows(
         found = found[split or next(iter(found))]
     assert isinstance(found, datasets.Dataset)
     return found
+
+
+def _fix(reason: str) -> str:
+    """What to do about a csv file that ends within a cell."""
+    if "EOF inside string" not in reason:
+        return ""
+    return (
+        ". A cell with a quotation mark must have another at its end, and double those in between; "
+        "jsonl and parquet files need none."
+    )
 
 
 def _cell(text: str) -> str | None:
@@ -94,7 +114,16 @@ def with_texts(
     """
     if is_tokenised(rows):
         return rows, []
-    check_columns(rows, columns, "the rows", "Name the text with --text-column.")
+    if not len(rows):
+        raise ValueError("The file has no rows.")
+    check_columns(rows.column_names, columns, "the rows", "Name the text with --text-column.")
+    for column in columns:
+        kind = str(getattr(rows.features[column], "dtype", "list"))
+        if kind not in ("string", "large_string", "list", "null"):
+            raise ValueError(
+                f"Column {column!r} holds {kind}; expected texts or lists of words. Name the text "
+                "with --text-column."
+            )
     left_out = sorted({row for _, row in missing_cells(rows, columns)})
     if len(left_out) == len(rows):
         raise ValueError(f"There is no row with a text in {', '.join(map(repr, columns))}.")

@@ -214,7 +214,12 @@ class Distillation(TeacherHooks, Objective):
         self._check(trainer.processing_class)
         if self._retokenizer is not None and not self.is_cross_tokenizer:
             targets = target_datasets(trainer)
-            for name, dataset in named_datasets(trainer.train_dataset, targets):
+            given = [*named_datasets(trainer.train_dataset, targets)]
+            evaluated = trainer.eval_dataset
+            if getattr(self.hooks, "evaluate_distillation", False) and evaluated is not None:
+                parts = evaluated.items() if isinstance(evaluated, dict) else [("", evaluated)]
+                given += [("eval_dataset" + f"[{key!r}]" * bool(key), data) for key, data in parts]
+            for name, dataset in given:
                 check_dataset(dataset, self.columns, name)
         overridden = self._overrides("divergence", "distillation_loss", "select_logits")
         if self.logits_weight and not overridden:

@@ -7,6 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hf_adapt.engine.columns import dataset_columns
 
 
 def column_names(given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -69,48 +73,55 @@ def text_of(cell: Any, column: str, place: str) -> str:
 def check_dataset(dataset: Any, columns: Sequence[str], name: str) -> None:
     """Refuse a dataset without these columns, or with a row that has no text there.
 
-    A stream, or rows that are no `datasets.Dataset`, are checked as they come.
+    Of a stream, a list or rows that are made on the fly only the columns are looked at; their cells
+    are checked as they come.
 
     Raises:
         ValueError: Naming a similar column, or the row.
     """
-    if not isinstance(dataset, datasets.Dataset):
+    there = dataset_columns(dataset, read_stream=True)
+    if there is None:
         return
     check_columns(
-        dataset,
+        there,
         columns,
         name,
         "If it was removed when the rows were tokenised, keep it (`map(..., remove_columns=...)` "
         "without it).",
     )
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+        return
     for column, row in missing_cells(dataset, columns):
         check_cell(None, column, f"row {row} of {name}")
 
 
-def check_columns(dataset: datasets.Dataset, columns: Sequence[str], name: str, fix: str) -> None:
-    """Refuse a dataset without these columns.
+def check_columns(there: Sequence[str], columns: Sequence[str], name: str, fix: str) -> None:
+    """Refuse rows without these columns.
 
     Raises:
-        ValueError: Naming those that it has, and a similar one.
+        ValueError: Naming those that there are, and a similar one.
     """
     for column in columns:
-        if column not in dataset.column_names:
-            near = difflib.get_close_matches(column, dataset.column_names, n=1)
+        if column not in there:
+            near = difflib.get_close_matches(column, there, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"text_column={column!r} is missing: there is no column {column!r} in {name}, "
-                f"which has {', '.join(dataset.column_names)}.{hint} {fix}"
+                f"text_column={column!r} is missing: there is no column {column!r} in {name}, only "
+                f"{', '.join(there)}.{hint} {fix}"
             )
 
 
 def missing_cells(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """The cells of these columns that hold nothing, as (column, row)."""
+    """The cells of these columns that hold nothing, or a word that is nothing, as (column, row)."""
     start = 0
     for table in dataset.select_columns(list(columns)).with_format("arrow").iter(10_000):
         for column in columns:
-            if table[column].null_count:
-                empty = table[column].is_null().to_pylist()
-                yield from ((column, start + i) for i, is_empty in enumerate(empty) if is_empty)
+            cells = table[column]
+            has_words = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+            if cells.null_count or (has_words and pc.list_flatten(cells).null_count):
+                for i, cell in enumerate(cells.to_pylist()):
+                    if cell is None or (has_words and None in cell):
+                        yield column, start + i
         start += len(table)
 
 

@@ -1,5 +1,6 @@
 """`hf-adapt cache-teacher`: predictions made beforehand are those that training asks for."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def test_rows_without_any_text_or_with_something_else(teacher_folder: Path, tmp_
     assert "no row with a text" in fill(teacher_folder, tmp_path / "none.csv").output
     (tmp_path / "rows.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
     output = " ".join(fill(teacher_folder, tmp_path / "rows.jsonl").output.split())
-    assert "row 0 of the file has int 1" in output
+    assert "Column 'text' holds int64" in output
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -325,3 +326,48 @@ def test_rows_longer_than_the_teachers_positions(
     student = words([text, "w1"], truncation=True, max_length=8)
     data = datasets.Dataset.from_dict({**student, "labels": [0, 1]})
     assert len(train(tmp_path, CachedTeacher(tmp_path / "cache"), data=data)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "expected"),
+    [
+        ("rows.jsonl", "", [], "has no rows"),
+        ("rows.csv", "", [], "has no rows"),
+        ("rows.csv", "text\n", [], "has no rows"),
+        ("rows.csv", "text\nw1\n", ["--device", "foo"], "--device foo"),
+        ("rows.csv", "text\nw1\n", ["--device", "cuda:77"], "--device cuda:77"),
+        ("rows.csv", "text\nw1\n", ["--top-k", "2", "--temperature", "0"], "must be positive"),
+        ("rows.csv", "a,b,c\nw1,w2,w3\n", [f"--text-column={c}" for c in "abc"], "names 3 columns"),
+        ("rows.csv", b"text\ncaf\xe9\n", [], "cannot be read as csv"),
+        ("rows.csv", "text,label\nw1,0\nw2,1,2\n", [], "cannot be read as csv"),
+        ("rows.jsonl", '{"text": "w1"}\n{"text":\n', [], "cannot be read as json"),
+        ("rows.parquet", "abc", [], "rows.parquet cannot be read"),
+        ("rows.jsonl", '{"text": 5}\n', [], "holds int64"),
+    ],
+)
+def test_what_is_wrong_with_a_file_or_an_option(
+    name: str,
+    content: str | bytes,
+    options: list[str],
+    expected: str,
+    teacher_folder: Path,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = fill(teacher_folder, file, *options)
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+    output = " ".join(done.output.split())
+    assert expected in output and "quotation mark" not in output
+
+
+@pytest.mark.parametrize("name", ["rows.CSV", "rows.csv.gz"])
+def test_names_of_files_and_blank_lines(
+    name: str, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, content = asked(monkeypatch), b"text\nw1\n\nw2\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    done = fill(teacher_folder, tmp_path / name)
+    assert done.exit_code == 0, done.output
+    assert len(seen) == 2
+    assert "row 1, counted from 0" in " ".join(done.output.split())

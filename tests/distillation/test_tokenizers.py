@@ -25,6 +25,7 @@ from hf_adapt import (
     HiddenStates,
 )
 from hf_adapt.distillation.checks import num_positions
+from hf_adapt.distillation.texts import missing_cells
 from hf_adapt.distillation.tokenizers import Retokenizer, universal_logit_distance
 from tests.distillation.heads import CASES
 from tests.tiny import SIZE, GradientRecorder, arguments, bert, collate, cosine_and_ratio, llama
@@ -231,19 +232,53 @@ def test_a_missing_text_is_refused_with_its_place(
     assert trainer.state.global_step == 0
 
 
-def test_the_name_of_a_text_column_that_is_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dataset", "list", "stream", "transform", "format"])
+def test_the_name_of_a_text_column_that_is_not_there(kind: str, tmp_path: Path) -> None:
     own, other = tokenizer(), tokenizer(reverse=True)
+    data = classified(own, keep_text=True)
+    given: dict[str, Any] = {
+        "dataset": data,
+        "list": data.to_list(),
+        "stream": data.to_iterable_dataset(),
+        "transform": data.rename_column("text", "txt").with_transform(
+            lambda rows: {"text" if key == "txt" else key: rows[key] for key in rows}
+        ),
+        "format": data.rename_column("text", "txt")
+        .add_column("text", data["text"])
+        .with_format(None, columns=["input_ids", "attention_mask", "labels", "text"]),
+    }
     trainer = DistillationTrainer(
         model=bert(seed=0),
         teacher=bert(seed=1),
         args=arguments(tmp_path),
-        train_dataset=classified(own, keep_text=True),
+        train_dataset=given[kind],
         data_collator=DataCollatorWithPadding(own),
         processing_class=own,
         teacher_processing_class=other,
         text_column="txt",
     )
     with pytest.raises(ValueError, match=r"'txt' is missing.*train_dataset.*mean 'text'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_evaluation_set_without_the_text(several: bool, tmp_path: Path) -> None:
+    own, other = tokenizer(), tokenizer(reverse=True)
+    without = classified(own, keep_text=False)
+    trainer = DistillationTrainer(
+        model=bert(seed=0),
+        teacher=bert(seed=1),
+        args=arguments(tmp_path),
+        train_dataset=classified(own, keep_text=True),
+        eval_dataset={"a": without} if several else without,
+        data_collator=DataCollatorWithPadding(own),
+        processing_class=own,
+        teacher_processing_class=other,
+        text_column="text",
+        evaluate_distillation=True,
+    )
+    place = r"eval_dataset\['a'\]" if several else "eval_dataset"
+    with pytest.raises(ValueError, match=f"'text' is missing.*in {place}, only"):
         trainer.train()
 
 
@@ -401,3 +436,8 @@ def test_an_evaluation_across_tokenizers_says_that_it_compares_nothing(
     for _ in range(2):
         assert "eval_agreement" not in trainer.evaluate()
     assert caplog.text.count("nothing is compared") == 1
+
+
+def test_a_word_that_is_missing_is_found_before_training() -> None:
+    rows = datasets.Dataset.from_dict({"words": [["w1"], None, ["w2", None], []]})
+    assert list(missing_cells(rows, ["words"])) == [("words", 1), ("words", 2)]
