@@ -12,6 +12,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+NO_COPIES = (type, types.GenericAlias)
+"""Callables that hold no model and cannot be made anew."""
+
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy whose output follows its own weights; see [`bind_to_itself`]."""
@@ -158,7 +161,7 @@ def _rebuilt(
         if (function, args, keywords) != (value.func, value.args, value.keywords):
             made = functools.partial(function, *args, **keywords)
             made.__dict__.update(again(vars(value)))
-    elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+    elif callable(value) and hasattr(value, "__dict__") and not isinstance(value, NO_COPIES):
         new = again(vars(value))
         if new is not vars(value):
             made = object.__new__(type(value))  # accelerate's refuse copy.copy
