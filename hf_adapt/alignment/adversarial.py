@@ -260,7 +260,7 @@ class DANN(Objective):
         return {"best_margin": self._best_margin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back; checkpoints before 0.2 do not have it."""
+        """Restore the state returned by `state_dict`; checkpoints of 0.1 have none."""
         self._best_margin = state.get("best_margin", float("-inf"))
 
     def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
