@@ -28,7 +28,7 @@ from hf_adapt.engine.features import (
     token_mask,
     unwrapped_base,
 )
-from tests.tiny import VOCABULARY, bert
+from tests.helpers.models import VOCABULARY, bert
 
 # ---- pool ----
 
