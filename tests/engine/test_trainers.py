@@ -22,7 +22,6 @@ from transformers import (
     BertForTokenClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    T5Config,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
@@ -38,7 +37,7 @@ from hf_adapt import (
 )
 from tests.helpers.data import MapStyle, Stream, collate, rows, sentence_pairs, texts
 from tests.helpers.libraries import BATCH, SFT_DATA, sentence_trainer, sft
-from tests.helpers.models import bert, llama
+from tests.helpers.models import bert, llama, t5_config
 from tests.helpers.trainers import arguments, flat_gradient
 
 SOURCE = rows(13, seed=0, low=5, high=34)
@@ -564,16 +563,6 @@ def test_separate_is_joint_where_rows_do_not_couple(tmp_path: Any) -> None:
 
 def test_seq2seq_trainer_generates(tmp_path: Any) -> None:
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=64,
-        d_model=16,
-        d_kv=8,
-        d_ff=16,
-        num_layers=1,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
     generated: list[tuple[int, ...]] = []
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
@@ -581,7 +570,7 @@ def test_seq2seq_trainer_generates(tmp_path: Any) -> None:
         return {"rows": float(len(prediction.predictions))}
 
     trainer = Seq2SeqTrainer(
-        model=T5ForConditionalGeneration(config),
+        model=T5ForConditionalGeneration(t5_config(num_layers=1)),
         args=Seq2SeqTrainingArguments(
             output_dir=str(tmp_path),
             predict_with_generate=True,
