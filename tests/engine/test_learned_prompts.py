@@ -15,7 +15,7 @@ from peft import (
 from transformers import Trainer
 
 from hf_adapt import DANN, MMD, AdaptationCallback, Distillation, HiddenStates, Objective
-from hf_adapt.engine.features import pool
+from hf_adapt.models.pooling import pool
 from tests.tiny import arguments, bert, collate, llama, rows
 
 KINDS = {
