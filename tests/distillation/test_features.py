@@ -19,15 +19,14 @@ from hf_adapt.distillation.attention import attention_distance, relation_diverge
 from hf_adapt.distillation.features import contrastive_loss, hidden_distance, layer_pairs
 from hf_adapt.models.attention import attention_projections
 from hf_adapt.models.layers import find_stacks
-from tests.distillation.heads import CASES
-from tests.tiny import (
+from tests.helpers.data import collate, rows
+from tests.helpers.heads import CASES
+from tests.helpers.models import bert
+from tests.helpers.trainers import (
     GradientRecorder,
     arguments,
-    bert,
-    collate,
     cosine_and_ratio,
     flat_gradient,
-    rows,
     same_bits,
     weights,
 )

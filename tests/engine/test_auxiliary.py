@@ -11,7 +11,8 @@ from transformers import Trainer, get_scheduler
 
 from hf_adapt.engine.auxiliary import base_schedule, seed_for
 from hf_adapt.models.state import preserved_random_state
-from tests.tiny import arguments, bert
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
 
 # ---- preserved_random_state ----
 

@@ -23,7 +23,7 @@ from transformers import (
 from hf_adapt.models.capture import OutputCapture, hidden_state
 from hf_adapt.models.pooling import pool, token_mask
 from hf_adapt.models.structure import find_feature_module, unwrapped_base
-from tests.tiny import VOCABULARY, bert
+from tests.helpers.models import VOCABULARY, bert
 
 # ---- pool ----
 

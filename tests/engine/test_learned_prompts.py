@@ -16,7 +16,9 @@ from transformers import Trainer
 
 from hf_adapt import DANN, MMD, AdaptationCallback, Distillation, HiddenStates, Objective
 from hf_adapt.models.pooling import pool
-from tests.tiny import arguments, bert, collate, llama, rows
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import arguments
 
 KINDS = {
     "prompt": PromptTuningConfig,
