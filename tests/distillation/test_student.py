@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from hf_adapt.distillation.student import student_from_teacher
-from hf_adapt.unfreezing.layers import find_stacks
+from hf_adapt.models.layers import find_stacks
 from tests.helpers.architectures import CASES, GROUPED, IMAGE, TEXT, Case
 from tests.helpers.models import bert
 from tests.helpers.trainers import same_bits, weights

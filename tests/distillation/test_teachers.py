@@ -451,7 +451,7 @@ def test_a_full_disk_stops_the_storing_and_not_the_training(
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("hf_adapt.engine.row_store.RowStore.add", full)
+    monkeypatch.setattr("hf_adapt.storage.row_store.RowStore.add", full)
     trainer = run(tmp_path, CachedTeacher(tmp_path / "cache", bert(seed=1)))
     monkeypatch.undo()
     assert caplog.text.count("can no longer be kept") == 1

@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_adapt.unfreezing.layers import LayerGroup, find_stacks, layer_groups, matches
+from hf_adapt.models.groups import LayerGroup, layer_groups, matches
+from hf_adapt.models.layers import find_stacks
 from tests.helpers.architectures import (
     AUDIO,
     BOTH,

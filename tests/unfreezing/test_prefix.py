@@ -21,7 +21,7 @@ from hf_adapt import (
     Phase,
     adapt,
 )
-from hf_adapt.engine.row_store import RECORD, RowStore, row_keys
+from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
 from hf_adapt.unfreezing.prefix import FrozenPrefix
 from hf_adapt.unfreezing.prefix_checks import cacheable_stack
 from tests.helpers.data import collate, rows
