@@ -1,10 +1,13 @@
+import functools
 import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import imports
 from hypothesis import settings
 
 # The same examples in every run; HYPOTHESIS_PROFILE=search looks for new ones.
@@ -13,6 +16,13 @@ settings.register_profile("search", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 pytest.register_assert_rewrite("tests.helpers")
+
+
+# A tenth of a tiny run: a seed for a device that is not there is kept with the trace of its stack,
+# and each Trainer looks for the same optional packages on the disk.
+if not torch.cuda.is_available():
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = lambda seed: None
+imports._is_package_available = functools.cache(imports._is_package_available)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
