@@ -8,8 +8,7 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import MMD, Objective, adapt
-from hf_adapt.engine.collating import AdaptationCollator, take_columns
-from hf_adapt.engine.collating import COLUMNS
+from hf_adapt.engine.collating import COLUMNS, AdaptationCollator, take_columns
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import (
