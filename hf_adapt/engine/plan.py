@@ -154,7 +154,11 @@ def streams_of(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> dict
     """
     active = set(map(id, adaptations))
     found: dict[str, Stream] = {}
-    given = [plan.streams for plan in plans if any(id(a) in active for a in plan.adaptations)]
+    given = [
+        {name: s for name, s in plan.streams.items() if s.is_trained_on or plan_is_active}
+        for plan in plans
+        for plan_is_active in [any(id(a) in active for a in plan.adaptations)]
+    ]
     for streams in [*given, *(a.provided_streams() for a in adaptations)]:
         for name, stream in streams.items():
             known = found.get(name)

@@ -107,6 +107,7 @@ class AdaptationRun:
             checkpoint: The folder that the run resumes from, if it does.
         """
         self.saved = SavedState(checkpoint)
+        self.weights.check(self.trainer)
         forget_compiled(self.trainer)
         for adaptation in self.adaptations:
             adaptation.setup(self.trainer)
