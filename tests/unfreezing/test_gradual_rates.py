@@ -37,7 +37,7 @@ def test_the_rate_of_each_group_is_logged_and_the_auxiliary_one_is_untouched(
 
     class Read(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            optimizer = trainer._adaptation_memory.optimizer.optimizer
+            optimizer = trainer._adaptation_auxiliary.optimizer.optimizer
             auxiliary.append(optimizer.param_groups[0]["lr"])
 
     trainer.add_callback(Read())
