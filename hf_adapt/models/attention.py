@@ -51,7 +51,7 @@ def attention_projections(layer: nn.Module, names: Sequence[str]) -> list[nn.Mod
     if together:
         return together[:1]
     raise ValueError(
-        f"The query, key and value projections of {type(layer).__name__} cannot be derived from its "
+        f"The query, key and value projections of {type(layer).__name__} cannot be found in its "
         f"modules: {', '.join(list(modules)[:12])}. Use HiddenStates, or subclass "
         "SelfAttentionRelations and override taps(layer)."
     )
