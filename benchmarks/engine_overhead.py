@@ -37,9 +37,10 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from hf_adapt import DANN, dann_ramp
+from hf_adapt import DANN
 from hf_adapt.alignment import DomainAdversarialCallback, DomainDiscriminator
 from hf_adapt.engine.domains import DOMAIN, PairedCollator, PairedDataset
+from hf_adapt.engine.progress import dann_ramp
 
 ROWS, TOKENS, WARM_UP = 16, 64, 3
 

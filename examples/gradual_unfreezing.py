@@ -55,13 +55,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import (
-    LPFT,
-    GradualUnfreezingCallback,
-    Surgical,
-    slanted_triangular,
-    unfreezing_plan,
-)
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.engine.progress import slanted_triangular
+from hf_adapt.unfreezing import LPFT, Surgical, unfreezing_plan
 
 DOMAINS = ("movies", "tweets", "products", "nyt")
 

@@ -8,13 +8,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from hf_adapt import (
-    CachedTeacher,
-    DistillationTrainer,
-    HiddenStates,
-    ModelTeacher,
-    SelfTeacher,
-)
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import CachedTeacher, HiddenStates, ModelTeacher, SelfTeacher
 from tests.helpers.distributed import allow_fsdp_on_cpu, full_state
 from tests.helpers.heads import CASES
 from tests.helpers.trainers import GradientRecorder, arguments

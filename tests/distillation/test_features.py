@@ -8,13 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import BertForSequenceClassification
 
-from hf_adapt import (
-    AttentionMaps,
-    Contrastive,
-    DistillationTrainer,
-    HiddenStates,
-    SelfAttentionRelations,
-)
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import AttentionMaps, Contrastive, HiddenStates, SelfAttentionRelations
 from hf_adapt.distillation.attention import attention_distance, relation_divergence
 from hf_adapt.distillation.features import contrastive_loss, hidden_distance, layer_pairs
 from hf_adapt.models.attention import attention_projections

@@ -9,8 +9,9 @@ import pytest
 from transformers import DataCollatorWithPadding
 from typer.testing import CliRunner
 
-from hf_adapt import CachedTeacher, DistillationTrainer
+from hf_adapt import DistillationTrainer
 from hf_adapt.cli import app
+from hf_adapt.distillation import CachedTeacher
 from hf_adapt.distillation.filling import fill_cache
 from tests.helpers.data import rows
 from tests.helpers.distillation import texts, tokenizer

@@ -20,14 +20,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from hf_adapt import (
-    CachedTeacher,
-    Distillation,
-    DistillationArguments,
-    DistillationTrainer,
-    ModelTeacher,
-    SelfTeacher,
-)
+from hf_adapt import Distillation, DistillationTrainer
+from hf_adapt.distillation import CachedTeacher, DistillationArguments, ModelTeacher, SelfTeacher
 from hf_adapt.distillation.cache import _keys
 from tests.helpers.data import collate, rows
 from tests.helpers.distillation import make, tokenizer

@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from hf_adapt import (
-    DANN,
-    MMD,
-    GradualUnfreezing,
-    InformationMaximization,
-    RandomLayers,
-    adapt,
-)
+from hf_adapt import DANN, MMD, InformationMaximization, adapt
+from hf_adapt.unfreezing import GradualUnfreezing, RandomLayers
 from tests.helpers.data import collate, rows
 from tests.helpers.distributed import allow_fsdp_on_cpu, full_state
 from tests.helpers.models import bert

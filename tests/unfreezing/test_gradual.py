@@ -9,18 +9,16 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_linear_schedule_with_warmup
 
-from hf_adapt import (
-    DANN,
+from hf_adapt import DANN, GradualUnfreezingCallback, adapt
+from hf_adapt.engine.progress import slanted_triangular
+from hf_adapt.unfreezing import (
     LPFT,
     FreezeOnly,
     GradualUnfreezing,
-    GradualUnfreezingCallback,
     Phase,
     Plateau,
     RandomLayers,
     Surgical,
-    adapt,
-    slanted_triangular,
 )
 from hf_adapt.unfreezing.freezing import INPUT_GRADIENT_HOOKS
 from tests.helpers.data import collate, rows

@@ -9,9 +9,10 @@ import torch
 from transformers import Trainer
 from typer.testing import CliRunner
 
-from hf_adapt import (
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.cli import app
+from hf_adapt.unfreezing import (
     LPFT,
-    GradualUnfreezingCallback,
     Phase,
     Plateau,
     RandomLayers,
@@ -19,7 +20,6 @@ from hf_adapt import (
     layer_groups,
     unfreezing_plan,
 )
-from hf_adapt.cli import app
 from hf_adapt.unfreezing.costs import group_costs, phase_cost
 from hf_adapt.unfreezing.phases import Clock
 from hf_adapt.unfreezing.plan import group_patterns

@@ -13,15 +13,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import (
-    DANN,
-    MMD,
-    FreezeOnly,
-    GradualUnfreezingCallback,
-    Phase,
-    adapt,
-)
+from hf_adapt import DANN, MMD, GradualUnfreezingCallback, adapt
 from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
+from hf_adapt.unfreezing import FreezeOnly, Phase
 from hf_adapt.unfreezing.prefix import FrozenPrefix
 from hf_adapt.unfreezing.prefix_checks import cacheable_stack
 from tests.helpers.data import collate, rows

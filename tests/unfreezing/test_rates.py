@@ -2,8 +2,9 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hf_adapt import layer_groups, slanted_triangular
+from hf_adapt.engine.progress import slanted_triangular
 from hf_adapt.engine.rates import DividedGroups
+from hf_adapt.unfreezing import layer_groups
 from hf_adapt.unfreezing.rates import (
     depths,
     group_rates,
