@@ -104,9 +104,9 @@ def _say_left_out(rows: Sequence[int]) -> None:
 
 def _say_truncated(number: int, positions: int) -> None:
     typer.echo(
-        f"{number} {'rows are' if number > 1 else 'row is'} truncated to {positions} tokens, the "
-        f"teacher's maximum. Use max_length={positions} in training too, or these rows will not be "
-        "found in the cache.",
+        f"{number} {'rows are' if number > 1 else 'row is'} truncated to the {positions} tokens "
+        f"that the teacher takes. Use max_length={positions} in training too, or these rows will "
+        "not be found in the cache.",
         err=True,
     )
 
