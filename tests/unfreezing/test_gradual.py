@@ -20,7 +20,7 @@ from hf_adapt.unfreezing import (
     RandomLayers,
     Surgical,
 )
-from hf_adapt.unfreezing.freezing import INPUT_GRADIENT_HOOKS
+from hf_adapt.unfreezing.freezer import INPUT_GRADIENT_HOOKS
 from tests.helpers.data import collate, rows
 from tests.helpers.models import FIVE, bert, llama
 from tests.helpers.trainers import (
@@ -678,7 +678,7 @@ def test_a_parameter_missing_from_the_optimizer_is_named(tmp_path: Path) -> None
         (lambda: GradualUnfreezingCallback(groups={"a": "bert"}), r"in no group: 'classifier"),
         (lambda: GradualUnfreezingCallback(groups={"a": "bret"}), "matches no"),
         (
-            lambda: GradualUnfreezingCallback(Surgical("layer.0"), rates={"layer.0": 0.0}),
+            lambda: GradualUnfreezingCallback(Surgical("layer.0"), lr_multipliers={"layer.0": 0.0}),
             "nothing would learn",
         ),
     ],
