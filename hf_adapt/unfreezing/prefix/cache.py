@@ -143,11 +143,7 @@ class FrozenPrefix:
 
     def _open_store(self, hidden: torch.Tensor, rows: int) -> bool:
         """Open the store for rows like these; False if that is not possible."""
-        if self._spans is None:
-            positions = hidden[..., 0].numel()
-        else:
-            positions = sum(end - start for start, end in self._spans)
-        row_bytes = hidden[0, 0].numel() * hidden.element_size() * positions / rows
+        row_bytes = hidden.numel() * hidden.element_size() / rows  # padding included
         what = f"the output of the lower {self._depth} of {len(self._layers)} layers"
         try:
             self._store = self.folder.open_store(
@@ -253,16 +249,16 @@ class FrozenPrefix:
         if self._is_comparing:
             return
         self._prefix.restore()
-        output, keys, spans = self._output, self._keys, self._spans
+        captured, keys, spans = self._output, self._keys, self._spans
         self._reset_forward()
-        if output is None or output.hidden is None or self._depth == 0:
+        if captured is None or captured.hidden is None or self._depth == 0:
             return
-        hidden = output.hidden
+        hidden = captured.hidden
         if self._is_new:
-            if (problem := why_not_cached(output, len(keys))) is not None:
+            if (problem := why_not_cached(captured, len(keys))) is not None:
                 self._give_up(problem)
                 return
-            self._wrappers = [wrapper for wrapper in output.wrappers if wrapper is not None]
+            self._wrappers = [wrapper for wrapper in captured.wrappers if wrapper is not None]
             if spans is not None and hidden.shape[1] != self._positions:
                 self._give_up("the layers' output has another length than the attention mask")
                 return
