@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from torch import nn
 
-from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.rates import RateFactors
+from hf_adapt.engine.mixins import LearningRateControl, LrMultipliers
 from hf_adapt.engine.training import (
     check_in_optimizer,
     check_unused_parameters,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GradualUnfreezing(Adaptation):
+class GradualUnfreezing(LearningRateControl):
     """Trains layer groups by a schedule, each with its own learning-rate multiplier.
 
     Frozen parameters do not change by a single bit, whatever the optimizer, and their backward is
@@ -118,7 +117,7 @@ class GradualUnfreezing(Adaptation):
         if name is not None:
             self.name = name
         self._importance_given = options.pop("importance", None)
-        self.rate_schedule = options.pop("rate_schedule", None)
+        self.lr_schedule = options.pop("rate_schedule", None)
         self._cached = options.pop("cache_frozen_prefix", False)
         self._cache_dir = options.pop("cache_dir", None)
         self._frozen_dropout = options.pop("frozen_dropout", not self._cached)
@@ -254,7 +253,7 @@ class GradualUnfreezing(Adaptation):
             multiplier *= importance_multiplier(self._importance[group], progress)
         return multiplier
 
-    def rate_factors(self, step: int) -> RateFactors:
+    def lr_multipliers(self, step: int) -> LrMultipliers:
         """The learning-rate multiplier of every scheduled parameter; 0 where it is frozen."""
         trained = self._trainable(self._timeline.at(step))
         multipliers = {
@@ -289,15 +288,14 @@ class GradualUnfreezing(Adaptation):
         if self._plateau is not None and waiting and self._plateau.observe(metrics, step):
             self._set_timeline()
 
-    def log_values(self) -> Mapping[str, float]:
-        """The phase, the number of trainable parameters, and each group's last learning rate."""
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
+        """Add the phase, the number of trainable parameters, and each group's learning rate."""
         assert self._index is not None
-        return {
-            f"{self.name}/phase": self._index,
-            f"{self.name}/trainable_parameters": self._num_trained,
-            **self._learning_rates,
-            **(self._prefix.log_values() if self._prefix is not None else {}),
-        }
+        logs[f"{self.name}/phase"] = self._index
+        logs[f"{self.name}/trainable_parameters"] = self._num_trained
+        logs.update(self._learning_rates)
+        if self._prefix is not None:
+            logs.update(self._prefix.log_values())
 
     def state_dict(self) -> dict[str, Any]:
         """The progress of a `Plateau` schedule; others need no state."""

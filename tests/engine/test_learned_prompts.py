@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from hf_adapt import DANN, MMD, AdaptationCallback, Distillation, Objective
 from hf_adapt.distillation import HiddenStates
+from hf_adapt.engine.streams import Stream
 from hf_adapt.models.pooling import pool
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert, llama
@@ -35,7 +36,7 @@ HEADS = {
 class Watch(Objective):
     """Keeps what it was given."""
 
-    needs_target = True
+    needs_streams = ("target",)
     seen: Any = None
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -76,8 +77,7 @@ def test_features_and_predictions_are_those_of_the_rows_own_tokens(
             watch,
             DANN(pooling=pooling),
             MMD(pooling=pooling),
-            target_dataset=rows(9, 2, None if labels == "row" else labels),
-            target_forward=forward,
+            target_dataset=Stream(rows(9, 2, None if labels == "row" else labels), forward=forward),
         )
     )
     trainer.train()

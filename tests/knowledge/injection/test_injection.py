@@ -13,6 +13,7 @@ import torch
 from transformers import BertForSequenceClassification, Trainer, set_seed
 
 from hf_adapt import DANN, AdaptationCallback, Distillation, adapt
+from hf_adapt.engine.streams import Stream
 from hf_adapt.knowledge import (
     EntityLinker,
     EntityVectors,
@@ -307,8 +308,7 @@ def test_two_domains_checkpointed_are_those_without(tmp_path: Path) -> None:
         own = injection()
         adapt(
             one, own, DANN(hidden_sizes=(8,)),
-            target_dataset=toy.rows(12, 7).remove_columns("labels"),
-            target_forward="separate",
+            target_dataset=Stream(toy.rows(12, 7).remove_columns("labels"), forward="separate"),
         ).train()  # fmt: skip
         return torch.cat([toy.flat(own.module), toy.flat(one.model)])
 
