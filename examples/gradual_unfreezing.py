@@ -70,7 +70,7 @@ METHODS = {
         layer_decay=LAYER_DECAY,
         lr_multipliers={"head": HEAD_RATE},
         rewarm_steps=5,
-        rate_schedule=slanted_triangular(),
+        lr_schedule=slanted_triangular(),
     ),
 }
 HEAD_RATE, LAYER_DECAY = 10.0, 0.8

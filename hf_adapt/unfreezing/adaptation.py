@@ -79,7 +79,7 @@ class GradualUnfreezing(LearningRateControl):
         importance: How much each group matters for what the model has learned before, from 0 to 1,
             or a function of progress: the group's learning rate is multiplied by 1 - importance.
             For continual training.
-        rate_schedule: A learning-rate schedule in place of the Trainer's: `slanted_triangular()`.
+        lr_schedule: A learning-rate schedule in place of the Trainer's: `slanted_triangular()`.
         frozen_dropout: Whether dropout in frozen modules stays active, as in a script that only
             sets `requires_grad` to False.
         frozen_batch_norm: Whether batch norm in frozen modules uses its running statistics and does
@@ -117,7 +117,7 @@ class GradualUnfreezing(LearningRateControl):
         if name is not None:
             self.name = name
         self._importance_given = options.pop("importance", None)
-        self.lr_schedule = options.pop("rate_schedule", None)
+        self.lr_schedule = options.pop("lr_schedule", None)
         self._cached = options.pop("cache_frozen_prefix", False)
         self._cache_dir = options.pop("cache_dir", None)
         self._frozen_dropout = options.pop("frozen_dropout", not self._cached)

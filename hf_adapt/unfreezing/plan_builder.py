@@ -41,7 +41,7 @@ class UnfreezingOptions(PlanOptions, total=False):
     """The options of `GradualUnfreezing` and of its callback."""
 
     importance: Mapping[str, float | Schedule] | None
-    rate_schedule: Schedule | None
+    lr_schedule: Schedule | None
     frozen_dropout: bool
     frozen_batch_norm: bool
     cache_frozen_prefix: bool
