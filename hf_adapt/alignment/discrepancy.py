@@ -153,7 +153,7 @@ class MMD(Objective):
         super().__init__(weight, feature_layer, pooling, name)
         for option, values in (("scales", scales), ("bandwidths", bandwidths)):
             if values is not None and (len(values) == 0 or not all(v > 0 for v in values)):
-                raise ValueError(f"{option}={values}: expected at least one value, each positive.")
+                raise ValueError(f"{option}={values}: at least one value, each positive.")
         self.scales = tuple(scales)
         self.bandwidths = None if bandwidths is None else tuple(bandwidths)
         self.unbiased = unbiased
