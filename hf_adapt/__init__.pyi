@@ -8,6 +8,7 @@ from hf_adapt.engine.adaptation import Adaptation as Adaptation
 from hf_adapt.engine.adaptation import Objective as Objective
 from hf_adapt.engine.callback import AdaptationCallback as AdaptationCallback
 from hf_adapt.engine.callback import adapt as adapt
+from hf_adapt.engine.streams import Stream as Stream
 from hf_adapt.engine.trainer import AdaptationMixin as AdaptationMixin
 from hf_adapt.engine.trainer import AdaptationTrainer as AdaptationTrainer
 from hf_adapt.knowledge import KnowledgeCallback as KnowledgeCallback

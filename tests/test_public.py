@@ -24,6 +24,7 @@ PUBLIC = [
     "InformationMaximization",
     "KnowledgeCallback",
     "Objective",
+    "Stream",
     "adapt",
 ]
 

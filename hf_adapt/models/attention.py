@@ -51,8 +51,8 @@ def attention_projections(layer: nn.Module, names: Sequence[str]) -> list[nn.Mod
     if together:
         return together[:1]
     raise ValueError(
-        f"Cannot tell which modules of {type(layer).__name__} are its query, key and value "
-        f"projections: {', '.join(list(modules)[:12])}. Use HiddenStates, or subclass "
+        f"The query, key and value projections of {type(layer).__name__} cannot be derived from "
+        f"its modules: {', '.join(list(modules)[:12])}. Use HiddenStates, or subclass "
         "SelfAttentionRelations and override taps(layer)."
     )
 

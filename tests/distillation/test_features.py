@@ -391,5 +391,5 @@ def test_projections_are_found(name: str) -> None:
     layer = dict(model.named_modules())[stack.layers[0]]
     found = attention_projections(layer, ("query", "key", "value"))
     assert len(found) == (1 if name == "gpt2" else 3)
-    with pytest.raises(ValueError, match="cannot be told from"):
+    with pytest.raises(ValueError, match="cannot be derived from"):
         attention_projections(torch.nn.Linear(2, 2), ("query",))
