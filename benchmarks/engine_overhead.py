@@ -37,10 +37,11 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from hf_adapt import DANN, dann_ramp
+from hf_adapt import DANN
 from hf_adapt.alignment import DomainAdversarialCallback, DomainDiscriminator
 from hf_adapt.engine.collating import DOMAIN, AdaptationCollator
 from hf_adapt.engine.pairing import PairedDataset
+from hf_adapt.engine.progress import dann_ramp
 
 ROWS, TOKENS, WARM_UP = 16, 64, 3
 

@@ -40,8 +40,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_adapt import EntityLinker, EntityVectors, KnowledgeCallback, KnowledgeGraph
-from hf_adapt.knowledge import KnowledgeInjector
+from hf_adapt import KnowledgeCallback
+from hf_adapt.knowledge import EntityLinker, EntityVectors, KnowledgeGraph, KnowledgeInjector
 
 ROWS, TOKENS, MENTIONS, WORDS, WARM_UP = 16, 64, 4, 30000, 2
 ENTITIES, TRIPLES, NAMES = 1_000_000, 5_000_000, 1000

@@ -85,8 +85,8 @@ def measure(name: str, steps: tuple[int, int]) -> None:
         return hf_adapt.AdaptationCallback(hf_adapt.Distillation(teacher, **settings))
 
     def known() -> Any:
-        graph = hf_adapt.KnowledgeGraph.from_triples([("e0", "near", "e1")])
-        vectors = hf_adapt.EntityVectors.from_array(np.ones((2, 16), dtype=np.float32))
+        graph = hf_adapt.knowledge.KnowledgeGraph.from_triples([("e0", "near", "e1")])
+        vectors = hf_adapt.knowledge.EntityVectors.from_array(np.ones((2, 16), dtype=np.float32))
         return hf_adapt.KnowledgeCallback(graph, vectors)
 
     folder = Path(tempfile.mkdtemp())
@@ -96,15 +96,17 @@ def measure(name: str, steps: tuple[int, int]) -> None:
         "dann": lambda: adapted(hf_adapt.DANN()),
         "information maximization": lambda: adapted(hf_adapt.InformationMaximization()),
         "teacher": distilled,
-        "teacher, hidden states": lambda: distilled(features=[hf_adapt.HiddenStates()]),
-        "self-teacher": lambda: distilled(teacher=hf_adapt.SelfTeacher()),
+        "teacher, hidden states": lambda: distilled(
+            features=[hf_adapt.distillation.HiddenStates()]
+        ),
+        "self-teacher": lambda: distilled(teacher=hf_adapt.distillation.SelfTeacher()),
         "cached teacher": lambda: distilled(
-            teacher=hf_adapt.CachedTeacher(folder / "teacher", model(1))
+            teacher=hf_adapt.distillation.CachedTeacher(folder / "teacher", model(1))
         ),
         "knowledge": known,
         "unfreezing": hf_adapt.GradualUnfreezingCallback,
         "unfreezing, prefix cache": lambda: hf_adapt.GradualUnfreezingCallback(
-            hf_adapt.FreezeOnly("embeddings", r"layer\.[01]"),
+            hf_adapt.unfreezing.FreezeOnly("embeddings", r"layer\.[01]"),
             cache_frozen_prefix=True,
             cache_dir=folder / "prefix",
         ),

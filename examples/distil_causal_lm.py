@@ -52,7 +52,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import DistillationTrainer, student_from_teacher
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import student_from_teacher
 
 DOMAINS = ("movies", "tweets", "products", "nyt")
 MODELS = {

@@ -71,7 +71,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_adapt import CachedTeacher, DistillationTrainer, student_from_teacher
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import CachedTeacher, student_from_teacher
 
 DOMAINS = ("movies", "tweets", "products", "nyt")
 METHODS = {

@@ -55,26 +55,22 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import (
-    LPFT,
-    GradualUnfreezingCallback,
-    Surgical,
-    slanted_triangular,
-    unfreezing_plan,
-)
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.engine.progress import slanted_triangular
+from hf_adapt.unfreezing import LPFT, Surgical, unfreezing_plan
 
 DOMAINS = ("movies", "tweets", "products", "nyt")
 
 # A new head needs a larger rate than the pretrained layers; the plain script has one rate.
 METHODS = {
     "full": None,
-    "head": lambda: GradualUnfreezingCallback(Surgical("head"), rates={"head": HEAD_RATE}),
-    "lp-ft": lambda: GradualUnfreezingCallback(LPFT("50%"), rates={"head": HEAD_RATE}),
+    "head": lambda: GradualUnfreezingCallback(Surgical("head"), lr_multipliers={"head": HEAD_RATE}),
+    "lp-ft": lambda: GradualUnfreezingCallback(LPFT("50%"), lr_multipliers={"head": HEAD_RATE}),
     "gradual": lambda: GradualUnfreezingCallback(
         layer_decay=LAYER_DECAY,
-        rates={"head": HEAD_RATE},
+        lr_multipliers={"head": HEAD_RATE},
         rewarm_steps=5,
-        rate_schedule=slanted_triangular(),
+        lr_schedule=slanted_triangular(),
     ),
 }
 HEAD_RATE, LAYER_DECAY = 10.0, 0.8
@@ -274,7 +270,11 @@ def main(argv: list[str] | None = None) -> None:
         with torch.device("meta"):  # shapes are enough
             empty = AutoModelForSequenceClassification.from_config(config)
         plan = unfreezing_plan(
-            empty, args, train_dataset=train, layer_decay=LAYER_DECAY, rates={"head": HEAD_RATE}
+            empty,
+            args,
+            train_dataset=train,
+            layer_decay=LAYER_DECAY,
+            lr_multipliers={"head": HEAD_RATE},
         )
         console.print(
             f"The plan of [bold]gradual[/bold]:\n{plan}\n", highlight=False, soft_wrap=True

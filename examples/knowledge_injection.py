@@ -80,14 +80,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import (
+from hf_adapt import KnowledgeCallback
+from hf_adapt.knowledge import (
+    ENGLISH_FUNCTION_WORDS,
     EntityLinker,
     EntityVectors,
-    KnowledgeCallback,
     KnowledgeGraph,
     KnowledgeInjector,
 )
-from hf_adapt.knowledge import ENGLISH_FUNCTION_WORDS
 
 DOMAINS = ("movies", "tweets", "products", "nyt")
 METHODS = {

@@ -49,7 +49,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import student_from_teacher
+from hf_adapt.distillation import student_from_teacher
 
 DOMAINS = ("movies", "tweets", "products", "nyt")
 MODELS = {

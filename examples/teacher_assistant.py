@@ -45,7 +45,7 @@ from domain_shift_text import option
 from rich.console import Console
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_adapt import CachedTeacher
+from hf_adapt.distillation import CachedTeacher
 
 METHODS = {
     "alone": "student alone",

@@ -196,3 +196,18 @@ def _check_agree(name: str, first: Stream, second: Stream) -> None:
                 f"Two adaptations of one run disagree on the {option} of the stream {name!r}: "
                 f"{ours!r} and {theirs!r}. Give the stream and its options to one."
             )
+
+
+def the_only(adaptations: Sequence[Adaptation], kind: type[Any], what: str) -> Any:
+    """The adaptation of a kind of which a run has one at most.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    found = [a for a in adaptations if isinstance(a, kind)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{' and '.join(a.name for a in found)} both {what}, and a run has one way to do so. "
+            "Drop one of them."
+        )
+    return found[0] if found else None

@@ -13,17 +13,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import (
-    DANN,
-    MMD,
-    FreezeOnly,
-    GradualUnfreezingCallback,
-    Phase,
-    adapt,
-)
+from hf_adapt import DANN, MMD, GradualUnfreezingCallback, adapt
 from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
-from hf_adapt.unfreezing.prefix import FrozenPrefix
-from hf_adapt.unfreezing.prefix_checks import cacheable_stack
+from hf_adapt.unfreezing import FreezeOnly, Phase
+from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
+from hf_adapt.unfreezing.prefix.checks import cacheable_stack
 from tests.helpers.data import collate, rows
 from tests.helpers.models import FIVE, bert, gpt2_config, llama, t5_config
 from tests.helpers.trainers import GradientRecorder, arguments, weights
@@ -150,19 +144,18 @@ def test_each_phase_has_its_own_rows(tmp_path: Path) -> None:
     assert shares[0] == shares[half] == 0.0 and shares[half - 1] == shares[-1] == 1.0
 
 
-def test_a_phase_of_less_than_an_epoch_is_not_cached(tmp_path: Path, capsys: Any) -> None:
+def test_a_phase_of_less_than_an_epoch_is_not_cached(tmp_path: Path, caplog: Any) -> None:
     _, _, shares = run(tmp_path, True, num_train_epochs=1)
-    assert shares == [] and "caching the output" not in capsys.readouterr().out
+    assert shares == [] and "caching the output" not in caplog.text
 
 
-def test_the_disk_it_needs_is_printed_before_it_starts(tmp_path: Path, capsys: Any) -> None:
+def test_the_disk_it_needs_is_logged_before_it_starts(tmp_path: Path, caplog: Any) -> None:
     data = rows(ROWS, 1)
     kept = tmp_path / "kept"
     run(tmp_path, True, data=data, cache_dir=kept)
-    text = capsys.readouterr().out
-    assert (
-        "caching the output of the lower 3 of 4 layers" in text and f"{ROWS} rows will take" in text
-    )
+    text = caplog.text
+    assert "caching the output of the lower 3 of 4 layers" in text
+    assert f"{ROWS} rows will take" in text
     folder = next(kept.iterdir())
     tokens = sum(len(row["input_ids"]) for row in data)
     sizes = [sum(f.stat().st_size for f in folder.glob(f"{k}-*")) for k in ("rows", "index")]

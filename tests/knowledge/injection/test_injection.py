@@ -13,13 +13,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification, Trainer, set_seed
 
-from hf_adapt import (
-    DANN,
-    AdaptationCallback,
-    Distillation,
-    GradualUnfreezing,
-    adapt,
-)
+from hf_adapt import DANN, AdaptationCallback, Distillation, adapt
 from hf_adapt.engine.streams import Stream
 from hf_adapt.knowledge import (
     EntityLinker,
@@ -31,6 +25,7 @@ from hf_adapt.knowledge import (
     KnowledgeTrainer,
 )
 from hf_adapt.knowledge.injection.attachment import attachment_of
+from hf_adapt.unfreezing import GradualUnfreezing
 from tests.helpers import toy
 from tests.helpers.injectors import LABELS, injection, trainer
 from tests.helpers.models import MODELS, family
