@@ -5,6 +5,7 @@ modules in one launch, as to start processes is what takes the time; `one_proces
 here. A run's script has a function `main(folder, per_device, steps, **options)`.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -160,6 +161,8 @@ if __name__ == "__main__":
     before = dict(os.environ)
     for name, job in json.loads((root / "jobs.json").read_text()).items():
         print(name, flush=True)  # the last one printed is the one that failed
+        gc.collect()
+        gc.freeze()  # each `train()` collects, and most of what there is was imported
         Job(**job).train(root / name)
         AcceleratorState._reset_state()  # of a sharded run, or of another precision
         os.environ.clear()
