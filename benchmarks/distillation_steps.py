@@ -31,6 +31,7 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -183,6 +184,7 @@ def first_gradient(way: str, kind: str, size: int, steps: int, folder: str) -> t
             data_collator=collate,
             teacher=makers[kind](1),
         )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return recorder.value
 

@@ -8,7 +8,14 @@ import datasets
 import numpy as np
 import torch
 from measure import Clock
-from transformers import BertConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -94,11 +101,13 @@ def step_seconds(
             max_steps=warm_up + steps,
             **settings or {},
         )
-        kind(
+        trainer = kind(
             model,
             TrainingArguments(**chosen),
             train_dataset=rows,
             callbacks=[clock, *callbacks],
             **{"data_collator": stack, **options},
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return clock.median(warm_up)
