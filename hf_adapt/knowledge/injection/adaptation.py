@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.training import resumed_from, unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
@@ -30,11 +29,12 @@ from hf_adapt.knowledge.injection.saving import (
     resumed_vectors,
     save_knowledge,
 )
-from hf_adapt.knowledge.injection.sites import is_causal_lm
 from hf_adapt.knowledge.injection.text_triples import VISIBILITY
 from hf_adapt.knowledge.linking.linker import EntityLinker
 from hf_adapt.knowledge.linking.tokens import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
+from hf_adapt.models.heads import is_causal_lm
+from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
