@@ -31,7 +31,8 @@ from workload import WITHOUT_DROPOUT, bert, random_rows, stack, step_seconds
 
 from hf_adapt import DANN, dann_ramp
 from hf_adapt.alignment import DomainAdversarialCallback, DomainDiscriminator
-from hf_adapt.engine.domains import DOMAIN, PairedCollator, PairedDataset
+from hf_adapt.engine.collating import DOMAIN, AdaptationCollator
+from hf_adapt.engine.pairing import PairedDataset
 
 ROWS, TOKENS, WARM_UP = 16, 64, 3
 
@@ -84,7 +85,7 @@ def by_hand(steps: int, device: str, aligned: bool) -> float:
     rows, collator = source(steps), stack
     if aligned:
         rows = PairedDataset(rows, [target()], 1.0, 42)
-        collator = PairedCollator(stack, ["labels"])
+        collator = AdaptationCollator(stack, ["labels"])
     loader = torch.utils.data.DataLoader(rows, ROWS, shuffle=True, collate_fn=collator)
     total = steps + WARM_UP
     discriminator = DomainDiscriminator(384, 2).to(device)
