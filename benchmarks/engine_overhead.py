@@ -32,7 +32,8 @@ from workload import WITHOUT_DROPOUT, bert, random_rows, stack, step_seconds
 from hf_adapt import DANN, dann_ramp
 from hf_adapt.alignment import DomainAdversarialCallback, DomainDiscriminator
 from hf_adapt.engine.collating import DOMAIN, AdaptationCollator
-from hf_adapt.engine.pairing import PairedDataset
+from hf_adapt.engine.pairing import PairedDataset, StreamRows
+from hf_adapt.engine.streams import TARGET, TRAINING, StreamTable
 
 ROWS, TOKENS, WARM_UP = 16, 64, 3
 
@@ -84,8 +85,9 @@ def by_hand(steps: int, device: str, aligned: bool) -> float:
     model.train()
     rows, collator = source(steps), stack
     if aligned:
-        rows = PairedDataset(rows, [target()], 1.0, 42)
-        collator = AdaptationCollator(stack, ["labels"])
+        rows = PairedDataset(rows, [StreamRows([target()])], seed=42)
+        table = StreamTable((TRAINING, TARGET))
+        collator = AdaptationCollator(stack, table=table, label_names=["labels"])
     loader = torch.utils.data.DataLoader(rows, ROWS, shuffle=True, collate_fn=collator)
     total = steps + WARM_UP
     discriminator = DomainDiscriminator(384, 2).to(device)
