@@ -59,6 +59,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_adapt import CachedTeacher, DistillationTrainer, student_from_teacher
+from hf_adapt.engine.streams import Stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
 from domain_data import LICENCES, MINILM_LICENCE, load_pair, minilm_path
@@ -260,10 +261,8 @@ def train_student(
         # Rows without labels are distilled alone. A step sees twice as many of them as of the
         # labelled ones; two thirds of a batch are then texts that the teacher alone knows about.
         if method == "unlabelled":
-            common |= {
-                "target_dataset": tokenized(data.texts, tokenizer, prefix),
-                "target_ratio": 2.0,
-            }
+            rows = tokenized(data.texts, tokenizer, prefix)
+            common["target_dataset"] = Stream(rows, ratio=2.0)
         if teacher_tokenizer is not None:  # it is not the student's: give it the text instead
             common |= {
                 "teacher_processing_class": teacher_tokenizer,
