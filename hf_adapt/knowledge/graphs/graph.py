@@ -1,4 +1,4 @@
-"""A knowledge graph in arrays: entities with names and descriptions, and the triples among them."""
+"""Knowledge graphs: entities with names and descriptions, and the triples among them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
-from hf_adapt.knowledge import storing
 from hf_adapt.knowledge.graphs import networkx_graph, obo, rdf, wordnet
-from hf_adapt.knowledge.graphs.building import NameSource, build, pairs_of
+from hf_adapt.knowledge.graphs.builder import NameSource, build, pairs_of
 from hf_adapt.knowledge.graphs.content import Content, Ids
 from hf_adapt.knowledge.graphs.links import Direction, Links, Neighbours
 from hf_adapt.knowledge.graphs.triples import read_triples
+from hf_adapt.storage.fingerprint import fingerprint
+from hf_adapt.storage.folder import read_folder, write_folder
 
-FORMAT = 1
+FORMAT = 2
 
 
 class UnknownEntityError(KeyError):
@@ -283,7 +285,7 @@ class KnowledgeGraph:
 
     def label(self, entity: int) -> str:
         """The entity's first name, else its key."""
-        return self._content.label_of(self._checked(entity))
+        return self.names(entity)[0]
 
     def names(self, entity: int) -> list[str]:
         """What the entity is called in text: its names, the label first, else its key."""
@@ -378,12 +380,12 @@ class KnowledgeGraph:
         content, degrees = self._content, self._links.degrees()
         described = 0
         if content.descriptions is not None:
-            described = int(np.count_nonzero(np.diff(content.descriptions.offsets)))
+            described = pc.sum(pc.not_equal(content.descriptions.array, "")).as_py()
         return {
             "entities": self.num_entities,
             "relations": self.num_relations,
             "triples": self.num_triples,
-            "names": len(content.names) if content.names is not None else 0,
+            "names": len(content.names.texts) if content.names is not None else 0,
             "described": described,
             "isolated": int(np.count_nonzero(degrees == 0)),
             "mean_degree": float(degrees.mean()) if len(degrees) else 0.0,
@@ -399,56 +401,56 @@ class KnowledgeGraph:
         frequent = [f"{counts[r]:>12,}  {self.relations[r]}" for r in often]
         return "\n".join([*numbers, "most frequent relations:", *frequent])
 
-    # ---- kept ----
+    # ---- on disk ----
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that it holds, the same on every machine and after saving.
+        """A hash of the whole content, the same on every machine and after saving.
 
-        Two graphs with the same triples in another order number their entities otherwise: they
-        differ, as vectors of one do not fit the other.
+        Two graphs with the same triples in another order number their entities differently: they
+        differ, because vectors of one do not fit the other.
         """
-        return storing.fingerprint(storing.to_arrays(self._content))
+        return fingerprint(self._content.arrays())
 
     def save(self, folder: str | Path) -> None:
-        """Write the graph into a folder; an earlier one there is good until the new one is whole.
+        """Write the graph into a folder; an earlier one stays valid until this one is complete.
+
+        The content is written as files in the Arrow IPC format.
 
         Args:
-            folder: Made if missing. Its other files are left alone.
+            folder: Created if missing. Its other files are left alone.
         """
         folder = Path(folder)
         if self._folder is not None and folder.resolve() == self._folder:
             return  # it was loaded from there
         about = {"fingerprint": self.fingerprint, "statistics": self.statistics()}
-        arrays = storing.to_arrays(self._content)
-        storing.write_folder(folder, "knowledge_graph", FORMAT, arrays, about)
+        write_folder(folder, "knowledge_graph", FORMAT, self._content.arrays(), about)
 
     @classmethod
     def load(cls, folder: str | Path, *, verify: bool = False) -> KnowledgeGraph:
-        """A graph that was saved, memory-mapped: what is not looked at is not read.
+        """Load a saved graph, memory-mapped: what is not used is not read.
 
         Args:
-            folder: That was saved to.
-            verify: Also read all of it and compare its hash.
+            folder: The folder that was passed to `save`.
+            verify: Also read everything and compare its hash.
 
         Raises:
             FileNotFoundError: If the folder holds no graph.
-            ValueError: If it is damaged, or of a newer format.
+            ValueError: If it is damaged, or has another format.
         """
         made_by = "KnowledgeGraph.save(folder)"
-        about, arrays = storing.read_folder(folder, "knowledge_graph", FORMAT, made_by)
-        missing = {"keys.blob", "relations.blob", "triples"} - set(arrays)
-        if missing or not isinstance(about.get("fingerprint"), str):
-            raise ValueError(f"{folder} is damaged: its description is not whole. Save anew.")
-        if verify and storing.fingerprint(arrays) != about["fingerprint"]:
-            raise ValueError(f"{folder} is damaged: its content has changed. Save the graph anew.")
-        graph = cls(storing.from_arrays(arrays))
+        about, arrays = read_folder(folder, "knowledge_graph", FORMAT, made_by)
+        if not {"keys", "relations", "triples"} <= set(arrays) or "fingerprint" not in about:
+            raise ValueError(f"{folder} is damaged: its description is incomplete. Save again.")
+        if verify and fingerprint(arrays) != about["fingerprint"]:
+            raise ValueError(f"{folder} is damaged: its content has changed. Save the graph again.")
+        graph = cls(Content.from_arrays(arrays))
         graph._folder = Path(folder).resolve()
         graph.__dict__["fingerprint"] = about["fingerprint"]
         return graph
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A graph that was loaded is opened again by its folder, never copied into a pickle."""
+        """Pickle a loaded graph as its folder, which is opened again, instead of its content."""
         if self._folder is not None:
             return _open_again, (str(self._folder), self.fingerprint)
         return KnowledgeGraph, (self._content,)

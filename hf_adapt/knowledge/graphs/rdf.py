@@ -16,11 +16,11 @@ from typing import IO, Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 
-from hf_adapt.knowledge.graphs.building import Pairs, build, pairs_from
+from hf_adapt.knowledge.graphs.builder import Pairs, build, pairs_from
 from hf_adapt.knowledge.graphs.content import Content
 from hf_adapt.knowledge.graphs.text_files import counted, kind_of, open_binary, raw_lines
 from hf_adapt.knowledge.graphs.triples import read_triples, without
-from hf_adapt.knowledge.strings import CHUNK
+from hf_adapt.storage.string_table import CHUNK
 
 logger = logging.getLogger(__name__)
 
@@ -54,24 +54,22 @@ DESCRIPTIONS = (
     f"{RDFS}comment",
 )
 
-FORMATS = {
-    ".ttl": "turtle",
-    ".turtle": "turtle",
-    ".nt": "ntriples",
-    ".ntriples": "ntriples",
-    ".rdf": "xml",
-    ".owl": "xml",
-    ".xml": "xml",
+LIBRARIES = {  # the names of each format for pyoxigraph and rdflib
+    "turtle": ("TURTLE", "turtle"),
+    "ntriples": ("N_TRIPLES", "nt"),
+    "xml": ("RDF_XML", "xml"),
 }
-OXIGRAPH_FORMATS = {"turtle": "TURTLE", "ntriples": "N_TRIPLES", "xml": "RDF_XML"}
-RDFLIB_FORMATS = {"turtle": "turtle", "ntriples": "nt", "xml": "xml"}
-
+ENDINGS = {
+    **dict.fromkeys((".ttl", ".turtle"), "turtle"),
+    **dict.fromkeys((".nt", ".ntriples"), "ntriples"),
+    **dict.fromkeys((".rdf", ".owl", ".xml"), "xml"),
+}
 
 Malformity = Literal["error", "skip"]
 
 
 class _Statement(NamedTuple):
-    """One triple of RDF; what it points to is an IRI, a blank node, or a text with its language."""
+    """One triple of RDF; its object is an IRI, a blank node, or a text with its language."""
 
     subject: str
     predicate: str
@@ -87,51 +85,73 @@ def read(
     language: str | None,
     malformed: Malformity = "error",
 ) -> Content:
-    """The arrays of an RDF file; see [`KnowledgeGraph.from_rdf`]."""
+    """Read the arrays of an RDF file; see [`KnowledgeGraph.from_rdf`]."""
     labels, aliases, descriptions = predicates
-    named = dict.fromkeys([*labels, *aliases])  # one that is in both is a label
-    rank = {predicate: i for i, predicate in enumerate(named)}
-    described = {predicate: i for i, predicate in enumerate(descriptions)}
-    reader = _Reader(language, rank, described)
+    reader = _Reader(language, [*labels, *aliases], descriptions)
     statements = _statements(path, format, malformed)
     columns = read_triples(reader.edges(statements), ("head", "relation", "tail"))
-    columns = without(columns, reader.deprecated)
     if reader.left_out:
         number = counted(reader.left_out, "triple")
         logger.info("%s: left out %s with blank nodes.", path, number)
     if reader.deprecated:
         number = counted(len(reader.deprecated), "deprecated entity", "deprecated entities")
         logger.info("%s: left out %s.", path, number)
-    unnamed = reader.predicates | reader.deprecated
+    names, texts = reader.names.rows(reader), reader.descriptions.rows(reader)
+    first = {entity: (entity, text) for entity, text in reversed(texts)}  # one for each
     return build(
-        columns,
-        _pairs(reader.names, unnamed, "name", path),
-        _pairs(reader.descriptions, unnamed, "description", path, one=True),
-        isolated=pa.array(sorted(reader.described() - unnamed), pa.large_string()),
+        without(columns, reader.deprecated),
+        _pairs(names, "name", path),
+        _pairs(sorted(first.values()), "description", path),
+        isolated=pa.array(sorted(first), pa.large_string()),
         in_order=False,
         source=str(path),
     )
+
+
+def _pairs(rows: Sequence[tuple[str, str]], what: str, path: Path) -> Pairs:
+    return pairs_from([row[0] for row in rows], [row[1] for row in rows], what, str(path))
+
+
+class _Texts:
+    """Names or descriptions of entities.
+
+    Args:
+        predicates: Of the texts, the most important first.
+    """
+
+    def __init__(self, predicates: Sequence[str]) -> None:
+        # A predicate that is both a label and an alias is a label.
+        self.rank = {predicate: i for i, predicate in enumerate(dict.fromkeys(predicates))}
+        self._found: list[tuple[str, int, str]] = []
+
+    def add(self, subject: str, predicate: str, text: str) -> None:
+        """Add the text of an entity."""
+        self._found.append((subject, self.rank[predicate], text))
+
+    def rows(self, reader: _Reader) -> list[tuple[str, str]]:
+        """Return (entity, text), the more important first; RDF itself has no order."""
+        found = sorted(row for row in self._found if not reader.leaves_out(row[0]))
+        return [(entity, text) for entity, _, text in found]
 
 
 class _Reader:
     """Sorts statements into edges, names and descriptions."""
 
     def __init__(
-        self, language: str | None, rank: dict[str, int], described: dict[str, int]
+        self, language: str | None, names: Sequence[str], descriptions: Sequence[str]
     ) -> None:
-        self.language, self.rank, self.text_rank = language, rank, described
-        self.names: list[tuple[str, int, str]] = []
-        self.descriptions: list[tuple[str, int, str]] = []
+        self.language = (language or "").lower().partition("-")[0]
+        self.names, self.descriptions = _Texts(names), _Texts(descriptions)
         self.predicates: set[str] = set()  # properties are not entities, though they have labels
         self.deprecated: set[str] = set()
         self.left_out = 0
 
-    def described(self) -> set[str]:
-        """The entities with a description, which are kept though in no triple."""
-        return {entity for entity, _, _ in self.descriptions}
+    def leaves_out(self, subject: str) -> bool:
+        """Return whether this is no entity of the graph."""
+        return subject in self.predicates or subject in self.deprecated
 
     def edges(self, statements: Iterator[_Statement]) -> Iterator[tuple[str, str, str]]:
-        """The triples between entities; the rest is kept in this object."""
+        """Iterate over the triples between entities; the rest is kept in this object."""
         of_blank: dict[str, dict[str, str]] = defaultdict(dict)
         to_blank: list[_Statement] = []
         for statement in statements:
@@ -148,73 +168,52 @@ class _Reader:
             else:
                 self.predicates.add(predicate)
                 yield subject, predicate, target
-        used = 0
+        self.left_out = len(to_blank)
         for subject, predicate, blank, *_ in to_blank:
             about = of_blank[blank]
             relation = about.get(f"{OWL}onProperty", "_:")
             target = about.get(f"{OWL}someValuesFrom") or about.get(f"{OWL}hasValue") or "_:"
             is_class = predicate in (f"{RDFS}subClassOf", f"{OWL}equivalentClass")
             if is_class and not relation.startswith("_:") and not target.startswith("_:"):
-                used += 1
+                self.left_out -= 1
                 self.predicates.add(relation)
                 yield subject, relation, target
-        self.left_out = len(to_blank) - used
 
     def _text(self, statement: _Statement) -> None:
         subject, predicate, text, _, tag = statement
         if predicate == f"{OWL}deprecated" and text.strip().lower() in ("true", "1"):
             self.deprecated.add(subject)
         spoken = (tag or "").lower().partition("-")[0]  # en-GB is English
-        wanted = (self.language or "").lower().partition("-")[0]
-        if not text.strip() or (self.language and tag and spoken != wanted):
+        if not text.strip() or (self.language and spoken not in ("", self.language)):
             return
-        if predicate in self.rank:
-            self.names.append((subject, self.rank[predicate], text))
-        elif predicate in self.text_rank:
-            self.descriptions.append((subject, self.text_rank[predicate], text))
-
-
-def _pairs(
-    rows: list[tuple[str, int, str]],
-    left_out: set[str],
-    what: str,
-    path: Path,
-    one: bool = False,
-) -> Pairs | None:
-    """Rows of (entity, text), the more important predicate first; RDF itself has no order."""
-    rows = sorted(row for row in rows if row[0] not in left_out)
-    if one:
-        rows = list({entity: (entity, i, text) for entity, i, text in reversed(rows)}.values())
-    if not rows:
-        return None
-    entities = pa.array([row[0] for row in rows], pa.large_string())
-    texts = pa.array([row[2] for row in rows], pa.large_string())
-    return pairs_from(entities, texts, what, str(path))
+        for texts in (self.names, self.descriptions):
+            if predicate in texts.rank:
+                texts.add(subject, predicate, text)
+                return
 
 
 def _statements(path: Path, format: str | None, malformed: Malformity) -> Iterator[_Statement]:
     if malformed not in get_args(Malformity):
         raise ValueError(f"malformed={malformed!r}: expected 'error' or 'skip'.")
-    kind = format or FORMATS.get(kind_of(path))
-    if kind not in OXIGRAPH_FORMATS:
+    kind, formats = format or ENDINGS.get(kind_of(path)), ", ".join(map(repr, LIBRARIES))
+    if kind not in LIBRARIES:
         raise ValueError(
             f"{path}: format={format!r} is unknown and the file's ending does not say it. Pass "
-            f"format= one of {', '.join(map(repr, OXIGRAPH_FORMATS))}."
+            f"format= one of {formats}."
         )
-    if importlib.util.find_spec("pyoxigraph") is not None:
-        parse: Any = partial(_with_pyoxigraph, malformed=malformed)
-    elif malformed == "skip":
-        raise ImportError(
-            "malformed='skip' needs pyoxigraph: pip install pyoxigraph. rdflib stops at the first "
-            "malformed statement."
-        )
-    elif importlib.util.find_spec("rdflib") is not None:
+    parse: Any = partial(_with_pyoxigraph, malformed=malformed)
+    if importlib.util.find_spec("pyoxigraph") is None:
+        if malformed == "skip":
+            raise ImportError(
+                "malformed='skip' needs pyoxigraph: pip install pyoxigraph. rdflib stops at the "
+                "first malformed statement."
+            )
+        if importlib.util.find_spec("rdflib") is None:
+            raise ImportError(
+                "KnowledgeGraph.from_rdf needs pyoxigraph (fast) or rdflib: "
+                'pip install "hf-adapt[knowledge]".'
+            )
         parse = _with_rdflib
-    else:
-        raise ImportError(
-            "KnowledgeGraph.from_rdf needs pyoxigraph (fast) or rdflib: "
-            'pip install "hf-adapt[knowledge]".'
-        )
     with open_binary(path) as file:
         try:
             yield from parse(file, path, kind)
@@ -224,9 +223,44 @@ def _statements(path: Path, format: str | None, malformed: Malformity) -> Iterat
             skip = "pass malformed='skip' to leave such statements out (with pyoxigraph), "
             raise ValueError(
                 f"{path} cannot be read as {kind}: {error}. Correct the file, "
-                f"{skip if malformed == 'error' else ''}or pass format= one of "
-                f"{', '.join(map(repr, OXIGRAPH_FORMATS))}."
+                f"{skip * (malformed == 'error')}or pass format= one of {formats}."
             ) from error
+
+
+def _with_pyoxigraph(
+    file: IO[bytes], path: Path, kind: str, malformed: Malformity
+) -> Iterator[_Statement]:
+    oxigraph: Any = importlib.import_module("pyoxigraph")
+    parse = partial(
+        oxigraph.parse,
+        format=getattr(oxigraph.RdfFormat, LIBRARIES[kind][0]),
+        base_iri=path.resolve().as_uri(),
+    )
+    for quad in _recovering(file, parse, path, kind) if malformed == "skip" else parse(file):
+        subject, target = quad.subject, quad.object
+        start = "_:" * isinstance(subject, oxigraph.BlankNode) + subject.value
+        if isinstance(target, oxigraph.Literal):
+            yield _Statement(start, quad.predicate.value, target.value, True, target.language)
+        else:
+            end = "_:" * isinstance(target, oxigraph.BlankNode) + target.value
+            yield _Statement(start, quad.predicate.value, end)
+
+
+def _with_rdflib(file: IO[bytes], path: Path, kind: str) -> Iterator[_Statement]:
+    rdflib: Any = importlib.import_module("rdflib")
+    graph = rdflib.Graph(bind_namespaces="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its own plugins
+        data = file.read()
+        data = data if b"\n" in data else data.replace(b"\r", b"\n")
+        graph.parse(data=data, format=LIBRARIES[kind][1], publicID=path.resolve().as_uri())
+    for subject, predicate, target in graph:
+        start = "_:" * isinstance(subject, rdflib.BNode) + str(subject)
+        if isinstance(target, rdflib.Literal):
+            yield _Statement(start, str(predicate), str(target), True, target.language)
+        else:
+            end = "_:" * isinstance(target, rdflib.BNode) + str(target)
+            yield _Statement(start, str(predicate), end)
 
 
 def _recovering(
@@ -277,39 +311,3 @@ def _line_by_line(
                 yield from list(parse(line))
             except SyntaxError as error:
                 problems.append(f"line {number:,}: {error.msg.partition(': ')[2]}")
-
-
-def _with_pyoxigraph(
-    file: IO[bytes], path: Path, kind: str, malformed: Malformity
-) -> Iterator[_Statement]:
-    oxigraph: Any = importlib.import_module("pyoxigraph")
-    parse = partial(
-        oxigraph.parse,
-        format=getattr(oxigraph.RdfFormat, OXIGRAPH_FORMATS[kind]),
-        base_iri=path.resolve().as_uri(),
-    )
-    for quad in _recovering(file, parse, path, kind) if malformed == "skip" else parse(file):
-        subject, predicate, target = quad.subject, quad.predicate.value, quad.object
-        start = f"_:{subject.value}" if isinstance(subject, oxigraph.BlankNode) else None
-        if isinstance(target, oxigraph.Literal):
-            yield _Statement(start or subject.value, predicate, target.value, True, target.language)
-        else:
-            end = "_:" if isinstance(target, oxigraph.BlankNode) else ""
-            yield _Statement(start or subject.value, predicate, end + target.value)
-
-
-def _with_rdflib(file: IO[bytes], path: Path, kind: str) -> Iterator[_Statement]:
-    rdflib: Any = importlib.import_module("rdflib")
-    graph = rdflib.Graph(bind_namespaces="none")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of its own plugins
-        data = file.read()
-        data = data if b"\n" in data else data.replace(b"\r", b"\n")
-        graph.parse(data=data, format=RDFLIB_FORMATS[kind], publicID=path.resolve().as_uri())
-    for subject, predicate, target in graph:
-        start = f"_:{subject}" if isinstance(subject, rdflib.BNode) else str(subject)
-        if isinstance(target, rdflib.Literal):
-            yield _Statement(start, str(predicate), str(target), True, target.language)
-        else:
-            end = "_:" if isinstance(target, rdflib.BNode) else ""
-            yield _Statement(start, str(predicate), end + str(target))
