@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_adapt.knowledge.graphs.content import Content, Ids, Names
+from hf_adapt.knowledge.graphs.content import Content, Ids
 from hf_adapt.knowledge.graphs.text_files import SHOWN, counted
 from hf_adapt.knowledge.graphs.triples import Column, encode, is_missing, read_file
 from hf_adapt.storage.string_table import StringTable
@@ -158,11 +158,7 @@ def build(
     triples = sort_triples(codes[::2], kinds, codes[1::2], len(keys), len(relations))
     table = StringTable(keys)
     return Content(
-        table,
-        StringTable(relations),
-        triples,
-        _names(names, table),
-        _descriptions(descriptions, table),
+        table, relations, triples, *_names(names, table), _descriptions(descriptions, table)
     )
 
 
@@ -210,19 +206,21 @@ def sort_triples(
     return np.compress(np.concatenate([[True], other]), triples, axis=0)
 
 
-def _names(pairs: Pairs | None, keys: StringTable) -> Names | None:
-    """The names in the order of their entities; of one entity in the order given, each once."""
+def _names(pairs: Pairs | None, keys: StringTable) -> tuple[Any, Any]:
+    """The names of each entity in the order given, each once, and their priors."""
     if pairs is None or len(pairs.texts) == 0:
-        return None
+        return None, None
     entities, texts = _rows(pairs, keys), pairs.texts.indices.to_numpy()
     _, first = np.unique(entities * len(pairs.texts.dictionary) + texts, return_index=True)
     rows = np.sort(first)
     rows = rows[np.argsort(entities[rows], kind="stable")]
     offsets = np.zeros(len(keys) + 1, np.int64)
     np.cumsum(np.bincount(entities[rows], minlength=len(keys)), out=offsets[1:])
-    table = StringTable(pairs.texts.dictionary.take(pa.array(texts[rows])))
-    priors = None if pairs.priors is None else pairs.priors[rows].astype(np.float32)
-    return Names(table, offsets, priors)
+    names = pairs.texts.dictionary.take(pa.array(texts[rows]))
+    return tuple(
+        None if values is None else pa.LargeListArray.from_arrays(pa.array(offsets), values)
+        for values in (names, None if pairs.priors is None else pa.array(pairs.priors[rows]))
+    )
 
 
 def _rows(pairs: Pairs, keys: StringTable) -> Ids:
@@ -230,7 +228,7 @@ def _rows(pairs: Pairs, keys: StringTable) -> Ids:
     return keys.find_all(pairs.entities.dictionary)[pairs.entities.indices.to_numpy()]
 
 
-def _descriptions(pairs: Pairs | None, keys: StringTable) -> StringTable | None:
+def _descriptions(pairs: Pairs | None, keys: StringTable) -> Any:
     """One description for each entity, empty where there is none."""
     if pairs is None or len(pairs.texts) == 0:
         return None
@@ -250,7 +248,7 @@ def _descriptions(pairs: Pairs | None, keys: StringTable) -> StringTable | None:
             "each, or pass the others as names."
         )
     values = pa.concat_arrays([pairs.texts.dictionary, pa.array([""], pa.large_string())])
-    return StringTable(values.take(pa.array(chosen % len(values))))
+    return values.take(pa.array(chosen % len(values)))
 
 
 def _shown(keys: Sequence[str]) -> str:

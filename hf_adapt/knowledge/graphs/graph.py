@@ -55,7 +55,7 @@ class KnowledgeGraph:
     def __init__(self, content: Content) -> None:
         self._content = content
         self._folder: Path | None = None
-        self.relations: list[str] = list(content.relations)
+        self.relations: list[str] = content.relations.to_pylist()
 
     # ---- where it comes from ----
 
@@ -129,7 +129,7 @@ class KnowledgeGraph:
         language: str | None = "en",
         malformed: rdf.Malformity = "error",
     ) -> KnowledgeGraph:
-        """From Turtle, N-Triples, RDF/XML or OWL, through pyoxigraph or else rdflib.
+        """From Turtle, N-Triples, RDF/XML or OWL, parsed by pyoxigraph.
 
         Keys are IRIs. RDF has no order, so entities and relations are numbered in the order of
         their IRIs. An OWL restriction (`A subClassOf [onProperty r; someValuesFrom B]`) becomes
@@ -144,11 +144,11 @@ class KnowledgeGraph:
             description_predicates: IRIs of its description; the first found counts.
             language: Texts of this language, or of none, count; all where it is None.
             malformed: `"error"`, or `"skip"` to leave out statements that cannot be read, such as
-                one with a bad IRI in a dump, and log their number (with pyoxigraph). An open
+                one with a bad IRI in a dump, and log their number. An open
                 quotation costs one line in N-Triples; in Turtle and XML it is always an error.
 
         Raises:
-            ImportError: If neither library is installed.
+            ImportError: If pyoxigraph is not installed.
             ValueError: If the file is malformed, or holds no triple between entities.
         """
         predicates = label_predicates, alias_predicates, description_predicates
@@ -295,7 +295,7 @@ class KnowledgeGraph:
         """What the entity is, in words, or None."""
         entity = self._checked(entity)
         descriptions = self._content.descriptions
-        return (descriptions[entity] or None) if descriptions is not None else None
+        return None if descriptions is None else descriptions[entity].as_py() or None
 
     def surfaces(self) -> Iterator[tuple[str, int, float]]:
         """Every (name, entity, prior): how text may call an entity, and how likely it then is.
@@ -380,12 +380,12 @@ class KnowledgeGraph:
         content, degrees = self._content, self._links.degrees()
         described = 0
         if content.descriptions is not None:
-            described = pc.sum(pc.not_equal(content.descriptions.array, "")).as_py()
+            described = pc.sum(pc.not_equal(content.descriptions, "")).as_py()
         return {
             "entities": self.num_entities,
             "relations": self.num_relations,
             "triples": self.num_triples,
-            "names": len(content.names.texts) if content.names is not None else 0,
+            "names": len(content.names.flatten()) if content.names is not None else 0,
             "described": described,
             "isolated": int(np.count_nonzero(degrees == 0)),
             "mean_degree": float(degrees.mean()) if len(degrees) else 0.0,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from safetensors import SafetensorError, safe_open
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.graphs.text_files import SHOWN, Malformed, counted, text_lines
 from hf_adapt.storage.string_table import StringTable
 
 logger = logging.getLogger(__name__)
-
-FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": np.uint16}
 
 
 def read_npy(path: Path) -> npt.NDArray[Any]:
@@ -40,45 +38,30 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     return table
 
 
-def read_safetensors(path: Path, name: str | None) -> tuple[npt.NDArray[Any], bool]:
-    """Map a 2-D tensor of a .safetensors file into memory; also whether it is bfloat16.
-
-    Reference:
-        The format: 8 bytes with the header's length, a JSON header, the tensors' bytes.
+def read_safetensors(path: Path, name: str | None) -> torch.Tensor:
+    """Map a 2-D tensor of a .safetensors file into memory.
 
     Raises:
-        ValueError: If there is not exactly one, or none of this name.
+        ValueError: If the file does not have exactly one, or none of this name.
     """
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (struct.error, ValueError, MemoryError, OverflowError) as error:
+        with safe_open(path, "pt") as file:
+            about = {key: file.get_slice(key) for key in file.keys()}
+            shapes = {key: about[key].get_shape() for key in about}
+            tables = [key for key in about if len(shapes[key]) == 2] if name is None else [name]
+            if len(tables) != 1 or tables[0] not in about:
+                there = ", ".join(f"{key} {shapes[key]}" for key in list(about)[:8])
+                raise ValueError(
+                    f"{path}: expected one tensor of the shape (entities, dimension)"
+                    f"{'' if name is None else f' called {name!r}'}; its tensors are "
+                    f"{there or 'none'}. Pass name='...' with one of them."
+                )
+            if (kind := about[tables[0]].get_dtype()) not in ("F16", "F32", "F64", "BF16"):
+                raise ValueError(f"{path}: expected floating numbers in {tables[0]!r}, got {kind}.")
+            tensor: torch.Tensor = file.get_tensor(tables[0])
+    except SafetensorError as error:
         raise ValueError(f"{path} is not a whole .safetensors file: {error}.") from error
-    header.pop("__metadata__", None)
-    tables = [key for key, about in header.items() if len(about["shape"]) == 2]
-    chosen = name if name is not None else (tables[0] if len(tables) == 1 else None)
-    if chosen not in header:
-        there = [f"{key} {about['shape']}" for key, about in list(header.items())[:8]]
-        raise ValueError(
-            f"{path}: expected one tensor of the shape (entities, dimension)"
-            f"{'' if name is None else f' called {name!r}'}; its tensors are "
-            f"{', '.join(there) or 'none'}. Pass name='...' with one of them."
-        )
-    about = header[chosen]
-    if about["dtype"] not in FLOATS:
-        raise ValueError(f"{path}: expected floating numbers in {chosen!r}, got {about['dtype']}.")
-    try:
-        table = np.memmap(
-            path,
-            dtype=FLOATS[about["dtype"]],
-            mode="r",
-            offset=8 + length + about["data_offsets"][0],
-            shape=tuple(about["shape"]),
-        )
-    except ValueError as error:
-        raise ValueError(f"{path} is not a whole .safetensors file: {error}.") from error
-    return table, about["dtype"] == "BF16"
+    return tensor
 
 
 def read_text(

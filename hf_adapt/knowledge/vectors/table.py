@@ -124,10 +124,7 @@ class EntityVectors:
             ValueError: If the shape is another, or values are not finite.
         """
         is_bfloat16 = isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16
-        if isinstance(array, torch.Tensor):
-            array = array.detach().cpu()
-            array = array.view(torch.uint16).numpy() if is_bfloat16 else array.numpy()
-        array = np.asanyarray(array)
+        array = _numpy(array) if isinstance(array, torch.Tensor) else np.asanyarray(array)
         if not is_bfloat16 and array.dtype not in (np.float16, np.float32):
             array = array.astype(np.float32)
         return cls._checked(
@@ -208,7 +205,8 @@ class EntityVectors:
             reopen = partial(read_npy, path.resolve())
             table = reopen()
         elif path.suffix == ".safetensors":
-            table, is_bfloat16 = read_safetensors(path, name)
+            tensor = read_safetensors(path, name)
+            table, is_bfloat16 = _numpy(tensor), tensor.dtype == torch.bfloat16
             reopen = partial(_tensor, path.resolve(), name)
         else:
             table, metadata["found"] = read_text(path, graph, missing)
@@ -357,8 +355,14 @@ class EntityVectors:
             ) from error
 
 
+def _numpy(tensor: torch.Tensor) -> Table:
+    """The same memory; bfloat16, which numpy does not know, as uint16."""
+    tensor = tensor.detach().cpu()
+    return tensor.view(torch.uint16 if tensor.dtype == torch.bfloat16 else tensor.dtype).numpy()
+
+
 def _tensor(path: Path, name: str | None) -> Table:
-    return read_safetensors(path, name)[0]
+    return _numpy(read_safetensors(path, name))
 
 
 def _saved(folder: Path, expected: str) -> Table:
