@@ -1,5 +1,7 @@
 import gc
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -9,6 +11,8 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 settings.register_profile("search", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+pytest.register_assert_rewrite("tests.helpers")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -33,3 +37,45 @@ def own_mixed_precision():
         del os.environ[name]
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def teacher_folder(tmp_path: Path) -> Path:
+    """A saved classifier with its tokenizer."""
+    from tests.helpers.distillation import save_teacher
+
+    return save_teacher(tmp_path / "teacher")
+
+
+@pytest.fixture(scope="session")
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs in two processes of the modules that were selected, in one launch."""
+    from tests.helpers.distributed import Job, launch
+
+    jobs: dict[str, Job] = {}
+    for item in request.session.items:
+        for name, job in getattr(getattr(item, "module", None), "JOBS", {}).items():
+            jobs[f"{item.path.parent.name}/{name}"] = job
+    folder = tmp_path_factory.mktemp("two_processes")
+    launch(folder, jobs)
+    return folder
+
+
+@pytest.fixture
+def two_processes(request: pytest.FixtureRequest, launched: Path) -> Path:
+    """Where the module's `JOBS` were trained, each in a folder of its name."""
+    return launched / request.path.parent.name
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains a job in this process, once, and gives its folder."""
+    folders: dict[str, Path] = {}
+
+    def train(job: object) -> Path:
+        if repr(job) not in folders:
+            folders[repr(job)] = tmp_path_factory.mktemp("one_process") / "job"
+            job.train(folders[repr(job)])
+        return folders[repr(job)]
+
+    return train

@@ -38,8 +38,10 @@ from hf_adapt.knowledge import (
     EntityPrediction,
     LinkPrediction,
 )
-from tests.knowledge import toy
-from tests.tiny import FIVE, arguments, bert, collate, llama, rows
+from tests.helpers import toy
+from tests.helpers.data import collate, rows
+from tests.helpers.models import FIVE, bert, llama
+from tests.helpers.trainers import arguments
 
 Make = Callable[[Path], tuple[Any, TrainerCallback | None]]
 """Makes a model and the callback that adds the capability to its Trainer."""
@@ -48,7 +50,7 @@ Make = Callable[[Path], tuple[Any, TrainerCallback | None]]
 class Centres(Objective):
     """An objective of an author's own, on features and on predictions."""
 
-    needs_target = True
+    needs_streams = ("target",)
 
     def loss(self, batch: Any) -> torch.Tensor:
         features, domain = batch.features()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_adapt.engine.adaptation import Objective, Term
-from hf_adapt.engine.features import Pooling
 from hf_adapt.engine.progress import Schedule
+from hf_adapt.models.pooling import Pooling
 
 if TYPE_CHECKING:
     from hf_adapt.engine.batch import Batch
@@ -129,7 +129,7 @@ class MMD(Objective):
     """
 
     name = "mmd"
-    needs_target = True
+    needs_streams = ("target",)
     uses_logits = False
 
     def __init__(
@@ -163,7 +163,7 @@ class MMD(Objective):
                 f"MMD(unbiased={self.unbiased}) needs at least {self._least} rows of the source "
                 f"and of a target in each micro-batch; the first has {counts} rows of each "
                 "domain. Raise per_device_train_batch_size (and lower "
-                "gradient_accumulation_steps) or target_ratio."
+                "gradient_accumulation_steps) or the stream's ratio."
             )
 
     def loss(self, batch: Batch) -> Term:

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt import Adaptation, Objective, adapt
-from tests.tiny import arguments, bert, collate, rows, same_bits, weights
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments, same_bits, weights
 
 
 class Counting(Adaptation):
@@ -146,7 +148,7 @@ def test_a_factor_is_a_learning_rate(tmp_path: Path) -> None:
 class CentreDistance(Objective):
     """The README's example."""
 
-    needs_target = True
+    needs_streams = ("target",)
 
     def loss(self, batch: Any) -> torch.Tensor:
         features, domain = batch.features()

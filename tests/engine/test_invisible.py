@@ -27,7 +27,9 @@ from hf_adapt import (
     adapt,
 )
 from hf_adapt.alignment import dann_loss
-from tests.tiny import FIVE, arguments, bert, collate, rows, same_bits, weights
+from tests.helpers.data import collate, rows
+from tests.helpers.models import FIVE, bert
+from tests.helpers.trainers import arguments, same_bits, weights
 
 
 def settings(folder: Path, cls: Any = TrainingArguments, **more: Any) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def test_a_ramp_at_zero_leaves_the_gradient_of_the_model_alone(tmp_path: Path) -
     """λ = 0: the discriminator learns, the model's weights are those of no term at all."""
 
     class Nothing(Objective):
-        needs_target = True
+        needs_streams = ("target",)
 
         def loss(self, batch: Any) -> torch.Tensor:
             return torch.zeros(())

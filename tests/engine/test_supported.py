@@ -23,15 +23,10 @@ from hf_adapt import (
     InformationMaximization,
     adapt,
 )
-from tests.engine.test_trainers import encoder, sentence_pairs, words
-from tests.tiny import (
-    NO_DROPOUT,
-    SIZE,
-    VOCABULARY,
-    GradientRecorder,
-    arguments,
-    cosine_and_ratio,
-)
+from tests.helpers.data import sentence_pairs, words
+from tests.helpers.libraries import encoder
+from tests.helpers.models import bert_config
+from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio
 
 BATCH = 4
 
@@ -74,7 +69,7 @@ def collate_choices(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def chooser(folder: Path, **settings: Any) -> Trainer:
     torch.manual_seed(0)
-    model = BertForMultipleChoice(BertConfig(vocab_size=VOCABULARY, **SIZE, **NO_DROPOUT))
+    model = BertForMultipleChoice(bert_config())
     return InOrder(
         model=model,
         args=arguments(folder, **settings),

@@ -17,6 +17,7 @@ import torch
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.graphs.triples import read_triples
+from hf_adapt.models.state import preserved_random_state
 
 MODELS = ("TransE", "DistMult", "ComplEx", "RotatE")
 METRICS = {
@@ -93,7 +94,7 @@ def train_vectors(
         num_relations=graph.num_relations,
         create_inverse_triples=True,
     )
-    with _own_random_state(seed, place):
+    with _own_random_state(seed):
         learned = (
             _pykeen("models")
             .model_resolver.make(
@@ -158,20 +159,16 @@ def _pykeen(module: str) -> Any:
 
 
 @contextmanager
-def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """PyKEEN draws from the three global generators; the run's own go on as if it had not."""
-    python, numpy = random.getstate(), np.random.get_state()
+def _own_random_state(seed: int) -> Iterator[None]:
+    """PyKEEN draws from the global generators; the run's own go on as if it had not."""
     gc.freeze()  # PyKEEN collects after every epoch; what was there before need not be walked
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
+    try:
+        with preserved_random_state(seed):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
             yield
-        finally:
-            gc.unfreeze()
-            random.setstate(python)
-            np.random.set_state(numpy)
+    finally:
+        gc.unfreeze()
 
 
 def _numbers(graph: KnowledgeGraph, triples: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hf_adapt.knowledge.graphs.builder import sort_triples
 from hf_adapt.knowledge.graphs.content import Content
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph, UnknownEntityError
-from tests.knowledge.mapping import is_mapped
+from tests.helpers.mapping import is_mapped
 
 Triple = tuple[str, str, str]
 

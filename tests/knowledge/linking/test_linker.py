@@ -19,7 +19,7 @@ from hf_adapt.knowledge.linking.linker import (
     Mention,
 )
 from hf_adapt.knowledge.linking.matching import AhoCorasickMatcher, WordMatcher
-from tests.knowledge.names import Names
+from tests.helpers.names import Names
 
 MEDICAL = Names(["aspirin", "heart attack", "attack", "heart", "blood", "AT&T", "C++"])
 

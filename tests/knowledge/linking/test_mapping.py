@@ -10,8 +10,8 @@ import pytest
 from hf_adapt.knowledge.linking.linker import CallableLinker, EntityLinker
 from hf_adapt.knowledge.linking.mapping import AddMentions, coverage
 from hf_adapt.knowledge.linking.tokens import TokenAligner
-from tests.knowledge.names import Names
-from tests.knowledge.tokenizers import tokenizer
+from tests.helpers.names import Names
+from tests.helpers.tokenizers import tokenizer
 
 GRAPH = Names([("aspirin", 0), ("new york", 1), ("new york", 2), ("blood", 3)])
 TEXTS = ["nothing here", "Aspirin in New York", None, "blood and aspirin"] * 6

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hf_adapt.knowledge.linking.linker import EntityLinker
 from hf_adapt.knowledge.linking.pieces import TokenPieces
 from hf_adapt.knowledge.linking.tokens import TokenAligner, TokenMention
-from tests.knowledge.names import Names
-from tests.knowledge.tokenizers import KINDS, NAMES, WORDS, tokenizer
+from tests.helpers.names import Names
+from tests.helpers.tokenizers import KINDS, NAMES, WORDS, tokenizer
 
 LINKER = EntityLinker(Names(NAMES), min_length=1)
 SEPARATORS = st.sampled_from([" ", " ", " ", "  ", ", ", "\n", ". ", "\t"])

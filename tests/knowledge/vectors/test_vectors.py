@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.vectors.table import EntityVectors
-from tests.knowledge.mapping import is_mapped
-from tests.tiny import bert
+from tests.helpers.mapping import is_mapped
+from tests.helpers.models import bert
 
 KEYS = ["cat", "feline", "lion", "New York", "dodo"]
 
@@ -263,7 +263,7 @@ def test_a_mapped_table_is_not_copied_into_a_pickle(tmp_path: Path) -> None:
     assert len(content) < 1_000
     code = (
         "import pickle, sys; v = pickle.load(sys.stdin.buffer); import numpy as np;"
-        "from tests.knowledge.mapping import is_mapped;"
+        "from tests.helpers.mapping import is_mapped;"
         "print(is_mapped(v._table, 'table.arrow'), v.gather(np.array([7])).sum())"
     )
     found = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True)
