@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ def pairs_of(
     if source is None:
         return None
     if isinstance(source, (str, Path)):
-        return Pairs(*read_file(Path(source), ("entity", what), separator))
+        entities, texts = read_file(Path(source), ("entity", what), separator)
+        return Pairs(entities, texts)
     if not isinstance(source, Mapping):
         raise TypeError(
             f"{what}s must be a mapping from entity to {what} or the path of a csv or tsv file of "
@@ -95,15 +97,7 @@ def pairs_from(
     priors: npt.NDArray[np.float32] | None = None,
 ) -> Pairs:
     """Make rows of (entity, text) from two lists or Arrow arrays of strings."""
-    columns = (
-        encode(
-            column if isinstance(column, pa.Array) else pa.array(column, pa.large_string()),
-            name,
-            source,
-        )
-        for column, name in ((entities, "entity"), (texts, what))
-    )
-    return Pairs(*columns, priors)
+    return Pairs(encode(entities, "entity", source), encode(texts, what, source), priors)
 
 
 def build(
@@ -137,12 +131,7 @@ def build(
             f"{source} holds no triples: the graph would be empty. Expected at least one (head, "
             "relation, tail)."
         )
-    both = pa.concat_arrays([head.dictionary, tail.dictionary]).dictionary_encode()
-    number = both.indices.to_numpy()
-    pairs = np.empty((len(head), 2), np.int32)
-    pairs[:, 0] = number[: len(head.dictionary)][head.indices.to_numpy()]
-    pairs[:, 1] = number[len(head.dictionary) :][tail.indices.to_numpy()]
-    keys, codes = _in_order(pairs.reshape(-1), both.dictionary)
+    keys, codes = _in_order(*_entities(head, tail))
     relations, kinds = _in_order(relation.indices.to_numpy(), relation.dictionary)
     for extra in (names.entities.dictionary if names else None, isolated):
         if extra is not None:
@@ -162,12 +151,21 @@ def build(
     )
 
 
+def _entities(head: Column, tail: Column) -> tuple[npt.NDArray[np.int32], Any]:
+    """Head, tail, head, tail, … of all rows as numbers of common values."""
+    both = pa.concat_arrays([head.dictionary, tail.dictionary]).dictionary_encode()
+    number = both.indices.to_numpy()
+    codes = np.empty(2 * len(head), np.int32)
+    codes[::2] = number[: len(head.dictionary)][head.indices.to_numpy()]
+    codes[1::2] = number[len(head.dictionary) :][tail.indices.to_numpy()]
+    return codes, both.dictionary
+
+
 def _in_order(codes: npt.NDArray[np.int32], values: Any) -> tuple[Any, npt.NDArray[np.int32]]:
     """The values in the order in which they first appear, without those that never do."""
     first = np.full(len(values), len(codes), np.int64)
     first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)  # the last one written is the first
-    used = np.count_nonzero(first < len(codes))
-    order = np.argsort(first, kind="stable")[:used]
+    order = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
     number = np.zeros(len(values), np.int32)
     number[order] = np.arange(len(order), dtype=np.int32)
     return values.take(pa.array(order)), number[codes]
@@ -217,15 +215,14 @@ def _names(pairs: Pairs | None, keys: StringTable) -> tuple[Any, Any]:
     offsets = np.zeros(len(keys) + 1, np.int64)
     np.cumsum(np.bincount(entities[rows], minlength=len(keys)), out=offsets[1:])
     names = pairs.texts.dictionary.take(pa.array(texts[rows]))
-    return tuple(
-        None if values is None else pa.LargeListArray.from_arrays(pa.array(offsets), values)
-        for values in (names, None if pairs.priors is None else pa.array(pairs.priors[rows]))
-    )
+    lists = partial(pa.LargeListArray.from_arrays, pa.array(offsets))
+    return lists(names), None if pairs.priors is None else lists(pa.array(pairs.priors[rows]))
 
 
 def _rows(pairs: Pairs, keys: StringTable) -> Ids:
     """The number of each pair's entity, -1 if it is unknown."""
-    return keys.find_all(pairs.entities.dictionary)[pairs.entities.indices.to_numpy()]
+    rows: Ids = keys.find_all(pairs.entities.dictionary)[pairs.entities.indices.to_numpy()]
+    return rows
 
 
 def _descriptions(pairs: Pairs | None, keys: StringTable) -> Any:

@@ -268,6 +268,6 @@ class TextTable:
 def _content(path: Path) -> bytes | mmap.mmap:
     """All bytes of a file, memory-mapped where they lie on disk as they are."""
     with open_binary(path) as file:
-        if isinstance(file, gzip.GzipFile) or file.tell() or not path.stat().st_size:
+        if path.name.lower().endswith(".gz") or file.tell() or not path.stat().st_size:
             return file.read()
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -182,13 +182,15 @@ def encode(array: Any, name: str, source: str) -> Column:
     """Encode an Arrow column of text or whole numbers, without white space around the texts.
 
     Args:
-        array: An Arrow array or chunked array.
+        array: An Arrow array or chunked array, or a list of strings.
         name: The name of the column, for error messages.
         source: What the column is from, for error messages.
 
     Raises:
         ValueError: If cells are empty (with the numbers of their rows) or of another type.
     """
+    if isinstance(array, list):
+        array = pa.array(array, pa.large_string())
     if isinstance(array, pa.Array):
         array = pa.chunked_array([array])
     if pa.types.is_dictionary(array.type):

@@ -209,13 +209,13 @@ def _weights(folder: Path) -> dict[tuple[str, int], float]:
     """The weight of each sense: from index.sense, else from the order in index.noun …."""
     weights: dict[tuple[str, int], float] = {}
 
-    def add_tagged(_: int, line: str) -> None:
+    def add_tagged(number: int, line: str) -> None:
         sense, offset, rank, count = line.split()
-        lemma, _, kind = sense.partition("%")
+        lemma, kind = sense.split("%", 1)
         place = PARTS["nvars"[int(kind[0]) - 1]] + int(offset)
         weights[lemma, place] = int(count) + 1.0 / int(rank)
 
-    def add_ranked(_: int, line: str, part: str) -> None:
+    def add_ranked(number: int, line: str, part: str) -> None:
         cells = line.split()
         for rank, offset in enumerate(cells[len(cells) - int(cells[2]) :], 1):
             weights[cells[0], PARTS[part] + int(offset)] = 1.0 / rank
