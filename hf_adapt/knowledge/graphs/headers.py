@@ -73,27 +73,21 @@ def check_first_row(rows: TextTable, table: Any) -> None:
         raise _unexpected(rows, columns)
     if len(cells) != 3 or table.num_rows == 1:
         return
-    place = f"{rows.path}, line {rows.line}"
-    head, relation, tail = map(repr, rows.first)
-    shown = f"{head}, {relation}, {tail}"
+    shown = ", ".join(map(repr, rows.first))
+    names = zip(("head", "relation", "tail"), rows.first, strict=True)
     fix = (
-        f"If these are the names of the columns, pass head={head}, relation={relation}, "
-        f"tail={tail}."
+        "no other row has the relation or one of the entities. If these are the names of the "
+        "columns, pass " + ", ".join(f"{column}={name!r}" for column, name in names)
     )
     # Where each other relation is there twice, the first row is the odd one out.
     counts = others[1].value_counts().field("counts")
     if num_names == 2 and table.num_rows > 3 and pc.min(counts).as_py() > 1:
         raise ValueError(
-            f"{place}: {shown} look like the names of the columns: no other row has this relation "
-            f"or one of these entities. {fix} If they are a triple, put the line "
-            f"{rows.separator.join(columns)!r} before it."
+            f"{rows.path}, line {rows.line}: {shown} look like the names of the columns: {fix}. If "
+            f"they are a triple, put the line {rows.separator.join(columns)!r} before it."
         )
-    logger.warning(
-        "%s: %s are read as a triple, but no other row has the relation or one of the entities. %s",
-        place,
-        shown,
-        fix,
-    )
+    place = f"{rows.path}, line {rows.line}"
+    logger.warning("%s: %s are read as a triple, but %s.", place, shown, fix)
 
 
 def _is_name(cell: str) -> bool:

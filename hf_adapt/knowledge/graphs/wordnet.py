@@ -6,7 +6,6 @@ only folders of its own data, and names no line of a malformed file.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -194,15 +193,10 @@ def _priors(folder: Path, synsets: _Synsets) -> npt.NDArray[np.float32]:
     """
     weights = _weights(folder)
     lemmas = [lemma.lower().replace(" ", "_") for lemma in synsets.lemmas]
-    weight = [
-        weights.get((lemma, synsets.places[owner]), 1.0)
-        for lemma, owner in zip(lemmas, synsets.owners, strict=True)
-    ]
-    total: dict[str, float] = defaultdict(float)
-    for lemma, value in zip(lemmas, weight, strict=True):
-        total[lemma] += value
-    shares = [value / total[lemma] for lemma, value in zip(lemmas, weight, strict=True)]
-    return np.array(shares, np.float32)
+    senses = zip(lemmas, (synsets.places[owner] for owner in synsets.owners), strict=True)
+    weight = np.array([weights.get(sense, 1.0) for sense in senses])
+    codes = _texts(lemmas).dictionary_encode().indices.to_numpy()
+    return (weight / np.bincount(codes, weight)[codes]).astype(np.float32)
 
 
 def _weights(folder: Path) -> dict[tuple[str, int], float]:

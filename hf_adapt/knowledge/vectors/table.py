@@ -37,7 +37,6 @@ class EntityVectors:
         metadata: How the vectors were made.
         is_bfloat16: Whether a uint16 table has the bits of bfloat16.
         order: The row of each entity; row i for entity i if it is None.
-        reopen: Maps the table into memory again in another process; it is copied there if None.
 
     Example:
         >>> vectors = EntityVectors.from_array(np.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -52,10 +51,10 @@ class EntityVectors:
         *,
         is_bfloat16: bool = False,
         order: npt.NDArray[np.int64] | None = None,
-        reopen: Callable[[], Table] | None = None,
     ) -> None:
         self._table, self._order, self._is_bfloat16 = table, order, is_bfloat16
-        self._reopen = reopen
+        self._reopen: Callable[[], Table] | None = None
+        """Maps the table into memory again in another process; without it the table is copied."""
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @property
@@ -139,7 +138,6 @@ class EntityVectors:
         metadata: dict[str, Any],
         is_bfloat16: bool,
         source: str,
-        reopen: Callable[[], Table] | None = None,
     ) -> EntityVectors:
         if table.ndim != 2 or table.shape[1] == 0:
             raise ValueError(
@@ -148,7 +146,7 @@ class EntityVectors:
         check_size(len(table), graph, source)
         if graph is not None:
             metadata = {**metadata, "graph": graph.fingerprint}
-        vectors = cls(table, metadata, is_bfloat16=is_bfloat16, reopen=reopen)
+        vectors = cls(table, metadata, is_bfloat16=is_bfloat16)
         bad: list[int] = []
         first = count = 0
         for block in vectors._blocks():
@@ -199,18 +197,17 @@ class EntityVectors:
                 "that EntityVectors.save(folder) wrote."
             )
         metadata: dict[str, Any] = {"made_by": "file", "file": path.name}
-        reopen: Callable[[], Table] | None = None
-        is_bfloat16 = False
         if path.suffix == ".npy":
-            reopen = partial(read_npy, path.resolve())
-            table = reopen()
+            reopen, is_bfloat16 = partial(read_npy, path.resolve()), False
         elif path.suffix == ".safetensors":
-            tensor = read_safetensors(path, name)
-            table, is_bfloat16 = _numpy(tensor), tensor.dtype == torch.bfloat16
+            is_bfloat16 = read_safetensors(path, name).dtype == torch.bfloat16
             reopen = partial(_tensor, path.resolve(), name)
         else:
-            table, metadata["found"] = read_text(path, graph, missing)
-        return cls._checked(table, graph, metadata, is_bfloat16, str(path), reopen)
+            array, metadata["found"] = read_text(path, graph, missing)
+            return cls._checked(array, graph, metadata, False, str(path))
+        vectors = cls._checked(reopen(), graph, metadata, is_bfloat16, str(path))
+        vectors._reopen = reopen
+        return vectors
 
     @classmethod
     def train(cls, graph: KnowledgeGraph, model: str = "TransE", **options: Any) -> EntityVectors:
@@ -265,13 +262,10 @@ class EntityVectors:
         order[permutation] = np.roll(permutation, 1)  # one cycle through all the rows
         if self._order is not None:
             order = self._order[order]
-        return EntityVectors(
-            self._table,
-            {**self.metadata, "shuffled": seed},
-            is_bfloat16=self._is_bfloat16,
-            order=order,
-            reopen=self._reopen,
-        )
+        metadata = {**self.metadata, "shuffled": seed}
+        vectors = EntityVectors(self._table, metadata, is_bfloat16=self._is_bfloat16, order=order)
+        vectors._reopen = self._reopen
+        return vectors
 
     def _blocks(self) -> Iterator[npt.NDArray[np.float32]]:
         """All vectors, some at a time."""
@@ -325,8 +319,8 @@ class EntityVectors:
             about["metadata"],
             is_bfloat16=bool(about.get("is_bfloat16")),
             order=arrays["order"].to_numpy() if "order" in arrays else None,
-            reopen=partial(_saved, Path(folder).resolve(), about["fingerprint"]),
         )
+        vectors._reopen = partial(_saved, Path(folder).resolve(), about["fingerprint"])
         vectors.__dict__["fingerprint"] = about["fingerprint"]
         check_size(len(vectors), graph, str(folder))
         made_for = vectors.metadata.get("graph")
