@@ -91,24 +91,20 @@ def read_text(
     rows = words.find_all(pa.array(map(graph.key, every), pa.large_string()))
     for spelling in (labels, pc.replace_substring(labels, " ", "_")):
         rows = np.where(rows >= 0, rows, words.find_all(spelling))
-    found = int(np.count_nonzero(rows >= 0))
     _report(path, graph, rows, words, missing)
-    table = np.zeros((len(graph), dimension), np.float32)
-    order = np.argsort(rows, kind="stable")[len(graph) - found :]  # entities by their line
-    bad, place = Malformed(path), 0
-    for row, (number, _, numbers) in enumerate(_split(path, first, dimension)):
-        if place == found or row != rows[order[place]]:
-            continue
-        try:
-            vector = np.array(numbers.split(), np.float32)
-        except ValueError as error:
-            bad.add(number, str(error))
-            vector = np.zeros(dimension, np.float32)
-        while place < found and row == rows[order[place]]:  # several entities of one label
-            table[order[place]] = vector
-            place += 1
+    table, bad = np.zeros((len(graph), dimension), np.float32), Malformed(path)
+    found, owner = np.flatnonzero(rows >= 0), np.full(len(words), -1)
+    owner[rows[found[::-1]]] = found[::-1]  # of entities with one label the first
+    for entity, line in zip(owner.tolist(), _split(path, first, dimension), strict=True):
+        if entity >= 0:
+            try:
+                table[entity] = np.array(line[2].split(), np.float32)
+            except ValueError as error:
+                bad.add(line[0], str(error))
     bad.raise_if_any("A line is a word and its numbers, with spaces between.")
-    return table, found
+    twins = found[owner[rows[found]] != found]
+    table[twins] = table[owner[rows[twins]]]
+    return table, len(found)
 
 
 def _layout(path: Path) -> tuple[int, int, int]:
