@@ -7,8 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
-from hf_adapt.engine.mixins import LearningRateControl
+from hf_adapt.engine.mixins import (
+    BatchTransform,
+    EvaluationObserver,
+    FusedObjective,
+    GradientTransform,
+    LearningRateControl,
+    LossCombiner,
+    WeightAverage,
+)
 from hf_adapt.engine.streams import TARGET, Stream
+
+MIXINS = (
+    BatchTransform,
+    EvaluationObserver,
+    FusedObjective,
+    GradientTransform,
+    LearningRateControl,
+    LossCombiner,
+    WeightAverage,
+)
 
 
 @dataclass(eq=False)
@@ -48,6 +66,7 @@ class Plan:
         for adaptation in adaptations:
             if not isinstance(adaptation, Adaptation):
                 raise TypeError(_not_an_adaptation(adaptation))
+            _check_mixins(adaptation)
         found = {
             name: Stream.of(given, f"streams[{name!r}]") for name, given in (streams or {}).items()
         }
@@ -63,6 +82,18 @@ class Plan:
                 "AdaptationCallback(MMD(), target_dataset=target)."
             )
         return cls(tuple(adaptations), found, origin)
+
+
+def _check_mixins(adaptation: Adaptation) -> None:
+    """Refuse hooks that would never be called, because their mixin is missing."""
+    for mixin in MIXINS:
+        hooks = [name for name in vars(mixin) if not hasattr(Objective, name)]
+        unused = [name for name in hooks if hasattr(adaptation, name)]
+        if unused and not isinstance(adaptation, mixin):
+            raise TypeError(
+                f"{type(adaptation).__name__} has {', '.join(unused)}, which is used only in a "
+                f"{mixin.__name__}: derive the class from hf_adapt.engine.mixins.{mixin.__name__}."
+            )
 
 
 def _not_an_adaptation(given: Any) -> str:
@@ -123,7 +154,11 @@ def streams_of(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> dict
     """
     active = set(map(id, adaptations))
     found: dict[str, Stream] = {}
-    given = [plan.streams for plan in plans if any(id(a) in active for a in plan.adaptations)]
+    given = [
+        {name: s for name, s in plan.streams.items() if s.is_trained_on or plan_is_active}
+        for plan in plans
+        for plan_is_active in [any(id(a) in active for a in plan.adaptations)]
+    ]
     for streams in [*given, *(a.provided_streams() for a in adaptations)]:
         for name, stream in streams.items():
             known = found.get(name)
@@ -161,3 +196,18 @@ def _check_agree(name: str, first: Stream, second: Stream) -> None:
                 f"Two adaptations of one run disagree on the {option} of the stream {name!r}: "
                 f"{ours!r} and {theirs!r}. Give the stream and its options to one."
             )
+
+
+def the_only(adaptations: Sequence[Adaptation], kind: type[Any], what: str) -> Any:
+    """The adaptation of a kind of which a run has one at most.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    found = [a for a in adaptations if isinstance(a, kind)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{' and '.join(a.name for a in found)} both {what}, and a run has one way to do so. "
+            "Drop one of them."
+        )
+    return found[0] if found else None
