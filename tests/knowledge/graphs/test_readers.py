@@ -187,6 +187,12 @@ def test_quotation_marks(tmp_path: Path) -> None:
     assert rows_of(KnowledgeGraph.from_triples(path)) == {("a", "r", '"b'), ('"c', "r", 'd"')}
 
 
+def test_a_quoted_header(tmp_path: Path) -> None:
+    text = '"the score, if any","tail",relation,"head"\n1,"b\n""c""",r,a 5" long\n'
+    graph = KnowledgeGraph.from_triples(write(tmp_path / "t.csv", text))
+    assert rows_of(graph) == {('a 5" long', "r", 'b\n"c"')}
+
+
 GOOD = "a\tr\tb\n"
 
 
@@ -222,6 +228,8 @@ def test_malformed_lines(text: str | bytes, match: str, ending: str, tmp_path: P
         ("a,r,b\rc,r\rd,r,e\r", r"line 2: expected 3 columns .* got 2"),
         ('a,r,"b\nb"\na,r\n', r"line 3: expected 3 columns .* got 2"),
         ("a,r,b\na,,b\n", r"line 2: the column 'relation' is empty"),
+        ('a,r,b\n\n"NY" city,r,b\n', r"line 3: ',' expected after the closing quotation mark"),
+        ('"a\n\nb",r,c\r\n\r\n"a",r\r\n', r"line 5: expected 3 columns .* got 2"),
     ],
 )
 def test_malformed_quoted_lines(text: str, match: str, tmp_path: Path) -> None:

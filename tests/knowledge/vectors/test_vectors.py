@@ -277,6 +277,14 @@ def test_a_mapped_table_is_not_copied_into_a_pickle(tmp_path: Path) -> None:
         pickle.loads(content)
 
 
+def test_a_folder_with_other_vectors_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    EntityVectors.from_array(table()).save(tmp_path)
+    content = pickle.dumps(EntityVectors.load(tmp_path))
+    EntityVectors.from_array(table() + 1).save(tmp_path)
+    with pytest.raises(ValueError, match=r"is not as it was: .* holds other vectors now"):
+        pickle.loads(content)
+
+
 class Rows(torch.utils.data.Dataset):
     def __init__(self, vectors: EntityVectors) -> None:
         self.vectors = vectors
