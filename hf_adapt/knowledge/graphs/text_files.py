@@ -38,24 +38,25 @@ class Malformed:
 
     Args:
         source: What is read: a file, or what an error calls it.
-        unit: What the numbers count: `"line {}"`.
+        noun: What is malformed.
+        place: How a number names one of them.
     """
 
-    def __init__(self, source: Any, unit: str = "line {:,}") -> None:
-        self.source, self.unit, self.count = source, unit, 0
+    def __init__(self, source: Any, noun: str = "line", place: str = "line {:,}") -> None:
+        self.source, self.noun, self.place, self.count = source, noun, place, 0
         self._shown: list[str] = []
 
     def add(self, number: int, problem: str) -> None:
         """Add one malformed line."""
         self.count += 1
         if len(self._shown) < SHOWN:
-            self._shown.append(f"  {self.unit.format(number)}: {problem}")
+            self._shown.append(f"  {self.place.format(number)}: {problem}")
 
     def raise_if_any(self, fix: str) -> None:
         """Raise a ValueError that shows the first lines, if there are any."""
         if self.count:
             more = [f"  and {self.count - SHOWN:,} more"] if self.count > SHOWN else []
-            what = counted(self.count, f"malformed {self.unit.split()[0]}")
+            what = counted(self.count, f"malformed {self.noun}")
             raise ValueError("\n".join([f"{self.source}: {what}.", *self._shown, *more, fix]))
 
 

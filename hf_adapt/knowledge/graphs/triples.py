@@ -141,7 +141,7 @@ def _row_table(rows: Iterable[Any], columns: Sequence[str]) -> Any:
                 raise TypeError
             arrays = [pa.array(column, pa.large_string()) for column in zip(*chunk, strict=True)]
         except (TypeError, ValueError):  # pyarrow's own errors are of both kinds
-            bad = Malformed(f"Rows {first:,} to {first + len(chunk) - 1:,}", "triples[{}]")
+            bad = Malformed(f"triples[{first}:{first + len(chunk)}]", "row", "triples[{}]")
             for number, row in enumerate(chunk, first):
                 if problem := _row_problem(row, columns):
                     bad.add(number, problem)

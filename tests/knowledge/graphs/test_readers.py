@@ -250,6 +250,7 @@ def test_many_malformed_lines_are_counted(tmp_path: Path) -> None:
     [
         ([("a", "r", "b"), ("a", "r")], r"triples\[1\]: expected 3 cells .* got 2"),
         (["abc"], r"triples\[0\]: expected \(head, relation, tail\), got 'abc'"),
+        (["a", "b"], r"^triples\[0:2\]: 2 malformed rows\.\n  triples\[0\]: "),
         (
             [("a", "r", "b")] * 70_000 + [("a", None, "b")],
             r"'relation' is empty in the rows 70000 \(",
