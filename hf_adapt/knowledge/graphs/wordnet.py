@@ -196,7 +196,8 @@ def _priors(folder: Path, synsets: _Synsets) -> npt.NDArray[np.float32]:
     senses = zip(lemmas, (synsets.places[owner] for owner in synsets.owners), strict=True)
     weight = np.array([weights.get(sense, 1.0) for sense in senses])
     codes = _texts(lemmas).dictionary_encode().indices.to_numpy()
-    return (weight / np.bincount(codes, weight)[codes]).astype(np.float32)
+    shares: npt.NDArray[np.float32] = (weight / np.bincount(codes, weight)[codes]).astype("f4")
+    return shares
 
 
 def _weights(folder: Path) -> dict[tuple[str, int], float]:

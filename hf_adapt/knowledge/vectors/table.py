@@ -93,8 +93,10 @@ class EntityVectors:
                 f"Entities must be -1 (none) or 0 to {len(self) - 1}; got {int(flat.min())} to "
                 f"{int(flat.max())}. Were they linked with another graph?"
             )
-        found = np.zeros((len(flat), self.dimension), np.float32)
-        found[flat >= 0] = self._rows(flat[flat >= 0])
+        if len(self) == 0:
+            return np.zeros((*entities.shape, self.dimension), np.float32)
+        found = self._rows(np.maximum(flat, 0))
+        found[flat < 0] = 0.0
         return found.reshape(*entities.shape, self.dimension)
 
     def _rows(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
