@@ -33,9 +33,9 @@ from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from hf_adapt.knowledge.linking.folding import ascii_letters, fold, fold_names
-from hf_adapt.knowledge.linking.linker import EntityLinker
-from hf_adapt.knowledge.linking.matching import AhoCorasickMatcher, leftmost_longest
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
+from hf_adapt.knowledge.linking.matcher import AhoCorasickMatcher, leftmost_longest
+from hf_adapt.knowledge.linking.normalization import ascii_letters, fold, fold_names
 
 PACKAGES = ["ahocorasick_rs", "pyahocorasick", "flashtext", "tokenizers"]
 SETTINGS = [

@@ -26,13 +26,13 @@ from hf_adapt.distillation.fused import FusedHeads
 from hf_adapt.distillation.hooks import Lesson, TeacherHooks
 from hf_adapt.distillation.taps import tapped
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
-from hf_adapt.distillation.texts import check_dataset, column_names, named_datasets
 from hf_adapt.distillation.tokenizers import universal_logit_distance
 from hf_adapt.engine.adaptation import Extract, FusedLoss, Objective, Term
 from hf_adapt.engine.batch import Part
 from hf_adapt.engine.features import find_feature_module, unwrapped_base
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.engine.supported import refuse_sentence_trainer
+from hf_adapt.engine.texts import check_dataset, column_names, named_datasets
 from hf_adapt.engine.training import added_inputs, target_datasets, unwrapped_model
 
 if TYPE_CHECKING:

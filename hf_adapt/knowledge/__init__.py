@@ -16,11 +16,10 @@ from hf_adapt.knowledge.injection.saving import knowledge_inputs, load_knowledge
 from hf_adapt.knowledge.injection.text_triples import TextTriples
 from hf_adapt.knowledge.injection.trainer import KnowledgeTrainer
 from hf_adapt.knowledge.linking.callable_linker import CallableLinker
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.inflection import ENGLISH_FUNCTION_WORDS
-from hf_adapt.knowledge.linking.linker import EntityLinker
-from hf_adapt.knowledge.linking.mentions import Mention
-from hf_adapt.knowledge.linking.surfaces import Candidate
-from hf_adapt.knowledge.linking.tokens import TokenAligner, TokenMention
+from hf_adapt.knowledge.linking.mentions import Candidate, Mention, TokenMention
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
 
 __all__ = [

@@ -25,8 +25,8 @@ from hf_adapt import (
     HiddenStates,
 )
 from hf_adapt.distillation.checks import num_positions
-from hf_adapt.distillation.texts import missing_cells
 from hf_adapt.distillation.tokenizers import Retokenizer, universal_logit_distance
+from hf_adapt.engine.texts import missing_cells
 from tests.distillation.heads import CASES
 from tests.tiny import SIZE, GradientRecorder, arguments, bert, collate, cosine_and_ratio, llama
 

@@ -13,14 +13,14 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.engine.texts import KEEP_COLUMN, check_columns, check_row
 from hf_adapt.engine.training import resumed_from, unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher, make_batcher
 from hf_adapt.knowledge.injection.checks import (
-    check_has_text,
-    check_text,
     check_text_columns,
+    refuse_prompt_vectors,
     refuse_trainer,
 )
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
@@ -32,8 +32,9 @@ from hf_adapt.knowledge.injection.saving import (
 )
 from hf_adapt.knowledge.injection.sites import is_causal_lm
 from hf_adapt.knowledge.injection.text_triples import VISIBILITY
-from hf_adapt.knowledge.linking.linker import EntityLinker
-from hf_adapt.knowledge.linking.tokens import TokenAligner
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
+from hf_adapt.knowledge.linking.mentions import TOKEN_MENTIONS
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class KnowledgeInjection(Adaptation):
     def setup(self, trainer: Trainer) -> None:
         """Put the injector on the model, and make the vectors where there are none."""
         model = unwrapped_model(trainer)
-        _check_model(model)
+        refuse_prompt_vectors(model)
         refuse_trainer(trainer)
         if self.names_columns:
             check_text_columns(trainer, self.text_columns)
@@ -287,8 +288,9 @@ class KnowledgeInjection(Adaptation):
         assert self._batcher is not None
         if self.names_columns:
             for row in rows:
-                check_has_text(row, self.text_columns, "a row of the batch does not have")
-                check_text(row, self.text_columns, "a row of the batch")
+                if row.get(TOKEN_MENTIONS) is None:  # else the mentions are known
+                    check_columns(row, self.text_columns, "a row of the batch", KEEP_COLUMN)
+                    check_row(row, self.text_columns, "a row of the batch", one_suffices=True)
         self._batcher.add_to(rows, batch)
 
     def collates_evaluation(self, trainer: Trainer) -> bool:
@@ -392,13 +394,3 @@ class KnowledgeInjection(Adaptation):
         if self.attachment is None or self._batcher is None:
             raise ValueError("There is nothing to explain before train() has begun.")
         return explain_with(self.attachment, self._batcher, text)
-
-
-def _check_model(model: nn.Module) -> None:
-    configs = getattr(model, "peft_config", None) or {}
-    for config in configs.values() if isinstance(configs, dict) else ():
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"{type(config).__name__} puts prompt vectors before the tokens, so the mentions' "
-                "places would be wrong. Use LoRA or another method that leaves the input as it is."
-            )

@@ -16,7 +16,8 @@ from hf_adapt.knowledge.injection.inputs import Knowledge
 from hf_adapt.knowledge.injection.prompts import add_prompt_tokens
 from hf_adapt.knowledge.injection.sites import is_causal_lm, is_masked_lm
 from hf_adapt.knowledge.injection.text_triples import TripleWriter, check_visibility, first_position
-from hf_adapt.knowledge.linking.tokens import TokenAligner, TokenMention
+from hf_adapt.knowledge.linking.mentions import TokenMention
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 
 CACHED_NEIGHBOURS = 100_000
 """Entities whose neighbours are kept in memory."""

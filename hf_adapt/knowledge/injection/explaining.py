@@ -14,7 +14,7 @@ from torch import nn
 from hf_adapt.engine.preserving import preserved
 from hf_adapt.knowledge.injection.attachment import Attachment, known_attachment
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
-from hf_adapt.knowledge.linking.tokens import TokenMention
+from hf_adapt.knowledge.linking.mentions import TokenMention
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, known_attachment
 from hf_adapt.knowledge.injection.batching import make_batcher
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
-from hf_adapt.knowledge.linking.linker import EntityLinker
-from hf_adapt.knowledge.linking.tokens import TokenAligner
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
 
 logger = logging.getLogger(__name__)

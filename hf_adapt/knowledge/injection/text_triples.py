@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.preserving import preserved
-from hf_adapt.knowledge.linking.tokens import TokenMention
+from hf_adapt.knowledge.linking.mentions import TokenMention
 
 IGNORED = -100
 VISIBILITY = "knowledge_visibility"

@@ -6,10 +6,10 @@ import copy
 import itertools
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hf_adapt.knowledge.linking.folding import find_unspaced, fold_names
+from hf_adapt.knowledge.linking.mentions import Candidate
+from hf_adapt.knowledge.linking.normalization import find_unspaced, fold_names
 
 
 class NamedEntities(Protocol):
@@ -35,19 +35,6 @@ class NamedEntities(Protocol):
 
 CHUNK = 512
 """Names that are folded at once: few enough that the collector of cycles need not look at them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An entity that a mention may mean.
-
-    Args:
-        entity: Its number in the graph.
-        prior: How likely it is, before the text is looked at; those of a mention sum to 1.
-    """
-
-    entity: int
-    prior: float
 
 
 def ranked(weights: dict[int, float], most: int) -> tuple[Candidate, ...]:

@@ -7,9 +7,10 @@ from typing import Any
 import datasets
 import pytest
 
-from hf_adapt.knowledge.linking.linker import CallableLinker, EntityLinker
-from hf_adapt.knowledge.linking.mapping import AddMentions, coverage
-from hf_adapt.knowledge.linking.tokens import TokenAligner
+from hf_adapt.knowledge.linking.callable_linker import CallableLinker
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
+from hf_adapt.knowledge.linking.mention_columns import AddMentions, coverage
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from tests.knowledge.names import Names
 from tests.knowledge.tokenizers import tokenizer
 

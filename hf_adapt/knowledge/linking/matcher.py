@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate, compress, islice
 from typing import Any, Protocol
 
-from hf_adapt.knowledge.linking.folding import (
+from hf_adapt.knowledge.linking.normalization import (
     Folded,
     has_signs,
     inner_offsets,
@@ -62,7 +62,7 @@ class WordMatcher:
         whole_words: Whether a match begins and ends at the boundaries of words.
 
     Example:
-        >>> from hf_adapt.knowledge.linking.folding import fold
+        >>> from hf_adapt.knowledge.linking.normalization import fold
         >>> matcher = WordMatcher({"new york": 1, "york": 2})
         >>> matcher.find(fold("New York, York", ignore_case=True), overlapping=False)
         [(0, 8, 1), (10, 14, 2)]

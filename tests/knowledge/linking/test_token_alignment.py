@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adapt.knowledge.linking.linker import EntityLinker
-from hf_adapt.knowledge.linking.pieces import TokenPieces
-from hf_adapt.knowledge.linking.tokens import TokenAligner, TokenMention
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
+from hf_adapt.knowledge.linking.mentions import TokenMention
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
+from hf_adapt.knowledge.linking.token_pieces import TokenPieces
 from tests.knowledge.names import Names
 from tests.knowledge.tokenizers import KINDS, NAMES, WORDS, tokenizer
 
