@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import accumulate, compress, islice
 from typing import Any, Protocol
@@ -226,4 +227,15 @@ def _automaton(names: list[str]) -> Callable[[str], list[tuple[int, int, int]]]:
             'pip install "hf-adapt[knowledge]", or use matcher="words".'
         ) from error
     automaton = AhoCorasick(names)
-    return lambda text: automaton.find_matches_as_indexes(text, overlapping=True)
+
+    def find(text: str) -> list[tuple[int, int, int]]:
+        try:
+            return automaton.find_matches_as_indexes(text, overlapping=True)
+        except UnicodeEncodeError:  # half of a character, of a text that was cut
+            whole = _replace_surrogates("\ufffd", text)
+            return automaton.find_matches_as_indexes(whole, overlapping=True)
+
+    return find
+
+
+_replace_surrogates = re.compile("[\ud800-\udfff]").sub

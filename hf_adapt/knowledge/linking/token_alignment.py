@@ -13,7 +13,7 @@ import itertools
 import unicodedata
 import warnings
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ OFFSETS = "offset_mapping"
 KEEP_TEXT = "Keep the text as a column of the dataset, or run linker.map first."
 CACHED_TEXTS = 4096
 # A shorter part of a text than this may be there by chance, unless it is all that a run has.
-FEW_TOKENS, FEW_CHARACTERS = 8, 32
+FEW_TOKENS, FEW_BYTES = 8, 32
 TRIES = 32
 """Occurrences that are looked at for one that is not inside a word."""
 CUT = "\udc80\udcff"
@@ -72,7 +72,8 @@ def find_whole(row: str, text: str, start: int) -> tuple[int, bool]:
         if place < 0:
             break
         end = place + len(text)
-        if not (row[max(place - 1, 0) : place].isalnum() or row[end : end + 1].isalnum()):
+        around = row[max(place - 1, 0) : place], row[end : end + 1]
+        if not any(character.isascii() and character.isalnum() for character in around):
             return place, True
         place = row.find(text, place + 1)
     return first, False
@@ -155,7 +156,7 @@ class TokenRow:
             return False, False
         last, _ = self.pieces.text(self.tokens[max(first, end - 4) : end])
         head = self.pieces[self.tokens[first]][:1]
-        return b"\x80" <= head < b"\xc0", CUT[0] <= last[-1:] <= CUT[1]
+        return b"\x80" <= head < b"\xc0", _is_cut(last[-1:])
 
 
 class Alignment(NamedTuple):
@@ -370,8 +371,11 @@ class TokenAligner:
         ids, spans = self._encode(text)
         if not ids:
             return None
-        if (place := row.ids.find(ids, after)) >= 0:
-            return _from_ids(Overlap(place, 0, len(ids)), spans, len(text))
+        spaced, after_space = self._encode(" " + text)  # as in the middle of a template
+        shifted = [(max(0, start - 1), max(0, end - 1)) for start, end in after_space]
+        for whole, own in ((ids, spans), (spaced, shifted)):
+            if (place := row.ids.find(whole, after)) >= 0:
+                return _from_ids(Overlap(place, 0, len(whole)), own, len(text))
         found = []
         for first, end in row.runs:
             first = max(first, after)
@@ -494,25 +498,42 @@ def _by_characters(
                     return _from_characters(found, spelling, content), None
                 inside = inside or found
                 continue
-            stripped = run[start:].rstrip(_EDGES)
-            size = len(stripped)
-            stripped = stripped.lstrip(_EDGES)
-            overlap = find_part(stripped, content)
+            start, stop = _edges(run, start)
+            overlap = find_part(run[start:stop], content)
             if overlap is not None and (part is None or overlap.length > part[0][2].length):
-                at = start + size - len(stripped) + overlap.at
-                found = (first, spans, overlap._replace(at=at))
-                part = found, overlap.length == len(stripped)
+                found = (first, spans, overlap._replace(at=start + overlap.at))
+                part = found, overlap.length == stop - start
         if inside is not None:
             return _from_characters(inside, spelling, content), None
-        if part is not None and part[0][2].length >= FEW_CHARACTERS:
-            return _from_characters(part[0], spelling, content), None
-        if part is not None and part[1] and unsure is None:
-            unsure = _from_characters(part[0], spelling, content)
+        if part is not None:
+            found, is_all_of_run = part
+            _, of, length = found[2]
+            if len(content[of : of + length].encode("utf-8", "replace")) >= FEW_BYTES:
+                return _from_characters(found, spelling, content), None
+            if is_all_of_run and unsure is None:
+                unsure = _from_characters(found, spelling, content)
     return None, unsure
 
 
-_EDGES = "".join(map(chr, range(ord(CUT[0]), ord(CUT[1]) + 1))) + " \t\n\r\v\f\u00a0\u3000"
-"""What may stand around a text, or is left of a character that was cut."""
+def _edges(run: str, start: int) -> Span:
+    """A run from `start` on without the bytes of a cut character, or the whitespace, around it."""
+    rest = run[start:]
+    left, right = (_is_outside(character) for character in (rest[:1], rest[-1:]))
+    while start < len(run) and left(run[start]):
+        start += 1
+    stop = len(run)
+    while stop > start and right(run[stop - 1]):
+        stop -= 1
+    return start, stop
+
+
+def _is_cut(character: str) -> bool:
+    return CUT[0] <= character <= CUT[1]
+
+
+def _is_outside(outermost: str) -> Callable[[str], bool]:
+    """Whitespace beside a character that was cut belongs to the text."""
+    return _is_cut if _is_cut(outermost) else str.isspace
 
 
 def _from_characters(
