@@ -278,7 +278,7 @@ def _tokenizer(teacher: str, named: str | None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from hf_adapt.engine.hub_names import check_hub_name
+    from hf_adapt.models.hub_names import check_hub_name
 
     if named is not None:
         check_hub_name(named)
@@ -323,7 +323,7 @@ def _head(name: str, task: Task | None) -> Any:
     """
     import transformers
 
-    from hf_adapt.engine.hub_names import check_hub_name
+    from hf_adapt.models.hub_names import check_hub_name
 
     check_hub_name(name)
     if task is not None:

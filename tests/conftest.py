@@ -1,5 +1,6 @@
 import gc
 import os
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -9,6 +10,8 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 settings.register_profile("search", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+pytest.register_assert_rewrite("tests.helpers")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -33,3 +36,11 @@ def own_mixed_precision():
         del os.environ[name]
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def teacher_folder(tmp_path: Path) -> Path:
+    """A saved classifier with its tokenizer."""
+    from tests.helpers.distillation import save_teacher
+
+    return save_teacher(tmp_path / "teacher")

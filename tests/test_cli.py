@@ -11,9 +11,8 @@ from typer.testing import CliRunner
 
 import hf_adapt
 from hf_adapt.cli import app
-from tests.distillation.test_filling import teacher_folder  # noqa: F401 (a fixture)
-from tests.distillation.test_tokenizers import tokenizer
-from tests.tiny import bert
+from tests.helpers.distillation import tokenizer
+from tests.helpers.models import bert
 
 RUNNER = CliRunner()
 
@@ -89,7 +88,7 @@ def test_a_teacher_without_a_head(task: list[str], tmp_path: Path) -> None:
     assert "Override" not in output
 
 
-def test_what_is_missing_or_wrong(teacher_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_missing_or_wrong(teacher_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("text\nw1 w2\n")
     start = ("cache-teacher", str(teacher_folder))

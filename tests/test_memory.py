@@ -38,8 +38,10 @@ from hf_adapt.knowledge import (
     EntityPrediction,
     LinkPrediction,
 )
-from tests.knowledge import toy
-from tests.tiny import FIVE, arguments, bert, collate, llama, rows
+from tests.helpers import toy
+from tests.helpers.data import collate, rows
+from tests.helpers.models import FIVE, bert, llama
+from tests.helpers.trainers import arguments
 
 Make = Callable[[Path], tuple[Any, TrainerCallback | None]]
 """Makes a model and the callback that adds the capability to its Trainer."""

@@ -13,8 +13,8 @@ from torch import nn
 from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.domains import TargetForward
-from hf_adapt.engine.features import Pooling
 from hf_adapt.engine.progress import Schedule, dann_ramp, value_at
+from hf_adapt.models.pooling import Pooling
 
 if TYPE_CHECKING:
     from hf_adapt.engine.batch import Batch, Rows

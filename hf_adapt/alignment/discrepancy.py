@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_adapt.engine.adaptation import Objective, Term
-from hf_adapt.engine.features import Pooling
 from hf_adapt.engine.progress import Schedule
+from hf_adapt.models.pooling import Pooling
 
 if TYPE_CHECKING:
     from hf_adapt.engine.batch import Batch

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hf_adapt.distillation.features import FeatureLoss, LayerMap
-from hf_adapt.distillation.taps import attention_probabilities, attention_projections, is_joint
-from hf_adapt.engine.adaptation import Extract
 from hf_adapt.engine.progress import Schedule
+from hf_adapt.models.attention import attention_probabilities, attention_projections, is_joint
+from hf_adapt.models.capture import Extract
 
 
 class SelfAttentionRelations(FeatureLoss):

@@ -18,8 +18,8 @@ from torch import nn
 from hf_adapt.distillation.checks import Classes
 from hf_adapt.distillation.divergences import ABSENT
 from hf_adapt.distillation.teachers import ModelTeacher, SelfTeacher, Teacher, as_teacher
-from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.engine.row_store import RowStore, row_keys, write_description
+from hf_adapt.models.structure import unwrapped_base
+from hf_adapt.storage.row_store import RowStore, row_keys, write_description
 
 if TYPE_CHECKING:
     from transformers import Trainer

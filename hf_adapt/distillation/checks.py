@@ -17,8 +17,8 @@ from hf_adapt.distillation.divergences import (
     reverse_kl,
 )
 from hf_adapt.distillation.heads import Head
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from hf_adapt.engine.batch import Part

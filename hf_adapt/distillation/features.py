@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_adapt.engine.adaptation import Extract
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.progress import Schedule, value_at
-from hf_adapt.unfreezing.layers import Stack, find_stacks
+from hf_adapt.models.capture import Extract
+from hf_adapt.models.layers import Stack, find_stacks
+from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
     from hf_adapt.engine.batch import Part
@@ -125,8 +125,7 @@ class FeatureLoss:
             ValueError: If a layer does not exist.
         """
         own, theirs = _stack(student, self.tower), _stack(teacher, self.tower)
-        config = getattr(unwrapped_base(student), "config", None)
-        self._is_decoder = own.tower == "decoder" and getattr(config, "is_encoder_decoder", False)
+        self._is_decoder = own.tower == "decoder" and is_encoder_decoder(student)
         self.pairs = layer_pairs(self.layers, len(own.layers), len(theirs.layers))
         if self.layer_weights is not None and len(self.layer_weights) != len(self.pairs):
             raise ValueError(

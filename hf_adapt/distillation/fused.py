@@ -14,8 +14,8 @@ from hf_adapt.distillation.chunked import ChunkedDistillation, ChunkedLoss
 from hf_adapt.distillation.divergences import Divergence
 from hf_adapt.distillation.heads import Head, output_logits
 from hf_adapt.engine.adaptation import FusedLoss
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.models.structure import unwrapped_base
 
 
 @contextmanager

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from hf_adapt.distillation.divergences import ABSENT
-from hf_adapt.engine.batch import is_a
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.models.heads import HeadName, has_head
+from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
 HeadKind = Literal["rows", "labels", "values", "tokens", "spans", "causal_lm"]
 
-_ENDINGS: dict[HeadKind, tuple[str, ...]] = {
-    "tokens": ("ForTokenClassification", "ForMaskedLM", "ForPreTraining"),
-    "spans": ("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
-    "causal_lm": ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
+_KINDS: dict[HeadKind, tuple[HeadName, ...]] = {
+    "tokens": ("token_classification", "masked_lm"),
+    "spans": ("question_answering",),
+    "causal_lm": ("causal_lm", "conditional_generation"),
 }
 
 
@@ -72,15 +72,15 @@ class Head:
         """What a model predicts."""
         base = unwrapped_base(model)
         config = getattr(base, "config", None)
-        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        encoder_decoder = is_encoder_decoder(model)
         found: HeadKind = "rows"
-        for kind, endings in _ENDINGS.items():
-            if is_a(model, endings):
+        for kind, heads in _KINDS.items():
+            if has_head(model, *heads):
                 found = kind
         if encoder_decoder and found == "causal_lm":
             found = "tokens"  # the decoder's inputs are shifted already
         problem = getattr(config, "problem_type", None)
-        if found == "rows" and not is_a(model, ("ForMultipleChoice",)):
+        if found == "rows" and not has_head(model, "multiple_choice"):
             if problem == "multi_label_classification":
                 found = "labels"
             elif problem == "regression" or getattr(config, "num_labels", None) == 1:

@@ -12,15 +12,14 @@ from torch import nn
 
 from hf_adapt.distillation.cache import CachedTeacher, Signal
 from hf_adapt.distillation.checks import num_positions
-from hf_adapt.distillation.copies import WeightsInUse
 from hf_adapt.distillation.divergences import Divergence, named_divergence
 from hf_adapt.distillation.features import Captured, FeatureLoss
 from hf_adapt.distillation.heads import Head
-from hf_adapt.distillation.taps import tapped
 from hf_adapt.distillation.teachers import NOT_FOR_TEACHERS, Teacher, as_teacher
 from hf_adapt.distillation.tokenizers import Retokenizer, paired_positions, same_vocabulary
-from hf_adapt.engine.adaptation import Extract
 from hf_adapt.engine.batch import Part
+from hf_adapt.models.capture import Extract, capturing
+from hf_adapt.models.copies import WeightsInUse
 
 
 @dataclass
@@ -212,7 +211,7 @@ class TeacherHooks:
 
                 ragged = self.head.kind == "spans"
                 return Lesson(teacher.signal(inputs, mask, counts, compute, ragged))
-            with tapped(self._teacher_taps()) as take:
+            with capturing(self._teacher_taps()) as take:
                 signal = self._asked(teacher, inputs, part.inputs, mask)
                 return Lesson(signal, take())
 

@@ -24,16 +24,16 @@ from hf_adapt.distillation.evaluating import item_labels
 from hf_adapt.distillation.features import Captured, FeatureLoss
 from hf_adapt.distillation.fused import FusedHeads
 from hf_adapt.distillation.hooks import Lesson, TeacherHooks
-from hf_adapt.distillation.taps import tapped
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
 from hf_adapt.distillation.tokenizers import universal_logit_distance
-from hf_adapt.engine.adaptation import Extract, FusedLoss, Objective, Term
+from hf_adapt.engine.adaptation import FusedLoss, Objective, Term
 from hf_adapt.engine.batch import Part
-from hf_adapt.engine.features import find_feature_module, unwrapped_base
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.engine.supported import refuse_sentence_trainer
 from hf_adapt.engine.texts import check_dataset, column_names, named_datasets
 from hf_adapt.engine.training import added_inputs, target_datasets, unwrapped_model
+from hf_adapt.models.capture import Extract, capturing
+from hf_adapt.models.structure import find_feature_module, unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -639,7 +639,7 @@ class Distillation(TeacherHooks, Objective):
         labels = part.inputs["labels"]
         mask = self.hooks.item_mask(part.inputs, part.domain)
         inputs = self.hooks.teacher_inputs({**part.inputs, **part.extra}, part.columns)
-        with torch.no_grad(), tapped(self._teacher_taps()) as take:
+        with torch.no_grad(), capturing(self._teacher_taps()) as take:
             hidden = self._fused.teacher_hidden(lambda: self._called(self.teachers[0], inputs))
             self._asked_before = [Lesson(mask, take())]
         if torch.is_grad_enabled() and not self._sanity[0].is_done:

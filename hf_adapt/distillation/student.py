@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_adapt.engine.auxiliary import preserved_random_state
-from hf_adapt.unfreezing.layers import Stack, find_stacks
+from hf_adapt.models.layers import Stack, find_stacks
+from hf_adapt.models.state import preserved_random_state
 
 Layers = int | Sequence[int]
 """How many layers to keep, or the indices of those to keep."""

@@ -12,10 +12,11 @@ import torch
 import transformers
 from torch import nn
 
-from hf_adapt.distillation.copies import bind_to_itself, copied
 from hf_adapt.engine.columns import named_inputs
-from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.engine.hub_names import check_hub_name
+from hf_adapt.models.copies import bind_to_itself, copied
+from hf_adapt.models.heads import HEADS, has_head
+from hf_adapt.models.hub_names import check_hub_name
+from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -367,29 +368,16 @@ def load_teacher(name: str, student: nn.Module, options: Mapping[str, Any]) -> n
     """
     check_hub_name(name)
     base = unwrapped_base(student)
-    for factory, head in _FACTORIES.items():
-        if any(cls.__name__.endswith(head) for cls in type(base).__mro__):
-            loader: Any = getattr(transformers, factory)
-            logger.info("Loading the teacher %s with %s.", name, factory)
+    for head, classes in HEADS.items():
+        if has_head(base, head) and hasattr(transformers, classes.auto_class):
+            loader: Any = getattr(transformers, classes.auto_class)
+            logger.info("Loading the teacher %s with %s.", name, classes.auto_class)
             model: nn.Module = loader.from_pretrained(name, **options)
             return model
     raise ValueError(
         f"Which head to load the teacher {name!r} with cannot be told from the student, a "
         f"{type(base).__name__}. Load the teacher yourself and pass the model."
     )
-
-
-_FACTORIES: dict[str, str | tuple[str, ...]] = {
-    "AutoModelForSequenceClassification": "ForSequenceClassification",
-    "AutoModelForTokenClassification": "ForTokenClassification",
-    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
-    "AutoModelForImageClassification": "ForImageClassification",
-    "AutoModelForAudioClassification": "ForAudioClassification",
-    "AutoModelForMaskedLM": "ForMaskedLM",
-    "AutoModelForCausalLM": ("ForCausalLM", "LMHeadModel"),
-    "AutoModelForSeq2SeqLM": "ForConditionalGeneration",
-    "AutoModelForMultipleChoice": "ForMultipleChoice",
-}
 
 
 def _name_of(model: nn.Module) -> str:
@@ -428,7 +416,7 @@ def _sharded(trainer: Trainer, model: nn.Module) -> nn.Module:
     if trainer.is_fsdp_enabled:
         from torch.distributed.fsdp import fully_shard
 
-        from hf_adapt.unfreezing.layers import find_stacks
+        from hf_adapt.models.layers import find_stacks
 
         modules = dict(model.named_modules())
         for stack in find_stacks(model):

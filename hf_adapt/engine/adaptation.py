@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from hf_adapt.engine.batch import Batch, Part, Rows
-    from hf_adapt.engine.features import Pooling
     from hf_adapt.engine.rates import RateFactors
+    from hf_adapt.models.capture import Extract
+    from hf_adapt.models.pooling import Pooling
 
 logger = logging.getLogger(__name__)
 
 Term = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """A loss term: a scalar mean over one micro-batch, or a (sum, count) over its items."""
-
-Extract = Callable[[Any], Any]
-"""What to keep of a module's output: (the value, its mask or None), or None for nothing."""
 
 
 class FusedLoss(NamedTuple):

@@ -7,12 +7,9 @@ its optimizer, so that a plain Trainer can resume it.
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,25 +17,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from hf_adapt.engine.adaptation import Adaptation
-
-
-@contextmanager
-def preserved_random_state(seed: int | None = None) -> Iterator[None]:
-    """Give Python, NumPy and torch their random states back afterwards.
-
-    Args:
-        seed: Seed torch with it inside.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            if seed is not None:
-                torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def seed_for(name: str, seed: int) -> int:

@@ -10,31 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_adapt.engine.features import (
+from hf_adapt.models.pooling import (
     Pooling,
     pool,
+    resolve_pooling,
     token_mask,
-    unwrapped_base,
     without_virtual_tokens,
 )
+from hf_adapt.models.structure import is_encoder_decoder
 
 if TYPE_CHECKING:
     from typing import Self
 
     from hf_adapt.engine.adaptation import Objective
     from hf_adapt.engine.metrics import MetricAverager
-
-
-def resolve_pooling(pooling: Pooling, model: nn.Module) -> Pooling:
-    """What `"auto"` means for this model: tokens for token classification, else the mean."""
-    if pooling != "auto":
-        return pooling
-    return "tokens" if is_a(model, ("ForTokenClassification",)) else "mean"
-
-
-def is_a(model: nn.Module, endings: tuple[str, ...]) -> bool:
-    """Whether the model is of a class, or of an author's subclass of one, named with an ending."""
-    return any(cls.__name__.endswith(endings) for cls in type(unwrapped_base(model)).__mro__)
 
 
 @dataclass
@@ -275,7 +264,7 @@ class Batch(Rows):
         for part in self.parts:
             values, domain = part.logits.float(), part.domain
             if values.ndim == 3:
-                if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+                if is_encoder_decoder(self.model):
                     raise ValueError(
                         "An objective on predictions needs target rows with predictions, and the "
                         "decoder of an encoder-decoder has none for unlabelled rows. Use an "

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.auxiliary import preserved_random_state
 from hf_adapt.engine.domains import COLUMNS, is_map_style
-from hf_adapt.engine.features import unwrapped_base
+from hf_adapt.models.state import preserved_random_state
+from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -46,8 +46,12 @@ def count_labels(trainer: Trainer, inputs: Mapping[str, Any]) -> torch.Tensor | 
         return None
     model = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if shifts and not encoder_decoder and "shift_labels" not in inputs and labels.ndim > 1:
+    if (
+        shifts
+        and not is_encoder_decoder(model)
+        and "shift_labels" not in inputs
+        and labels.ndim > 1
+    ):
         labels = labels[..., 1:]
     return labels.ne(IGNORED).sum()
 

@@ -16,12 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
-from hf_adapt.engine.auxiliary import (
-    AuxiliaryOptimizer,
-    base_schedule,
-    preserved_random_state,
-    seed_for,
-)
+from hf_adapt.engine.auxiliary import AuxiliaryOptimizer, base_schedule, seed_for
 from hf_adapt.engine.batch import Batch, Layout, Part, Rows
 from hf_adapt.engine.checkpoint import (
     load_state,
@@ -32,7 +27,6 @@ from hf_adapt.engine.checkpoint import (
 )
 from hf_adapt.engine.columns import take_columns
 from hf_adapt.engine.domains import DOMAIN, TARGET_BATCH, UNPAIRED
-from hf_adapt.engine.features import FeatureTap, find_feature_module, unwrapped_base
 from hf_adapt.engine.fusing import FUSED, difference, few_rows, needs_logits, with_labels
 from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
 from hf_adapt.engine.normalisation import (
@@ -41,7 +35,6 @@ from hf_adapt.engine.normalisation import (
     rows_of,
     trainer_divides,
 )
-from hf_adapt.engine.preserving import preserved
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.rates import DividedGroups
 from hf_adapt.engine.supported import is_sentence_trainer, sentence_inputs
@@ -52,6 +45,9 @@ from hf_adapt.engine.unlabelled import (
     explained,
     trains_on_target,
 )
+from hf_adapt.models.capture import OutputCapture
+from hf_adapt.models.state import preserved, preserved_random_state
+from hf_adapt.models.structure import find_feature_module, is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -142,9 +138,9 @@ class AdaptationRun:
             1 if data is None else data.num_domains,
             may_be_frozen=any(a.freezes for a in adaptations),
         )
-        self._taps: dict[int, FeatureTap] = {}
+        self._taps: dict[int, OutputCapture] = {}
         self._fused: Objective | None = None
-        self._outputs: FeatureTap | None = None
+        self._outputs: OutputCapture | None = None
         self._divided_groups = DividedGroups()
 
     # ---- start and end ----
@@ -169,14 +165,14 @@ class AdaptationRun:
                 continue
             self._layout.module_of[layer] = module
             if id(module) not in self._taps:
-                self._taps[id(module)] = FeatureTap(module)
+                self._taps[id(module)] = OutputCapture(module)
         for objective in self.objectives:
             for module, extract in objective.taps(self.model).items():
                 if extract is not None:
-                    self._taps[id(module)] = FeatureTap(module, extract)
+                    self._taps[id(module)] = OutputCapture(module, extract)
                 elif id(module) not in self._taps:
-                    self._taps[id(module)] = FeatureTap(module)
-        self._outputs = FeatureTap(self.model, extract=lambda output: output)
+                    self._taps[id(module)] = OutputCapture(module)
+        self._outputs = OutputCapture(self.model, extract=lambda output: output)
 
     def begin(self) -> None:
         """The model is wrapped and the optimizer exists."""
@@ -202,7 +198,7 @@ class AdaptationRun:
             )
         return brought[0].rate_schedule if brought else None
 
-    def _all_taps(self) -> list[FeatureTap]:
+    def _all_taps(self) -> list[OutputCapture]:
         return [*self._taps.values(), *([self._outputs] if self._outputs else [])]
 
     @contextmanager
@@ -329,8 +325,7 @@ class AdaptationRun:
                 if all(tap.captured for tap in self._taps.values()):
                     return  # only the first column's features are used
             return
-        config = getattr(self.model, "config", None)
-        drop = () if getattr(config, "is_encoder_decoder", False) else self.trainer.label_names
+        drop = () if is_encoder_decoder(self.model) else self.trainer.label_names
         taken = inspect.signature(unwrapped_base(self.model).forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             # What the author's own loss takes from the batch before the model is called.

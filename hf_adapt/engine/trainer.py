@@ -12,12 +12,12 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.auxiliary import preserved_random_state
 from hf_adapt.engine.columns import column_collator, inputs_of, kept_columns
 from hf_adapt.engine.domains import COLUMNS, DOMAIN, TargetForward
 from hf_adapt.engine.normalisation import as_if_alone
 from hf_adapt.engine.plan import DomainData, Plan, active_adaptations, has_domain_needs
 from hf_adapt.engine.run import AdaptationRun, Memory, RunCallback
+from hf_adapt.models.state import preserved_random_state
 
 if TYPE_CHECKING:
     _Base = Trainer

@@ -1,7 +1,8 @@
 """Gradual unfreezing and layer-wise learning rates."""
 
+from hf_adapt.models.groups import LayerGroup, layer_groups
+from hf_adapt.models.layers import Stack, find_stacks
 from hf_adapt.unfreezing.gradual import GradualUnfreezing, GradualUnfreezingCallback
-from hf_adapt.unfreezing.layers import LayerGroup, Stack, find_stacks, layer_groups
 from hf_adapt.unfreezing.phases import Moment, Phase
 from hf_adapt.unfreezing.plan import UnfreezingPlan
 from hf_adapt.unfreezing.planning import unfreezing_plan

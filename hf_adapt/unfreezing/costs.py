@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.unfreezing.layers import LayerGroup
+from hf_adapt.models.groups import LayerGroup
+from hf_adapt.models.structure import unwrapped_base
 
 WEIGHT, GRADIENT, MOMENTS = 1.0, 1.0, 2.0
 """Numbers held per parameter: its value, its gradient, AdamW's two moments."""

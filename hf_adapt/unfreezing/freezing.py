@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from hf_adapt.unfreezing.layers import find_stacks
+from hf_adapt.models.layers import find_stacks
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from torch import nn
 
+from hf_adapt.models.groups import LayerGroup, layer_groups
 from hf_adapt.unfreezing.costs import GroupCost, PhaseCost, phase_cost
-from hf_adapt.unfreezing.layers import LayerGroup, layer_groups
 from hf_adapt.unfreezing.phases import Clock, Phase, Timeline
 from hf_adapt.unfreezing.plan_file import PLATEAU_KEYS, read_plan_file
 from hf_adapt.unfreezing.schedules import Plateau, select

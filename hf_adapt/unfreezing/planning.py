@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from torch import nn
 
 from hf_adapt.engine.progress import Schedule
+from hf_adapt.models.groups import LayerGroup, layer_groups
 from hf_adapt.unfreezing.costs import group_costs
-from hf_adapt.unfreezing.layers import LayerGroup, layer_groups
 from hf_adapt.unfreezing.phases import Clock, Phase
 from hf_adapt.unfreezing.plan import UnfreezingPlan, group_patterns
 from hf_adapt.unfreezing.rates import group_rates

@@ -16,10 +16,10 @@ import torch
 import transformers
 from torch import nn
 
-from hf_adapt.engine.preserving import preserved
-from hf_adapt.engine.row_store import RowStore, row_keys, write_description
 from hf_adapt.engine.training import steps_per_epoch
-from hf_adapt.unfreezing.layers import LayerGroup
+from hf_adapt.models.groups import LayerGroup
+from hf_adapt.models.state import preserved
+from hf_adapt.storage.row_store import RowStore, row_keys, write_description
 from hf_adapt.unfreezing.prefix_checks import (
     cacheable_stack,
     hooked_module,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.unfreezing.layers import Stack, find_stacks
+from hf_adapt.models.layers import Stack, find_stacks
+from hf_adapt.models.structure import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -92,8 +92,7 @@ def cacheable_stack(trainer: Trainer, model: nn.Module) -> Stack:
         ValueError: If the model or the run can have no cached prefix.
     """
     stacks = find_stacks(model)
-    config = getattr(unwrapped_base(model), "config", None)
-    if len(stacks) != 1 and not getattr(config, "is_encoder_decoder", False):
+    if len(stacks) != 1 and not is_encoder_decoder(model):
         raise ValueError(
             f"cache_frozen_prefix needs a model with one stack of layers, or an encoder–decoder; "
             f"{type(model).__name__} has {len(stacks)}: {', '.join(s.path for s in stacks)}. Drop "

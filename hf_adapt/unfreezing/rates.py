@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hf_adapt.engine.progress import Schedule, value_at
-from hf_adapt.unfreezing.layers import LayerGroup
+from hf_adapt.models.groups import LayerGroup
 from hf_adapt.unfreezing.schedules import select
 
 

@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from hf_adapt.engine.training import resumed_from
-from hf_adapt.unfreezing.layers import LayerGroup
+from hf_adapt.models.groups import LayerGroup
 from hf_adapt.unfreezing.phases import Clock
 from hf_adapt.unfreezing.plan import UnfreezingPlan
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_adapt.unfreezing.layers import LayerGroup
+from hf_adapt.models.groups import LayerGroup
 from hf_adapt.unfreezing.phases import Clock, Moment, Phase
 
 Direction = Literal["top_down", "bottom_up"] | Sequence[str | Sequence[str]]

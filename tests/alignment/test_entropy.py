@@ -9,7 +9,9 @@ from transformers import Trainer
 
 from hf_adapt import InformationMaximization, adapt
 from hf_adapt.alignment import prediction_diversity, prediction_entropy
-from tests.tiny import arguments, bert, collate, rows
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
 
 
 def logits_of(*probabilities):

@@ -15,9 +15,9 @@ from hf_adapt import (
     ModelTeacher,
     SelfTeacher,
 )
-from tests.distillation.heads import CASES
-from tests.engine.distributed_script import allow_fsdp_on_cpu, full_state
-from tests.tiny import GradientRecorder, arguments
+from tests.helpers.distributed import allow_fsdp_on_cpu, full_state
+from tests.helpers.heads import CASES
+from tests.helpers.trainers import GradientRecorder, arguments
 
 
 def main(folder: Path, setting: str, per_device: int, steps: int) -> None:

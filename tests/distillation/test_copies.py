@@ -14,8 +14,10 @@ from torch import nn
 from transformers import Trainer
 
 from hf_adapt import AdaptationCallback, Distillation, ModelTeacher, SelfTeacher
-from tests.engine.test_trainers import SFT_DATA, sft
-from tests.tiny import arguments, bert, collate, rows
+from tests.helpers.data import collate, rows
+from tests.helpers.libraries import SFT_DATA, sft
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
 
 IDS = torch.arange(5, 13).view(2, 4)
 

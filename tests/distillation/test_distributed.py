@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests import distributed
 from tests.distillation import distributed_script
-from tests.tiny import FIVE
+from tests.helpers import distributed
+from tests.helpers.distributed import no_sharding, results
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
     pytest.mark.xdist_group("distributed"),  # one launch at a time, and its fixtures made once
 ]
-no_sharding = pytest.mark.skipif(not FIVE, reason="accelerate 1.10 shards on no CPU")
 
 DDP = {
     "rows": "",
@@ -41,10 +40,6 @@ FSDP = {
 def launch(folder: Path, jobs: dict[str, str]) -> None:
     script = "tests.distillation.distributed_script"
     distributed.launch(script, folder, *(f"{name}:{jobs[name]}:2:2" for name in jobs))
-
-
-def results(folder: Path, rank: int = 0) -> dict[str, Any]:
-    return torch.load(folder / f"rank{rank}.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")

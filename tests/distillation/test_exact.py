@@ -18,17 +18,14 @@ from hf_adapt import (
     adapt,
     linear_ramp,
 )
-from tests.distillation.heads import CASES, Case
-from tests.tiny import (
-    FIVE,
+from tests.helpers.data import collate, rows
+from tests.helpers.heads import CASES, Case
+from tests.helpers.models import FIVE, bert, llama
+from tests.helpers.trainers import (
     GradientRecorder,
     arguments,
-    bert,
-    collate,
     cosine_and_ratio,
     flat_gradient,
-    llama,
-    rows,
     same_bits,
     weights,
 )

@@ -17,17 +17,16 @@ from hf_adapt import (
 )
 from hf_adapt.distillation.attention import attention_distance, relation_divergence
 from hf_adapt.distillation.features import contrastive_loss, hidden_distance, layer_pairs
-from hf_adapt.distillation.taps import attention_projections
-from hf_adapt.unfreezing.layers import find_stacks
-from tests.distillation.heads import CASES
-from tests.tiny import (
+from hf_adapt.models.attention import attention_projections
+from hf_adapt.models.layers import find_stacks
+from tests.helpers.data import collate, rows
+from tests.helpers.heads import CASES
+from tests.helpers.models import bert
+from tests.helpers.trainers import (
     GradientRecorder,
     arguments,
-    bert,
-    collate,
     cosine_and_ratio,
     flat_gradient,
-    rows,
     same_bits,
     weights,
 )
@@ -189,7 +188,8 @@ def test_hidden_states_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> No
     batch = collate(list(rows(8, 1)))
     torch.manual_seed(3)
     # The projections were built before the step; one step of AdamW has moved them.
-    from hf_adapt.engine.auxiliary import preserved_random_state, seed_for
+    from hf_adapt.engine.auxiliary import seed_for
+    from hf_adapt.models.state import preserved_random_state
 
     with preserved_random_state(seed_for("distillation", 42)):
         start = [torch.nn.Linear(16, 24, bias=False) for _ in range(2)]

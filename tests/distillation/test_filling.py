@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 from hf_adapt import CachedTeacher, DistillationTrainer
 from hf_adapt.cli import app
 from hf_adapt.distillation.filling import fill_cache
-from tests.distillation.heads import CASES
-from tests.distillation.test_tokenizers import texts, tokenizer
-from tests.tiny import GradientRecorder, arguments, bert, llama, rows
+from tests.helpers.data import rows
+from tests.helpers.distillation import texts, tokenizer
+from tests.helpers.heads import CASES
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import GradientRecorder, arguments
 
 RUNNER = CliRunner()
 
@@ -43,14 +45,6 @@ def train(folder: Path, teacher: Any, **options: Any) -> Any:
     )
     trainer.train()
     return recorder.gradients
-
-
-@pytest.fixture
-def teacher_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "teacher"
-    bert(seed=1).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("top_k", [None, 2])

@@ -8,9 +8,15 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import CachedTeacher, DistillationTrainer, HiddenStates
-from tests.distillation.heads import CASES
-from tests.engine.test_scaler import ScaledTrainer
-from tests.tiny import GradientRecorder, arguments, cosine_and_ratio, same_bits, weights
+from tests.helpers.heads import CASES
+from tests.helpers.trainers import (
+    GradientRecorder,
+    ScaledTrainer,
+    arguments,
+    cosine_and_ratio,
+    same_bits,
+    weights,
+)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from hf_adapt.distillation.student import student_from_teacher
-from hf_adapt.unfreezing.layers import find_stacks
-from tests import tiny
-from tests.unfreezing.test_layers import CASES, GROUPED, IMAGE, TEXT, Case
+from hf_adapt.models.layers import find_stacks
+from tests.helpers.architectures import CASES, GROUPED, IMAGE, TEXT, Case
+from tests.helpers.models import bert
+from tests.helpers.trainers import same_bits, weights
 
 MORE = [
     Case("Qwen3ForCausalLM", "Qwen3Config", dict(GROUPED, head_dim=8)),
@@ -156,7 +157,7 @@ def test_all_layers_reproduce_the_teacher(name: str) -> None:
     teacher = make(name)
     student = student_from_teacher(teacher, depths(teacher))
     assert type(student) is type(teacher)
-    assert tiny.same_bits(tiny.weights(student), tiny.weights(teacher))
+    assert same_bits(weights(student), weights(teacher))
     with torch.no_grad():
         assert torch.equal(output(student), output(teacher))
 
@@ -164,12 +165,12 @@ def test_all_layers_reproduce_the_teacher(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_fewer_layers_are_the_teacher_with_the_others_bypassed(name: str) -> None:
     teacher = make(name)
-    before, kept = tiny.weights(teacher), ends(teacher)
+    before, kept = weights(teacher), ends(teacher)
     state = torch.get_rng_state()
     student = student_from_teacher(teacher, kept)
     assert torch.equal(torch.get_rng_state(), state)
     assert depths(student) == {tower: len(indices) for tower, indices in kept.items()}
-    assert tiny.same_bits(tiny.weights(teacher), before)
+    assert same_bits(weights(teacher), before)
     assert depths(teacher) != depths(student)
 
     full = output(teacher)
@@ -190,7 +191,7 @@ def test_a_saved_student_loads_as_it_was_and_trains(name: str, tmp_path: Path) -
     student.save_pretrained(tmp_path)
     loaded, info = type(teacher).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
-    assert tiny.same_bits(tiny.weights(loaded), tiny.weights(student))
+    assert same_bits(weights(loaded), weights(student))
     with torch.no_grad():
         assert torch.equal(output(loaded), output(student))
     for _ in range(2):
@@ -235,12 +236,12 @@ def test_generation_with_a_cache_is_generation_without(name: str) -> None:
 def test_a_number_of_layers_is_spread_and_keeps_first_and_last(
     depth: int, layers: Any, kept: list[int]
 ) -> None:
-    teacher = tiny.bert(num_hidden_layers=depth)
+    teacher = bert(num_hidden_layers=depth)
     student = student_from_teacher(teacher, layers)
     assert student.config.num_hidden_layers == len(student.bert.encoder.layer) == len(kept)
     for layer, index in zip(student.bert.encoder.layer, kept, strict=True):
         original = teacher.bert.encoder.layer[index]
-        assert tiny.same_bits(dict(layer.state_dict()), dict(original.state_dict()))
+        assert same_bits(dict(layer.state_dict()), dict(original.state_dict()))
 
 
 def test_towers_by_name() -> None:
@@ -272,7 +273,7 @@ def test_albert_repeats_its_one_layer_fewer_times() -> None:
     teacher = make("AlbertForSequenceClassification", num_hidden_layers=4)
     student = student_from_teacher(teacher, 2)
     assert student.config.num_hidden_layers == 2
-    assert tiny.same_bits(tiny.weights(student), tiny.weights(teacher))
+    assert same_bits(weights(student), weights(teacher))
     teacher.config.num_hidden_layers = 2
     teacher.albert.encoder.config.num_hidden_layers = 2
     with torch.no_grad():
@@ -458,7 +459,7 @@ def test_one_key_value_head_stays_one() -> None:
 )
 def test_layers_that_do_not_fit(layers: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        student_from_teacher(tiny.bert(), layers)
+        student_from_teacher(bert(), layers)
 
 
 @pytest.mark.parametrize(
@@ -487,8 +488,8 @@ def test_layers_that_do_not_fit(layers: Any, kind: type[Exception], message: str
             dict(layers=2),
             r"'layer_weights' of shape \(4,\) the student's \(3,\)",
         ),
-        (lambda: tiny.bert(), dict(layers=2, hidden_size=12), r"multiple of 8 up to its own 16"),
-        (lambda: tiny.bert(), dict(layers=2, hidden_size=24), r"multiple of 8 up to its own 16"),
+        (lambda: bert(), dict(layers=2, hidden_size=12), r"multiple of 8 up to its own 16"),
+        (lambda: bert(), dict(layers=2, hidden_size=24), r"multiple of 8 up to its own 16"),
         (lambda: make("FalconForCausalLM"), dict(layers=3, hidden_size=8), r"query_key_value"),
         (lambda: make("Wav2Vec2ForCTC"), dict(layers=3, hidden_size=8), r"pos_conv_embed"),
         (lambda: make("MambaForCausalLM"), dict(layers=3, hidden_size=8), r"no heads"),
@@ -514,18 +515,18 @@ def test_students_that_cannot_be_are_refused(
 
 def test_teachers_that_cannot_be_are_refused() -> None:
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(tiny.bert(), peft.LoraConfig(r=2, target_modules=["query"]))
+    adapted = peft.get_peft_model(bert(), peft.LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(TypeError, match="merge_and_unload"):
         student_from_teacher(adapted, 1)
     assert depths(student_from_teacher(adapted.merge_and_unload(), 1)) == {"": 1}
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         student_from_teacher(nn.Linear(2, 2), 1)  # type: ignore[type-var]
-    quantised = tiny.bert()
+    quantised = bert()
     quantised.config.quantization_config = {"load_in_8bit": True}
     with pytest.raises(ValueError, match="quantised"):
         student_from_teacher(quantised, 1)
     with pytest.raises(ValueError, match="offloaded"):
-        student_from_teacher(tiny.bert().to("meta"), 1)
+        student_from_teacher(bert().to("meta"), 1)
 
 
 def test_a_class_that_its_config_does_not_build_is_refused() -> None:

@@ -21,15 +21,14 @@ from hf_adapt.distillation.cache import TopK, bucket_logits, teacher_fingerprint
 from hf_adapt.distillation.divergences import forward_kl
 from hf_adapt.distillation.filling import fill_cache
 from hf_adapt.distillation.teachers import as_teacher
-from tests.distillation.heads import CASES
-from tests.tiny import (
-    FIVE,
+from tests.helpers.data import collate, rows
+from tests.helpers.heads import CASES
+from tests.helpers.models import FIVE, bert
+from tests.helpers.trainers import (
     GradientRecorder,
+    StopAt,
     arguments,
-    bert,
-    collate,
     cosine_and_ratio,
-    rows,
     same_bits,
     weights,
 )
@@ -190,13 +189,6 @@ def test_earlier_weights_are_taken_over_now_and_then(tmp_path: Path) -> None:
 # ---- resume ----
 
 
-class StopAt(TrainerCallback):
-    """Interrupts a run."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= 2
-
-
 @pytest.mark.parametrize("kind", ["online", "average", "cached", "lora"])
 def test_resume_is_bit_exact(kind: str, tmp_path: Path) -> None:
     def make(folder: Path) -> DistillationTrainer:
@@ -228,7 +220,7 @@ def test_resume_is_bit_exact(kind: str, tmp_path: Path) -> None:
     whole = make(tmp_path / "whole")
     whole.train()
     stopped = make(tmp_path / "cut")
-    stopped.add_callback(StopAt())
+    stopped.add_callback(StopAt(2))
     stopped.train()
     resumed = make(tmp_path / "cut")
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
@@ -272,7 +264,7 @@ def test_a_language_model_without_whole_logits_resumes_bit_exact(
     whole = make(tmp_path / "whole")
     whole.train()
     stopped = make(tmp_path / "cut")
-    stopped.add_callback(StopAt())
+    stopped.add_callback(StopAt(2))
     stopped.train()
     assert not same_bits(weights(whole.model), weights(stopped.model))
     resumed = make(tmp_path / "cut")
@@ -459,7 +451,7 @@ def test_a_full_disk_stops_the_storing_and_not_the_training(
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("hf_adapt.engine.row_store.RowStore.add", full)
+    monkeypatch.setattr("hf_adapt.storage.row_store.RowStore.add", full)
     trainer = run(tmp_path, CachedTeacher(tmp_path / "cache", bert(seed=1)))
     monkeypatch.undo()
     assert caplog.text.count("can no longer be kept") == 1

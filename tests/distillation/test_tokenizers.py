@@ -6,13 +6,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     DataCollatorWithPadding,
     GPT2Config,
     GPT2LMHeadModel,
     HfArgumentParser,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -27,35 +25,11 @@ from hf_adapt import (
 from hf_adapt.distillation.checks import num_positions
 from hf_adapt.distillation.tokenizers import Retokenizer, universal_logit_distance
 from hf_adapt.engine.texts import missing_cells
-from tests.distillation.heads import CASES
-from tests.tiny import SIZE, GradientRecorder, arguments, bert, collate, cosine_and_ratio, llama
-
-WORDS = [f"w{i}" for i in range(40)]
-
-
-def tokenizer(reverse: bool = False, bert_like: bool = True) -> PreTrainedTokenizerFast:
-    """Words to ids, in either order: two tokenizers that agree on no id."""
-    words = WORDS[::-1] if reverse else WORDS
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, "[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    if bert_like:
-        raw.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B [SEP]",
-            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-    )
-
-
-def texts(number: int) -> list[str]:
-    return [" ".join(WORDS[(3 * i + j) % 40] for j in range(3 + i % 4)) for i in range(number)]
+from tests.helpers.data import collate
+from tests.helpers.distillation import WORDS, texts, tokenizer
+from tests.helpers.heads import CASES
+from tests.helpers.models import SIZE, bert, llama
+from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio
 
 
 def classified(own: Any, keep_text: bool) -> Any:

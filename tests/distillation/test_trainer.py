@@ -23,32 +23,17 @@ from hf_adapt import (
     DistillationTrainer,
     InformationMaximization,
 )
-from tests.distillation.heads import CASES
-from tests.tiny import (
+from tests.helpers.data import collate, rows
+from tests.helpers.distillation import make
+from tests.helpers.heads import CASES
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import (
     GradientRecorder,
     arguments,
-    bert,
-    collate,
     cosine_and_ratio,
-    llama,
-    rows,
     same_bits,
     weights,
 )
-
-
-def make(folder: Path, cls: Any = DistillationTrainer, **options: Any) -> Any:
-    settings = options.pop("settings", {})
-    return cls(
-        **{
-            "model": bert(seed=0),
-            "teacher": bert(seed=1),
-            "args": arguments(folder, **settings),
-            "train_dataset": rows(12, 1),
-            "data_collator": collate,
-            **options,
-        }
-    )
 
 
 def gradient(trainer: Any) -> torch.Tensor:

@@ -14,9 +14,11 @@ from transformers import (
 )
 
 from hf_adapt import AdaptationCallback, Distillation, DistillationTrainer, adapt
-from tests.distillation.heads import CASES
-from tests.engine.test_trainers import SFT_DATA, sft
-from tests.tiny import arguments, bert, collate, llama, rows, same_bits, weights
+from tests.helpers.data import collate, rows
+from tests.helpers.heads import CASES
+from tests.helpers.libraries import SFT_DATA, sft
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import arguments, same_bits, weights
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -29,21 +29,11 @@ from hf_adapt import (
     SelfTeacher,
 )
 from hf_adapt.distillation.cache import _keys
-from tests.distillation.heads import CASES
-from tests.distillation.test_tokenizers import tokenizer
-from tests.distillation.test_trainer import make
-from tests.tiny import (
-    SIZE,
-    VOCABULARY,
-    GradientRecorder,
-    arguments,
-    bert,
-    collate,
-    cosine_and_ratio,
-    llama,
-    rows,
-    weights,
-)
+from tests.helpers.data import collate, rows
+from tests.helpers.distillation import make, tokenizer
+from tests.helpers.heads import CASES
+from tests.helpers.models import SIZE, VOCABULARY, bert, llama
+from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio, weights
 
 
 def test_a_routers_loss_is_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from hf_adapt import (
@@ -23,23 +21,10 @@ from hf_adapt import (
     RandomLayers,
     adapt,
 )
-from tests.tiny import GradientRecorder, arguments, bert, collate, rows, weights
-
-
-def allow_fsdp_on_cpu() -> None:
-    """accelerate refuses to shard on a CPU, though torch's fully_shard runs there over gloo."""
-    original = AcceleratorState.__init__
-
-    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-        if getattr(self, "fsdp_plugin", None) is not None:
-            # Every new AcceleratorState takes the process group's own type over again.
-            self.distributed_type = DistributedType.FSDP
-
-    AcceleratorState.__init__ = init
-
+from tests.helpers.data import collate, rows
+from tests.helpers.distributed import allow_fsdp_on_cpu, full_state
+from tests.helpers.models import bert
+from tests.helpers.trainers import GradientRecorder, arguments, weights
 
 UNFREEZING: dict[str, dict[str, Any]] = {
     "gradual": dict(layer_decay=0.5, rewarm_steps=2),  # a transition in each of four steps
@@ -110,14 +95,6 @@ def main(folder: Path, setting: str, per_device: int, steps: int) -> None:
     torch.save(state, folder / f"rank{args.process_index}.pt")
     if args.process_index == 0:
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
-
-
-def full_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The whole weights, gathered where they are sharded."""
-    state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    return {
-        k: getattr(v, "full_tensor", lambda v=v: v)().detach().clone() for k, v in state.items()
-    }
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt import Adaptation, Objective, adapt
-from tests.tiny import arguments, bert, collate, rows, same_bits, weights
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments, same_bits, weights
 
 
 class Counting(Adaptation):

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 
-from hf_adapt.engine.auxiliary import base_schedule, preserved_random_state, seed_for
-from tests.tiny import arguments, bert
+from hf_adapt.engine.auxiliary import base_schedule, seed_for
+from hf_adapt.models.state import preserved_random_state
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
 
 # ---- preserved_random_state ----
 

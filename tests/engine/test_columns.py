@@ -10,13 +10,12 @@ from transformers import Trainer
 from hf_adapt import MMD, Objective, adapt
 from hf_adapt.engine.columns import ColumnCollator, take_columns
 from hf_adapt.engine.domains import COLUMNS
-from tests.tiny import (
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import (
     GradientRecorder,
     arguments,
-    bert,
-    collate,
     cosine_and_ratio,
-    rows,
     same_bits,
     weights,
 )

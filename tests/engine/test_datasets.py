@@ -22,9 +22,10 @@ from hf_adapt import (
     GradualUnfreezing,
     adapt,
 )
-from tests.engine.test_trainers import MapStyle, Stream
-from tests.knowledge import toy
-from tests.tiny import arguments, bert, collate, llama, rows
+from tests.helpers import toy
+from tests.helpers.data import MapStyle, Stream, collate, rows
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import arguments
 
 KINDS: dict[str, Any] = {
     "dataset": lambda data: data,

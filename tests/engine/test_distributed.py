@@ -1,40 +1,21 @@
 """Two gloo processes are one: DDP and FSDP2, with discriminators in step."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import distributed
 from tests.engine import distributed_script
-from tests.tiny import FIVE
+from tests.helpers.distributed import assert_same, launch, logs, no_sharding, results
+from tests.helpers.models import FIVE
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
     pytest.mark.xdist_group("distributed"),  # one launch at a time, and its fixtures made once
 ]
-no_sharding = pytest.mark.skipif(not FIVE, reason="accelerate 1.10 shards on no CPU")
-
-
-def launch(folder: Path, *jobs: str) -> None:
-    distributed.launch("tests.engine.distributed_script", folder, *jobs)
-
-
-def results(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
-    return torch.load(folder / f"rank{rank}.pt", weights_only=True)
-
-
-def logs(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "logs.json").read_text())
-
-
-def assert_same(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
-    assert set(one) - {"gradient"} == set(other) - {"gradient"}
-    for name in set(one) & set(other):
-        torch.testing.assert_close(one[name], other[name], **tolerance)
+SCRIPT = "tests.engine.distributed_script"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +24,7 @@ def ddp(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     resume = f"resume={folder / 'rows' / 'out' / 'checkpoint-2'}"
     launch(
+        SCRIPT,
         folder,
         "rows::4:1",
         *([f"resumed:{resume}:4:1"] if FIVE else []),
@@ -59,7 +41,7 @@ def ddp(tmp_path_factory: Any) -> Path:
 def fsdp(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
     resume = f"fsdp=1,resume={folder / 'rows' / 'out' / 'checkpoint-2'}"
-    launch(folder, "rows:fsdp=1:4:1", f"resumed:{resume}:4:1")
+    launch(SCRIPT, folder, "rows:fsdp=1:4:1", f"resumed:{resume}:4:1")
     return folder
 
 

@@ -15,7 +15,6 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithFlattening,
-    PreTrainedTokenizerFast,
     default_data_collator,
 )
 
@@ -32,6 +31,7 @@ from hf_adapt.engine.domains import (
     pair,
     target_order,
 )
+from tests.helpers.tokenizers import word_tokenizer
 
 SENTINEL = 77
 """A target label that must appear nowhere."""
@@ -383,14 +383,7 @@ def test_pair_refuses_a_streaming_target_of_a_map_style_source():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models
-
-    words = {"[PAD]": 0, "[MASK]": 1, **{f"w{i}": i for i in range(2, 200)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[PAD]")),
-        pad_token="[PAD]",
-        mask_token="[MASK]",
-    )
+    return word_tokenizer([f"w{i}" for i in range(2, 200)], ["[PAD]", "[MASK]"], single=None)
 
 
 def tokens(length, start=2, **columns):

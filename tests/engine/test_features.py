@@ -20,15 +20,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_adapt.engine.features import (
-    FeatureTap,
-    find_feature_module,
-    hidden_state,
-    pool,
-    token_mask,
-    unwrapped_base,
-)
-from tests.tiny import VOCABULARY, bert
+from hf_adapt.models.capture import OutputCapture, hidden_state
+from hf_adapt.models.pooling import pool, token_mask
+from hf_adapt.models.structure import find_feature_module, unwrapped_base
+from tests.helpers.models import VOCABULARY, bert
 
 # ---- pool ----
 
@@ -231,7 +226,7 @@ def test_default_feature_is_the_last_hidden_state(name):
     model = make()
     module = find_feature_module(model, None)
     assert module is model.get_submodule(expected)
-    tap = FeatureTap(module)
+    tap = OutputCapture(module)
     tap.record()
     model(**inputs)
     ((hidden, own_mask),) = tap.take()
@@ -304,12 +299,12 @@ def test_hidden_state_of_every_form_of_output():
         assert hidden_state(output) is None
 
 
-# ---- FeatureTap ----
+# ---- OutputCapture ----
 
 
 def test_tap_records_only_while_told_to():
     module = nn.Linear(2, 3)
-    tap = FeatureTap(module)
+    tap = OutputCapture(module)
     module(torch.zeros(1, 2))
     assert tap.take() == []
     tap.record()
@@ -324,7 +319,7 @@ def test_tap_records_only_while_told_to():
 
 def test_tap_starts_anew():
     module = nn.Linear(2, 3)
-    tap = FeatureTap(module)
+    tap = OutputCapture(module)
     tap.record()
     module(torch.zeros(1, 2))
     tap.record()
@@ -337,7 +332,7 @@ def test_tap_starts_anew():
 def test_tap_keeps_to_forwards_with_the_gradient_mode_it_began_in(trained):
     """A teacher's forward inside a trained loss is not the features; in evaluation all are."""
     module = nn.Linear(2, 3)
-    tap = FeatureTap(module)
+    tap = OutputCapture(module)
     with torch.set_grad_enabled(trained):
         tap.record()
         with torch.set_grad_enabled(not trained):
@@ -355,7 +350,7 @@ def test_tap_takes_the_mask_that_the_output_holds():
             return {"token_embeddings": torch.zeros(2, 3, 4), "attention_mask": mask}
 
     module, mask = Column(), torch.tensor([[1, 1, 0], [1, 1, 1]])
-    tap = FeatureTap(module)
+    tap = OutputCapture(module)
     tap.record()
     module(mask)
     module(mask[:, None, None])  # a mask for the attention, not for the tokens
@@ -365,7 +360,7 @@ def test_tap_takes_the_mask_that_the_output_holds():
 
 def test_tap_leaves_no_trace():
     module = nn.Linear(2, 3)
-    tap = FeatureTap(module, extract=lambda output: "seen")
+    tap = OutputCapture(module, extract=lambda output: "seen")
     tap.record()
     module(torch.zeros(1, 2))
     assert tap.take() == ["seen"]

@@ -27,7 +27,9 @@ from hf_adapt import (
     adapt,
 )
 from hf_adapt.alignment import dann_loss
-from tests.tiny import FIVE, arguments, bert, collate, rows, same_bits, weights
+from tests.helpers.data import collate, rows
+from tests.helpers.models import FIVE, bert
+from tests.helpers.trainers import arguments, same_bits, weights
 
 
 def settings(folder: Path, cls: Any = TrainingArguments, **more: Any) -> dict[str, Any]:

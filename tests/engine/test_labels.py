@@ -10,7 +10,9 @@ from transformers import BertForQuestionAnswering, Trainer
 
 from hf_adapt import MMD, AdaptationCallback, InformationMaximization, adapt
 from hf_adapt.engine.labels import IGNORED, has_token_labels, label_of
-from tests.tiny import arguments, bert, collate, rows
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
 
 SOURCE, TARGET = rows(12, 1), rows(9, 2, labels=None)
 LABELS = {"good": 0, "bad": 1, "so-so": 2}

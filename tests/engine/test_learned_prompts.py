@@ -15,8 +15,10 @@ from peft import (
 from transformers import Trainer
 
 from hf_adapt import DANN, MMD, AdaptationCallback, Distillation, HiddenStates, Objective
-from hf_adapt.engine.features import pool
-from tests.tiny import arguments, bert, collate, llama, rows
+from hf_adapt.models.pooling import pool
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import arguments
 
 KINDS = {
     "prompt": PromptTuningConfig,

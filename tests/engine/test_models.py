@@ -18,8 +18,6 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
@@ -50,6 +48,7 @@ from transformers import (
 )
 
 from hf_adapt import DANN, MMD, AdaptationCallback, InformationMaximization
+from tests.helpers.tokenizers import BERT_SPECIAL, word_tokenizer
 
 VOCABULARY = 64
 STEPS = 3
@@ -57,19 +56,9 @@ BATCH = 4
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]"]
-    words += [f"word{i}" for i in range(VOCABULARY - len(words))]
-    backend = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        mask_token="[MASK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        eos_token="[SEP]",
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    words = [f"word{i}" for i in range(VOCABULARY - len(BERT_SPECIAL))]
+    names = ["input_ids", "attention_mask"]
+    return word_tokenizer(words, single=None, eos_token="[SEP]", model_input_names=names)
 
 
 # ---- rows: the target's words differ from the source's, so a discriminator has what to learn ----

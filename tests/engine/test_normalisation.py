@@ -15,17 +15,9 @@ from transformers import Trainer
 from hf_adapt import DANN, MMD, InformationMaximization, Objective, adapt
 from hf_adapt.alignment import mmd_loss, prediction_diversity, prediction_entropy
 from hf_adapt.engine.domains import DOMAIN
-from tests.tiny import (
-    FIVE,
-    GradientRecorder,
-    arguments,
-    bert,
-    collate,
-    cosine_and_ratio,
-    flat_gradient,
-    llama,
-    rows,
-)
+from tests.helpers.data import collate, rows
+from tests.helpers.models import FIVE, bert, llama
+from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio, flat_gradient
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "sequence": (bert, "row"),

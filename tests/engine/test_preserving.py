@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_adapt.engine.preserving import preserved
+from hf_adapt.models.state import preserved
 
 
 class Counting(nn.Module):

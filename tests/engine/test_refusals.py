@@ -18,7 +18,9 @@ from hf_adapt import (
     Objective,
     adapt,
 )
-from tests.tiny import arguments, bert, collate, rows, same_bits, weights
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments, same_bits, weights
 
 
 def trainer_with(folder: Path, model: Any = None, source: Any = None, **settings: Any) -> Trainer:

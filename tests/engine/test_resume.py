@@ -11,21 +11,12 @@ from safetensors.torch import load_file
 from transformers import (
     BertForSequenceClassification,
     Trainer,
-    TrainerCallback,
 )
 
 from hf_adapt import DANN, MMD, AdaptationCallback, DomainAdversarialCallback, adapt
-from tests.tiny import FIVE, arguments, bert, collate, rows, same_bits, weights
-
-PLAIN_FILES = {
-    "config.json",
-    "model.safetensors",
-    "optimizer.pt",
-    "rng_state.pth",
-    "scheduler.pt",
-    "trainer_state.json",
-    "training_args.bin",
-}
+from tests.helpers.data import collate, rows
+from tests.helpers.models import FIVE, bert
+from tests.helpers.trainers import PLAIN_FILES, StopAt, arguments, same_bits, weights
 
 
 def lora() -> Any:
@@ -38,16 +29,6 @@ def lora() -> Any:
 
 def full() -> Any:
     return bert(dropout=True)
-
-
-class StopAt(TrainerCallback):
-    """Interrupts a run, as a killed job would be."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
 
 
 def make(folder: Path, model: Any, adapted: bool = True, **settings: Any) -> tuple[Trainer, DANN]:

@@ -8,24 +8,9 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt import DANN, adapt
-from tests.tiny import arguments, bert, collate, rows, same_bits, weights
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-
-
-class ScaledTrainer(Trainer):
-    """A Trainer whose accelerator scales gradients, on the CPU too."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        self.accelerator.state._mixed_precision = "fp16"
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        # accelerate unscales before clipping only with native_amp. Set after the model is prepared,
-        # it leaves the forward in float32, so that the numbers can be compared.
-        self.accelerator.native_amp = True
-        return super().training_step(*args, **kwargs)
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import ScaledTrainer, arguments, needs_cuda, same_bits, weights
 
 
 class Watch(TrainerCallback):

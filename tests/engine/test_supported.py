@@ -23,15 +23,10 @@ from hf_adapt import (
     InformationMaximization,
     adapt,
 )
-from tests.engine.test_trainers import encoder, sentence_pairs, words
-from tests.tiny import (
-    NO_DROPOUT,
-    SIZE,
-    VOCABULARY,
-    GradientRecorder,
-    arguments,
-    cosine_and_ratio,
-)
+from tests.helpers.data import sentence_pairs, words
+from tests.helpers.libraries import encoder
+from tests.helpers.models import NO_DROPOUT, SIZE, VOCABULARY
+from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio
 
 BATCH = 4
 

@@ -7,11 +7,9 @@ what the Trainer was in fact given.
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -19,16 +17,9 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import (
-    BertConfig,
     BertForTokenClassification,
-    BertModel,
-    BertTokenizerFast,
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -36,7 +27,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
 
 from hf_adapt import (
     DANN,
@@ -46,9 +36,11 @@ from hf_adapt import (
     InformationMaximization,
     adapt,
 )
-from tests.tiny import arguments, bert, collate, flat_gradient, llama, rows
+from tests.helpers.data import MapStyle, Stream, collate, rows, sentence_pairs, texts
+from tests.helpers.libraries import BATCH, SFT_DATA, sentence_trainer, sft
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import arguments, flat_gradient
 
-BATCH = 4
 SOURCE = rows(13, seed=0, low=5, high=34)
 TARGET = rows(9, seed=1, labels=None, low=34)
 
@@ -172,29 +164,6 @@ def test_length_grouping_reads_the_source(tmp_path: Any) -> None:
 
 
 # ---- where the source and the targets come from ----
-
-
-class Stream(IterableDataset):
-    """A torch stream of rows."""
-
-    def __init__(self, data: datasets.Dataset) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.data)
-
-
-class MapStyle(torch.utils.data.Dataset):
-    """An author's own dataset, which is no `datasets.Dataset`."""
-
-    def __init__(self, data: datasets.Dataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.data[index]
 
 
 OTHER = rows(7, seed=2, labels=None, low=34, high=50)
@@ -644,95 +613,6 @@ def test_seq2seq_trainer_generates(tmp_path: Any) -> None:
 # ---- TRL's SFTTrainer ----
 
 
-WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", "user:", "assistant:"]
-WORDS += [f"w{i}" for i in range(64 - len(WORDS))]
-CHAT = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}user: {{ m['content'] }} "
-    "{% else %}assistant: {% generation %}{{ m['content'] }} </s> {% endgeneration %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
-    made.chat_template = CHAT
-    return made
-
-
-def words(i: int, low: int, number: int) -> str:
-    return " ".join(f"w{low + (5 * i + 3 * j) % 25}" for j in range(number))
-
-
-def texts(low: int) -> datasets.Dataset:
-    return datasets.Dataset.from_list([{"text": words(i, low, 4 + i % 4)} for i in range(12)])
-
-
-def completions(low: int) -> datasets.Dataset:
-    return datasets.Dataset.from_list(
-        [{"prompt": words(i, low, 3), "completion": " " + words(i + 1, low, 4)} for i in range(12)]
-    )
-
-
-def chats(low: int) -> datasets.Dataset:
-    return datasets.Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": words(i, low, 3)},
-                    {"role": "assistant", "content": words(i + 1, low, 4)},
-                ]
-            }
-            for i in range(12)
-        ]
-    )
-
-
-def sft(folder: Any, train: Any, lora: bool = False, **settings: Any) -> SFTTrainer:
-    config = None
-    if lora:
-        config = peft.LoraConfig(
-            r=2, lora_dropout=0.0, target_modules=["q_proj"], task_type="CAUSAL_LM"
-        )
-    # TRL turns bf16 and gradient checkpointing on; tiny models on a CPU need neither.
-    defaults = {"bf16": False, "gradient_checkpointing": False, "max_length": 32}
-    args = SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=1,
-        max_steps=2,
-        per_device_train_batch_size=BATCH,
-        **{**defaults, **settings},
-    )
-    return SFTTrainer(
-        model=llama(),
-        args=args,
-        train_dataset=train,
-        eval_dataset=train.select(range(4)),
-        processing_class=tokenizer(),
-        peft_config=config,
-    )
-
-
-SFT_DATA: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "text": (texts(6), texts(35), {}),
-    "completion": (completions(6), completions(35), {}),
-    "completion-and-text": (completions(6), texts(35), {"completion_only_loss": True}),
-    "assistant": (chats(6), chats(35), {"assistant_only_loss": True}),
-    "assistant-and-text": (chats(6), texts(35), {"assistant_only_loss": True}),
-}
-
-
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", SFT_DATA)
 def test_sft_trainer(name: str, lora: bool, tmp_path: Any) -> None:
@@ -809,59 +689,6 @@ def test_sft_refuses_merged_rows(settings: dict[str, Any], tmp_path: Any) -> Non
 @pytest.fixture
 def sentence_transformers() -> Any:
     return pytest.importorskip("sentence_transformers")
-
-
-def encoder(folder: Any) -> Any:
-    """A tiny sentence-transformer: BERT, mean pooling."""
-    path = folder / "encoder"
-    path.mkdir()
-    (path / "vocab.txt").write_text("\n".join(["[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    tokens = BertTokenizerFast(vocab_file=str(path / "vocab.txt"), model_max_length=32)
-    tokens.save_pretrained(path)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=80,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    BertModel(config).save_pretrained(path)
-    return importlib.import_module("sentence_transformers").SentenceTransformer(
-        str(path), device="cpu"
-    )
-
-
-def sentence_pairs(low: int, score: str | None = None) -> datasets.Dataset:
-    made = [{"anchor": words(i, low, 2 + i), "positive": words(i + 1, low, 3)} for i in range(12)]
-    if score is not None:
-        made = [{**row, score: (i % 5) / 4} for i, row in enumerate(made)]
-    return datasets.Dataset.from_list(made)
-
-
-def sentence_trainer(folder: Any, loss: str, score: str | None, **settings: Any) -> Any:
-    model = encoder(folder)
-    library = importlib.import_module("sentence_transformers")
-    losses_of = importlib.import_module("sentence_transformers.losses")
-    return library.SentenceTransformerTrainer(
-        model=model,
-        args=library.SentenceTransformerTrainingArguments(
-            output_dir=str(folder / "out"),
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_steps=1,
-            max_steps=3,
-            per_device_train_batch_size=BATCH,
-            **settings,
-        ),
-        train_dataset=sentence_pairs(0, score),
-        eval_dataset=sentence_pairs(0, score),
-        loss=getattr(losses_of, loss)(model),
-    )
 
 
 def watch_loss(trainer: Any) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ import distil_classifier as example
 import domain_data
 import teacher_assistant
 
-from tests.examples.tiny_text import WORDS, save_tiny_model
+from tests.helpers.word_classifier import WORDS, save_tiny_model
 
 
 @pytest.fixture(autouse=True)

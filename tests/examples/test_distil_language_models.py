@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import distil_causal_lm
 import sequence_level_distillation
 
-from tests.examples.tiny_text import WORDS
+from tests.helpers.word_classifier import WORDS
 
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 15)) for i in range(1, 30)]
 

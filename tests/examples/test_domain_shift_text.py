@@ -13,7 +13,7 @@ from transformers import Trainer
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import domain_shift_text as demo
 
-from tests.examples.tiny_text import WORDS, save_tiny_model
+from tests.helpers.word_classifier import WORDS, save_tiny_model
 
 RESULTS = ("results.json", "table.md", "target_accuracy.png")
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import domain_data
 import gradual_unfreezing as example
 
-from tests.examples.tiny_text import WORDS, save_tiny_model
+from tests.helpers.word_classifier import WORDS, save_tiny_model
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import domain_data
 import knowledge_injection as example
 
-from tests.examples.tiny_text import WORDS, save_tiny_model
+from tests.helpers.word_classifier import WORDS, save_tiny_model
 
 ADJECTIVES = {"good": 100, "bad": 200, "fine": 300, "poor": 400}
 NOUNS = {"film": 100, "phone": 200, "battery": 300, "plot": 400}

@@ -9,10 +9,10 @@ from transformers import Trainer
 
 from hf_adapt import DANN, adapt
 from hf_adapt.knowledge import EntityPrediction, KnowledgeInjection, KnowledgeInjector
-from tests.engine.distributed_script import allow_fsdp_on_cpu, full_state
-from tests.knowledge import toy
-from tests.knowledge.models import made
-from tests.tiny import GradientRecorder, arguments
+from tests.helpers import toy
+from tests.helpers.distributed import allow_fsdp_on_cpu, full_state
+from tests.helpers.models import family
+from tests.helpers.trainers import GradientRecorder, arguments
 
 LABELS = {"bert_tokens": "token", "llama": "lm", "t5": "lm"}
 
@@ -37,7 +37,7 @@ def main(folder: Path, setting: str, per_device: int, steps: int) -> None:
         fsdp = dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers})
     recorder = GradientRecorder()
     trainer = Trainer(
-        made(name),
+        family(name),
         arguments(
             folder / "out",
             per_device_train_batch_size=per_device,

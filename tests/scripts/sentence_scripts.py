@@ -17,7 +17,9 @@ from sentence_transformers import (
 )
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
-from tests.scripts.world import SIZE, SPECIAL, VOCABULARY, WORDS, Script, quiet, seeded, words
+from tests.helpers.data import words
+from tests.helpers.models import SIZE
+from tests.scripts.world import SPECIAL, VOCABULARY, WORDS, Script, quiet, seeded
 
 ROWS = 12
 losses = importlib.import_module("sentence_transformers.losses")

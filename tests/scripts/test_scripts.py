@@ -18,10 +18,10 @@ pytest.importorskip("sentence_transformers")
 
 from safetensors.torch import load_file
 
+from tests.helpers.models import FIVE
 from tests.scripts.resuming import NAME, state
 from tests.scripts.table import PAGE, read, render
 from tests.scripts.yardstick import CAPABILITIES, SCRIPTS, outcome, same, train
-from tests.tiny import FIVE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -43,16 +43,8 @@ from transformers import (
     default_data_collator,
 )
 
-from tests.scripts.world import (
-    SIZE,
-    VOCABULARY,
-    Script,
-    plain,
-    quiet,
-    seeded,
-    sentences,
-    tokenizer,
-)
+from tests.helpers.models import SIZE
+from tests.scripts.world import VOCABULARY, Script, plain, quiet, seeded, sentences, tokenizer
 
 ROWS = 12
 

@@ -11,17 +11,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from tests.scripts.world import (
-    SIZE,
-    VOCABULARY,
-    Script,
-    plain,
-    quiet,
-    seeded,
-    sentences,
-    tokenizer,
-    words,
-)
+from tests.helpers.data import words
+from tests.helpers.models import SIZE
+from tests.scripts.world import VOCABULARY, Script, plain, quiet, seeded, sentences, tokenizer
 
 ROWS = 12
 

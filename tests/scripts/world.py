@@ -8,23 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from hf_adapt import KnowledgeGraph
+from tests.helpers.data import words
+from tests.helpers.tokenizers import BERT_SPECIAL, chat_template, word_tokenizer
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "user:", "assistant:"]
+SPECIAL = [*BERT_SPECIAL, "user:", "assistant:"]
 WORDS = [f"w{i}" for i in range(57)]
 VOCABULARY = len(SPECIAL) + len(WORDS)
-SIZE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 STEPS = 4
-
-CHAT = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}user: {{ m['content'] }} "
-    "{% else %}assistant: {% generation %}{{ m['content'] }} [SEP] {% endgeneration %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 
 @dataclass
@@ -49,11 +43,6 @@ class Script:
     teacher_settings: dict[str, Any] = field(default_factory=dict)
 
 
-def words(i: int, low: int = 0, number: int = 4) -> str:
-    """A sentence of the domain whose words start at `low`."""
-    return " ".join(f"w{low + (5 * i + 3 * j) % 25}" for j in range(number))
-
-
 def sentences(number: int, low: int = 0) -> list[str]:
     """Sentences of ragged length; most name an entity of the graph."""
     return [words(i, low, 3 + i % 4) for i in range(number)]
@@ -69,30 +58,14 @@ def graph() -> KnowledgeGraph:
 
 def tokenizer(causal: bool = False) -> PreTrainedTokenizerFast:
     """One number a word; encoders get [CLS] and [SEP] around a text or a pair."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if not causal:
-        backend.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-        )
+    single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
     ends: dict[str, Any] = {}
     if causal:
+        single, pair = None, None
         names = ["input_ids", "attention_mask"]  # before transformers 5 there are token types too
         ends = {"bos_token": "[CLS]", "eos_token": "[SEP]", "model_input_names": names}
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=32,
-        **ends,
-    )
-    made.chat_template = CHAT
+    made = word_tokenizer(WORDS, SPECIAL, single, pair, model_max_length=32, **ends)
+    made.chat_template = chat_template("[SEP]")
     return made
 
 

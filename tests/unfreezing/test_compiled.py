@@ -8,7 +8,9 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import MMD, AdaptationCallback, GradualUnfreezingCallback, Phase
-from tests.tiny import arguments, bert, collate, rows
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
 
 
 def run(folder: Path, callback: Any, compiled: str | None) -> list[float]:

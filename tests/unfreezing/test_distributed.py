@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.engine import distributed_script
-from tests.engine.test_distributed import assert_same, launch, logs, no_sharding, results
-from tests.tiny import FIVE, bert, weights
+from tests.helpers.distributed import assert_same, launch, logs, no_sharding, results
+from tests.helpers.models import FIVE, bert
+from tests.helpers.trainers import weights
 
 pytestmark = [
     pytest.mark.distributed,
@@ -22,6 +23,7 @@ def ddp(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     resume = f"unfreezing=gradual,resume={folder / 'gradual' / 'out' / 'checkpoint-2'}"
     launch(
+        "tests.engine.distributed_script",
         folder,
         "gradual:unfreezing=gradual:4:1",
         *([f"resumed:{resume}:4:1"] if FIVE else []),
@@ -38,6 +40,7 @@ def fsdp(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
     resume = f"fsdp=1,unfreezing=gradual,resume={folder / 'gradual' / 'out' / 'checkpoint-2'}"
     launch(
+        "tests.engine.distributed_script",
         folder,
         "gradual:fsdp=1,unfreezing=gradual:4:1",
         f"resumed:{resume}:4:1",

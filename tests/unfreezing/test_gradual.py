@@ -20,59 +20,22 @@ from hf_adapt import (
     RandomLayers,
     Surgical,
     adapt,
-    layer_groups,
     slanted_triangular,
 )
 from hf_adapt.unfreezing.freezing import INPUT_GRADIENT_HOOKS
-from tests.tiny import (
-    FIVE,
+from tests.helpers.data import collate, rows
+from tests.helpers.models import FIVE, bert, llama
+from tests.helpers.trainers import (
     GradientRecorder,
+    StopAt,
     arguments,
-    bert,
-    collate,
     cosine_and_ratio,
-    llama,
-    rows,
     same_bits,
     weights,
 )
+from tests.helpers.unfreezing import STEPS, Watch, make, names_of
 
-STEPS = 8
 GROUPS = ["head", "layer.1", "layer.0", "embeddings"]  # of the tiny BERT, top first
-
-
-def make(folder: Path, model: Any = None, **settings: Any) -> Trainer:
-    labels = settings.pop("labels", "row")
-    callbacks = settings.pop("callbacks", [])
-    settings = {"max_steps": STEPS, **settings}
-    return Trainer(
-        model if model is not None else bert(),
-        arguments(folder, **settings),
-        train_dataset=rows(32, 1, labels),
-        eval_dataset=rows(6, 9, labels),
-        data_collator=collate,
-        callbacks=callbacks,
-    )
-
-
-def names_of(model: nn.Module) -> dict[str, list[str]]:
-    return {group.name: list(group.parameters) for group in layer_groups(model)}
-
-
-class Watch(TrainerCallback):
-    """Which parameters moved in each optimizer step."""
-
-    def __init__(self) -> None:
-        self.moved: list[set[str]] = []
-        self.rates: list[dict[str, float]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = weights(kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = weights(kwargs["model"])
-        self.moved.append({k for k in now if not torch.equal(now[k], self.before[k])})
-        self.before = now
 
 
 def expected_groups(step: int) -> set[str]:
@@ -220,14 +183,6 @@ def test_one_batch_of_8_is_8_batches_of_1(head: str, tmp_path: Path) -> None:
 
 
 # ---- resume ----
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
 
 
 SCHEDULES: dict[str, Any] = {

@@ -23,7 +23,9 @@ from hf_adapt.cli import app
 from hf_adapt.unfreezing.costs import group_costs, phase_cost
 from hf_adapt.unfreezing.phases import Clock
 from hf_adapt.unfreezing.plan import group_patterns
-from tests.tiny import arguments, bert, collate, llama, rows, same_bits, weights
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import arguments, same_bits, weights
 
 
 def test_a_plan_is_printed_with_steps_sizes_and_predictions() -> None:

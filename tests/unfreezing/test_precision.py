@@ -8,9 +8,10 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import FreezeOnly, GradualUnfreezingCallback, RandomLayers
-from tests.engine.test_scaler import ScaledTrainer, needs_cuda
-from tests.tiny import arguments, bert, collate, rows, weights
-from tests.unfreezing.test_gradual import Watch, names_of
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import ScaledTrainer, arguments, needs_cuda, weights
+from tests.helpers.unfreezing import Watch, names_of
 
 STEPS = 8
 

@@ -21,10 +21,12 @@ from hf_adapt import (
     Phase,
     adapt,
 )
-from hf_adapt.engine.row_store import RECORD, RowStore, row_keys
+from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
 from hf_adapt.unfreezing.prefix import FrozenPrefix
 from hf_adapt.unfreezing.prefix_checks import cacheable_stack
-from tests.tiny import FIVE, GradientRecorder, arguments, bert, collate, llama, rows, weights
+from tests.helpers.data import collate, rows
+from tests.helpers.models import FIVE, bert, llama
+from tests.helpers.trainers import GradientRecorder, arguments, weights
 
 LOWER_3 = FreezeOnly("embeddings", r"layer\.[012]")
 

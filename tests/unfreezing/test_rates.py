@@ -11,7 +11,7 @@ from hf_adapt.unfreezing.rates import (
     importance_of,
     rewarm_factor,
 )
-from tests.tiny import bert
+from tests.helpers.models import bert
 
 
 def test_decay_is_counted_from_the_head():

@@ -16,9 +16,11 @@ from transformers import (
 )
 
 from hf_adapt import GradualUnfreezingCallback, layer_groups
-from tests.engine.test_trainers import chats, sentence_trainer, sft, texts
-from tests.tiny import arguments, bert, collate, rows
-from tests.unfreezing.test_gradual import Watch, make
+from tests.helpers.data import chats, collate, rows, texts
+from tests.helpers.libraries import sentence_trainer, sft
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
+from tests.helpers.unfreezing import Watch, make
 
 
 def assert_each_phase_moves_its_groups(trainer: Trainer, watch: Watch) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.engine.texts import KEEP_COLUMN, check_columns, check_row
 from hf_adapt.engine.training import resumed_from, unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
@@ -30,12 +29,13 @@ from hf_adapt.knowledge.injection.saving import (
     resumed_vectors,
     save_knowledge,
 )
-from hf_adapt.knowledge.injection.sites import is_causal_lm
 from hf_adapt.knowledge.injection.text_triples import VISIBILITY
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.mentions import TOKEN_MENTIONS
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
+from hf_adapt.models.heads import is_causal_lm
+from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.knowledge.injection.forms import Record
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import NAMES, Knowledge, take_knowledge
-from hf_adapt.knowledge.injection.sites import Site, find_sites, reader_of
+from hf_adapt.knowledge.injection.sites import Site, find_sites
 from hf_adapt.knowledge.injection.text_triples import VISIBILITY, additive_mask
+from hf_adapt.models.structure import reader_of, unwrapped_base
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from hf_adapt.engine.labels import IGNORED
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import Knowledge
 from hf_adapt.knowledge.injection.prompts import add_prompt_tokens
-from hf_adapt.knowledge.injection.sites import is_causal_lm, is_masked_lm
 from hf_adapt.knowledge.injection.text_triples import TripleWriter, check_visibility, first_position
 from hf_adapt.knowledge.linking.mentions import TokenMention
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
+from hf_adapt.models.heads import has_head, is_causal_lm
 
 CACHED_NEIGHBOURS = 100_000
 """Entities whose neighbours are kept in memory."""
@@ -253,7 +253,7 @@ def make_batcher(
         injector.num_neighbours,
         max_mentions if not prompts else min(max_mentions or prompts, prompts),
         after and not prompts,
-        is_masked_lm(model),
+        has_head(model, "masked_lm"),
         prompts,
         writer,
     )

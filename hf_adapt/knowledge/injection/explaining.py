@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_adapt.engine.preserving import preserved
 from hf_adapt.knowledge.injection.attachment import Attachment, known_attachment
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
 from hf_adapt.knowledge.linking.mentions import TokenMention
+from hf_adapt.models.state import preserved
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_adapt.engine.adaptation import Extract, Objective
-from hf_adapt.engine.features import pool
+from hf_adapt.engine.adaptation import Objective
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.knowledge.injection.adaptation import KnowledgeInjection
 from hf_adapt.knowledge.injection.attachment import row_hash
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
+from hf_adapt.models.capture import Extract
+from hf_adapt.models.pooling import pool
 
 if TYPE_CHECKING:
     from transformers import Trainer

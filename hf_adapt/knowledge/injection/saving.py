@@ -17,7 +17,6 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_adapt.engine.checkpoint import WEIGHTS_FILE
-from hf_adapt.engine.features import unwrapped_base
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, known_attachment
 from hf_adapt.knowledge.injection.batching import make_batcher
@@ -25,6 +24,7 @@ from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
+from hf_adapt.models.structure import unwrapped_base
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from hf_adapt.engine.batch import is_a
-from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.unfreezing.layers import find_stacks
+from hf_adapt.models.heads import has_head
+from hf_adapt.models.layers import find_stacks
+from hf_adapt.models.structure import is_encoder_decoder, reader_of, unwrapped_base
 
 Place = int | str
 """`"embeddings"`, `"head"`, a layer's number (negative from the top) or a module's dotted name."""
@@ -74,34 +74,6 @@ def find_sites(model: nn.Module, places: Sequence[Place]) -> list[Site]:
     return found
 
 
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether an encoder reads the text and a decoder answers."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def is_causal_lm(model: nn.Module) -> bool:
-    """Whether a model predicts each token from those before it."""
-    heads = ("ForCausalLM", "LMHeadModel")
-    return is_a(model, heads) and not is_encoder_decoder(unwrapped_base(model))
-
-
-def is_masked_lm(model: nn.Module) -> bool:
-    """Whether a model predicts tokens that were masked."""
-    return is_a(model, ("ForMaskedLM", "ForPreTraining"))
-
-
-def reader_of(model: nn.Module) -> nn.Module:
-    """What reads the text: the encoder of an encoder–decoder, else the model itself."""
-    base: Any = unwrapped_base(model)
-    if not is_encoder_decoder(base):
-        return base  # type: ignore[no-any-return]
-    for owner in (base, getattr(base, "base_model", None)):
-        get_encoder = getattr(owner, "get_encoder", None)
-        if callable(get_encoder) and isinstance(encoder := get_encoder(), nn.Module):
-            return encoder
-    raise ValueError(f"{type(base).__name__} is an encoder–decoder and shows no encoder.")
-
-
 def _embeddings(base: nn.Module) -> nn.Module:
     reader: Any = reader_of(base)
     owners: list[Any] = [reader, getattr(base, "base_model", None), base]
@@ -154,8 +126,8 @@ def _head(base: nn.Module, names: dict[int, str]) -> Site:
             f"{type(base).__name__} has no head on a base model. Use 'embeddings', a layer's "
             "number or a module's name."
         )
-    of_rows = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
-    rows = is_a(base, of_rows) or is_encoder_decoder(base)
+    of_rows = has_head(base, "sequence_classification", "multiple_choice", "next_sentence")
+    rows = of_rows or is_encoder_decoder(base)
     return Site("head", names[id(children[0])], "row_head" if rows else "head")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_adapt.engine.features import unwrapped_base
-from hf_adapt.engine.preserving import preserved
 from hf_adapt.knowledge.linking.mentions import TokenMention
+from hf_adapt.models.state import preserved
+from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
 IGNORED = -100
 VISIBILITY = "knowledge_visibility"
@@ -183,7 +183,7 @@ def check_visibility(model: nn.Module) -> None:
     body = getattr(base, "base_model", base)
     name = type(base).__name__
     way_out = "Use another form of KnowledgeInjector, such as 'gated'."
-    if getattr(base.config, "is_encoder_decoder", False) or (
+    if is_encoder_decoder(base) or (
         "position_ids" not in inspect.signature(type(body).forward).parameters
     ):
         raise ValueError(f"form='text_triples' needs an encoder with position_ids; {name} is none. "

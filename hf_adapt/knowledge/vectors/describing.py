@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_adapt.engine.features import (
-    Pooling,
-    find_feature_module,
-    hidden_state,
-    pool,
-    token_mask,
-    unwrapped_base,
-)
-from hf_adapt.engine.preserving import preserved
 from hf_adapt.knowledge.vectors.table import EntityVectors
+from hf_adapt.models.capture import hidden_state
+from hf_adapt.models.pooling import Pooling, pool, token_mask
+from hf_adapt.models.state import preserved
+from hf_adapt.models.structure import find_feature_module, is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
     from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
@@ -98,9 +93,8 @@ def encode_descriptions(
 def _reader(model: nn.Module) -> nn.Module:
     """What reads texts: the model without its head."""
     base = unwrapped_base(model)
-    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    if getattr(base, "base_model", None) is base and not encodes:
-        return base  # type: ignore[no-any-return]  # it has none
+    if getattr(base, "base_model", None) is base and not is_encoder_decoder(base):
+        return cast(nn.Module, base)  # it has none
     return find_feature_module(model, None)
 
 

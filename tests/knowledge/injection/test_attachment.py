@@ -10,16 +10,8 @@ import torch
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import NAMES
-from tests.knowledge.models import (
-    CAUSAL,
-    GENERATING,
-    MODELS,
-    built,
-    disturb,
-    inputs,
-    knowledge,
-    made,
-)
+from tests.helpers.injectors import built, disturb, inputs, knowledge
+from tests.helpers.models import CAUSAL, GENERATING, MODELS, family
 
 FORMS = ("gated", "cross_attention", "adapter")
 
@@ -34,7 +26,7 @@ def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_at_first_nothing_is_changed(name: str, form: str) -> None:
-    model, batch = made(name), inputs(name)
+    model, batch = family(name), inputs(name)
     plain = logits(model, batch)
     keys = list(model.state_dict())
     Attachment(model, built(name, form=form, num_neighbours=2))
@@ -48,7 +40,7 @@ def test_at_first_nothing_is_changed(name: str, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_without_a_mention_is_never_changed(name: str, form: str) -> None:
-    model, batch = made(name), inputs(name)
+    model, batch = family(name), inputs(name)
     plain = logits(model, batch)
     injector = built(name, form=form, num_neighbours=2)
     disturb(injector)
@@ -61,7 +53,7 @@ def test_a_row_without_a_mention_is_never_changed(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_reach_the_output_first_and_then_everything(name: str) -> None:
-    model, batch = made(name), {**inputs(name), **knowledge()}
+    model, batch = family(name), {**inputs(name), **knowledge()}
     injector = built(name, form="cross_attention", num_neighbours=2)
     Attachment(model, injector)
     model(**batch).loss.backward()
@@ -78,7 +70,7 @@ def test_gradients_reach_the_output_first_and_then_everything(name: str) -> None
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointing_and_two_forwards_before_one_backward(name: str, reentrant: bool) -> None:
     def gradient(checkpointed: bool) -> torch.Tensor:
-        model = made(name).train()
+        model = family(name).train()
         injector = built(name, num_neighbours=2)
         disturb(injector)
         Attachment(model, injector)
@@ -98,7 +90,7 @@ def test_checkpointing_and_two_forwards_before_one_backward(name: str, reentrant
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("form", FORMS)
 def test_generation_is_the_same_with_and_without_a_cache(name: str, form: str) -> None:
-    model = made(name)
+    model = family(name)
     injector = built(name, form=form, num_neighbours=2)
     batch = inputs(name, length=6)
     del batch["labels"]
@@ -123,7 +115,7 @@ def test_generation_is_the_same_with_and_without_a_cache(name: str, form: str) -
 
 @pytest.mark.parametrize("name", ["bert", "bert_tokens", "gpt2", "llama", "t5", "lora"])
 def test_compiled_without_a_graph_break(name: str) -> None:
-    model, batch = made(name), inputs(name)
+    model, batch = family(name), inputs(name)
     if name != "t5":
         del batch["labels"]  # GPT-2's loss warns, which breaks the plain model's graph too
     injector = built(name, form="cross_attention", num_neighbours=2)
@@ -142,7 +134,7 @@ def test_compiled_without_a_graph_break(name: str) -> None:
 
 
 def test_a_copy_has_an_injector_of_its_own() -> None:
-    model, batch = made("bert"), {**inputs("bert"), **knowledge()}
+    model, batch = family("bert"), {**inputs("bert"), **knowledge()}
     injector = built("bert")
     disturb(injector)
     Attachment(model, injector)
@@ -155,7 +147,7 @@ def test_a_copy_has_an_injector_of_its_own() -> None:
 
 
 def test_detached_it_is_the_plain_model_again() -> None:
-    model, batch = made("bert"), inputs("bert")
+    model, batch = family("bert"), inputs("bert")
     plain = logits(model, batch)
     injector = built("bert")
     disturb(injector)
@@ -169,7 +161,7 @@ def test_detached_it_is_the_plain_model_again() -> None:
 
 
 def test_the_signature_tells_of_the_mentions() -> None:
-    model = made("t5")
+    model = family("t5")
     Attachment(model, built("t5"))
     for forward in (model.forward, model.get_encoder().forward):
         assert set(NAMES) <= set(inspect.signature(forward).parameters)
@@ -177,7 +169,7 @@ def test_the_signature_tells_of_the_mentions() -> None:
 
 
 def test_inputs_without_mentions_are_warned_of_once(caplog: Any) -> None:
-    model, batch = made("bert"), inputs("bert")
+    model, batch = family("bert"), inputs("bert")
     Attachment(model, built("bert"))
     model(**batch)
     model(**batch)
@@ -185,7 +177,7 @@ def test_inputs_without_mentions_are_warned_of_once(caplog: Any) -> None:
 
 
 def test_incomplete_mentions_are_refused() -> None:
-    model, mentions = made("bert"), knowledge()
+    model, mentions = family("bert"), knowledge()
     Attachment(model, built("bert"))
     del mentions["knowledge_vectors"]
     with pytest.raises(ValueError, match="without knowledge_vectors"):
@@ -194,7 +186,7 @@ def test_incomplete_mentions_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "llama_rows", "t5", "bert_tokens"])
 def test_the_head_is_a_place(name: str) -> None:
-    model, batch = made(name), inputs(name)
+    model, batch = family(name), inputs(name)
     plain = logits(model, batch)
     injector = built(name, layers=["head"])
     Attachment(model, injector)
@@ -207,7 +199,7 @@ def test_the_head_is_a_place(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_language_model_does_not_look_ahead(name: str) -> None:
-    model = made(name)
+    model = family(name)
     batch = inputs(name, rows=1)
     injector = built(name, form="adapter")
     disturb(injector, scale=2.0)
@@ -231,7 +223,7 @@ def test_a_language_model_does_not_look_ahead(name: str) -> None:
 )
 def test_places_that_are_not_there(layers: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Attachment(made("bert"), KnowledgeInjector(layers))
+        Attachment(family("bert"), KnowledgeInjector(layers))
 
 
 @pytest.mark.parametrize(

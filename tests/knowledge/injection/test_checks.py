@@ -21,10 +21,10 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from hf_adapt import DANN, Distillation, SelfTeacher, adapt
 from hf_adapt.knowledge import KnowledgeCallback, KnowledgeInjection, KnowledgeTrainer
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
-from tests.knowledge import toy
-from tests.knowledge.injection.test_injection import injection, trainer
-from tests.knowledge.models import NO_DROPOUT, SIZE, TOKENS, VOCABULARY, made
-from tests.tiny import arguments, same_bits, weights
+from tests.helpers import toy
+from tests.helpers.injectors import injection, trainer
+from tests.helpers.models import NO_DROPOUT, SIZE, TOKENS, VOCABULARY, family
+from tests.helpers.trainers import arguments, same_bits, weights
 
 
 def reviews(number: int = 24, seed: int = 1, column: str = "review") -> Any:
@@ -304,7 +304,7 @@ def test_a_pipeline_is_not_told_of_datasets(tmp_path: Path) -> None:
     from hf_adapt.knowledge import knowledge_inputs
 
     one = KnowledgeTrainer(
-        made("bert"),
+        family("bert"),
         arguments(tmp_path, max_steps=1),
         train_dataset=toy.rows(8, 1),
         data_collator=DataCollatorWithPadding(toy.tokenizer()),

@@ -15,7 +15,7 @@ from hf_adapt.knowledge.injection.forms import (
     size_of,
 )
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
-from tests.knowledge.models import DIMENSION, RELATIONS, built, disturb, knowledge
+from tests.helpers.injectors import DIMENSION, RELATIONS, built, disturb, knowledge
 
 HIDDEN, INNER, LENGTH, ROWS = 16, 8, 10, 3
 

@@ -29,48 +29,22 @@ from hf_adapt.knowledge import (
     KnowledgeTrainer,
 )
 from hf_adapt.knowledge.injection.attachment import attachment_of
-from tests.engine.test_resume import PLAIN_FILES, StopAt
-from tests.engine.test_scaler import ScaledTrainer
-from tests.knowledge import toy
-from tests.knowledge.models import MODELS, made
-from tests.tiny import GradientRecorder, arguments, cosine_and_ratio, same_bits, weights
-
-LABELS = {
-    **dict.fromkeys(("gpt2", "llama", "lora_llama", "t5", "bart"), "lm"),
-    "bert_tokens": "token",
-    "bert_masked": "masked",
-    "bert_answers": "answer",
-}
+from tests.helpers import toy
+from tests.helpers.injectors import LABELS, injection, trainer
+from tests.helpers.models import MODELS, family
+from tests.helpers.trainers import (
+    PLAIN_FILES,
+    GradientRecorder,
+    ScaledTrainer,
+    StopAt,
+    arguments,
+    cosine_and_ratio,
+    same_bits,
+    weights,
+)
 
 COMPILED = ("bert", "llama", "t5", "lora")
 """An encoder, a decoder, both, and PEFT: compiling takes ten seconds."""
-
-
-def injection(**options: Any) -> KnowledgeInjection:
-    defaults: dict[str, Any] = dict(
-        vectors=toy.vectors(),
-        injector=KnowledgeInjector(["embeddings", 0], num_neighbours=2, inner_size=8),
-        learning_rate=1e-2,
-    )
-    return KnowledgeInjection(toy.graph(), **{**defaults, **options})
-
-
-def trainer(
-    folder: Path,
-    name: str = "bert",
-    cls: type[Trainer] = Trainer,
-    data: Any = None,
-    **settings: Any,
-) -> Trainer:
-    labels = LABELS.get(name, "row")
-    return cls(
-        made(name),
-        arguments(folder, **settings),
-        train_dataset=toy.rows(24, 1, labels) if data is None else data,
-        eval_dataset=toy.rows(6, 2, labels),
-        data_collator=toy.collator(labels),
-        processing_class=toy.tokenizer(),
-    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -178,7 +152,7 @@ def test_resume_is_bit_exact_and_the_checkpoint_is_plain(form: str, tmp_path: Pa
     assert [path.name for path in (folder / "knowledge").iterdir()] == ["knowledge.json"]
     plain, info = BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert plain.config.to_dict().keys() == made("bert").config.to_dict().keys()
+    assert plain.config.to_dict().keys() == family("bert").config.to_dict().keys()
 
 
 # A masked language model's collator draws ahead of the checkpoint, so that the plain Trainer, too,
@@ -324,7 +298,7 @@ def test_beside_the_rest(tmp_path: Path) -> None:
         own,
         DANN(hidden_sizes=(8,)),
         GradualUnfreezing(),
-        Distillation(made("bert", seed=3)),
+        Distillation(family("bert", seed=3)),
         target_dataset=target,
     ).train()
     last = one.state.log_history[-2]
@@ -349,7 +323,7 @@ def test_two_domains_checkpointed_are_those_without(tmp_path: Path) -> None:
 
 def test_a_teacher_never_sees_the_mentions(tmp_path: Path) -> None:
     seen: list[set[str]] = []
-    teacher = made("bert", seed=3)
+    teacher = family("bert", seed=3)
 
     def ask(inputs: Any) -> Any:
         seen.append(set(inputs))
@@ -413,7 +387,7 @@ def test_a_fact_of_the_graph_solves_what_the_text_cannot(
 
     train, test, graph, vectors = world(tmp_path)
     one = Trainer(
-        made("bert"),
+        family("bert"),
         arguments(tmp_path, max_steps=150, per_device_train_batch_size=16, learning_rate=3e-3),
         train_dataset=train,
         eval_dataset=test,
@@ -443,7 +417,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pass processing_class=tokenizer"):
         adapt(one, injection()).train()
     with pytest.raises(ValueError, match="needs graph="):
-        KnowledgeTrainer(made("bert"), arguments(tmp_path))
+        KnowledgeTrainer(family("bert"), arguments(tmp_path))
     one = trainer(tmp_path)
     one.data_collator = lambda rows: {"input_ids": torch.zeros(1, 40, dtype=torch.long)}
     with pytest.raises(ValueError, match="one sequence for each of the rows"):
@@ -474,7 +448,7 @@ def test_another_model_starts_anew(tmp_path: Path) -> None:
     set_seed(0)  # the order of the rows
     one.train()
     first, result = weights(own.module), weights(one.model)
-    one.model = one.model_wrapped = made("bert")
+    one.model = one.model_wrapped = family("bert")
     one.optimizer = one.lr_scheduler = None
     set_seed(0)
     one.train()
@@ -498,7 +472,7 @@ def test_nothing_was_linked(tmp_path: Path, caplog: Any) -> None:
 
 def test_the_default_vectors_are_the_models_own(tmp_path: Path) -> None:
     one = KnowledgeTrainer(
-        made("bert"),
+        family("bert"),
         arguments(tmp_path),
         train_dataset=toy.rows(24, 1),
         data_collator=toy.collator(),
@@ -544,7 +518,7 @@ def test_the_trainer_hands_its_options_on(tmp_path: Path) -> None:
         weight_decay=0.25,
     )
     graph = toy.graph()
-    one = KnowledgeTrainer(made("bert"), arguments(tmp_path), graph=graph, **given)
+    one = KnowledgeTrainer(family("bert"), arguments(tmp_path), graph=graph, **given)
     for own in (one.injection, KnowledgeCallback(graph, **given).injection):
         assert own.graph is graph and own.text_columns == ("sentence",)
         kept = {name: getattr(own, name) for name in given if name != "text_column"}

@@ -29,11 +29,10 @@ from hf_adapt.knowledge.injection.text_triples import (
     check_visibility,
     first_position,
 )
-from tests.engine.test_resume import StopAt
-from tests.knowledge import toy
-from tests.knowledge.injection.test_injection import trainer
-from tests.knowledge.models import NO_DROPOUT, SIZE, made
-from tests.tiny import FIVE, GradientRecorder, cosine_and_ratio, same_bits, weights
+from tests.helpers import toy
+from tests.helpers.injectors import trainer
+from tests.helpers.models import FIVE, NO_DROPOUT, SIZE, family
+from tests.helpers.trainers import GradientRecorder, StopAt, cosine_and_ratio, same_bits, weights
 
 needs_masks = pytest.mark.skipif(not FIVE, reason="BERT of transformers 4 takes no 4-D mask")
 
@@ -152,7 +151,7 @@ def adapted_mention(text: str) -> Any:
 @needs_masks
 @pytest.mark.parametrize("name", ["bert", "roberta", "bert_tokens"])
 def test_facts_reach_their_mention_alone(name: str) -> None:
-    model = made(name)
+    model = family(name)
     check_visibility(model)
     Attachment(model, KnowledgeInjector(form="text_triples"))
     text = "w20 w0 w21"
@@ -215,7 +214,7 @@ def bart() -> Any:
 
 @pytest.mark.parametrize("name", ["deberta", "t5", "llama", "bart"])
 def test_models_that_cannot_are_told(name: str, tmp_path: Path) -> None:
-    model = bart() if name == "bart" else made(name)
+    model = bart() if name == "bart" else family(name)
     with pytest.raises(ValueError, match="text_triples"):
         check_visibility(model)
 

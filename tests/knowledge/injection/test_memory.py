@@ -12,9 +12,8 @@ from hf_adapt import GradualUnfreezing, adapt
 from hf_adapt.knowledge import (
     load_knowledge_model,
 )
-from tests.knowledge import toy
-from tests.knowledge.injection.test_injection import injection, trainer
-from tests.knowledge.injection.test_saving import trained
+from tests.helpers import toy
+from tests.helpers.injectors import injection, trained, trainer
 
 
 def test_loaded_models_go_with_their_last_reference(tmp_path: Path) -> None:

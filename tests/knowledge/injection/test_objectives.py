@@ -20,10 +20,9 @@ from hf_adapt.knowledge import (
 )
 from hf_adapt.knowledge.injection.attachment import row_hash
 from hf_adapt.knowledge.injection.objectives import entity_scores_loss
-from tests.engine.test_resume import StopAt
-from tests.knowledge import toy
-from tests.knowledge.injection.test_injection import injection, trainer
-from tests.tiny import GradientRecorder, cosine_and_ratio, same_bits, weights
+from tests.helpers import toy
+from tests.helpers.injectors import injection, trainer
+from tests.helpers.trainers import GradientRecorder, StopAt, cosine_and_ratio, same_bits, weights
 
 KINDS = (EntityPrediction, LinkPrediction, DescriptionAlignment)
 

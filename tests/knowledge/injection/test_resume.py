@@ -20,10 +20,10 @@ from hf_adapt.knowledge import (
     LinkPrediction,
     load_knowledge_model,
 )
-from tests.knowledge import toy
-from tests.knowledge.injection.test_injection import trainer
-from tests.knowledge.models import made
-from tests.tiny import same_bits, weights
+from tests.helpers import toy
+from tests.helpers.injectors import trainer
+from tests.helpers.models import family
+from tests.helpers.trainers import same_bits, weights
 
 SAVING: dict[str, Any] = dict(save_strategy="steps", save_steps=2, max_steps=4)
 
@@ -65,7 +65,7 @@ def test_default_vectors_are_those_of_the_start(
     found, expected = resumed[1].injection.vectors, whole[1].injection.vectors
     assert found.fingerprint == expected.fingerprint and found.metadata == expected.metadata
     assert resumed[0].evaluate()["eval_loss"] == whole[0].evaluate()["eval_loss"]
-    own = EntityVectors.from_descriptions(toy.graph(), made("bert"), toy.tokenizer())
+    own = EntityVectors.from_descriptions(toy.graph(), family("bert"), toy.tokenizer())
     assert expected.fingerprint == own.fingerprint
     load_knowledge_model(checkpoint, toy.graph())
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_another_run_brings_its_own_vectors(tmp_path: Path) -> N
     """In one process: the callback has made vectors of another model already."""
     first = run(tmp_path / "first")
     two = trainer(tmp_path / "two", **SAVING)
-    two.model = two.model_wrapped = made("bert", seed=4)
+    two.model = two.model_wrapped = family("bert", seed=4)
     callback = KnowledgeCallback(toy.graph(), learning_rate=1e-2)
     two.add_callback(callback)
     two.train()
@@ -107,7 +107,7 @@ def test_a_checkpoint_without_the_vectors_names_a_way_that_works(tmp_path: Path)
     shutil.rmtree(checkpoint / "knowledge" / "vectors")
     with pytest.raises(ValueError, match=r"EntityVectors\.from_descriptions"):
         run(tmp_path / "again", checkpoint)
-    vectors = EntityVectors.from_descriptions(toy.graph(), made("bert"), toy.tokenizer())
+    vectors = EntityVectors.from_descriptions(toy.graph(), family("bert"), toy.tokenizer())
     assert same_bits(state(*whole), state(*run(tmp_path / "again", checkpoint, vectors=vectors)))
 
 

@@ -17,28 +17,12 @@ from hf_adapt.knowledge import (
     load_knowledge_model,
 )
 from hf_adapt.knowledge.injection.attachment import attachment_of
-from tests.knowledge import toy
-from tests.knowledge.injection.test_injection import trainer
-from tests.knowledge.models import made
+from tests.helpers import toy
+from tests.helpers.injectors import trained, trainer
+from tests.helpers.models import family
 
 TEXTS = ["w0 w20 w1 w2", "w21 w22", "w4 w9"]
 DECODED = "ignore:Entities are linked in the tokenizer's own decoding:UserWarning"
-
-
-def trained(folder: Path, name: str = "bert", save_graph: bool = True, **options: Any) -> Trainer:
-    from hf_adapt import adapt
-
-    defaults: dict[str, Any] = dict(
-        vectors=toy.vectors(), injector=KnowledgeInjector(["embeddings", 0], num_neighbours=2)
-    )
-    own = KnowledgeInjection(
-        toy.graph(), **{**defaults, **options}, save_graph=save_graph, learning_rate=3e-2
-    )
-    one = trainer(folder, name, max_steps=4, save_strategy="steps", save_steps=4)
-    adapt(one, own).train()
-    one.save_model(str(folder / "final"))
-    one.model.eval()
-    return one
 
 
 @pytest.mark.filterwarnings(DECODED)
@@ -99,7 +83,7 @@ def test_the_card_says_what_is_missing(tmp_path: Path) -> None:
 def test_lora(tmp_path: Path) -> None:
     one = trained(tmp_path, "lora")
     inputs = knowledge_inputs(one.model, TEXTS)
-    base = made("bert")
+    base = family("bert")
     from peft import PeftModel
 
     model = load_knowledge_model(
@@ -207,7 +191,7 @@ def test_explanations(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert "no entity was linked" in str(explain(model, "w30"))
     with pytest.raises(ValueError, match="has no knowledge injector"):
-        explain(made("bert"), "w0")
+        explain(family("bert"), "w0")
 
 
 def test_a_folder_is_never_half_written(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from torch import nn
 
 from hf_adapt.knowledge import EntityVectors, KnowledgeInjector, explain, load_knowledge_model
 from hf_adapt.knowledge.injection.text_triples import check_visibility
-from tests.knowledge import toy
-from tests.knowledge.injection.test_saving import trained
-from tests.knowledge.models import made
-from tests.tiny import FIVE
+from tests.helpers import toy
+from tests.helpers.injectors import trained
+from tests.helpers.models import FIVE, family
 
 
 class Counter(nn.Module):
@@ -42,14 +41,14 @@ def counting(model: Any) -> Any:
 
 
 def describe(folder: Path) -> tuple[Any, Callable[[], Any]]:
-    model = counting(made("bert"))
+    model = counting(family("bert"))
     return model, lambda: EntityVectors.from_descriptions(
         toy.graph(), model, toy.tokenizer(), batch_size=2
     )
 
 
 def visibility(folder: Path) -> tuple[Any, Callable[[], Any]]:
-    model = counting(made("bert"))
+    model = counting(family("bert"))
     return model, lambda: check_visibility(model)
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner, find_part, find_whole
-from tests.knowledge.names import Names
-from tests.knowledge.tokenizers import tokenizer
+from tests.helpers.names import Names
+from tests.helpers.tokenizers import tokenizer
 
 NAMES = Names(["heart attack", "heart", "attack heart", "aspirin", "a a a", "北京", "北京大学"])
 UNITS = {

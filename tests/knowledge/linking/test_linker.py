@@ -16,7 +16,7 @@ from hf_adapt.knowledge.linking.inflection import ENGLISH_FUNCTION_WORDS, englis
 from hf_adapt.knowledge.linking.linker import Linker
 from hf_adapt.knowledge.linking.matcher import AhoCorasickMatcher, WordMatcher
 from hf_adapt.knowledge.linking.mentions import Candidate, Mention
-from tests.knowledge.names import Names
+from tests.helpers.names import Names
 
 MEDICAL = Names(["aspirin", "heart attack", "attack", "heart", "blood", "AT&T", "C++"])
 

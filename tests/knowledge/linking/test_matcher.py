@@ -24,7 +24,7 @@ from hf_adapt.knowledge.linking.normalization import (
     token_splitter,
     tokens_among_signs,
 )
-from tests.knowledge.names import is_boundary, is_mark, naive, unspaced
+from tests.helpers.names import is_boundary, is_mark, naive, unspaced
 
 MATCHERS = [WordMatcher, AhoCorasickMatcher]
 # Few letters, so that names are found, overlap and nearly match; each with a trap of its own.

@@ -11,8 +11,8 @@ from hf_adapt.knowledge.linking.callable_linker import CallableLinker
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.mention_columns import AddMentions, coverage
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
-from tests.knowledge.names import Names
-from tests.knowledge.tokenizers import tokenizer
+from tests.helpers.names import Names
+from tests.helpers.tokenizers import tokenizer
 
 GRAPH = Names([("aspirin", 0), ("new york", 1), ("new york", 2), ("blood", 3)])
 TEXTS = ["nothing here", "Aspirin in New York", None, "blood and aspirin"] * 6

@@ -17,8 +17,8 @@ from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.mentions import TokenMention
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.linking.token_pieces import TokenPieces
-from tests.knowledge.names import Names
-from tests.knowledge.tokenizers import KINDS, NAMES, WORDS, tokenizer
+from tests.helpers.names import Names
+from tests.helpers.tokenizers import KINDS, NAMES, WORDS, tokenizer
 
 LINKER = EntityLinker(Names(NAMES), min_length=1)
 SEPARATORS = st.sampled_from([" ", " ", " ", "  ", ", ", "\n", ". ", "\t"])

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.vectors.table import EntityVectors
-from tests.tiny import bert
+from tests.helpers.models import bert
 
 KEYS = ["cat", "feline", "lion", "New York", "dodo"]
 

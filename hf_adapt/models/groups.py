@@ -1,4 +1,4 @@
-"""Ordered layer groups of any model, bottom to top: what is unfrozen or learns alike."""
+"""Ordered layer groups of any model, from bottom to top."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-_List = nn.ModuleList | nn.Sequential
+from hf_adapt.models.layers import Stack, find_stacks, is_checkpointed, is_under, prefixes
+
 Kind = Literal["embeddings", "layer", "norm", "head", "other"]
+
+
 Groups = Mapping[str, str | Sequence[str]] | Sequence["str | Sequence[str] | LayerGroup"]
+
 
 _EMBEDDING = re.compile(
     r"embed|^rel(ative)?_(pos|att)|^pos(ition)?_(emb|bias)|^per_layer|prompt|tokens?$"
 )
-_INPUT_CONVOLUTION = re.compile(r"embed|feature_extractor|conv_layers")
+
+
 _BRIDGE = re.compile(
     r"multi_?modal|enc_to_dec|image_to_text|connector|aligner|resampler|^(mm_)?projector$"
 )
+
+
 _HEAD = re.compile(r"lm_head|score|fc|qa_outputs|\w*classifier|(text|visual|audio)_projection")
+
+
 _LATE = re.compile(r"(^|_)(final|post|last|out|pooler)(_|$)|ln_f|norm_f")
+
+
 # Where neither the order of registration nor the name tells where the forward uses a module.
 _EXCEPTIONS = (
     # Normalises the relative position embeddings, not the output of the layers.
@@ -38,22 +47,6 @@ _EXCEPTIONS = (
     # Registered after the layers and applied before them.
     (re.compile(r"Qwen3\w+Encoder\.conv\w+"), "embeddings"),
 )
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A list of layers that follow one another.
-
-    Args:
-        path: Module name of the list, such as `"bert.encoder.layer"`.
-        tower: `""` if the model has one stack, else a short name that tells its stacks apart, such
-            as `"encoder"` and `"decoder"`.
-        layers: Module names of the layers, bottom first.
-    """
-
-    path: str
-    tower: str
-    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -116,139 +109,6 @@ def matches(pattern: str, name: str) -> bool:
         ) from error
 
 
-def _under(name: str, module: str) -> bool:
-    return not module or name == module or name.startswith(f"{module}.")
-
-
-def _prefixes(name: str) -> list[str]:
-    """The names of the modules around a name, the whole model ("") first, and the name itself."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
-
-
-def _outermost(paths: Iterable[str]) -> list[str]:
-    kept: list[str] = []
-    for path in paths:  # a module comes before those inside it
-        if not any(_under(path, outer) for outer in kept):
-            kept.append(path)
-    return kept
-
-
-def _classes(layers: nn.Module) -> set[type[nn.Module]]:
-    """The classes of a list's members, looking into PEFT's `modules_to_save`."""
-    originals = (getattr(layer, "original_module", layer) for layer in layers.children())
-    return {type(layer) for layer in originals}
-
-
-def _checkpointed(layers: nn.Module) -> bool:
-    return all(issubclass(cls, GradientCheckpointingLayer) for cls in _classes(layers))
-
-
-def find_stacks(model: nn.Module) -> list[Stack]:
-    """The model's towers of layers, in the order of registration.
-
-    A stack is an outermost `ModuleList` (or `Sequential`) of `GradientCheckpointingLayer`s or, in
-    a base model that has none, of at least two modules of one class: a stage is a layer. ALBERT,
-    whose depth shares one set of weights, is a stack of one layer. Frozen stacks count, so that
-    the names do not depend on what is frozen.
-
-    Args:
-        model: Any model; a PEFT model is looked through.
-
-    Returns:
-        The stacks; empty if there is none.
-
-    Example:
-        >>> layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        >>> find_stacks(nn.ModuleDict({"embed": nn.Embedding(9, 4), "layers": layers}))
-        [Stack(path='layers', tower='', layers=('layers.0', 'layers.1'))]
-    """
-    modules = dict(model.named_modules())
-    lists = {
-        path: module
-        for path, module in modules.items()
-        if isinstance(module, _List)
-        and not isinstance(module, ParametrizationList)
-        and any(True for _ in module.parameters())
-    }
-    paths = _towers([path for path in lists if _checkpointed(lists[path])], lists)
-    parts = _parts_without(paths, modules)
-    alike = [
-        path
-        for path, layers in lists.items()
-        if len(_classes(layers)) == 1 and any(_under(path, part) for part in parts)
-    ]
-    several = [path for path in alike if len(lists[path]) > 1]
-    paths += _without_twins(_towers(several if several or paths else alike, lists), lists)
-    paths.sort(key=list(modules).index)
-    names = _tower_names(paths)
-    return [
-        Stack(path, names[path], tuple(f"{path}.{own}".strip(".") for own in lists[path]._modules))
-        for path in paths
-    ]
-
-
-def _towers(paths: Sequence[str], lists: Mapping[str, _List]) -> list[str]:
-    """The outermost lists: stages rather than their blocks, layers rather than convolutions."""
-
-    def lifted(path: str) -> str:
-        for outer in _prefixes(path)[:-1]:
-            if outer in lists and len(lists[outer]) > 1:
-                classes = _classes(lists[outer])
-                if len(classes) == 1 and not issubclass(classes.pop(), PreTrainedModel):
-                    return outer
-        return path
-
-    outer = _outermost(dict.fromkeys(map(lifted, paths)))
-    layers = [p for p in outer if not _INPUT_CONVOLUTION.search(".".join(p.split(".")[-2:]))]
-    return layers or outer
-
-
-def _parts_without(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The base models that hold none of the stacks found; a head is no base model."""
-    names = {id(module): name for name, module in modules.items()}
-    bases = {
-        name: names.get(id(module.base_model), name)
-        for name, module in modules.items()
-        if isinstance(module, PreTrainedModel)
-    }
-    if not bases:
-        return [] if paths else [""]
-    parts = [
-        part
-        for part in bases
-        if not any(_under(path, part) for path in paths)
-        and all(_under(part, bases[name]) for name in bases if name != part and _under(part, name))
-    ]
-    return [bases[part] for part in _outermost(parts)]
-
-
-def _without_twins(paths: Sequence[str], lists: Mapping[str, _List]) -> list[str]:
-    """One list of those that stand side by side and are run through together (XLM, SegFormer)."""
-    first: dict[object, str] = {}
-    for path in paths:
-        parent, _, own = path.rpartition(".")
-        together = isinstance(lists[path], nn.ModuleList) and "coder" not in own
-        first.setdefault((parent, len(lists[path])) if together else path, path)
-    return list(first.values())
-
-
-def _tower_names(paths: Sequence[str]) -> dict[str, str]:
-    """Short names that tell the paths apart: their first parts that differ."""
-    if len(paths) == 1:
-        return {paths[0]: ""}
-    parts = {path: path.split(".") for path in paths}
-    depth = 0
-    while paths and len({".".join(part[: depth + 1]) for part in parts.values()}) == 1:
-        depth += 1
-    names: dict[str, str] = {}
-    for first in dict.fromkeys(part[depth] for part in parts.values()):
-        rest = {".".join(p[depth + 1 :]): path for path, p in parts.items() if p[depth] == first}
-        for tail, name in _tower_names(list(rest)).items():
-            names[rest[tail]] = f"{first}.{name}".strip(".")
-    return names
-
-
 class _Layout:
     """Where each parameter of a model belongs, relative to its stacks."""
 
@@ -257,21 +117,21 @@ class _Layout:
         self.modules = dict(model.named_modules())
         self.order = {name: position for position, name in enumerate(self.modules)}
         self.lists = {stack.path: index for index, stack in enumerate(stacks)}
-        self.around = {name for stack in stacks for name in _prefixes(stack.path)}
+        self.around = {name for stack in stacks for name in prefixes(stack.path)}
         self.head_owners = self._above_base(model)
 
     def _unit(self, name: str) -> tuple[str, str]:
         """The outermost module around a parameter that holds no stack, and that module's owner."""
-        names = _prefixes(name)
+        names = prefixes(name)
         end = next(i for i, prefix in enumerate(names) if prefix not in self.around)
         return names[end], names[end - 1]
 
     def _scope(self, owner: str) -> list[int]:
-        return [i for i, stack in enumerate(self.stacks) if _under(stack.path, owner)]
+        return [i for i, stack in enumerate(self.stacks) if is_under(stack.path, owner)]
 
     def _pretrained(self, name: str) -> bool:
         """Whether a module of transformers holds it."""
-        return any(isinstance(self.modules.get(n), PreTrainedModel) for n in _prefixes(name))
+        return any(isinstance(self.modules.get(n), PreTrainedModel) for n in prefixes(name))
 
     def _above_base(self, model: nn.Module) -> set[str]:
         """Modules around a stack whose other children are heads."""
@@ -293,7 +153,7 @@ class _Layout:
             ]
             inputs = [owner for unit, owner in beside if _EMBEDDING.search(unit.rpartition(".")[2])]
             for owner in sorted([owner for _, owner in beside[:1]] + inputs, key=len)[:1]:
-                owners |= set(_prefixes(owner)[:-1])
+                owners |= set(prefixes(owner)[:-1])
         return owners
 
     def place(self, name: str) -> _Place:
@@ -327,7 +187,7 @@ class _Layout:
             len(scope) == 1
             and isinstance(module, nn.ModuleList)
             and len(module) == len(stack.layers) > 1
-            and not _checkpointed(self.modules[stack.path])
+            and not is_checkpointed(self.modules[stack.path])
         )
 
     def _between(self, unit: str, own: str, scope: list[int]) -> _Place:
@@ -381,7 +241,7 @@ class _Layout:
         return _Place((len(self.stacks), 0, 0), "head", "", "head")
 
     def _common_tower(self, scope: list[int]) -> str:
-        names = [_prefixes(self.stacks[i].tower) for i in scope]
+        names = [prefixes(self.stacks[i].tower) for i in scope]
         return max(set(names[0]).intersection(*names[1:]), key=len)
 
 

@@ -1,7 +1,8 @@
-"""Tiny trained tokenizers of the four kinds that matter for offsets."""
+"""Tokenizers of few words: word by word, and trained ones of the kinds that matter for offsets."""
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import (
@@ -15,6 +16,49 @@ from tokenizers import (
     trainers,
 )
 from transformers import PreTrainedTokenizerFast
+
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def word_tokenizer(
+    words: Sequence[str],
+    special: Sequence[str] = BERT_SPECIAL,
+    single: str | None = "[CLS] $A [SEP]",
+    pair: str | None = None,
+    **settings: Any,
+) -> PreTrainedTokenizerFast:
+    """One number a word: the special tokens first, then the words in their order.
+
+    Args:
+        words: The vocabulary.
+        special: Tokens before the words. The usual names become the tokenizer's own.
+        single: What is put around a text; None for nothing.
+        pair: What is put around two texts.
+        settings: Further options of the tokenizer, such as `model_max_length`.
+    """
+    vocabulary = {word: number for number, word in enumerate([*special, *words])}
+    unknown = "[UNK]" if "[UNK]" in special else special[0]
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if single is not None:
+        inside = [token for token in special if token in f"{single} {pair}"]
+        raw.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[(t, vocabulary[t]) for t in inside]
+        )
+    names = {f"{token[1:-1].lower()}_token": token for token in BERT_SPECIAL if token in special}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **{**names, **settings})
+
+
+def chat_template(end: str) -> str:
+    """A template that says which tokens are the assistant's; each answer ends with `end`."""
+    return (
+        "{% for m in messages %}{% if m['role'] == 'user' %}user: {{ m['content'] }} "
+        "{% else %}assistant: {% generation %}{{ m['content'] }} " + end + " {% endgeneration %}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+
+
+# ---- trained tokenizers ----
 
 WORDS = (
     "aspirin thins the blood of people after a heart attack in new york and at the café on naïve "

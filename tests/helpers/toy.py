@@ -6,18 +6,17 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
 )
-from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.vectors.table import EntityVectors
+from tests.helpers.tokenizers import word_tokenizer
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{i}" for i in range(59)]
 NAMES = {"e0": "w0", "e1": ["w1 w2", "w3"], "e2": "w1", "e3": "w4", "e4": "w4", "e5": "w5 w6 w7"}
 TRIPLES = [
@@ -29,24 +28,10 @@ TRIPLES = [
 ]
 
 
-def tokenizer(special: bool = True) -> FastTokenizer:
+def tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
     """Words to numbers, 64 of them; with [CLS] and [SEP] or without."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if special:
-        made.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    return FastTokenizer(
-        tokenizer_object=made,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=32,
-    )
+    single = "[CLS] $A [SEP]" if special else None
+    return word_tokenizer(WORDS, single=single, model_max_length=32)
 
 
 def graph() -> KnowledgeGraph:

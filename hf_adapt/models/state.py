@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,6 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hf_adapt.engine.auxiliary import preserved_random_state
-
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 """What a forward may add to; types of others, such as a model's outputs, may allow no change."""
 
@@ -23,6 +22,25 @@ KEPT = (bool, int, float, str, type(None), torch.Tensor, tuple, frozenset, np.nd
 
 INTERNAL = vars(nn.Module()).keys() - {"training"}
 """Attributes in which torch keeps parameters, buffers, submodules and hooks."""
+
+
+@contextmanager
+def preserved_random_state(seed: int | None = None) -> Iterator[None]:
+    """Give Python, NumPy and torch their random states back afterwards.
+
+    Args:
+        seed: Seed torch with it inside.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            if seed is not None:
+                torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -6,20 +6,10 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForQuestionAnswering,
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import BertForMultipleChoice, ViTForImageClassification
 
-from tests.tiny import NO_DROPOUT, SIZE, VOCABULARY, bert, collate, llama, rows
+from tests.helpers.data import collate, rows
+from tests.helpers.models import MODELS, bert, bert_config, enlarged, llama, vit_config
 
 
 @dataclass
@@ -35,18 +25,9 @@ class Case:
 def _seeded(make: Callable[[], Any]) -> Callable[[int], Any]:
     def model(seed: int) -> Any:
         torch.manual_seed(seed)
-        made = make()
-        with torch.no_grad():  # larger weights: predictions that differ
-            for parameter in made.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(6.0)
-        return made
+        return enlarged(make(), 6.0)
 
     return model
-
-
-def _bert_config(**settings: Any) -> BertConfig:
-    return BertConfig(vocab_size=VOCABULARY, **SIZE, **NO_DROPOUT, **settings)
 
 
 def _span_rows(number: int) -> datasets.Dataset:
@@ -134,66 +115,30 @@ def _choice_collate(features: Any) -> dict[str, torch.Tensor]:
     return {key: torch.tensor([f[key] for f in features]) for key in features[0]}
 
 
-def _gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=32,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def _t5() -> T5ForConditionalGeneration:
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-    )
-    return T5ForConditionalGeneration(config)
-
-
-def _vit() -> ViTForImageClassification:
-    config = ViTConfig(image_size=8, patch_size=4, num_labels=3, **SIZE, **NO_DROPOUT)
-    return ViTForImageClassification(config)
-
-
 CASES = {
     "sequence": Case(_seeded(lambda: bert("sequence", seed=_now())), lambda n: rows(n, 1, "row")),
     "token": Case(_seeded(lambda: bert("token", seed=_now())), lambda n: rows(n, 1, "token")),
-    "spans": Case(
-        _seeded(lambda: BertForQuestionAnswering(_bert_config())), _span_rows, _span_collate
-    ),
+    "spans": Case(_seeded(MODELS["bert_answers"]), _span_rows, _span_collate),
     "masked_lm": Case(
-        _seeded(lambda: BertForMaskedLM(_bert_config())),
+        _seeded(MODELS["bert_masked"]),
         _masked_rows,
         is_language_model=True,
     ),
     "llama": Case(
         _seeded(lambda: llama(_now())), lambda n: rows(n, 1, "lm"), is_language_model=True
     ),
-    "gpt2": Case(_seeded(_gpt2), lambda n: rows(n, 1, "lm"), is_language_model=True),
-    "seq2seq": Case(_seeded(_t5), _target_rows, _target_collate, is_language_model=True),
-    "image": Case(_seeded(_vit), _images, _image_collate),
+    "gpt2": Case(_seeded(MODELS["gpt2"]), lambda n: rows(n, 1, "lm"), is_language_model=True),
+    "seq2seq": Case(_seeded(MODELS["t5"]), _target_rows, _target_collate, is_language_model=True),
+    "image": Case(
+        _seeded(lambda: ViTForImageClassification(vit_config())), _images, _image_collate
+    ),
     "several_labels": Case(
         _seeded(lambda: bert("sequence", seed=_now(), problem_type="multi_label_classification")),
         _several_labels,
         _several_collate,
     ),
     "choices": Case(
-        _seeded(lambda: BertForMultipleChoice(_bert_config())), _choices, _choice_collate
+        _seeded(lambda: BertForMultipleChoice(bert_config())), _choices, _choice_collate
     ),
 }
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_adapt.engine.adaptation import Extract
-from hf_adapt.engine.features import FeatureTap, hidden_and_mask
+from hf_adapt.models.capture import Extract
 
 _ALONE = {
     "query": re.compile(r"(query|query_proj|q_proj|q_lin|q|query_layer|q_linear|wq)$"),
@@ -90,30 +88,3 @@ def probabilities(output: Any) -> tuple[torch.Tensor, None] | None:
         if isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point():
             return value, None
     return None
-
-
-@contextmanager
-def tapped(
-    taps: Mapping[nn.Module, Extract | None],
-) -> Iterator[Callable[[], dict[nn.Module, Any]]]:
-    """Record what modules give while the context is open, whatever the gradient mode.
-
-    Yields:
-        A function that hands over the first output of each module.
-    """
-    with ExitStack() as stack:
-        recorders: dict[nn.Module, FeatureTap] = {}
-        for module, extract in taps.items():
-            tap = FeatureTap(module, extract or hidden_and_mask)
-            stack.callback(tap.remove)
-            tap.record()
-            recorders[module] = tap
-
-        def take() -> dict[nn.Module, Any]:
-            seen = {}
-            for module, tap in recorders.items():
-                if captured := tap.take():
-                    seen[module] = captured[0][0]
-            return seen
-
-        yield take

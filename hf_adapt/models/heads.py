@@ -1,0 +1,77 @@
+"""What a model predicts: the one table of Hugging Face's heads, by the endings of class names."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from hf_adapt.models.structure import is_a, is_encoder_decoder
+
+HeadName = Literal[
+    "sequence_classification",
+    "multiple_choice",
+    "next_sentence",
+    "token_classification",
+    "question_answering",
+    "masked_lm",
+    "causal_lm",
+    "conditional_generation",
+    "image_classification",
+    "audio_classification",
+]
+
+
+class HeadClasses(NamedTuple):
+    """The classes of a head.
+
+    Attributes:
+        endings: How the names of its models' classes end.
+        auto_class: The class of transformers that loads such a model.
+    """
+
+    endings: tuple[str, ...]
+    auto_class: str
+
+
+HEADS: dict[HeadName, HeadClasses] = {
+    "sequence_classification": HeadClasses(
+        ("ForSequenceClassification",), "AutoModelForSequenceClassification"
+    ),
+    "multiple_choice": HeadClasses(("ForMultipleChoice",), "AutoModelForMultipleChoice"),
+    "next_sentence": HeadClasses(
+        ("ForNextSentencePrediction",), "AutoModelForNextSentencePrediction"
+    ),
+    "token_classification": HeadClasses(
+        ("ForTokenClassification",), "AutoModelForTokenClassification"
+    ),
+    "question_answering": HeadClasses(
+        ("ForQuestionAnswering", "ForQuestionAnsweringSimple"), "AutoModelForQuestionAnswering"
+    ),
+    "masked_lm": HeadClasses(("ForMaskedLM", "ForPreTraining"), "AutoModelForMaskedLM"),
+    "causal_lm": HeadClasses(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM"),
+    "conditional_generation": HeadClasses(("ForConditionalGeneration",), "AutoModelForSeq2SeqLM"),
+    "image_classification": HeadClasses(
+        ("ForImageClassification",), "AutoModelForImageClassification"
+    ),
+    "audio_classification": HeadClasses(
+        ("ForAudioClassification",), "AutoModelForAudioClassification"
+    ),
+}
+
+
+def has_head(model: nn.Module, *heads: HeadName) -> bool:
+    """Whether a model, or the class that a user derived it from, has one of these heads.
+
+    Example:
+        >>> from transformers import BertConfig, BertForMaskedLM
+        >>> config = BertConfig(hidden_size=4, num_attention_heads=1, num_hidden_layers=1)
+        >>> has_head(BertForMaskedLM(config), "masked_lm"), has_head(nn.Linear(2, 2), "masked_lm")
+        (True, False)
+    """
+    return is_a(model, tuple(ending for head in heads for ending in HEADS[head].endings))
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether a model predicts each token from those before it."""
+    return has_head(model, "causal_lm") and not is_encoder_decoder(model)

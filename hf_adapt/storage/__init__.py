@@ -1,0 +1,1 @@
+"""Rows, arrays, fingerprints and atomic files on disk."""
