@@ -1,18 +1,24 @@
 """Facts of a knowledge graph in any model: linking, entity vectors, injection."""
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
-from hf_adapt.knowledge.injection.adaptation import KnowledgeInjection
 from hf_adapt.knowledge.injection.callback import KnowledgeCallback
-from hf_adapt.knowledge.injection.explaining import Explanation, explain
-from hf_adapt.knowledge.injection.forms import CrossAttention, Form, GatedAddition, KnowledgeAdapter
+from hf_adapt.knowledge.injection.explanation import Explanation, explain
+from hf_adapt.knowledge.injection.injection_layers import (
+    CrossAttention,
+    GatedAddition,
+    InjectionLayer,
+    KnowledgeAdapter,
+    LayerSizes,
+)
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
+from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
 from hf_adapt.knowledge.injection.objectives import (
     DescriptionAlignment,
     EntityPrediction,
     LinkPrediction,
 )
-from hf_adapt.knowledge.injection.prompts import SoftPrompt
-from hf_adapt.knowledge.injection.saving import knowledge_inputs, load_knowledge_model
+from hf_adapt.knowledge.injection.saved_model import knowledge_inputs, load_knowledge_model
+from hf_adapt.knowledge.injection.soft_prompt import SoftPrompt
 from hf_adapt.knowledge.injection.text_triples import TextTriples
 from hf_adapt.knowledge.injection.trainer import KnowledgeTrainer
 from hf_adapt.knowledge.linking.callable_linker import CallableLinker
@@ -32,14 +38,15 @@ __all__ = [
     "EntityPrediction",
     "EntityVectors",
     "Explanation",
-    "Form",
     "GatedAddition",
+    "InjectionLayer",
     "KnowledgeAdapter",
     "KnowledgeCallback",
     "KnowledgeGraph",
     "KnowledgeInjection",
     "KnowledgeInjector",
     "KnowledgeTrainer",
+    "LayerSizes",
     "LinkPrediction",
     "Mention",
     "SoftPrompt",

@@ -1,7 +1,7 @@
 """Auxiliary losses on the graph: entity prediction, link prediction, description alignment.
 
 Each reads the mentions that a [`KnowledgeInjection`] puts into the batches, so it stands after one
-in the same run. Negatives, and what is withheld, are pure functions of seed, step and row: how rows
+in the same run. Negatives and masked mentions are pure functions of seed, step and row: how rows
 are batched, over how many processes, and resuming change nothing.
 """
 
@@ -17,9 +17,9 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Objective
 from hf_adapt.engine.progress import Schedule
-from hf_adapt.knowledge.injection.adaptation import KnowledgeInjection
-from hf_adapt.knowledge.injection.attachment import row_hash
+from hf_adapt.knowledge.injection.injector_attachment import row_hash
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
+from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
 from hf_adapt.models.capture import Extract
 from hf_adapt.models.pooling import pool
 
@@ -76,10 +76,10 @@ class _GraphObjective(Objective):
         super().__init__(weight, name=name)
         if num_negatives < 1:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
-        if not injection.injector.needs_vectors:
+        if not isinstance(injection, KnowledgeInjection):
             raise ValueError(
-                f"{type(self).__name__} compares entity vectors, and form='text_triples' has none. "
-                "Use a form with vectors."
+                f"{type(self).__name__} compares entity vectors and expects a KnowledgeInjection, "
+                f"got {type(injection).__name__}, which has none."
             )
         self.injection, self.num_negatives = injection, num_negatives
         self._seed = 0
@@ -166,18 +166,18 @@ def _known(part: Part) -> Knowledge:
 class EntityPrediction(_GraphObjective):
     """The model must say which entity a mention is, where the graph does not tell it.
 
-    The vectors of some mentions are withheld, and predicted from the last hidden states of their
+    The vectors of some mentions are masked, and predicted from the last hidden states of their
     tokens. Keeps the model from leaning on the graph alone, and teaches it the entities.
 
     Reference:
         Zhang et al. 2019, "ERNIE: Enhanced Language Representation with Informative Entities",
         arXiv:1905.07129, section 3.4 (denoising entity auto-encoder, Eq. 5). Deviation: mentions
-        are withheld, not replaced, and negatives are sampled from the graph.
+        are masked, not replaced, and negatives are sampled from the graph.
 
     Args:
         injection: The injection whose mentions are read.
         weight: Factor of the term, or a schedule.
-        mask_rate: Share of mentions that are withheld; 0.15 in the paper.
+        mask_rate: Share of mentions that are masked; 0.15 in the paper.
         num_negatives: Other entities that each is compared with.
         name: Prefix of what is logged and stored.
 
@@ -185,7 +185,7 @@ class EntityPrediction(_GraphObjective):
         `loss/entity_prediction`.
 
     Raises:
-        ValueError: If a number is out of range, or the injector withholds another share already.
+        ValueError: If a number is out of range, or another share is masked already.
 
     Example:
         ```python
@@ -208,7 +208,7 @@ class EntityPrediction(_GraphObjective):
         if not 0 < mask_rate <= 1:
             raise ValueError(f"mask_rate={mask_rate} must be above 0 and at most 1.")
         if self.is_active:
-            injection.withhold(mask_rate)
+            injection.mask_mentions(mask_rate)
 
     def taps(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """What reads the text: its last hidden state."""
@@ -227,7 +227,7 @@ class EntityPrediction(_GraphObjective):
         return part.hidden[id(_body(self.injection.attachment.reader))].float()
 
     def _chosen(self, part: Part, knowledge: Knowledge) -> torch.Tensor:
-        return self.injection.withheld(knowledge, part)
+        return self.injection.masked_mentions(knowledge, part)
 
     def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
         hidden = self._hidden(part)
@@ -243,14 +243,14 @@ class LinkPrediction(_GraphObjective):
     """The injector's own view of the entities must tell true facts from false ones.
 
     For each mention one of its facts (head, relation, tail), of the neighbours that the injector
-    looks at, is scored by DistMult on the projected vectors, against tails drawn at random.
+    reads, is scored by DistMult on the projected vectors, against tails drawn at random.
 
     Reference:
         Yang et al. 2015, "Embedding Entities and Relations for Learning and Inference in Knowledge
         Bases" (DistMult), arXiv:1412.6575, Eq. 2. Deviation: softmax over sampled tails.
 
     Args:
-        injection: The injection; its injector must look at neighbours (`num_neighbours`).
+        injection: The injection; its injector must read neighbours (`num_neighbours`).
         weight: Factor of the term, or a schedule.
         num_negatives: Tails drawn for each fact.
         name: Prefix of what is logged and stored.
@@ -259,7 +259,7 @@ class LinkPrediction(_GraphObjective):
         `loss/link_prediction`.
 
     Raises:
-        ValueError: If the injector looks at no neighbours.
+        ValueError: If the injector reads no neighbours.
     """
 
     name = "link_prediction"
@@ -285,8 +285,8 @@ class LinkPrediction(_GraphObjective):
         return relations
 
     def _value(self) -> nn.Linear:
-        form: Any = self.injection.injector.forms[0]
-        value: nn.Linear = form.value
+        layer: Any = self.injection.injector.injection_layers[0]
+        value: nn.Linear = layer.value
         return value
 
     def _chosen(self, part: Part, knowledge: Knowledge) -> torch.Tensor:
@@ -296,7 +296,7 @@ class LinkPrediction(_GraphObjective):
     def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
         assert knowledge.neighbours is not None and knowledge.relations is not None
         assert self.module is not None
-        norm: Any = self.injection.injector.forms[0].norm
+        norm: Any = self.injection.injector.injection_layers[0].norm
 
         def seen(vectors: torch.Tensor) -> torch.Tensor:
             projected: torch.Tensor = self._value()(norm(vectors.float()))
@@ -408,7 +408,7 @@ class DescriptionAlignment(_GraphObjective):
         ids, mask = (part.extra[name][rows] for name in DESCRIPTIONS)
         mask = mask.clone()
         mask[:, 0] = 1  # a row of padding alone is NaN in some models
-        with self._autocast(), self.injection.silenced():
+        with self._autocast(), self.injection.without_knowledge():
             output = self._reader(input_ids=ids, attention_mask=mask, return_dict=True)
         return pool(output["last_hidden_state"], mask.bool(), "mean")
 

@@ -58,7 +58,7 @@ def test_one_line(name: str, tmp_path: Path) -> None:
     assert list(made_one.model.state_dict()) == keys
     moved = {n for n, p in own.module.named_parameters() if p.grad is None}
     assert moved == {n for n, _ in own.module.named_parameters()}  # the engine zeroed them
-    outputs = [form.output.weight for form in own.module.forms]
+    outputs = [form.output.weight for form in own.module.injection_layers]
     assert all(bool(weight.any()) for weight in outputs)
     logged = [log for log in made_one.state.log_history if "knowledge/mentions_per_row" in log]
     least = 0.0 if name == "bert_masked" else 0.5
@@ -303,7 +303,7 @@ def test_beside_the_rest(tmp_path: Path) -> None:
     ).train()
     last = one.state.log_history[-2]
     assert {"loss/dann", "loss/distillation", "knowledge/mentions_per_row"} <= set(last)
-    assert all(bool(form.output.weight.any()) for form in own.module.forms)
+    assert all(bool(form.output.weight.any()) for form in own.module.injection_layers)
 
 
 def test_two_domains_checkpointed_are_those_without(tmp_path: Path) -> None:
