@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_adapt.knowledge.injection.attachment import attachment_of
-from hf_adapt.knowledge.injection.injector import KnowledgeInjector
+from hf_adapt.knowledge.injection.injector import InjectorSizes, KnowledgeInjector
 from hf_adapt.knowledge.injection.injector_attachment import InjectorAttachment
 from hf_adapt.knowledge.injection.inputs import NAMES
 from tests.helpers.injectors import built, disturb, inputs, knowledge
@@ -186,7 +186,7 @@ def test_incomplete_mentions_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "llama_rows", "t5", "bert_tokens"])
-def test_the_head_is_a_place(name: str) -> None:
+def test_the_head_is_an_injection_point(name: str) -> None:
     model, batch = family(name), inputs(name)
     plain = logits(model, batch)
     injector = built(name, layers=["head"])
@@ -222,7 +222,7 @@ def test_a_language_model_does_not_look_ahead(name: str) -> None:
         (["embeddings", "bert.embeddings.word_embeddings"], "more than once"),
     ],
 )
-def test_places_that_are_not_there(layers: list[Any], message: str) -> None:
+def test_injection_points_that_are_not_there(layers: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InjectorAttachment(family("bert"), KnowledgeInjector(layers))
 
@@ -239,4 +239,4 @@ def test_options_that_are_unknown(options: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError, match=message):
         KnowledgeInjector(**options)
     with pytest.raises(ValueError, match="does not take"):
-        KnowledgeInjector(heads=3).build([8], 4, 2, False)
+        KnowledgeInjector(heads=3).build(InjectorSizes([8], 4, 2, False))

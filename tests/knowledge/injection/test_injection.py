@@ -433,7 +433,7 @@ def test_a_model_that_was_given_another_injector(tmp_path: Path) -> None:
         adapt(two, injection()).train()
 
 
-def test_a_place_without_effect_is_pointed_out(tmp_path: Path, caplog: Any) -> None:
+def test_a_point_without_effect_is_pointed_out(tmp_path: Path, caplog: Any) -> None:
     for layer, warns in ((1, True), (0, False)):  # of two: a classifier reads [CLS]
         caplog.clear()
         one = trainer(tmp_path, max_steps=12)

@@ -128,7 +128,7 @@ def test_what_is_added_at_a_mention(
         torch.testing.assert_close(form(hidden, known), expected)
         assert expected.abs().sum() > 0 and not expected[1].any()
 
-        # Where a place has one vector a row, its mentions' mean is added.
+        # Where a point has one vector a row, its mentions' mean is added.
         rows = torch.zeros(ROWS, HIDDEN)
         for row, number, _, _ in each_mention(known):
             own = formula(form, hidden[row, 0], known, row, number)
