@@ -33,6 +33,7 @@ from hf_adapt import (
     SelfTeacher,
 )
 from hf_adapt.engine.batch import Rows
+from hf_adapt.engine.streams import Stream
 from hf_adapt.knowledge import (
     DescriptionAlignment,
     EntityPrediction,
@@ -51,7 +52,7 @@ Make = Callable[[Path], tuple[Any, TrainerCallback | None]]
 class Centres(Objective):
     """An objective of an author's own, on features and on predictions."""
 
-    needs_target = True
+    needs_streams = ("target",)
 
     def loss(self, batch: Any) -> torch.Tensor:
         features, domain = batch.features()
@@ -66,8 +67,7 @@ def domains(*objectives: type[Objective], **settings: Any) -> Make:
         bert(),
         AdaptationCallback(
             *(objective() for objective in objectives),
-            target_dataset=rows(40, 2, labels=None),
-            **settings,
+            target_dataset=Stream(rows(40, 2, labels=None), **settings),
         ),
     )
 
@@ -98,7 +98,7 @@ CASES: dict[str, Make] = {
     "mmd": domains(MMD),
     "dann": domains(DANN),
     "information maximization": domains(InformationMaximization),
-    "several, separate": domains(MMD, DANN, Centres, target_forward="separate"),
+    "several, separate": domains(MMD, DANN, Centres, forward="separate"),
     "teacher": distilled(),
     "several teachers": distilled(SelfTeacher),
     "features": distilled(featured=True),

@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 
 from hf_adapt.distillation.divergences import forward_kl
 from hf_adapt.distillation.heads import Head, output_logits
-from hf_adapt.engine.domains import COLUMNS, DOMAIN
+from hf_adapt.engine.collating import COLUMNS, DOMAIN
 from hf_adapt.evaluation.distillation import calibration_error_from, retained_share
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ from hf_adapt.distillation.fused import FusedHeads
 from hf_adapt.distillation.hooks import Lesson, TeacherHooks
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
 from hf_adapt.distillation.tokenizers import universal_logit_distance
-from hf_adapt.engine.adaptation import FusedLoss, Objective, Term
+from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.batch import Part
+from hf_adapt.engine.mixins import FusedLoss, FusedObjective
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.engine.supported import refuse_sentence_trainer
 from hf_adapt.engine.texts import check_dataset, column_names, named_datasets
@@ -59,7 +60,7 @@ TeacherWeights = Sequence[float] | Callable[[Mapping[str, Any], list[torch.Tenso
 """A factor for each teacher, or a function (inputs, logits of each) -> (K,) or (K, N)."""
 
 
-class Distillation(TeacherHooks, Objective):
+class Distillation(TeacherHooks, FusedObjective):
     """A student learns to predict what its teacher predicts.
 
     The training loss becomes ``ce_weight`` times the task's own loss plus ``kd_weight`` times the
@@ -335,7 +336,7 @@ class Distillation(TeacherHooks, Objective):
         """The factor of the task's own loss."""
         return value_at(self.ce_weight, progress)
 
-    def taps(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
+    def captures(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """The student's layers that features look at."""
         return {m: e for feature in self.features for m, e in feature.student_taps.items()}
 
@@ -665,9 +666,9 @@ class Distillation(TeacherHooks, Objective):
 
     # ---- logs, checkpoints and the end ----
 
-    def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
         """Point out a term that is 0 from the start."""
-        value = metrics.get(f"loss/{self.name}")
+        value = logs.get(f"loss/{self.name}")
         if value is None or self._zeros is None:
             return
         self._zeros = self._zeros + 1 if value == 0.0 else None

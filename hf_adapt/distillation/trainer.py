@@ -15,8 +15,8 @@ from hf_adapt.distillation.evaluating import TeacherComparison
 from hf_adapt.distillation.features import FeatureLoss
 from hf_adapt.distillation.objective import Distillation, TeacherWeights
 from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.collating import COLUMNS
 from hf_adapt.engine.columns import inputs_of
-from hf_adapt.engine.domains import COLUMNS
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.texts import column_names
 from hf_adapt.engine.trainer import AdaptationTrainer
@@ -204,9 +204,9 @@ class DistillationTrainer(AdaptationTrainer):
 
     # ---- evaluation ----
 
-    def _columns_beside(self, description: str) -> tuple[str, ...]:
+    def _columns(self, description: str) -> tuple[str, ...]:
         if description == "training" or not self.evaluate_distillation:
-            return super()._columns_beside(description)
+            return super()._columns(description)
         return tuple(self.distillation.columns)
 
     def _kept_columns(self, description: str | None) -> tuple[str, ...]:

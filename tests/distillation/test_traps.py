@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    BartConfig,
     BartForConditionalGeneration,
     BartForSequenceClassification,
     DataCollatorForLanguageModeling,
@@ -29,10 +28,11 @@ from hf_adapt import (
     SelfTeacher,
 )
 from hf_adapt.distillation.cache import _keys
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.distillation import make, tokenizer
 from tests.helpers.heads import CASES
-from tests.helpers.models import SIZE, VOCABULARY, bert, llama
+from tests.helpers.models import SIZE, VOCABULARY, bart_config, bert, llama
 from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio, weights
 
 
@@ -63,24 +63,7 @@ def test_a_routers_loss_is_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def bart(seed: int, cls: Any = BartForConditionalGeneration) -> Any:
     torch.manual_seed(seed)
-    config = BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        dropout=0.0,
-        max_position_embeddings=32,
-        num_labels=3,
-        eos_token_id=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        decoder_start_token_id=2,
-    )
-    return cls(config)
+    return cls(bart_config(encoder_layers=1, decoder_layers=1, num_labels=3))
 
 
 @pytest.mark.parametrize("both", [True, False])
@@ -478,7 +461,7 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, caplog: pytest.LogCaptureFix
         lm(teacher=[llama(1), llama(2)]).train()
     assert "computes whole logits: the teacher is not one model" in caplog.text
     with pytest.raises(ValueError, match=r"go through the model apart"):
-        lm(chunked=True, target_dataset=rows(8, 2, "lm"), target_forward="separate").train()
+        lm(chunked=True, target_dataset=Stream(rows(8, 2, "lm"), forward="separate")).train()
     with pytest.raises(ValueError, match="distillation and second cannot share"):
         lm(chunked=True, objectives=[Distillation(llama(2), name="second")]).train()
     with pytest.raises(ValueError, match="leaves nothing to learn"):

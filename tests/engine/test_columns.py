@@ -8,8 +8,8 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import MMD, Objective, adapt
-from hf_adapt.engine.columns import ColumnCollator, take_columns
-from hf_adapt.engine.domains import COLUMNS
+from hf_adapt.engine.collating import COLUMNS, AdaptationCollator, take_columns
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import (
@@ -63,7 +63,7 @@ def test_columns_come_with_their_rows(target: Any, as_dataset: bool, tmp_path: P
         eval_dataset=rows(4, 3),
         data_collator=collate,
     )
-    given = dict(target_dataset=with_words(5, 2, None), target_forward=target) if target else {}
+    given = dict(target_dataset=Stream(with_words(5, 2, None), forward=target)) if target else {}
     adapt(trainer, reader, **given)
     trainer.train()
     signatures = list(trainer._signature_columns or [])
@@ -77,13 +77,13 @@ def test_columns_come_with_their_rows(target: Any, as_dataset: bool, tmp_path: P
 
 
 def test_a_column_that_no_longer_fits_is_refused() -> None:
-    collator = ColumnCollator(collate, ["word"])
+    collator = AdaptationCollator(collate, ["word"])
     batch = collator([{**row, "word": "x"} for row in rows(3, 1)])
     assert batch[COLUMNS] == {"word": ["x", "x", "x"]}
     with pytest.raises(ValueError, match="'word' has 3 values for a batch of 2 rows"):
         take_columns(batch, 2)
     with pytest.raises(TypeError, match="data collator that returns a dict"):
-        ColumnCollator(lambda given: [given], ["word"])(list(rows(2, 1)))
+        AdaptationCollator(lambda given: [given], ["word"])(list(rows(2, 1)))
 
 
 class Lighter(Objective):
@@ -175,6 +175,6 @@ def test_nothing_is_left_on_a_trainer_whose_run_failed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="on purpose"):
         trainer.train()
     assert trainer.data_collator is collate
-    assert trainer._adaptation_columns == ()
+    assert trainer._adaptation_active == ()
     assert same_bits(before, weights(trainer.model))
     assert MMD.uses_logits is False

@@ -48,9 +48,19 @@ from transformers import (
 )
 
 from hf_adapt import DANN, MMD, AdaptationCallback, InformationMaximization
+from hf_adapt.engine.streams import Stream
+from tests.helpers.models import (
+    NO_DROPOUT,
+    VOCABULARY,
+    bart_config,
+    bert_config,
+    gpt2_config,
+    llama_config,
+    t5_config,
+    vit_config,
+)
 from tests.helpers.tokenizers import BERT_SPECIAL, word_tokenizer
 
-VOCABULARY = 64
 STEPS = 3
 BATCH = 4
 
@@ -117,13 +127,11 @@ def audio_rows(target: bool) -> list[dict[str, Any]]:
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOKENS = {"bos_token_id": 2, "eos_token_id": 3}
 
 
 def bert() -> BertConfig:
-    return BertConfig(
-        vocab_size=VOCABULARY, intermediate_size=16, num_labels=3, **SMALL, **NO_DROPOUT
-    )
+    return bert_config(num_labels=3, **SMALL)
 
 
 def deberta() -> DebertaV2Config:
@@ -140,72 +148,23 @@ def deberta() -> DebertaV2Config:
 
 
 def gpt2() -> GPT2Config:
-    return GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=32,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=3,
-        eos_token_id=4,
-        pad_token_id=0,
-    )
+    return gpt2_config(n_layer=1, **TOKENS)
 
 
 def llama() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        intermediate_size=16,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        bos_token_id=3,
-        eos_token_id=4,
-        **SMALL,
-    )
+    return llama_config(num_key_value_heads=1, **{**SMALL, **TOKENS})
 
 
 def t5() -> T5Config:
-    return T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=16,
-        num_layers=1,
-        num_heads=2,
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=4,
-        decoder_start_token_id=0,
-    )
+    return t5_config(d_ff=16, num_layers=1, eos_token_id=3)
 
 
 def bart() -> BartConfig:
-    return BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        max_position_embeddings=32,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=3,
-        eos_token_id=4,
-        decoder_start_token_id=4,
-        forced_eos_token_id=None,
-    )
+    return bart_config(encoder_layers=1, decoder_layers=1, decoder_start_token_id=3, **TOKENS)
 
 
 def vit() -> ViTConfig:
-    return ViTConfig(
-        image_size=16, patch_size=8, intermediate_size=16, num_labels=3, **SMALL, **NO_DROPOUT
-    )
+    return vit_config(image_size=16, patch_size=8, **SMALL)
 
 
 def resnet() -> ResNetConfig:
@@ -248,7 +207,7 @@ class Case:
     trainer: type[Trainer] = Trainer
     arguments: type[TrainingArguments] = TrainingArguments
     options: dict[str, Any] = field(default_factory=dict)
-    target_forward: Any = "joint"
+    forward: Any = "joint"
     lora: dict[str, Any] | None = None
 
     def model(self) -> Any:
@@ -321,7 +280,7 @@ CASES = {
     "bart": Case(AutoModelForSeq2SeqLM, bart, **SEQ2SEQ),
     "vit": Case(AUTO_IMAGE, vit, **IMAGE),
     # Batch normalisation couples the rows of a forward: apart, the source's loss is the plain one.
-    "resnet": Case(AUTO_IMAGE, resnet, **IMAGE, target_forward="separate"),
+    "resnet": Case(AUTO_IMAGE, resnet, **IMAGE, forward="separate"),
     "wav2vec2": Case(
         AutoModelForAudioClassification, wav2vec2, audio_rows, lambda: default_data_collator
     ),
@@ -363,7 +322,7 @@ def objectives(case: Case, weight: float = 1.0) -> list[Any]:
 
 def callback(case: Case, terms: list[Any]) -> AdaptationCallback:
     target = Dataset.from_list(case.rows(True))
-    return AdaptationCallback(*terms, target_dataset=target, target_forward=case.target_forward)
+    return AdaptationCallback(*terms, target_dataset=Stream(target, forward=case.forward))
 
 
 def source_loss(model: torch.nn.Module, inputs: dict[str, Any]) -> float:
@@ -411,7 +370,7 @@ def test_trains_logs_evaluates_and_saves(name: str, tmp_path: Any) -> None:
         assert 0 < entry["mmd/gradient_ratio"] < 1
 
     # The task loss is that of the source rows alone, although the target rows went along.
-    joint = case.target_forward == "joint"
+    joint = case.forward == "joint"
     sizes = [next(v for v in r.values() if isinstance(v, torch.Tensor)) for r in recorder.inputs]
     assert [len(v) for v in sizes] == [2 * BATCH if joint else BATCH] * (
         STEPS if joint else 2 * STEPS
@@ -541,7 +500,7 @@ def test_token_classification_aligns_tokens(tmp_path: Any) -> None:
 
 def test_batch_normalisation_trains_jointly_too(tmp_path: Any) -> None:
     case = copy.copy(CASES["resnet"])
-    case.target_forward = "joint"
+    case.forward = "joint"
     trainer = case.make(str(tmp_path), case.model(), [callback(case, objectives(case))])
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss/task"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.mixins import BatchTransform
 from hf_adapt.engine.texts import KEEP_COLUMN, check_columns, check_row
 from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-class KnowledgeAdaptation(Adaptation):
+class KnowledgeAdaptation(BatchTransform):
     """An adaptation that links the rows of a run to a graph.
 
     A subclass connects the model in `_connect`, and says in `settings` what is saved.
@@ -70,7 +70,7 @@ class KnowledgeAdaptation(Adaptation):
         named = "text" if text_column is None else text_column
         self.text_columns = (named,) if isinstance(named, str) else tuple(named)
         # Besides the text: mentions that were found beforehand, or what helps to align them.
-        self.row_columns = (*self.text_columns, MENTIONS, TOKEN_MENTIONS, OFFSETS)
+        self.columns = (*self.text_columns, MENTIONS, TOKEN_MENTIONS, OFFSETS)
         self.max_mentions, self.save_graph = max_mentions, save_graph
         if name is not None:
             self.name = name
@@ -131,14 +131,14 @@ class KnowledgeAdaptation(Adaptation):
             "name",
             "graph",
             "vectors",
-            "row_columns",
+            "columns",
             "text_columns",
             "names_columns",
             "_batcher",
         )
         return {key: value for key, value in vars(self).items() if key in kept}
 
-    def collate(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
+    def transform_batch(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
         """Add the mentions of the rows to their batch."""
         assert self._batcher is not None
         for row in rows if self.names_columns else ():
@@ -147,7 +147,7 @@ class KnowledgeAdaptation(Adaptation):
                 check_row(row, self.text_columns, "a row of the batch", one_suffices=True)
         self._batcher.add_to(rows, batch)
 
-    def collates_evaluation(self, trainer: Trainer) -> bool:
+    def transforms_evaluation(self, trainer: Trainer) -> bool:
         """From the first `train()` on."""
         return self._is_attached(unwrapped_model(trainer))
 

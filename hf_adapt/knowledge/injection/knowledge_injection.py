@@ -222,10 +222,10 @@ class KnowledgeInjection(KnowledgeAdaptation):
             self._counts = seen if self._counts is None else self._counts + seen
         return nullcontext()
 
-    def log_values(self) -> dict[str, float]:
-        """How much was linked since the last log, in this process."""
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
+        """Add how much was linked since the last log, in this process."""
         if self._counts is None:
-            return {}
+            return
         mentions, rows_with, rows = self._counts.tolist()
         self._counts = None
         if mentions > 0:
@@ -238,10 +238,8 @@ class KnowledgeInjection(KnowledgeAdaptation):
                 int(rows),
                 self.text_columns,
             )
-        return {
-            f"{self.name}/mentions_per_row": mentions / max(1.0, rows),
-            f"{self.name}/rows_with_mention": rows_with / max(1.0, rows),
-        }
+        logs[f"{self.name}/mentions_per_row"] = mentions / max(1.0, rows)
+        logs[f"{self.name}/rows_with_mention"] = rows_with / max(1.0, rows)
 
     def _check_layers(self) -> None:
         """Warn once of injection points that have no effect on the loss."""
