@@ -87,7 +87,7 @@ class Plan:
 def _check_mixins(adaptation: Adaptation) -> None:
     """Refuse hooks that would never be called, because their mixin is missing."""
     for mixin in MIXINS:
-        hooks = [name for name in vars(mixin) if not name.startswith("_")]
+        hooks = [name for name in vars(mixin) if not hasattr(Objective, name)]
         unused = [name for name in hooks if hasattr(adaptation, name)]
         if unused and not isinstance(adaptation, mixin):
             raise TypeError(
