@@ -45,8 +45,8 @@ def save_knowledge(
     written = {
         "format": FORMAT,
         **settings,
-        "graph": graph.fingerprint,
-        "vectors": None if vectors is None else vectors.fingerprint,
+        "graph": {"fingerprint": graph.fingerprint},
+        "vectors": None if vectors is None else {"fingerprint": vectors.fingerprint},
     }
     parts = ((graph, "graph", with_graph), (vectors, "vectors", with_vectors))
     for part, name, is_wanted in parts:
@@ -131,8 +131,10 @@ def resumed_vectors(
     if not (own / SETTINGS_FILE).is_file():
         return None
     settings = read_settings(checkpoint)
-    check_fingerprint("graph", graph.fingerprint, settings["graph"])
-    expected = settings["vectors"]
+    check_fingerprint("graph", graph.fingerprint, settings["graph"]["fingerprint"])
+    if settings["vectors"] is None:
+        return None
+    expected = settings["vectors"]["fingerprint"]
     if given is not None:
         made = (own / "vectors").exists()  # by the run itself, so they travel with it
         fix = "Leave vectors= out: the checkpoint holds those that its run made" if made else None

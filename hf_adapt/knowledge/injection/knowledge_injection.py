@@ -210,6 +210,11 @@ class KnowledgeInjection(KnowledgeAdaptation):
         finally:
             self.attachment.link, self.attachment.has_warned = link, warned
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's precision, for further forwards."""
+        context: AbstractContextManager[Any] = self._trainer.accelerator.autocast()
+        return context
+
     # ---- logging ----
 
     def around_forward(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:

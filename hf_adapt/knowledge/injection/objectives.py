@@ -7,8 +7,7 @@ are batched, over how many processes, and resuming change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,13 +76,16 @@ class _GraphObjective(BatchTransform, Objective):
         super().__init__(weight, name=name)
         if num_negatives < 1:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
+        self._check(injection)
+        self.injection, self.num_negatives = injection, num_negatives
+        self._seed = 0
+
+    def _check(self, injection: KnowledgeInjection) -> None:
         if not isinstance(injection, KnowledgeInjection):
             raise ValueError(
                 f"{type(self).__name__} compares entity vectors and expects a KnowledgeInjection, "
                 f"got {type(injection).__name__}, which has none."
             )
-        self.injection, self.num_negatives = injection, num_negatives
-        self._seed = 0
 
     def setup(self, trainer: Trainer) -> None:
         """Take the run's seed."""
@@ -96,8 +98,7 @@ class _GraphObjective(BatchTransform, Objective):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process makes batches; what belongs to the model stays where it is.
-        left = ("module", "_reader", "_autocast")
-        return {key: value for key, value in vars(self).items() if key not in left}
+        return {key: value for key, value in vars(self).items() if key != "module"}
 
     @property
     def _inputs(self) -> tuple[str, ...]:
@@ -147,12 +148,16 @@ class _GraphObjective(BatchTransform, Objective):
             chosen = self._chosen(part, knowledge)
             if bool(chosen.any()):
                 total = total + self._values(part, knowledge, chosen).sum()
-            else:  # every process must reach every parameter
-                total = total + sum(p.sum() * 0.0 for p in self._parameters())
+            elif self.module is not None:  # every process must reach every parameter
+                total = total + sum(p.sum() * 0.0 for p in self.module.parameters())
         return total, self.num_items(batch)
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [] if self.module is None else list(self.module.parameters())
+    def _reader(self) -> nn.Module:
+        """The part of the model that reads the text and gives hidden states."""
+        assert self.injection.attachment is not None
+        reader = self.injection.attachment.reader
+        body = getattr(reader, "base_model", reader)
+        return body if isinstance(body, nn.Module) else reader
 
 
 def _known(part: Part) -> Knowledge:
@@ -213,9 +218,7 @@ class EntityPrediction(_GraphObjective):
 
     def captures(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """What reads the text: its last hidden state."""
-        attachment = self.injection.attachment
-        assert attachment is not None
-        return {_body(attachment.reader): None}
+        return {self._reader(): None}
 
     def build_modules(self, batch: Batch) -> nn.Module:
         """From hidden states to entity vectors."""
@@ -224,8 +227,7 @@ class EntityPrediction(_GraphObjective):
         return nn.Linear(hidden.shape[-1], self.injection.vectors.dimension)
 
     def _hidden(self, part: Part) -> torch.Tensor:
-        assert self.injection.attachment is not None
-        return part.hidden[id(_body(self.injection.attachment.reader))].float()
+        return part.hidden[id(self._reader())].float()
 
     def _chosen(self, part: Part, knowledge: Knowledge) -> torch.Tensor:
         return self.injection.masked_mentions(knowledge, part)
@@ -265,14 +267,8 @@ class LinkPrediction(_GraphObjective):
 
     name = "link_prediction"
 
-    def __init__(
-        self,
-        injection: KnowledgeInjection,
-        weight: float | Schedule = 0.1,
-        num_negatives: int = 16,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(injection, weight, num_negatives, name)
+    def _check(self, injection: KnowledgeInjection) -> None:
+        super()._check(injection)
         if injection.injector.num_neighbours < 1:
             raise ValueError(
                 "LinkPrediction needs facts: give the injector num_neighbours=1 or more."
@@ -280,15 +276,10 @@ class LinkPrediction(_GraphObjective):
 
     def build_modules(self, batch: Batch) -> nn.Module:
         """A vector for each relation and its inverse."""
-        inner = self._value().out_features
-        relations = nn.Embedding(2 * self.injection.graph.num_relations, inner)
+        layer: Any = self.injection.injector.injection_layers[0]
+        relations = nn.Embedding(2 * self.injection.graph.num_relations, layer.value.out_features)
         nn.init.ones_(relations.weight)
         return relations
-
-    def _value(self) -> nn.Linear:
-        layer: Any = self.injection.injector.injection_layers[0]
-        value: nn.Linear = layer.value
-        return value
 
     def _chosen(self, part: Part, knowledge: Knowledge) -> torch.Tensor:
         assert knowledge.relations is not None
@@ -297,10 +288,10 @@ class LinkPrediction(_GraphObjective):
     def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
         assert knowledge.neighbours is not None and knowledge.relations is not None
         assert self.module is not None
-        norm: Any = self.injection.injector.injection_layers[0].norm
+        layer: Any = self.injection.injector.injection_layers[0]
 
         def seen(vectors: torch.Tensor) -> torch.Tensor:
-            projected: torch.Tensor = self._value()(norm(vectors.float()))
+            projected: torch.Tensor = layer.value(layer.norm(vectors.float()))
             return projected
 
         head = seen(knowledge.vectors[..., 0, :][chosen])
@@ -353,24 +344,6 @@ class DescriptionAlignment(_GraphObjective):
                 "No entity of the graph has a description: pass descriptions= to "
                 "KnowledgeGraph.from_triples."
             )
-        self._tokenizer: Any = None
-        self._reader: nn.Module = nn.Module()
-        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def setup(self, trainer: Trainer) -> None:
-        """Take the tokenizer and the model that reads."""
-        super().setup(trainer)
-        self._tokenizer = trainer.processing_class
-        assert self.injection.attachment is not None
-        self._reader = _body(self.injection.attachment.reader)
-
-    def begin(self, trainer: Trainer) -> None:
-        """Take the run's precision."""
-        self._autocast = trainer.accelerator.autocast
-
-    def close(self) -> None:
-        """Let go of the model and the Trainer's precision."""
-        self._reader, self._autocast = nn.Module(), nullcontext
 
     @property
     def _inputs(self) -> tuple[str, ...]:
@@ -383,7 +356,8 @@ class DescriptionAlignment(_GraphObjective):
         texts = []
         for entity in batch["knowledge_entities"][:, 0, 0].tolist():
             texts.append((graph.description(entity) if entity >= 0 else None) or "")
-        encoded = self._tokenizer(
+        assert self.injection._batcher is not None
+        encoded = self.injection._batcher.tokenizer(
             texts,
             padding="max_length",
             truncation=True,
@@ -409,8 +383,8 @@ class DescriptionAlignment(_GraphObjective):
         ids, mask = (part.extra[name][rows] for name in DESCRIPTIONS)
         mask = mask.clone()
         mask[:, 0] = 1  # a row of padding alone is NaN in some models
-        with self._autocast(), self.injection.without_knowledge():
-            output = self._reader(input_ids=ids, attention_mask=mask, return_dict=True)
+        with self.injection.autocast(), self.injection.without_knowledge():
+            output = self._reader()(input_ids=ids, attention_mask=mask, return_dict=True)
         return pool(output["last_hidden_state"], mask.bool(), "mean")
 
     def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
@@ -419,9 +393,3 @@ class DescriptionAlignment(_GraphObjective):
         predicted = self.module(self._encoded(part, rows))
         positive = knowledge.vectors[:, 0, 0].float()[rows]
         return entity_scores_loss(predicted, positive, self._negatives(part)[:, 0][rows])
-
-
-def _body(reader: nn.Module) -> nn.Module:
-    """The part of a model that gives hidden states."""
-    body = getattr(reader, "base_model", reader)
-    return body if isinstance(body, nn.Module) else reader

@@ -72,11 +72,11 @@ def load_knowledge_model(
     settings = read_settings(folder)
     own = Path(folder) / FOLDER
     graph = graph if graph is not None else _saved(KnowledgeGraph, own / "graph", "graph")
-    check_fingerprint("graph", graph.fingerprint, settings["graph"])
+    check_fingerprint("graph", graph.fingerprint, settings["graph"]["fingerprint"])
     if settings["vectors"] is not None:
         if vectors is None:
             vectors = _saved(EntityVectors, own / "vectors", "vectors")
-        check_fingerprint("vectors", vectors.fingerprint, settings["vectors"])
+        check_fingerprint("vectors", vectors.fingerprint, settings["vectors"]["fingerprint"])
     if linker is None:
         if settings["linker"] is None:
             raise ValueError(
@@ -169,16 +169,16 @@ def _load_adapter(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
             f'{folder} holds a PEFT adapter. Run pip install "hf-adapt[peft]".'
         ) from error
     task = peft.PeftConfig.from_pretrained(str(folder)).task_type
-    classes = {
-        "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
-        "TOKEN_CLS": peft.AutoPeftModelForTokenClassification,
-        "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
-        "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
-        "QUESTION_ANS": peft.AutoPeftModelForQuestionAnswering,
+    heads = {
+        "SEQ_CLS": "SequenceClassification",
+        "TOKEN_CLS": "TokenClassification",
+        "CAUSAL_LM": "CausalLM",
+        "SEQ_2_SEQ_LM": "Seq2SeqLM",
+        "QUESTION_ANS": "QuestionAnswering",
     }
-    if task not in classes:
+    if task not in heads:
         raise ValueError(
-            f"{folder} holds a PEFT adapter of task_type={task!r}, which does not tell the model's "
+            f"{folder} has a PEFT adapter of task_type={task!r}, which does not tell the model's "
             "class. Load the PEFT model yourself and pass model=."
         )
-    return classes[task].from_pretrained(str(folder), **kwargs)
+    return getattr(peft, f"AutoPeftModelFor{heads[task]}").from_pretrained(str(folder), **kwargs)

@@ -9,13 +9,11 @@ where the row has no text that fits, what its tokens decode to is linked, with a
 from __future__ import annotations
 
 import functools
-import itertools
 import unicodedata
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from hf_adapt.engine.texts import joined_text
@@ -29,134 +27,15 @@ from hf_adapt.knowledge.linking.mentions import (
     from_cell,
 )
 from hf_adapt.knowledge.linking.normalization import Folded, fold
+from hf_adapt.knowledge.linking.text_search import Overlap, find_part, find_whole
 from hf_adapt.knowledge.linking.token_pieces import Span, TokenPieces
+from hf_adapt.knowledge.linking.token_row import TokenRow, as_characters, is_cut
 
 OFFSETS = "offset_mapping"
 KEEP_TEXT = "Keep the text as a column of the dataset, or run linker.map first."
 CACHED_TEXTS = 4096
 # A shorter part of a text than this may be there by chance, unless it is all that a run has.
 FEW_TOKENS, FEW_BYTES = 8, 32
-TRIES = 32
-"""Occurrences that are looked at for one that is not inside a word."""
-CUT = "\udc80\udcff"
-"""The first and the last of the lone surrogates that bytes of a cut character become."""
-
-
-class Overlap(NamedTuple):
-    """Equal parts of a row and a text.
-
-    Args:
-        at: Where the part begins in the row.
-        of: Where it begins in the text.
-        length: Its length.
-    """
-
-    at: int
-    of: int
-    length: int
-
-
-def find_whole(row: str, text: str, start: int) -> tuple[int, bool]:
-    """Where the whole text is, rather not beginning or ending inside a word; -1 if nowhere.
-
-    Args:
-        row: What the row spells.
-        text: The text, not empty.
-        start: The first character of the row that may be part of it.
-
-    Returns:
-        The place, and whether it is between words.
-    """
-    place = first = row.find(text, start)
-    for _ in range(TRIES):
-        if place < 0:
-            break
-        end = place + len(text)
-        around = row[max(place - 1, 0) : place], row[end : end + 1]
-        if not any(character.isascii() and character.isalnum() for character in around):
-            return place, True
-        place = row.find(text, place + 1)
-    return first, False
-
-
-def find_part(run: str, text: str) -> Overlap | None:
-    """The longest part of a text that a run has because the text was cut.
-
-    The run is a window of the text, or it begins with the text's end, or ends with its beginning.
-
-    Args:
-        run: Characters, or ids as characters.
-        text: The same of the text.
-    """
-    if not run:
-        return None
-    if (place := text.find(run)) >= 0:
-        return Overlap(0, place, len(run))
-    head, tail = shared_length(run, text), shared_length(text, run)
-    if head >= tail:
-        return Overlap(len(run) - head, 0, head) if head else None
-    return Overlap(0, len(text) - tail, tail)
-
-
-def shared_length(one: str, other: str) -> int:
-    """The length of the longest end of `one` that `other` begins with, in linear time.
-
-    Reference:
-        Knuth, Morris & Pratt 1977, "Fast pattern matching in strings".
-    """
-    size = min(len(one), len(other))
-    other, borders, matched = other[:size], [0], 0
-    for item in other[1:]:
-        while matched and other[matched] != item:
-            matched = borders[matched - 1]
-        matched += other[matched] == item
-        borders.append(matched)
-    matched = 0
-    for item in one[len(one) - size :]:
-        while matched and other[matched] != item:
-            matched = borders[matched - 1]
-        matched += other[matched] == item
-    return matched
-
-
-class TokenRow:
-    """The tokens of a row.
-
-    Args:
-        tokens: Their ids.
-        mask: 0 for padding; None if there is none.
-        pieces: What tokens spell.
-    """
-
-    def __init__(self, tokens: list[int], mask: list[int] | None, pieces: TokenPieces) -> None:
-        self.tokens, self.pieces = tokens, pieces
-        masked = mask or itertools.repeat(1, len(tokens))
-        is_text = [t not in pieces.special and m != 0 for t, m in zip(tokens, masked, strict=True)]
-        # First position and end of each run of tokens that are not special.
-        self.runs: list[Span] = []
-        end = 0
-        for in_run, group in itertools.groupby(is_text):
-            start, end = end, end + sum(1 for _ in group)
-            if in_run:
-                self.runs.append((start, end))
-
-    @cached_property
-    def ids(self) -> str:
-        """A character for each token, so that tokens are searched as strings are."""
-        return _as_characters(self.tokens)
-
-    @cached_property
-    def spelled_runs(self) -> list[tuple[str, list[Span]]]:
-        """What the tokens of each run spell, and the characters of each."""
-        return [self.pieces.text(self.tokens[first:end]) for first, end in self.runs]
-
-    def cuts(self, first: int, end: int) -> tuple[bool, bool]:
-        """Whether the first and the last character of a run lack some of their bytes."""
-        if not self.pieces.is_exact:
-            return False, False
-        last, _ = self.pieces.text(self.tokens[max(first, end - 4) : end])
-        head = self.pieces[self.tokens[first]][:1]
-        return b"\x80" <= head < b"\xc0", _is_cut(last[-1:])
 
 
 class Alignment(NamedTuple):
@@ -405,7 +284,7 @@ class TokenAligner:
             (0, 0) if self.pieces[token].isspace() else span
             for token, span in zip(made["input_ids"], made["offset_mapping"], strict=True)
         ]
-        return _as_characters(made["input_ids"]), spans
+        return as_characters(made["input_ids"]), spans
 
     # ---- the decoding ----
 
@@ -527,13 +406,9 @@ def _edges(run: str, start: int) -> Span:
     return start, stop
 
 
-def _is_cut(character: str) -> bool:
-    return CUT[0] <= character <= CUT[1]
-
-
 def _is_outside(outermost: str) -> Callable[[str], bool]:
     """Whitespace beside a character that was cut belongs to the text."""
-    return _is_cut if _is_cut(outermost) else str.isspace
+    return is_cut if is_cut(outermost) else str.isspace
 
 
 def _from_characters(
@@ -584,10 +459,6 @@ def _inner_tokens(text: str, spans: list[Span]) -> Span:
         next((i for i, s in enumerate(starts) if s >= at), len(starts)) for at in (second, last)
     ]
     return inner[0], inner[1]
-
-
-def _as_characters(ids: Sequence[int]) -> str:
-    return "".join(map(chr, ids))
 
 
 def _not_blank(texts: Sequence[str | None]) -> list[int]:

@@ -496,17 +496,7 @@ def test_the_callback_takes_its_options(tmp_path: Path) -> None:
     assert callback.explain("w0 w4").mentions[0].surface == "w0"
 
 
-@pytest.mark.parametrize("way_in", [KnowledgeCallback, KnowledgeTrainer])
-def test_every_way_in_has_the_same_options(way_in: type) -> None:
-    def options(cls: type) -> dict[str, Any]:
-        own = inspect.signature(cls.__init__).parameters.values()
-        left = ("self", "args", "kwargs", "graph", "name", "objectives")
-        return {p.name: p.default for p in own if p.name not in left}
-
-    assert options(way_in) == options(KnowledgeInjection)
-
-
-def test_the_trainer_hands_its_options_on(tmp_path: Path) -> None:
+def test_every_way_in_has_the_same_options(tmp_path: Path) -> None:
     given: dict[str, Any] = dict(
         vectors=toy.vectors(),
         linker=EntityLinker(toy.graph()),
@@ -516,10 +506,17 @@ def test_the_trainer_hands_its_options_on(tmp_path: Path) -> None:
         save_graph=False,
         learning_rate=0.5,
         weight_decay=0.25,
+        name="facts",
     )
+    assert {"graph", *given} == set(inspect.signature(KnowledgeInjection).parameters)
     graph = toy.graph()
     one = KnowledgeTrainer(family("bert"), arguments(tmp_path), graph=graph, **given)
     for own in (one.injection, KnowledgeCallback(graph, **given).injection):
         assert own.graph is graph and own.text_columns == ("sentence",)
         kept = {name: getattr(own, name) for name in given if name != "text_column"}
         assert kept == {name: value for name, value in given.items() if name != "text_column"}
+
+
+def test_an_option_that_there_is_not() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        KnowledgeCallback(toy.graph(), colour=1)

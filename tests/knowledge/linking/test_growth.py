@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
-from hf_adapt.knowledge.linking.token_alignment import TokenAligner, find_part, find_whole
+from hf_adapt.knowledge.linking.text_search import find_part, find_whole
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from tests.helpers.names import Names
 from tests.helpers.tokenizers import tokenizer
 
