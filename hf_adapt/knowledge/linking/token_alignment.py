@@ -62,8 +62,11 @@ class Alignment(NamedTuple):
         cls, kept: Iterable[tuple[int, int, int]], start: int, end: int, droppable: str = "Z"
     ) -> Alignment | None:
         """From the position, the first character and the end of each token; None for no token."""
-        columns = [list(column) for column in zip(*kept, strict=True)]
-        return cls(*columns, start, end, droppable) if columns else None
+        tokens = list(kept)
+        if not tokens:
+            return None
+        positions, starts, ends = (list(column) for column in zip(*tokens, strict=True))
+        return cls(positions, starts, ends, start, end, droppable)
 
     def tokens(self, text: str, start: int, end: int) -> Span | None:
         """First position and end of the tokens that stand for some characters of the text.

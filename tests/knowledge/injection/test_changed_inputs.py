@@ -11,7 +11,7 @@ from transformers import (
     BartForSequenceClassification,
 )
 
-from hf_adapt import adapt
+from hf_adapt import DANN, AdaptationCallback, adapt
 from hf_adapt.knowledge import (
     EntityLinker,
     KnowledgeInjection,
@@ -21,6 +21,7 @@ from hf_adapt.knowledge import (
     knowledge_inputs,
     load_knowledge_model,
 )
+from hf_adapt.knowledge.injection.injector_attachment import InjectorAttachment
 from hf_adapt.knowledge.injection.soft_prompt import add_prompt_tokens
 from hf_adapt.knowledge.injection.text_triples import (
     VISIBILITY,
@@ -171,6 +172,23 @@ def test_facts_train_and_are_loaded(tmp_path: Path) -> None:
     one.model.eval()
     inputs = knowledge_inputs(model, ["w0 w20", "w30"])
     torch.testing.assert_close(model(**inputs).logits, one.model(**inputs).logits)
+
+
+@needs_masks
+def test_facts_as_any_adaptation(tmp_path: Path) -> None:
+    """By a callback, and beside another adaptation with rows of its own."""
+    one = trainer(tmp_path, "bert", max_steps=3)
+    own = TextTriples(toy.graph())
+    target = toy.rows(12, 7).remove_columns("labels")
+    one.add_callback(AdaptationCallback(own, DANN(hidden_sizes=(8,)), target_dataset=target))
+    one.train()
+    assert np_finite(one.state.log_history[0]["loss/dann"])
+    assert VISIBILITY in next(iter(one.get_eval_dataloader()))
+    assert [m.surface for m in own.explain("w0 w4").mentions] == ["w0", "w4"]
+    with pytest.raises(ValueError, match="has an injector already"):
+        InjectorAttachment(one.model, KnowledgeInjector())
+    own.detach()
+    assert "forward" not in vars(one.model)
 
 
 def np_finite(value: float) -> bool:
