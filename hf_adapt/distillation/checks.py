@@ -21,7 +21,7 @@ from hf_adapt.engine.labels import IGNORED
 from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
-    from hf_adapt.engine.batch import Part
+    from hf_adapt.engine.parts import Part
 
 logger = logging.getLogger(__name__)
 

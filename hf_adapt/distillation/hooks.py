@@ -17,7 +17,7 @@ from hf_adapt.distillation.features import Captured, FeatureLoss
 from hf_adapt.distillation.heads import Head
 from hf_adapt.distillation.teachers import NOT_FOR_TEACHERS, Teacher, as_teacher
 from hf_adapt.distillation.tokenizers import Retokenizer, paired_positions, same_vocabulary
-from hf_adapt.engine.batch import Part
+from hf_adapt.engine.parts import Part
 from hf_adapt.models.capture import Extract, capturing
 from hf_adapt.models.copies import WeightsInUse
 

@@ -27,8 +27,8 @@ from hf_adapt.distillation.hooks import Lesson, TeacherHooks
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
 from hf_adapt.distillation.tokenizers import universal_logit_distance
 from hf_adapt.engine.adaptation import Objective, Term
-from hf_adapt.engine.batch import Part
 from hf_adapt.engine.mixins import FusedLoss, FusedObjective
+from hf_adapt.engine.parts import Part
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.engine.supported import refuse_sentence_trainer
 from hf_adapt.engine.texts import check_dataset, column_names, named_datasets

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_adapt.engine.batch import Part
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.normalisation import count_labels
+from hf_adapt.engine.parts import Part
 from hf_adapt.engine.selection import rows_of
 
 if TYPE_CHECKING:
