@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import nn
 
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import Knowledge
 from hf_adapt.knowledge.injection.soft_prompt import add_prompt_tokens
 from hf_adapt.knowledge.linking.mentions import Mention
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
+from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.heads import has_head, is_causal_lm
 
 CACHED_NEIGHBOURS = 100_000
@@ -36,17 +38,6 @@ class BatchMention(NamedTuple):
     end: int
 
 
-class Vectors(Protocol):
-    """A table of entity vectors, as [`EntityVectors`] is."""
-
-    @property
-    def dimension(self) -> int:
-        """Size of a vector."""
-
-    def gather(self, entities: np.ndarray) -> np.ndarray:
-        """The vectors of entities, zeros for -1."""
-
-
 class MentionBatcher:
     """Finds the mentions of the rows of a batch. A subclass makes inputs of them: `add_mentions`.
 
@@ -63,7 +54,7 @@ class MentionBatcher:
 
     def __init__(
         self,
-        graph: Any,
+        graph: KnowledgeGraph,
         aligner: TokenAligner,
         max_mentions: int | None = None,
         without_predicted: bool = False,
@@ -171,8 +162,8 @@ class KnowledgeBatcher(MentionBatcher):
 
     def __init__(
         self,
-        graph: Any,
-        vectors: Vectors,
+        graph: KnowledgeGraph,
+        vectors: EntityVectors,
         aligner: TokenAligner,
         max_mentions: int | None = None,
         without_predicted: bool = False,
@@ -253,8 +244,8 @@ class KnowledgeBatcher(MentionBatcher):
 def make_batcher(
     model: nn.Module,
     injector: KnowledgeInjector,
-    graph: Any,
-    vectors: Vectors,
+    graph: KnowledgeGraph,
+    vectors: EntityVectors,
     aligner: TokenAligner,
     max_mentions: int | None = None,
 ) -> KnowledgeBatcher:

@@ -155,7 +155,7 @@ class TripleBatcher(MentionBatcher):
 
     def __init__(
         self,
-        graph: Any,
+        graph: KnowledgeGraph,
         aligner: TokenAligner,
         max_mentions: int | None = None,
         without_predicted: bool = False,
@@ -237,7 +237,7 @@ class TripleBatcher(MentionBatcher):
 
 def make_triple_batcher(
     model: nn.Module,
-    graph: Any,
+    graph: KnowledgeGraph,
     aligner: TokenAligner,
     max_mentions: int | None,
     options: Mapping[str, int],

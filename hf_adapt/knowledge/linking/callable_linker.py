@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.linking.linker import Linker, check_text, name_of
 from hf_adapt.knowledge.linking.matcher import leftmost_longest
 from hf_adapt.knowledge.linking.mentions import Candidate, Mention
 from hf_adapt.knowledge.linking.normalization import fold_names
-from hf_adapt.knowledge.linking.surfaces import NamedEntities, SurfaceTable, ranked
+from hf_adapt.knowledge.linking.surfaces import SurfaceTable, ranked
 
 
 class CallableLinker(Linker):
@@ -34,7 +35,7 @@ class CallableLinker(Linker):
 
     def __init__(
         self,
-        graph: NamedEntities,
+        graph: KnowledgeGraph,
         function: Callable[[str], Any],
         *,
         overlapping: bool = False,

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.linking.inflection import english_forms
 from hf_adapt.knowledge.linking.linker import FUNCTION, MATCHERS, Linker, check_text, name_of
 from hf_adapt.knowledge.linking.matcher import AhoCorasickMatcher, Matcher, WordMatcher
 from hf_adapt.knowledge.linking.mentions import Mention
 from hf_adapt.knowledge.linking.normalization import fold, fold_punctuation
-from hf_adapt.knowledge.linking.surfaces import NamedEntities, SurfaceTable
+from hf_adapt.knowledge.linking.surfaces import SurfaceTable
 
 Inflections = str | Callable[[str], Iterable[str]] | None
 
@@ -55,7 +56,7 @@ class EntityLinker(Linker):
 
     def __init__(
         self,
-        graph: NamedEntities,
+        graph: KnowledgeGraph,
         *,
         ignore_case: bool = True,
         whole_words: bool = True,
@@ -83,7 +84,7 @@ class EntityLinker(Linker):
         self._table = self._surface_table(graph)
         self._matcher = self._make_matcher(matcher)
 
-    def _surface_table(self, graph: NamedEntities) -> SurfaceTable:
+    def _surface_table(self, graph: KnowledgeGraph) -> SurfaceTable:
         table = SurfaceTable(
             graph.surfaces(),
             self.ignore_case,
@@ -139,7 +140,7 @@ class EntityLinker(Linker):
 
     @classmethod
     def from_settings(
-        cls, graph: NamedEntities, settings: Mapping[str, Any], **changes: Any
+        cls, graph: KnowledgeGraph, settings: Mapping[str, Any], **changes: Any
     ) -> EntityLinker:
         """The linker with these settings.
 

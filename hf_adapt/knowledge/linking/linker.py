@@ -14,10 +14,10 @@ from typing import Any, Self
 import datasets
 from datasets.fingerprint import Hasher
 
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.linking.mention_columns import AddMentions, check_columns, coverage
 from hf_adapt.knowledge.linking.mentions import Mention
 from hf_adapt.knowledge.linking.normalization import RULES
-from hf_adapt.knowledge.linking.surfaces import NamedEntities
 
 FUNCTION = "function:"
 """How settings begin that name a function of the user's."""
@@ -31,7 +31,7 @@ class Linker(ABC):
         graph: The graph whose entities are found.
     """
 
-    def __init__(self, graph: NamedEntities) -> None:
+    def __init__(self, graph: KnowledgeGraph) -> None:
         self.graph = graph
 
     @abstractmethod
@@ -139,7 +139,7 @@ class Linker(ABC):
         fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         settings = {"new_fingerprint": fingerprint, "desc": "Linking", **settings}
         linked = split.map(add, num_proc=num_proc, **settings)
-        print(f"{name}: " * bool(name) + str(coverage(linked, self.graph.num_entities)))
+        print(f"{name}: " * bool(name) + coverage(linked, self.graph.num_entities))
         return linked
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,35 +18,8 @@ from hf_adapt.knowledge.linking.mentions import (
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """How much of a dataset the mentions cover.
-
-    Args:
-        rows: Rows.
-        linked_rows: Rows with a mention.
-        mentions: Mentions.
-        entities: Entities that a mention may mean, each counted once.
-        num_entities: Entities of the graph.
-    """
-
-    rows: int
-    linked_rows: int
-    mentions: int
-    entities: int
-    num_entities: int
-
-    def __str__(self) -> str:
-        rows, of = max(self.rows, 1), max(self.num_entities, 1)
-        return (
-            f"{self.linked_rows:,} of {self.rows:,} rows ({self.linked_rows / rows:.1%}) have a "
-            f"mention; {self.mentions / rows:.2f} mentions a row; {self.entities:,} of "
-            f"{self.num_entities:,} entities ({self.entities / of:.1%}) are mentioned"
-        )
-
-
-def coverage(dataset: Any, num_entities: int) -> Coverage:
-    """Count the mentions of a dataset that `linker.map` made.
+def coverage(dataset: Any, num_entities: int) -> str:
+    """Tell how much of a dataset and of a graph the mentions that `linker.map` made cover.
 
     Args:
         dataset: A `datasets.Dataset` with the column `mentions`.
@@ -63,7 +35,12 @@ def coverage(dataset: Any, num_entities: int) -> Coverage:
         mentions += int(counts.sum())
         found = np.asarray(column.flatten().field("entities").flatten())
         entities[found] = True
-    return Coverage(len(dataset), linked, mentions, int(entities.sum()), num_entities)
+    rows, mentioned = len(dataset), int(entities.sum())
+    return (
+        f"{linked:,} of {rows:,} rows ({linked / max(rows, 1):.1%}) have a mention; "
+        f"{mentions / max(rows, 1):.2f} mentions a row; {mentioned:,} of {num_entities:,} entities "
+        f"({mentioned / max(num_entities, 1):.1%}) are mentioned"
+    )
 
 
 class AddMentions:

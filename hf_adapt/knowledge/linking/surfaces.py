@@ -5,33 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 from hf_adapt.knowledge.linking.mentions import Candidate
 from hf_adapt.knowledge.linking.normalization import find_unspaced, fold_names
-
-
-class NamedEntities(Protocol):
-    """What a linker asks of a knowledge graph."""
-
-    @property
-    def num_entities(self) -> int:
-        """Entities are numbered from 0 to this, exclusive."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for graphs of equal content."""
-
-    def surfaces(self) -> Iterator[tuple[str, int, float]]:
-        """Each name, its entity, and how likely the name means this entity."""
-
-    def key(self, entity: int) -> str:
-        """The entity's identifier in its source."""
-
-    def entities(self, keys: Sequence[str]) -> Any:
-        """The numbers of the entities with these keys, -1 for those that are not here."""
-
 
 CHUNK = 512
 """Names that are folded at once: few enough that the collector of cycles need not look at them."""

@@ -46,7 +46,7 @@ def test_the_column(linker: EntityLinker, on_disk: Any, capsys: pytest.CaptureFi
         "mentioned\n"
     )
     few = linked.select([0, 3])
-    assert str(coverage(few, 8)).endswith("2 of 8 entities (25.0%) are mentioned")
+    assert coverage(few, 8).endswith("2 of 8 entities (25.0%) are mentioned")
 
 
 def test_a_second_call_reads_the_cache(
