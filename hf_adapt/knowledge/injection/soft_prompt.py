@@ -94,6 +94,6 @@ def add_prompt_tokens(
             batch[name] = moved.masked_fill(is_prompt, fills.get(name, 0))
     batch["attention_mask"] = batch["attention_mask"].masked_fill(used, 1)
     order = there.cumsum(1) - 1  # which of the row's mentions
-    place = first.unsqueeze(1) + number - count.unsqueeze(1) + order
+    position = first.unsqueeze(1) + number - count.unsqueeze(1) + order
     kept = there & (order < number)
-    return torch.stack([place, place + 1], dim=-1).masked_fill(~kept.unsqueeze(-1), 0)
+    return torch.stack([position, position + 1], dim=-1).masked_fill(~kept.unsqueeze(-1), 0)

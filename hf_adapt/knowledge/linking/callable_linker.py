@@ -72,9 +72,9 @@ class CallableLinker(Linker):
             if candidates:
                 found.append((start, end, candidates))
         if self.overlapping:
-            kept = sorted((start, end, place) for place, (start, end, _) in enumerate(found))
+            kept = sorted((start, end, index) for index, (start, end, _) in enumerate(found))
         else:
-            kept = leftmost_longest([(s, -e, place) for place, (s, e, _) in enumerate(found)])
+            kept = leftmost_longest([(s, -e, index) for index, (s, e, _) in enumerate(found)])
         return [Mention(start, end, text[start:end], found[n][2]) for start, end, n in kept]
 
     def _parts(self, span: Any, text: str) -> tuple[int, int, Any, Any]:

@@ -111,10 +111,10 @@ class SurfaceTable:
         if others is None:
             return (Candidate(self._entities[number], 1.0),)
         weights: dict[int, float] = {}
-        for place in (number, *others):
-            entity = self._entities[place]
+        for index in (number, *others):
+            entity = self._entities[index]
             # An entity may have the same name twice (label and alias): that is one meaning.
-            weights[entity] = max(weights.get(entity, 0.0), self._priors[place])
+            weights[entity] = max(weights.get(entity, 0.0), self._priors[index])
         return ranked(weights, self.most)
 
     def without_names(self) -> SurfaceTable:
@@ -138,13 +138,13 @@ class SurfaceTable:
                 if inflected and inflected not in self.numbers:
                     made.setdefault(inflected, []).append(number)
         for name, origins in made.items():
-            places = [
-                place for origin in origins for place in (origin, *self._others.get(origin, ()))
+            indices = [
+                index for origin in origins for index in (origin, *self._others.get(origin, ()))
             ]
             number = len(self._entities)
-            for place in places:
-                self._entities.append(self._entities[place])
-                self._priors.append(self._priors[place])
+            for index in indices:
+                self._entities.append(self._entities[index])
+                self._priors.append(self._priors[index])
             self.numbers[name] = number
-            if len(places) > 1:
-                self._others[number] = list(range(number + 1, number + len(places)))
+            if len(indices) > 1:
+                self._others[number] = list(range(number + 1, number + len(indices)))

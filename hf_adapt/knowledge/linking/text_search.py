@@ -31,17 +31,17 @@ def find_whole(row: str, text: str, start: int) -> tuple[int, bool]:
         start: The first character of the row that may be part of it.
 
     Returns:
-        The place, and whether it is between words.
+        The position, and whether it is between words.
     """
-    place = first = row.find(text, start)
+    position = first = row.find(text, start)
     for _ in range(TRIES):
-        if place < 0:
+        if position < 0:
             break
-        end = place + len(text)
-        around = row[max(place - 1, 0) : place], row[end : end + 1]
+        end = position + len(text)
+        around = row[max(position - 1, 0) : position], row[end : end + 1]
         if not any(character.isascii() and character.isalnum() for character in around):
-            return place, True
-        place = row.find(text, place + 1)
+            return position, True
+        position = row.find(text, position + 1)
     return first, False
 
 
@@ -56,8 +56,8 @@ def find_part(run: str, text: str) -> Overlap | None:
     """
     if not run:
         return None
-    if (place := text.find(run)) >= 0:
-        return Overlap(0, place, len(run))
+    if (position := text.find(run)) >= 0:
+        return Overlap(0, position, len(run))
     head, tail = shared_length(run, text), shared_length(text, run)
     if head >= tail:
         return Overlap(len(run) - head, 0, head) if head else None

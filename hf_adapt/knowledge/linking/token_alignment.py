@@ -157,8 +157,8 @@ class TokenAligner:
         if self._pieces is None:
             if not getattr(self.tokenizer, "is_fast", False):
                 raise ValueError(
-                    "Placing mentions in tokens needs a fast tokenizer, which keeps the offsets of "
-                    f"characters; got {type(self.tokenizer).__name__}. Use AutoTokenizer with "
+                    "Aligning mentions with tokens needs a fast tokenizer, which keeps the offsets "
+                    f"of characters; got {type(self.tokenizer).__name__}. Use AutoTokenizer with "
                     "use_fast=True, or give the dataset a column token_mentions: a list of "
                     '{"start", "end", "entities", "priors"} by position in input_ids.'
                 )
@@ -256,8 +256,8 @@ class TokenAligner:
         spaced, after_space = self._encode(" " + text)  # as in the middle of a template
         shifted = [(max(0, start - 1), max(0, end - 1)) for start, end in after_space]
         for whole, own in ((ids, spans), (spaced, shifted)):
-            if (place := row.ids.find(whole, after)) >= 0:
-                return _from_ids(Overlap(place, 0, len(whole)), own, len(text))
+            if (position := row.ids.find(whole, after)) >= 0:
+                return _from_ids(Overlap(position, 0, len(whole)), own, len(text))
         found = []
         for first, end in row.runs:
             first = max(first, after)
@@ -266,9 +266,9 @@ class TokenAligner:
                 found.append(part._replace(at=first + part.at))
         second, last = _inner_tokens(text, spans)
         for begin, stop in ((second, len(ids)), (0, last), (second, last)):
-            place = row.ids.find(ids[begin:stop], after) if stop - begin >= FEW_TOKENS else -1
-            if place >= 0:
-                found.append(Overlap(place, begin, stop - begin))
+            position = row.ids.find(ids[begin:stop], after) if stop - begin >= FEW_TOKENS else -1
+            if position >= 0:
+                found.append(Overlap(position, begin, stop - begin))
         longest = max(found, key=lambda overlap: overlap.length, default=None)
         return None if longest is None else _from_ids(longest, spans, len(text))
 
@@ -373,9 +373,9 @@ def _by_characters(
             if end <= after:
                 continue
             start = spans[after - first][0] if after > first else 0
-            place, is_between_words = find_whole(run, content, start)
-            if place >= 0:
-                found = (first, spans, Overlap(place, 0, len(content)))
+            position, is_between_words = find_whole(run, content, start)
+            if position >= 0:
+                found = (first, spans, Overlap(position, 0, len(content)))
                 if is_between_words:
                     return _from_characters(found, spelling, content), None
                 inside = inside or found
@@ -442,8 +442,8 @@ def _from_ids(part: Overlap, spans: list[Span], length: int) -> Alignment | None
     """From equal tokens to the characters of each."""
     end = part.of + part.length
     kept = (
-        (part.at + place, start, stop)
-        for place, (start, stop) in enumerate(spans[part.of : end])
+        (part.at + position, start, stop)
+        for position, (start, stop) in enumerate(spans[part.of : end])
         if stop > start
     )
     # What no token stands for is not cut off; a character some of whose tokens are missing is.
