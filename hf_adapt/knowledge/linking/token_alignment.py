@@ -253,11 +253,11 @@ class TokenAligner:
         ids, spans = self._encode(text)
         if not ids:
             return None
-        spaced, after_space = self._encode(" " + text)  # as in the middle of a template
-        shifted = [(max(0, start - 1), max(0, end - 1)) for start, end in after_space]
-        for whole, own in ((ids, spans), (spaced, shifted)):
+        for given, shift in ((text, 0), (" " + text, 1)):  # a space, as in the middle of a template
+            whole, own = self._encode(given)
             if (position := row.ids.find(whole, after)) >= 0:
-                return _from_ids(Overlap(position, 0, len(whole)), own, len(text))
+                moved = [(max(0, start - shift), max(0, end - shift)) for start, end in own]
+                return _from_ids(Overlap(position, 0, len(whole)), moved, len(text))
         found = []
         for first, end in row.runs:
             first = max(first, after)
