@@ -34,7 +34,7 @@ KEPT_METRICS = ("_metrics", "accum_loss_components")
 
 
 class Probe:
-    """Runs the training loss once on a first batch, in evaluation mode and without a trace.
+    """Runs the training loss once on a first batch, in evaluation mode, and restores the model.
 
     It learns the layout of the outputs, finds out how the loss is normalised, builds the auxiliary
     modules, and refuses what cannot work before anything is trained.
