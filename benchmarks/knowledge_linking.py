@@ -31,9 +31,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from measure import in_fresh_process, print_machine, print_table, progress
 
-from hf_adapt.knowledge.linking.folding import ascii_letters, fold, fold_names
-from hf_adapt.knowledge.linking.linker import EntityLinker
-from hf_adapt.knowledge.linking.matching import AhoCorasickMatcher, leftmost_longest
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
+from hf_adapt.knowledge.linking.matcher import AhoCorasickMatcher, leftmost_longest
+from hf_adapt.knowledge.linking.normalization import ascii_letters, fold, fold_names
 
 SETTINGS = [
     ("words", 100_000, "sparse"),

@@ -39,6 +39,7 @@ from hf_adapt.knowledge import (
     KnowledgeInjection,
     KnowledgeInjector,
     LinkPrediction,
+    TextTriples,
 )
 from hf_adapt.unfreezing import FreezeOnly
 from tests.helpers import toy
@@ -121,10 +122,10 @@ CASES: dict[str, Make] = {
     ),
     "described": lambda folder: (bert(), KnowledgeCallback(toy.graph())),
     "gated addition": known(layers=["embeddings", 0, "head"], num_neighbours=2),
-    "cross-attention": known(layers=0, form="cross_attention", num_heads=2),
-    "adapter": known(layers=-1, form="adapter"),
-    "soft prompt": known(form="soft_prompt"),
-    "text triples": known(form="text_triples"),
+    "cross-attention": known(layers=0, injection_layer="cross_attention", num_heads=2),
+    "adapter": known(layers=-1, injection_layer="adapter"),
+    "soft prompt": known(injection_layer="soft_prompt"),
+    "text triples": lambda folder: (bert(), AdaptationCallback(TextTriples(toy.graph()))),
     "knowledge objectives": known(
         EntityPrediction, LinkPrediction, DescriptionAlignment, layers=0, num_neighbours=2
     ),

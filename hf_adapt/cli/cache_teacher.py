@@ -58,8 +58,8 @@ def cache_teacher(
     from hf_adapt.distillation import filling
     from hf_adapt.distillation.cache import CachedTeacher
     from hf_adapt.distillation.checks import num_positions
-    from hf_adapt.distillation.texts import column_names
     from hf_adapt.distillation.tokenizers import token_limit
+    from hf_adapt.engine.texts import column_names
 
     try:
         columns = column_names(text_column or "text")

@@ -8,7 +8,7 @@ from typing import Any
 from hf_adapt.distillation.cache import CachedTeacher
 from hf_adapt.distillation.divergences import DIVERGENCES, JensenShannon
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
-from hf_adapt.distillation.texts import column_names
+from hf_adapt.engine.texts import column_names
 
 
 @dataclass

@@ -23,8 +23,8 @@ from hf_adapt.distillation.cache import CachedTeacher
 from hf_adapt.distillation.checks import Classes, num_positions
 from hf_adapt.distillation.heads import Head
 from hf_adapt.distillation.objective import Distillation
-from hf_adapt.distillation.texts import check_cell, check_columns, is_words, missing_cells
 from hf_adapt.engine.columns import named_inputs
+from hf_adapt.engine.texts import check_cell, check_columns, is_words, missing_cells
 from hf_adapt.models.hub_names import check_hub_name
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}

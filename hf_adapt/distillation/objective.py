@@ -25,13 +25,13 @@ from hf_adapt.distillation.features import Captured, FeatureLoss
 from hf_adapt.distillation.fused import FusedHeads
 from hf_adapt.distillation.hooks import Lesson, TeacherHooks
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
-from hf_adapt.distillation.texts import check_dataset, column_names, named_datasets
 from hf_adapt.distillation.tokenizers import universal_logit_distance
 from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.mixins import FusedLoss, FusedObjective
 from hf_adapt.engine.parts import Part
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.engine.supported import refuse_sentence_trainer
+from hf_adapt.engine.texts import check_dataset, column_names, named_datasets
 from hf_adapt.engine.training import added_inputs, target_datasets, unwrapped_model
 from hf_adapt.models.capture import Extract, capturing
 from hf_adapt.models.structure import find_feature_module, unwrapped_base

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.distillation.texts import column_names, text_of
+from hf_adapt.engine.texts import column_names, text_of
 
 logger = logging.getLogger(__name__)
 

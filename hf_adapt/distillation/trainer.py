@@ -14,11 +14,11 @@ from hf_adapt.distillation.divergences import Divergence
 from hf_adapt.distillation.evaluating import TeacherComparison
 from hf_adapt.distillation.features import FeatureLoss
 from hf_adapt.distillation.objective import Distillation, TeacherWeights
-from hf_adapt.distillation.texts import column_names
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.collating import COLUMNS
 from hf_adapt.engine.columns import inputs_of
 from hf_adapt.engine.progress import Schedule
+from hf_adapt.engine.texts import column_names
 from hf_adapt.engine.trainer import AdaptationTrainer
 
 

@@ -18,8 +18,8 @@ from transformers import (
 from hf_adapt import DistillationTrainer
 from hf_adapt.distillation import CachedTeacher, Contrastive, DistillationArguments, HiddenStates
 from hf_adapt.distillation.checks import num_positions
-from hf_adapt.distillation.texts import missing_cells
 from hf_adapt.distillation.tokenizers import Retokenizer, universal_logit_distance
+from hf_adapt.engine.texts import missing_cells
 from tests.helpers.data import collate
 from tests.helpers.distillation import WORDS, texts, tokenizer
 from tests.helpers.heads import CASES

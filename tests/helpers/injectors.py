@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from hf_adapt import adapt
 from hf_adapt.knowledge import KnowledgeInjection, KnowledgeInjector
+from hf_adapt.knowledge.injection.injector import InjectorSizes
 from hf_adapt.knowledge.injection.inputs import Knowledge
 from tests.helpers import toy
 from tests.helpers.models import CAUSAL, ROWS, VOCABULARY, family
@@ -66,12 +67,16 @@ def knowledge(
 
 
 def built(
-    name: str, layers: Any = ("embeddings", 0), form: str = "gated", seed: int = 3, **options: Any
+    name: str,
+    layers: Any = ("embeddings", 0),
+    injection_layer: str = "gated",
+    seed: int = 3,
+    **options: Any,
 ) -> KnowledgeInjector:
     """An injector for a tiny model, with its weights made."""
     torch.manual_seed(seed)
-    injector = KnowledgeInjector(list(layers), form, inner_size=8, **options)
-    injector.build([16] * len(layers), DIMENSION, RELATIONS, name in CAUSAL)
+    injector = KnowledgeInjector(list(layers), injection_layer, inner_size=8, **options)
+    injector.build(InjectorSizes([16] * len(layers), DIMENSION, RELATIONS, name in CAUSAL))
     return injector
 
 
@@ -79,9 +84,9 @@ def disturb(injector: KnowledgeInjector, seed: int = 4, scale: float = 0.5) -> N
     """Make the output projections do something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for form in injector.forms:
-            form.output.weight.copy_(
-                scale * torch.randn(form.output.weight.shape, generator=generator)
+        for layer in injector.injection_layers:
+            layer.output.weight.copy_(
+                scale * torch.randn(layer.output.weight.shape, generator=generator)
             )
 
 

@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from hf_adapt.knowledge.linking.folding import UNSPACED
+from hf_adapt.knowledge.linking.normalization import UNSPACED
 
 RANGES = []
 letters = iter(UNSPACED)

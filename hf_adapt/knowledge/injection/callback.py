@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
-from hf_adapt.knowledge.injection.adaptation import KnowledgeInjection
+from hf_adapt.knowledge.injection.explanation import Explanation
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
+from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
 from hf_adapt.knowledge.vectors.table import EntityVectors
-
-if TYPE_CHECKING:
-    from hf_adapt.knowledge.injection.explaining import Explanation
 
 
 class KnowledgeCallback(AdaptationCallback):
@@ -24,14 +21,11 @@ class KnowledgeCallback(AdaptationCallback):
             descriptions by default.
         linker: Finds the entities in texts; `EntityLinker(graph)` by default.
         injector: Where and how; gated addition to the input embeddings by default.
-        text_column: The column(s) of the dataset with the text; by default `text`, if there is one.
-        max_mentions: Mentions of a row at most.
-        save_graph: Whether graph and vectors are put beside the final model.
-        learning_rate: Peak learning rate of the injector.
-        weight_decay: Of the injector.
+        **options: Further options of [`KnowledgeInjection`]: `text_column`, `max_mentions`,
+            `save_graph`, `learning_rate`, `weight_decay`.
 
     Raises:
-        ValueError: If the parts do not belong to one graph.
+        ValueError: If graph and vectors do not belong together.
 
     Example:
         ```python
@@ -47,23 +41,9 @@ class KnowledgeCallback(AdaptationCallback):
         vectors: EntityVectors | None = None,
         linker: Any = None,
         injector: KnowledgeInjector | None = None,
-        text_column: str | Sequence[str] | None = None,
-        max_mentions: int | None = None,
-        save_graph: bool = True,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
+        **options: Any,
     ) -> None:
-        self.injection = KnowledgeInjection(
-            graph,
-            vectors,
-            linker,
-            injector,
-            text_column,
-            max_mentions,
-            save_graph,
-            learning_rate,
-            weight_decay,
-        )
+        self.injection = KnowledgeInjection(graph, vectors, linker, injector, **options)
         super().__init__(self.injection)
 
     def explain(self, text: str) -> Explanation:

@@ -1,19 +1,16 @@
-"""What is refused before a training with knowledge begins: trainers and columns."""
+"""What is refused before a training with knowledge begins: trainers, models and columns."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
+from torch import nn
 
 from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.supported import refuse_answers, refuse_sentence_trainer
-from hf_adapt.knowledge.graphs.triples import is_missing
-from hf_adapt.knowledge.linking.mapping import TOKEN_MENTIONS, text_of
+from hf_adapt.engine.texts import check_dataset, named_datasets
+from hf_adapt.knowledge.linking.mentions import TOKEN_MENTIONS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -43,10 +40,27 @@ def refuse_trainer(trainer: Trainer) -> None:
     )
 
 
+def refuse_prompt_vectors(model: nn.Module) -> None:
+    """Refuse a PEFT method that puts prompt vectors before the tokens.
+
+    Raises:
+        ValueError: If the model has one.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    for config in configs.values() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(config).__name__} puts prompt vectors before the tokens, so the mentions' "
+                "positions would be wrong. Use LoRA or another method that leaves the input as it "
+                "is."
+            )
+
+
 def check_text_columns(trainer: Trainer, columns: Sequence[str]) -> None:
     """Refuse datasets without a column that `text_column` names, or without text in it.
 
-    What only reading the rows would tell is checked as they come.
+    Of several columns, some may be empty: a pair may lack its second text. What only reading the
+    rows would tell is checked as they come.
 
     Args:
         trainer: The Trainer.
@@ -55,93 +69,6 @@ def check_text_columns(trainer: Trainer, columns: Sequence[str]) -> None:
     Raises:
         ValueError: Naming the dataset, and a column of nearly that name or a row.
     """
-    for name, dataset in _datasets(trainer):
-        found = dataset_columns(dataset)
-        if found is not None:
-            check_has_text(found, columns, f"the {name} does not have")
-            # What a transform makes of the cells is not what is stored.
-            if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
-                _check_cells(dataset, columns, name)
-
-
-def check_has_text(found: Collection[str], columns: Sequence[str], which: str) -> None:
-    """Refuse rows without a column that `text_column` names.
-
-    Args:
-        found: The columns that there are.
-        columns: The columns that were named.
-        which: Who lacks it, for the message: "the train_dataset does not have".
-
-    Raises:
-        ValueError: Naming a column of nearly that name.
-    """
-    if TOKEN_MENTIONS in found:  # placed already
-        return
-    for column in columns:
-        if column not in found:
-            near = difflib.get_close_matches(column, found, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"text_column names {column!r}, which {which}.{hint} There is "
-                f"{', '.join(found)}. Keep the text as a column when you tokenise. Without "
-                "text_column=, the column 'text' is read where there is one, and else what the "
-                "tokens decode to."
-            )
-
-
-def check_text(row: Mapping[str, Any], columns: Sequence[str], place: str) -> None:
-    """Refuse a row without a text in the columns that `text_column` names.
-
-    Of several columns, some may be empty: a pair may lack its second text.
-
-    Args:
-        row: The row, which has these columns.
-        columns: The columns that were named.
-        place: What to call the row, for the message.
-
-    Raises:
-        ValueError: Naming the column and what it has.
-    """
-    if row.get(TOKEN_MENTIONS) is not None:  # placed already
-        return
-    wrong = [column for column in columns if text_of(row[column]) is None]
-    other = [column for column in wrong if not is_missing(row[column])]
-    if other or len(wrong) == len(columns):
-        column = (other or wrong)[0]
-        cell = row[column]
-        found = "no text" if is_missing(cell) else f"{type(cell).__name__} {cell!r:.60}"
-        raise ValueError(
-            f"text_column names {column!r}, which must hold a text or a list of words; {place} has "
-            f"{found}. Name another column, fill it in, or leave the row out (dataset.filter)."
-        )
-
-
-def _check_cells(dataset: datasets.Dataset, columns: Sequence[str], name: str) -> None:
-    """Look at the rows one by one where their column does not say that they are all text."""
-    if TOKEN_MENTIONS in dataset.column_names:
-        return
-    start = 0
-    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(10_000):
-        if not all(_is_all_text(table[column]) for column in columns):
-            for number, row in enumerate(table.to_pylist(), start):
-                check_text(row, columns, f"row {number:,} of the {name}")
-        start += len(table)
-
-
-def _is_all_text(column: Any) -> bool:
-    if column.null_count:
-        return False
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return _is_all_text(pc.list_flatten(column))
-    return bool(pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
-
-
-def _datasets(trainer: Trainer) -> Iterator[tuple[str, Any]]:
-    """The datasets of a run with their names."""
-    yield "train_dataset", trainer.train_dataset
-    several: Any = trainer.eval_dataset
-    if isinstance(several, Mapping):
-        for name, dataset in several.items():
-            yield f"eval_dataset[{name!r}]", dataset
-    elif several is not None:
-        yield "eval_dataset", several
+    for name, dataset in named_datasets(trainer.train_dataset, (), trainer.eval_dataset):
+        if TOKEN_MENTIONS not in (dataset_columns(dataset) or ()):  # else the mentions are known
+            check_dataset(dataset, columns, name, one_suffices=True, read_stream=False)

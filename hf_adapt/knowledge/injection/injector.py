@@ -2,82 +2,98 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from hf_adapt.knowledge.injection.forms import (
+from hf_adapt.knowledge.injection.injection_layers import (
     CrossAttention,
-    Form,
     GatedAddition,
+    InjectionLayer,
     KnowledgeAdapter,
+    LayerSizes,
     Record,
     size_of,
 )
+from hf_adapt.knowledge.injection.injection_points import Kind, Location
 from hf_adapt.knowledge.injection.inputs import Knowledge
-from hf_adapt.knowledge.injection.prompts import SoftPrompt
-from hf_adapt.knowledge.injection.sites import Kind, Place
-from hf_adapt.knowledge.injection.text_triples import TextTriples
+from hf_adapt.knowledge.injection.soft_prompt import NUM_PROMPT_TOKENS, SoftPrompt
 
 Tokens = Literal["auto", "mention", "after"]
 
-FORMS: dict[str, type[Form] | type[TextTriples]] = {
+INJECTION_LAYERS: dict[str, type[InjectionLayer]] = {
     "gated": GatedAddition,
     "cross_attention": CrossAttention,
     "adapter": KnowledgeAdapter,
     "soft_prompt": SoftPrompt,
-    "text_triples": TextTriples,
 }
-"""The forms by name; a subclass of one's own does as well."""
+"""The injection layers by name; a subclass of one's own does as well."""
 
 SMALLEST = 1e-12
 """A hidden state of zeros, as embeddings of padding are, is divided by this."""
+
+
+@dataclass(frozen=True)
+class InjectorSizes:
+    """The sizes that a first forward, the graph and the vectors decide.
+
+    Args:
+        hidden_sizes: Of the hidden states at each injection point, in order.
+        entity_size: Of the entity vectors.
+        num_relations: Of the graph, inverses not counted.
+        is_causal: Whether the model is a causal language model.
+    """
+
+    hidden_sizes: list[int]
+    entity_size: int
+    num_relations: int
+    is_causal: bool
 
 
 class KnowledgeInjector(nn.Module):
     """Adds what a graph knows of the entities in a text to a model's hidden states.
 
     It stands outside the model: the model's `state_dict` and checkpoint stay as they are. With the
-    forms gated, cross_attention and adapter it is an exact no-op at first, since their output
-    projections are zero, and always for rows without a mention. Soft prompts and text triples
-    change the input, and so the answers, from the first step on.
+    injection layers gated, cross_attention and adapter it is an exact no-op at first, since their
+    output projections are zero, and always for rows without a mention. Soft prompts change the
+    input, and so the model's output, from the first step on.
 
     Hidden states are read, and added to, in units of their own size (root mean square), which
-    differs tenfold and more between embeddings and layers: one learning rate does for all places.
+    differs tenfold and more between embeddings and layers: one learning rate suits all points.
 
     Args:
         layers: Where: `"embeddings"`, layers' numbers (negative from the top), `"head"`, modules'
             dotted names, or a list of these. In an encoder–decoder they are the encoder's.
-        form: How: `"gated"` ([`GatedAddition`]), `"cross_attention"` ([`CrossAttention`]: to the
-            mention's candidates, their neighbours and a "no knowledge" sentinel), `"adapter"`
-            ([`KnowledgeAdapter`]), `"soft_prompt"` ([`SoftPrompt`], for decoders),
-            `"text_triples"` ([`TextTriples`], for encoders), or a subclass of [`Form`].
-        num_neighbours: Neighbours in the graph that are looked at for each candidate: averaged
-            into its vector by one step of message passing, or attended to one by one.
+        injection_layer: How: `"gated"` ([`GatedAddition`]), `"cross_attention"`
+            ([`CrossAttention`]: to the mention's candidates, their neighbours and a "no knowledge"
+            sentinel), `"adapter"` ([`KnowledgeAdapter`]), `"soft_prompt"` ([`SoftPrompt`], for
+            decoders), or a subclass of [`InjectionLayer`].
+        num_neighbours: Neighbours in the graph that are read for each candidate: averaged into its
+            vector by one step of message passing, or attended to one by one.
         inner_size: Size between the entities' vectors and the hidden states; by default the
             smaller of hidden size and 128.
         tokens: Which tokens of a mention are changed: `"mention"`, all of them; `"after"`, the one
             that follows it; `"auto"`, `"after"` in causal language models, else `"mention"`. That
             a mention ends here tells of the tokens up to the next one, so a language model that
             is to predict them may know of it only then.
-        **options: For the form, such as `num_heads`.
+        **options: For the injection layer, such as `num_heads`.
 
     Raises:
         ValueError: If an option is unknown or out of range.
 
     Example:
-        >>> injector = KnowledgeInjector(layers=[3, -1], form="cross_attention", num_neighbours=4)
-        >>> injector.places
+        >>> injector = KnowledgeInjector([3, -1], "cross_attention", num_neighbours=4)
+        >>> injector.layers
         [3, -1]
     """
 
     def __init__(
         self,
-        layers: Place | Sequence[Place] = "embeddings",
-        form: str | type[Form] = "gated",
+        layers: Location | Sequence[Location] = "embeddings",
+        injection_layer: str | type[InjectionLayer] = "gated",
         *,
         num_neighbours: int = 0,
         inner_size: int | None = None,
@@ -85,31 +101,33 @@ class KnowledgeInjector(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.places: list[Place] = [layers] if isinstance(layers, (int, str)) else list(layers)
-        if not self.places:
-            raise ValueError("layers is empty: name at least one place, such as 'embeddings'.")
-        if isinstance(form, str) and form not in FORMS:
+        self.layers: list[Location] = [layers] if isinstance(layers, (int, str)) else list(layers)
+        if not self.layers:
+            raise ValueError("layers is empty: name at least one, such as 'embeddings'.")
+        if isinstance(injection_layer, str) and injection_layer not in INJECTION_LAYERS:
             raise ValueError(
-                f"form={form!r} is unknown: use {', '.join(map(repr, FORMS))}, or a subclass of "
-                "hf_adapt.knowledge.Form."
+                f"injection_layer={injection_layer!r} is unknown: use "
+                f"{', '.join(map(repr, INJECTION_LAYERS))}, or a subclass of "
+                "hf_adapt.knowledge.InjectionLayer."
             )
         if num_neighbours < 0:
             raise ValueError(f"num_neighbours={num_neighbours} must be 0 or more.")
         if tokens not in get_args(Tokens):
             raise ValueError(f"tokens={tokens!r} is unknown: use 'auto', 'mention' or 'after'.")
-        self.form = FORMS[form] if isinstance(form, str) else form
-        if self.form.changes != "hidden" and self.places != ["embeddings"]:
+        self.layer_class = (
+            INJECTION_LAYERS[injection_layer]
+            if isinstance(injection_layer, str)
+            else injection_layer
+        )
+        if self.layer_class.changes_input and self.layers != ["embeddings"]:
             raise ValueError(
-                f"{self.form.__name__} changes the input: layers must be 'embeddings', got "
-                f"{self.places}."
+                f"{self.layer_class.__name__} changes the input: layers must be 'embeddings', got "
+                f"{self.layers}."
             )
-        self.text = TextTriples(**options) if issubclass(self.form, TextTriples) else None
-        self.num_neighbours = num_neighbours
-        self.inner_size = inner_size
-        self.tokens = tokens
-        self.options = options
-        self.forms = nn.ModuleList()
-        self.sizes: dict[str, Any] | None = None
+        self.num_neighbours, self.inner_size = num_neighbours, inner_size
+        self.tokens, self.options = tokens, options
+        self.injection_layers = nn.ModuleList()
+        self.sizes: InjectorSizes | None = None
 
     @property
     def is_built(self) -> bool:
@@ -117,51 +135,32 @@ class KnowledgeInjector(nn.Module):
         return self.sizes is not None
 
     @property
-    def needs_vectors(self) -> bool:
-        """Whether it reads entity vectors (else the facts' text)."""
-        return self.text is None
-
-    @property
     def num_prompt_tokens(self) -> int:
         """Tokens that stand before each row for it."""
-        if self.form.changes != "prompt":
+        if not self.layer_class.changes_input:
             return 0
-        default = inspect.signature(self.form).parameters["num_tokens"].default
-        return int(self.options.get("num_tokens", default))
+        return int(self.options.get("num_tokens", NUM_PROMPT_TOKENS))
 
-    def build(
-        self, hidden_sizes: Sequence[int], dimension: int, num_relations: int, is_causal: bool
-    ) -> None:
+    def build(self, sizes: InjectorSizes) -> None:
         """Make the weights.
 
-        Args:
-            hidden_sizes: Of the places, in order.
-            dimension: Of the entities' vectors.
-            num_relations: Of the graph, inverses not counted.
-            is_causal: Whether the model is a causal language model.
+        Raises:
+            ValueError: If the injection layer does not take the options.
         """
-        sizes = {
-            "hidden_sizes": list(hidden_sizes),
-            "dimension": dimension,
-            "num_relations": num_relations,
-            "is_causal": is_causal,
-        }
-        relations = 2 * num_relations if self.num_neighbours else 0
-        if issubclass(self.form, TextTriples):
-            self.sizes = sizes
-            return
+        relations = 2 * sizes.num_relations if self.num_neighbours else 0
         made = []
-        for size in hidden_sizes:
+        for size in sizes.hidden_sizes:
             inner = self.inner_size or min(size, 128)
+            own = LayerSizes(size, sizes.entity_size, inner, relations, sizes.is_causal)
             try:
-                made.append(self.form(size, dimension, inner, relations, is_causal, **self.options))
+                made.append(self.layer_class(own, **self.options))
             except TypeError as error:
                 raise ValueError(
-                    f"{self.form.__name__} does not take {self.options}: {error}."
+                    f"{self.layer_class.__name__} does not take {self.options}: {error}."
                 ) from error
-        self.forms, self.sizes = nn.ModuleList(made), sizes
+        self.injection_layers, self.sizes = nn.ModuleList(made), sizes
 
-    def change(
+    def inject(
         self,
         number: int,
         kind: Kind,
@@ -174,66 +173,67 @@ class KnowledgeInjector(nn.Module):
         It is computed in the injector's own precision, with autocast off.
 
         Args:
-            number: Which of the places.
-            kind: What kind of place.
+            number: Which of the injection points.
+            kind: What kind of point.
             hidden: (B, T, H), or (B, H) for a head over rows.
             knowledge: The mentions of these rows.
             record: Where to put what `explain` shows, or None.
         """
-        form = self.forms[number]
-        assert isinstance(form, Form)
+        layer = self.injection_layers[number]
+        assert isinstance(layer, InjectionLayer)
         with torch.autocast(hidden.device.type, enabled=False):
-            own = hidden.to(form.output.weight.dtype)
-            size = size_of(own) if form.is_relative else own.new_ones(())
+            own = hidden.to(layer.output.weight.dtype)
+            size = size_of(own) if layer.is_relative else own.new_ones(())
             own = own / size.clamp(min=SMALLEST)
             if kind != "row_head":
-                added = form(own, knowledge, record)
+                added = layer(own, knowledge, record)
             elif hidden.ndim == 2:
-                added = form.row_values(own, knowledge, record)
+                added = layer.row_values(own, knowledge, record)
             else:
                 mean = _row_mean(own, knowledge.mask)
-                added = form.row_values(mean, knowledge, record).unsqueeze(1)
+                added = layer.row_values(mean, knowledge, record).unsqueeze(1)
             changed: torch.Tensor = hidden + (added * size).to(hidden.dtype)
         return changed
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes the same injector again, as plain values."""
-        names = [name for name, form in FORMS.items() if form is self.form]
+        """The options and sizes, as plain values: see [`from_settings`]."""
+        names = [name for name, layer in INJECTION_LAYERS.items() if layer is self.layer_class]
+        own = f"{self.layer_class.__module__}:{self.layer_class.__qualname__}"
         return {
-            "layers": list(self.places),
-            "form": names[0] if names else f"{self.form.__module__}:{self.form.__qualname__}",
+            "layers": list(self.layers),
+            "injection_layer": names[0] if names else own,
             "num_neighbours": self.num_neighbours,
             "inner_size": self.inner_size,
             "tokens": self.tokens,
             "options": self.options,
-            "sizes": self.sizes,
+            "sizes": None if self.sizes is None else asdict(self.sizes),
         }
 
     @classmethod
     def from_settings(
-        cls, settings: dict[str, Any], form: type[Form] | None = None
+        cls, settings: dict[str, Any], injection_layer: type[InjectionLayer] | None = None
     ) -> KnowledgeInjector:
         """The injector that `settings` describes, with new weights.
 
         Args:
-            settings: What the property of this name gave.
-            form: The class, where the form is one of the user's own.
+            settings: The property of this name of another injector.
+            injection_layer: The class, where the injection layer is one of the user's own.
 
         Raises:
-            ValueError: If the form is one of the user's own and is not given.
+            ValueError: If the injection layer is one of the user's own and is not given.
         """
         settings = dict(settings)
         sizes, options = settings.pop("sizes"), settings.pop("options")
-        if form is None and settings["form"] not in FORMS:
+        if injection_layer is None and settings["injection_layer"] not in INJECTION_LAYERS:
             raise ValueError(
-                f"The injector was made with a form of your own, {settings['form']}: pass the "
-                "class as form=."
+                "The injector was made with an injection layer of your own, "
+                f"{settings['injection_layer']}: pass the class as injection_layer=."
             )
-        settings["form"] = form or settings["form"]
+        settings["injection_layer"] = injection_layer or settings["injection_layer"]
         injector = cls(**settings, **options)
         if sizes is not None:
-            injector.build(**sizes)
+            injector.build(InjectorSizes(**sizes))
         return injector
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 PREFIX = "knowledge_"
-
-PARTS = ("spans", "entities", "priors", "vectors", "neighbours", "relations")
-
-NAMES = tuple(PREFIX + part for part in PARTS)
+REQUIRED = ("spans", "entities", "priors", "vectors")
+NAMES = tuple(PREFIX + name for name in (*REQUIRED, "neighbours", "relations"))
 """The names of the inputs."""
 
 
@@ -27,7 +25,7 @@ class Knowledge:
         - priors: (B, M, K) float, 0 for absent candidates, else they add up to 1 for a mention.
         - vectors: (B, M, K, D) float.
         - neighbours: (B, M, K, N, D) float, relations: (B, M, K, N) long, -1 for absent ones;
-          None where an injector looks at no neighbours.
+          None where an injector reads no neighbours.
 
     Each is a tensor whose first dimension is the row, so that it is sliced, gathered, expanded to
     beams and moved to a device as every other input is.
@@ -55,10 +53,20 @@ class Knowledge:
         """B."""
         return self.spans.shape[0]
 
+    @property
+    def candidate_mask(self) -> torch.Tensor:
+        """Which candidates there are, (B, M, K) bool."""
+        return self.entities >= 0
+
     def inputs(self) -> dict[str, torch.Tensor]:
         """The tensors as the model's inputs, by name."""
         values = {name: getattr(self, name.removeprefix(PREFIX)) for name in NAMES}
         return {name: value for name, value in values.items() if value is not None}
+
+    def to(self, device: torch.device) -> Knowledge:
+        """The same on a device."""
+        moved = {name.removeprefix(PREFIX): v.to(device) for name, v in self.inputs().items()}
+        return replace(self, **moved)
 
     def from_position(self, position: int) -> Knowledge:
         """The same with positions counted from here: what lies before it is in a cache."""
@@ -80,11 +88,6 @@ class Knowledge:
         at = torch.arange(length, device=self.spans.device)
         return (at >= self.spans[..., :1]) & (at < self.spans[..., 1:])
 
-    @property
-    def candidate_mask(self) -> torch.Tensor:
-        """Which candidates there are, (B, M, K) bool."""
-        return self.entities >= 0
-
 
 def take_knowledge(inputs: MutableMapping[str, Any]) -> Knowledge | None:
     """Remove the tensors of a batch's mentions from its inputs.
@@ -102,7 +105,7 @@ def knowledge_of(inputs: Mapping[str, Any]) -> Knowledge | None:
     found = {name.removeprefix(PREFIX): inputs[name] for name in NAMES if name in inputs}
     if not found:
         return None
-    missing = [name for name in ("spans", "entities", "priors", "vectors") if name not in found]
+    missing = [name for name in REQUIRED if name not in found]
     if missing:
         raise ValueError(
             f"The inputs hold {', '.join(PREFIX + n for n in found)} without "

@@ -1,14 +1,13 @@
 """Auxiliary losses on the graph: entity prediction, link prediction, description alignment.
 
 Each reads the mentions that a [`KnowledgeInjection`] puts into the batches, so it stands after one
-in the same run. Negatives, and what is withheld, are pure functions of seed, step and row: how rows
+in the same run. Negatives and masked mentions are pure functions of seed, step and row: how rows
 are batched, over how many processes, and resuming change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from torch import nn
 from hf_adapt.engine.adaptation import Objective
 from hf_adapt.engine.mixins import BatchTransform
 from hf_adapt.engine.progress import Schedule
-from hf_adapt.knowledge.injection.adaptation import KnowledgeInjection
-from hf_adapt.knowledge.injection.attachment import row_hash
+from hf_adapt.knowledge.injection.injector_attachment import row_hash
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
+from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
 from hf_adapt.models.capture import Extract
 from hf_adapt.models.pooling import pool
 
@@ -78,13 +77,16 @@ class _GraphObjective(BatchTransform, Objective):
         super().__init__(weight, name=name)
         if num_negatives < 1:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
-        if not injection.injector.needs_vectors:
-            raise ValueError(
-                f"{type(self).__name__} compares entity vectors, and form='text_triples' has none. "
-                "Use a form with vectors."
-            )
+        self._check(injection)
         self.injection, self.num_negatives = injection, num_negatives
         self._seed = 0
+
+    def _check(self, injection: KnowledgeInjection) -> None:
+        if not isinstance(injection, KnowledgeInjection):
+            raise ValueError(
+                f"{type(self).__name__} compares entity vectors and expects a KnowledgeInjection, "
+                f"got {type(injection).__name__}, which has none."
+            )
 
     def setup(self, trainer: Trainer) -> None:
         """Take the run's seed."""
@@ -97,8 +99,7 @@ class _GraphObjective(BatchTransform, Objective):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process makes batches; what belongs to the model stays where it is.
-        left = ("module", "_reader", "_autocast")
-        return {key: value for key, value in vars(self).items() if key not in left}
+        return {key: value for key, value in vars(self).items() if key != "module"}
 
     @property
     def _inputs(self) -> tuple[str, ...]:
@@ -148,12 +149,16 @@ class _GraphObjective(BatchTransform, Objective):
             chosen = self._chosen(part, knowledge)
             if bool(chosen.any()):
                 total = total + self._values(part, knowledge, chosen).sum()
-            else:  # every process must reach every parameter
-                total = total + sum(p.sum() * 0.0 for p in self._parameters())
+            elif self.module is not None:  # every process must reach every parameter
+                total = total + sum(p.sum() * 0.0 for p in self.module.parameters())
         return total, self.num_items(batch)
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [] if self.module is None else list(self.module.parameters())
+    def _reader(self) -> nn.Module:
+        """The part of the model that reads the text and gives hidden states."""
+        assert self.injection.attachment is not None
+        reader = self.injection.attachment.reader
+        body = getattr(reader, "base_model", reader)
+        return body if isinstance(body, nn.Module) else reader
 
 
 def _known(part: Part) -> Knowledge:
@@ -168,18 +173,18 @@ def _known(part: Part) -> Knowledge:
 class EntityPrediction(_GraphObjective):
     """The model must say which entity a mention is, where the graph does not tell it.
 
-    The vectors of some mentions are withheld, and predicted from the last hidden states of their
+    The vectors of some mentions are masked, and predicted from the last hidden states of their
     tokens. Keeps the model from leaning on the graph alone, and teaches it the entities.
 
     Reference:
         Zhang et al. 2019, "ERNIE: Enhanced Language Representation with Informative Entities",
         arXiv:1905.07129, section 3.4 (denoising entity auto-encoder, Eq. 5). Deviation: mentions
-        are withheld, not replaced, and negatives are sampled from the graph.
+        are masked, not replaced, and negatives are sampled from the graph.
 
     Args:
         injection: The injection whose mentions are read.
         weight: Factor of the term, or a schedule.
-        mask_rate: Share of mentions that are withheld; 0.15 in the paper.
+        mask_rate: Share of mentions that are masked; 0.15 in the paper.
         num_negatives: Other entities that each is compared with.
         name: Prefix of what is logged and stored.
 
@@ -187,7 +192,7 @@ class EntityPrediction(_GraphObjective):
         `loss/entity_prediction`.
 
     Raises:
-        ValueError: If a number is out of range, or the injector withholds another share already.
+        ValueError: If a number is out of range, or another share is masked already.
 
     Example:
         ```python
@@ -210,13 +215,11 @@ class EntityPrediction(_GraphObjective):
         if not 0 < mask_rate <= 1:
             raise ValueError(f"mask_rate={mask_rate} must be above 0 and at most 1.")
         if self.is_active:
-            injection.withhold(mask_rate)
+            injection.mask_mentions(mask_rate)
 
     def captures(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """What reads the text: its last hidden state."""
-        attachment = self.injection.attachment
-        assert attachment is not None
-        return {_body(attachment.reader): None}
+        return {self._reader(): None}
 
     def build_modules(self, batch: Batch) -> nn.Module:
         """From hidden states to entity vectors."""
@@ -225,11 +228,10 @@ class EntityPrediction(_GraphObjective):
         return nn.Linear(hidden.shape[-1], self.injection.vectors.dimension)
 
     def _hidden(self, part: Part) -> torch.Tensor:
-        assert self.injection.attachment is not None
-        return part.hidden[id(_body(self.injection.attachment.reader))].float()
+        return part.hidden[id(self._reader())].float()
 
     def _chosen(self, part: Part, knowledge: Knowledge) -> torch.Tensor:
-        return self.injection.withheld(knowledge, part)
+        return self.injection.masked_mentions(knowledge, part)
 
     def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
         hidden = self._hidden(part)
@@ -245,14 +247,14 @@ class LinkPrediction(_GraphObjective):
     """The injector's own view of the entities must tell true facts from false ones.
 
     For each mention one of its facts (head, relation, tail), of the neighbours that the injector
-    looks at, is scored by DistMult on the projected vectors, against tails drawn at random.
+    reads, is scored by DistMult on the projected vectors, against tails drawn at random.
 
     Reference:
         Yang et al. 2015, "Embedding Entities and Relations for Learning and Inference in Knowledge
         Bases" (DistMult), arXiv:1412.6575, Eq. 2. Deviation: softmax over sampled tails.
 
     Args:
-        injection: The injection; its injector must look at neighbours (`num_neighbours`).
+        injection: The injection; its injector must read neighbours (`num_neighbours`).
         weight: Factor of the term, or a schedule.
         num_negatives: Tails drawn for each fact.
         name: Prefix of what is logged and stored.
@@ -261,19 +263,13 @@ class LinkPrediction(_GraphObjective):
         `loss/link_prediction`.
 
     Raises:
-        ValueError: If the injector looks at no neighbours.
+        ValueError: If the injector reads no neighbours.
     """
 
     name = "link_prediction"
 
-    def __init__(
-        self,
-        injection: KnowledgeInjection,
-        weight: float | Schedule = 0.1,
-        num_negatives: int = 16,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(injection, weight, num_negatives, name)
+    def _check(self, injection: KnowledgeInjection) -> None:
+        super()._check(injection)
         if injection.injector.num_neighbours < 1:
             raise ValueError(
                 "LinkPrediction needs facts: give the injector num_neighbours=1 or more."
@@ -281,15 +277,10 @@ class LinkPrediction(_GraphObjective):
 
     def build_modules(self, batch: Batch) -> nn.Module:
         """A vector for each relation and its inverse."""
-        inner = self._value().out_features
-        relations = nn.Embedding(2 * self.injection.graph.num_relations, inner)
+        layer: Any = self.injection.injector.injection_layers[0]
+        relations = nn.Embedding(2 * self.injection.graph.num_relations, layer.value.out_features)
         nn.init.ones_(relations.weight)
         return relations
-
-    def _value(self) -> nn.Linear:
-        form: Any = self.injection.injector.forms[0]
-        value: nn.Linear = form.value
-        return value
 
     def _chosen(self, part: Part, knowledge: Knowledge) -> torch.Tensor:
         assert knowledge.relations is not None
@@ -298,10 +289,10 @@ class LinkPrediction(_GraphObjective):
     def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
         assert knowledge.neighbours is not None and knowledge.relations is not None
         assert self.module is not None
-        norm: Any = self.injection.injector.forms[0].norm
+        layer: Any = self.injection.injector.injection_layers[0]
 
         def seen(vectors: torch.Tensor) -> torch.Tensor:
-            projected: torch.Tensor = self._value()(norm(vectors.float()))
+            projected: torch.Tensor = layer.value(layer.norm(vectors.float()))
             return projected
 
         head = seen(knowledge.vectors[..., 0, :][chosen])
@@ -354,24 +345,6 @@ class DescriptionAlignment(_GraphObjective):
                 "No entity of the graph has a description: pass descriptions= to "
                 "KnowledgeGraph.from_triples."
             )
-        self._tokenizer: Any = None
-        self._reader: nn.Module = nn.Module()
-        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def setup(self, trainer: Trainer) -> None:
-        """Take the tokenizer and the model that reads."""
-        super().setup(trainer)
-        self._tokenizer = trainer.processing_class
-        assert self.injection.attachment is not None
-        self._reader = _body(self.injection.attachment.reader)
-
-    def begin(self, trainer: Trainer) -> None:
-        """Take the run's precision."""
-        self._autocast = trainer.accelerator.autocast
-
-    def close(self) -> None:
-        """Let go of the model and the Trainer's precision."""
-        self._reader, self._autocast = nn.Module(), nullcontext
 
     @property
     def _inputs(self) -> tuple[str, ...]:
@@ -384,7 +357,8 @@ class DescriptionAlignment(_GraphObjective):
         texts = []
         for entity in batch["knowledge_entities"][:, 0, 0].tolist():
             texts.append((graph.description(entity) if entity >= 0 else None) or "")
-        encoded = self._tokenizer(
+        assert self.injection._batcher is not None
+        encoded = self.injection._batcher.tokenizer(
             texts,
             padding="max_length",
             truncation=True,
@@ -410,8 +384,8 @@ class DescriptionAlignment(_GraphObjective):
         ids, mask = (part.extra[name][rows] for name in DESCRIPTIONS)
         mask = mask.clone()
         mask[:, 0] = 1  # a row of padding alone is NaN in some models
-        with self._autocast(), self.injection.silenced():
-            output = self._reader(input_ids=ids, attention_mask=mask, return_dict=True)
+        with self.injection.autocast(), self.injection.without_knowledge():
+            output = self._reader()(input_ids=ids, attention_mask=mask, return_dict=True)
         return pool(output["last_hidden_state"], mask.bool(), "mean")
 
     def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
@@ -420,9 +394,3 @@ class DescriptionAlignment(_GraphObjective):
         predicted = self.module(self._encoded(part, rows))
         positive = knowledge.vectors[:, 0, 0].float()[rows]
         return entity_scores_loss(predicted, positive, self._negatives(part)[:, 0][rows])
-
-
-def _body(reader: nn.Module) -> nn.Module:
-    """The part of a model that gives hidden states."""
-    body = getattr(reader, "base_model", reader)
-    return body if isinstance(body, nn.Module) else reader

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hf_adapt.knowledge.linking.tokens import TokenMention
+from hf_adapt.engine.labels import IGNORED
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.knowledge.injection.adaptation import KnowledgeAdaptation
+from hf_adapt.knowledge.injection.attachment import Attachment
+from hf_adapt.knowledge.injection.batcher import BatchMention, MentionBatcher, predicts_tokens
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.models.state import preserved
 from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
-IGNORED = -100
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 VISIBILITY = "knowledge_visibility"
 """(B, T, T) bool: which tokens a token sees. Not a mask of the model's own until its forward."""
 
 
-class TextTriples(nn.Module):
+class TextTriples(KnowledgeAdaptation):
     """Facts about each mention, written out and appended to the row.
 
     A fact's tokens have positions as if they followed their mention (soft positions), see the
     mention and each other, and are seen by the mention's tokens alone; to the rest of the text they
     are not there. Meant for encoders that take a mask of shape (B, 1, T, T) and position_ids (BERT,
     RoBERTa and many others; whether a model does is tried before training). It has no weights, and
-    the model's answers differ from the first step on: this form is no no-op at the beginning.
+    the model's output differs from the first step on, in training, evaluation and prediction. Where
+    facts are better learned as vectors, or the model is a decoder, see [`KnowledgeInjection`].
 
     Reference:
         Liu et al. 2020, "K-BERT: Enabling Language Representation with Knowledge Graph",
@@ -34,68 +42,151 @@ class TextTriples(nn.Module):
         likely candidate rather than a set's first two, which depend on the hash seed.
 
     Args:
+        graph: The facts.
+        linker: Finds the entities in texts; `EntityLinker(graph)` by default.
         num_triples: Facts for each mention at most.
         max_tokens: Tokens of a fact at most.
         max_length: Tokens of a row with its facts at most; facts that do not fit are left out.
+        text_column: The column(s) of the dataset with the text, as for [`KnowledgeInjection`].
+        max_mentions: Mentions of a row at most, the first ones; None for all.
+        save_graph: Whether the graph is put beside the final model.
+        name: Prefix of what is stored.
 
     Raises:
-        ValueError: If a number is not positive.
+        ValueError: If a number is not positive, or the model cannot hide tokens from each other.
+
+    Example:
+        ```python
+        trainer.add_callback(AdaptationCallback(TextTriples(graph)))
+        trainer.train()
+        ```
     """
 
-    changes = "text"
+    name = "text_triples"
+    added_inputs = (VISIBILITY,)
 
-    def __init__(self, num_triples: int = 2, max_tokens: int = 12, max_length: int = 512) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        graph: KnowledgeGraph,
+        linker: Any = None,
+        num_triples: int = 2,
+        max_tokens: int = 12,
+        max_length: int = 512,
+        text_column: str | Sequence[str] | None = None,
+        max_mentions: int | None = None,
+        save_graph: bool = True,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(graph, linker, text_column, max_mentions, save_graph, name)
         if min(num_triples, max_tokens, max_length) < 1:
             raise ValueError(
                 f"num_triples={num_triples}, max_tokens={max_tokens} and max_length={max_length} "
                 "must be positive."
             )
-        self.num_triples, self.max_tokens, self.max_length = num_triples, max_tokens, max_length
+        self.options = {
+            "num_triples": num_triples,
+            "max_tokens": max_tokens,
+            "max_length": max_length,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is saved beside the model, as plain values."""
+        return {**super().settings, "text_triples": self.options}
+
+    def _connect(self, trainer: Trainer, model: nn.Module, aligner: TokenAligner) -> None:
+        self._batcher = batcher = make_triple_batcher(
+            model, self.graph, aligner, self.max_mentions, self.options
+        )
+        if not self._is_attached(model):
+            self.attachment = VisibilityAttachment(model, batcher)
+        assert self.attachment is not None
+        self.attachment.batcher = batcher
+
+    def save(self, folder: str) -> None:
+        """Write what `load_knowledge_model` needs beside the model."""
+        self._save(folder, makes_vectors=False)
 
 
-class TripleWriter:
+class VisibilityAttachment(Attachment):
+    """Lets a model take which tokens a token sees.
+
+    Args:
+        model: The model; a PEFT model is looked through.
+        batcher: Makes its inputs.
+
+    Raises:
+        ValueError: If the model has an attachment already.
+    """
+
+    input_names = (VISIBILITY,)
+
+    def __init__(self, model: nn.Module, batcher: TripleBatcher) -> None:
+        super().__init__(model)
+        self.batcher = batcher
+        self._install()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make a mask of the visibility."""
+        visible = kwargs.pop(VISIBILITY, None)
+        if visible is None:
+            self.warn(
+                f"{type(self.model).__name__} was trained with TextTriples and got inputs without "
+                f"facts ({VISIBILITY}). Make them with knowledge_inputs(model, texts)."
+            )
+            return
+        dtype = next(self.model.parameters()).dtype
+        kwargs["attention_mask"] = additive_mask(visible, dtype)
+
+
+class TripleBatcher(MentionBatcher):
     """Writes the facts of a batch's mentions into it.
 
     Args:
         graph: Where the facts are.
-        tokenizer: Makes tokens of them.
-        form: How many, and how long.
+        aligner: Finds the mentions of a tokenised row.
+        max_mentions: Mentions of a row at most, the first ones; None for all.
+        without_predicted: Whether mentions with a token that is to be predicted are left out.
         first_position: The position of a row's first token: 0, or more in RoBERTa's family.
+        num_triples: See [`TextTriples`], as for the following.
+        max_tokens: Tokens of a fact.
+        max_length: Tokens of a row.
     """
 
     def __init__(
-        self, graph: Any, tokenizer: Any, form: TextTriples, first_position: int = 0
+        self,
+        graph: KnowledgeGraph,
+        aligner: TokenAligner,
+        max_mentions: int | None = None,
+        without_predicted: bool = False,
+        first_position: int = 0,
+        num_triples: int = 2,
+        max_tokens: int = 12,
+        max_length: int = 512,
     ) -> None:
-        self.graph, self.tokenizer, self.form = graph, tokenizer, form
-        self.first_position = first_position
+        super().__init__(graph, aligner, max_mentions, without_predicted)
+        self.first_position, self.num_triples = first_position, num_triples
+        self.max_tokens, self.max_length = max_tokens, max_length
         self._facts: dict[int, list[list[int]]] = {}
 
     def facts(self, entity: int) -> list[list[int]]:
         """The tokens of an entity's facts: relation and neighbour, one list each."""
         if entity not in self._facts:
             relations, entities = self.graph.neighbours(
-                entity, direction="out", limit=self.form.num_triples
+                entity, direction="out", limit=self.num_triples
             )
             texts = [
                 f"{self.graph.relations[r]} {self.graph.label(e)}".replace("_", " ")
                 for r, e in zip(relations.tolist(), entities.tolist(), strict=True)
             ]
             encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-            self._facts[entity] = [ids[: self.form.max_tokens] for ids in encoded if ids]
+            self._facts[entity] = [ids[: self.max_tokens] for ids in encoded if ids]
         return self._facts[entity]
 
-    def add_to(
-        self,
-        batch: MutableMapping[str, Any],
-        mentions: Sequence[Sequence[tuple[TokenMention, int, int]]],
+    def add_mentions(
+        self, batch: MutableMapping[str, Any], mentions: Sequence[Sequence[BatchMention]]
     ) -> None:
-        """Append the facts to the rows of a batch, with positions and visibility.
-
-        Args:
-            batch: Padded `input_ids` and what follows the tokens; it is changed in place.
-            mentions: For each row its mentions with their first and past-the-last positions.
-        """
+        """Append the facts to the rows of a batch, with positions and visibility."""
         ids: torch.Tensor = batch["input_ids"]
         rows, length = ids.shape
         mask = batch.get("attention_mask")
@@ -133,15 +224,32 @@ class TripleWriter:
         batch[VISIBILITY] = visible
 
     def _branches(
-        self, row: Sequence[tuple[TokenMention, int, int]], length: int
+        self, row: Sequence[BatchMention], length: int
     ) -> list[tuple[int, int, list[int]]]:
-        found, left = [], self.form.max_length - length
+        found, left = [], self.max_length - length
         for mention, start, end in row:
-            for tokens in self.facts(mention.mention.candidates[0].entity):
+            for tokens in self.facts(mention.candidates[0].entity):
                 if len(tokens) <= left:
                     found.append((start, end, tokens))
                     left -= len(tokens)
         return found
+
+
+def make_triple_batcher(
+    model: nn.Module,
+    graph: KnowledgeGraph,
+    aligner: TokenAligner,
+    max_mentions: int | None,
+    options: Mapping[str, int],
+) -> TripleBatcher:
+    """What makes batches with facts for a model.
+
+    Raises:
+        ValueError: If the model does not honour a mask for each pair of tokens.
+    """
+    check_visibility(model)
+    predicts, first = predicts_tokens(model), first_position(model)
+    return TripleBatcher(graph, aligner, max_mentions, predicts, first, **options)
 
 
 def _positions(mask: torch.Tensor, total: int, first: int) -> torch.Tensor:
@@ -182,11 +290,11 @@ def check_visibility(model: nn.Module) -> None:
     base: Any = unwrapped_base(model)
     body = getattr(base, "base_model", base)
     name = type(base).__name__
-    way_out = "Use another form of KnowledgeInjector, such as 'gated'."
+    way_out = "Use KnowledgeInjection instead."
     if is_encoder_decoder(base) or (
         "position_ids" not in inspect.signature(type(body).forward).parameters
     ):
-        raise ValueError(f"form='text_triples' needs an encoder with position_ids; {name} is none. "
+        raise ValueError(f"TextTriples needs an encoder with position_ids; {name} is none. "
                          f"{way_out}")  # fmt: skip
     parameter = next(base.parameters())
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]], device=parameter.device)
@@ -209,12 +317,12 @@ def check_visibility(model: nn.Module) -> None:
             unseen, seen, plain = difference(True), difference(False), difference(None)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
-            f"{name} does not take a mask of shape (B, 1, T, T), which form='text_triples' needs: "
+            f"{name} does not take a mask of shape (B, 1, T, T), which TextTriples needs: "
             f"{error}. {way_out}"
         ) from error
     if plain == 0:
         raise ValueError(
-            f"form='text_triples' needs an encoder; {name} reads from left to right, and facts at "
+            f"TextTriples needs an encoder; {name} reads from left to right, and facts at "
             f"the end of a row would come too late. {way_out}"
         )
     if unseen > 1e-4 * max(seen, 1e-6) or seen == 0:

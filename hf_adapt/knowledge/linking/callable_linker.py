@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from hf_adapt.knowledge.linking.folding import fold_names
-from hf_adapt.knowledge.linking.matching import leftmost_longest
-from hf_adapt.knowledge.linking.mentions import Linker, Mention, checked_text, told
-from hf_adapt.knowledge.linking.surfaces import Candidate, NamedEntities, SurfaceTable, ranked
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.knowledge.linking.linker import Linker, check_text, name_of
+from hf_adapt.knowledge.linking.matcher import leftmost_longest
+from hf_adapt.knowledge.linking.mentions import Candidate, Mention
+from hf_adapt.knowledge.linking.normalization import fold_names
+from hf_adapt.knowledge.linking.surfaces import SurfaceTable, ranked
 
 
 class CallableLinker(Linker):
@@ -25,6 +27,7 @@ class CallableLinker(Linker):
             the graph lacks are left out, once with a warning.
         overlapping: Whether mentions that overlap are kept, not only the leftmost-longest.
         max_candidates: Entities that are kept for a mention.
+        ignore_case: Whether 'Aspirin' is 'aspirin' where a text is looked up among the names.
 
     Example:
         >>> linker = CallableLinker(graph, spacy.load("my_linker"))  # doctest: +SKIP
@@ -32,11 +35,12 @@ class CallableLinker(Linker):
 
     def __init__(
         self,
-        graph: NamedEntities,
+        graph: KnowledgeGraph,
         function: Callable[[str], Any],
         *,
         overlapping: bool = False,
         max_candidates: int = 3,
+        ignore_case: bool = True,
     ) -> None:
         super().__init__(graph)
         if not callable(function):
@@ -46,7 +50,7 @@ class CallableLinker(Linker):
         self.function, self.overlapping = function, overlapping
         self.max_candidates = max_candidates
         self._table: SurfaceTable | None = None
-        self._ignore_case, self._has_warned = True, False
+        self.ignore_case, self._has_warned = ignore_case, False
 
     def link(self, text: str) -> list[Mention]:
         """Find the mentions of a text, by start.
@@ -58,7 +62,7 @@ class CallableLinker(Linker):
             TypeError: If it is not a text.
             ValueError: If the function returns something else than spans of it.
         """
-        result = self.function(checked_text(text))
+        result = self.function(check_text(text))
         entities = getattr(result, "ents", None)
         spans = _doc_spans(entities) if entities is not None else result
         found: list[tuple[int, int, tuple[Candidate, ...]]] = []
@@ -68,9 +72,9 @@ class CallableLinker(Linker):
             if candidates:
                 found.append((start, end, candidates))
         if self.overlapping:
-            kept = sorted((start, end, place) for place, (start, end, _) in enumerate(found))
+            kept = sorted((start, end, index) for index, (start, end, _) in enumerate(found))
         else:
-            kept = leftmost_longest([(s, -e, place) for place, (s, e, _) in enumerate(found)])
+            kept = leftmost_longest([(s, -e, index) for index, (s, e, _) in enumerate(found)])
         return [Mention(start, end, text[start:end], found[n][2]) for start, end, n in kept]
 
     def _parts(self, span: Any, text: str) -> tuple[int, int, Any, Any]:
@@ -126,18 +130,19 @@ class CallableLinker(Linker):
     def _named(self, surface: str) -> tuple[Candidate, ...]:
         if self._table is None:
             self._table = SurfaceTable(
-                self.graph.surfaces(), self._ignore_case, most=self.max_candidates
+                self.graph.surfaces(), self.ignore_case, most=self.max_candidates
             )
-        number = self._table.numbers.get(fold_names([surface], self._ignore_case)[0])
+        number = self._table.numbers.get(fold_names([surface], self.ignore_case)[0])
         return () if number is None else self._table.candidates[number]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the linker was made with, without the graph: values that JSON can hold."""
+        """The options of the linker, without the graph: values that JSON can hold."""
         return {
-            "function": told(self.function),
+            "function": name_of(self.function),
             "overlapping": self.overlapping,
             "max_candidates": self.max_candidates,
+            "ignore_case": self.ignore_case,
         }
 
     def _functions(self) -> list[Callable[..., Any]]:

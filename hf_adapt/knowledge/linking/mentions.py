@@ -1,28 +1,31 @@
-"""What every entity linker has: mentions, batches, datasets, settings."""
+"""Mentions: where a text, or a row of tokens, names entities of a graph."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import uuid
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol
 
-from hf_adapt.knowledge.linking.folding import RULES
-from hf_adapt.knowledge.linking.surfaces import Candidate, NamedEntities
+MENTIONS, TOKEN_MENTIONS = "mentions", "token_mentions"
+"""The columns of a dataset with mentions by character and by token."""
 
-FUNCTION = "function:"
-"""How settings begin that name a function of the user's."""
-MATCHERS = ("auto", "words", "ahocorasick")
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An entity that a mention may mean.
+
+    Args:
+        entity: Its number in the graph.
+        prior: How likely it is before the context is read; those of a mention sum to 1.
+    """
+
+    entity: int
+    prior: float
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """A place in a text that names an entity: `text[start:end] == surface`, always.
+    """A span of a text that names an entity: `text[start:end] == surface`, always.
 
     Args:
         start: Its first character.
@@ -37,129 +40,67 @@ class Mention:
     candidates: tuple[Candidate, ...]
 
 
-class Linker(ABC):
-    """Finds the mentions of entities in texts. A subclass says how: [`link`].
+@dataclass(frozen=True, slots=True)
+class TokenMention:
+    """The tokens of a row that name an entity.
 
     Args:
-        graph: The graph whose entities are found.
+        start: Position of the first in the row's `input_ids`.
+        end: One more than the position of the last.
+        mention: What they name.
+        column: Which of the text columns the mention is in.
     """
 
-    def __init__(self, graph: NamedEntities) -> None:
-        self.graph = graph
+    start: int
+    end: int
+    mention: Mention
+    column: int = 0
 
-    @abstractmethod
+
+class FindsMentions(Protocol):
+    """Anything that finds the mentions of a text, as a [`Linker`] does."""
+
     def link(self, text: str) -> list[Mention]:
         """Find the mentions of a text, by start."""
 
-    @property
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What the linker was made with, without the graph: values that JSON can hold."""
 
-    def link_batch(self, texts: Iterable[str]) -> list[list[Mention]]:
-        """Find the mentions of several texts.
+def to_record(mention: Mention, start: int, end: int, column: int | None = None) -> dict[str, Any]:
+    """A mention as a cell of a dataset.
 
-        Args:
-            texts: The texts.
-        """
-        return [self.link(text) for text in texts]
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for linkers that find the same in every text: of the graph and the settings."""
-        # "auto" and both matchers find the same, so a dataset that is cached stays good.
-        settings = {key: value for key, value in self.settings.items() if value not in MATCHERS}
-        told = json.dumps([RULES, settings, self.graph.fingerprint], sort_keys=True)
-        for function in self._functions():
-            told += _hash_of(function)
-        return hashlib.sha256(told.encode()).hexdigest()[:32]
-
-    def _functions(self) -> list[Callable[..., Any]]:
-        """The functions of the user's that decide what is found."""
-        return []
-
-    def _without_graph(self) -> Self:
-        """A copy for other processes, which link and ask nothing of the graph."""
-        worker = copy.copy(self)
-        del worker.graph
-        return worker
-
-    def map(
-        self,
-        dataset: Any,
-        text_column: str | Sequence[str] = "text",
-        tokenizer: Any = None,
-        num_proc: int | None = None,
-        **map_kwargs: Any,
-    ) -> Any:
-        """Add the mentions of each row to a dataset, and print how much of it they cover.
-
-        The column `mentions` has a list of {"start", "end", "entities", "priors"} for each row,
-        with "column", the index of the text column, if there are several. With a tokenizer the
-        column `token_mentions` has the same by position in the row's `input_ids`.
-
-        Args:
-            dataset: A `datasets.Dataset`, `DatasetDict`, `IterableDataset` or
-                `IterableDatasetDict`. The first two are cached by content, graph and settings;
-                streams are linked as they are read, and nothing is printed.
-            text_column: The column with the text, or several. A list of words counts as the words
-                with a space between.
-            tokenizer: Of the rows' `input_ids`; a fast one.
-            num_proc: Processes.
-            **map_kwargs: For the dataset's own `map`: batch_size, load_from_cache_file, ...
-
-        Returns:
-            The dataset with the column.
-
-        Raises:
-            TypeError: If it is no such dataset.
-            ValueError: If it lacks the column.
-
-        Example:
-            >>> linked = linker.map(dataset, num_proc=4)  # doctest: +SKIP
-            train: 8,211 of 10,605 rows (77.4 %) have a mention; 2.13 mentions a row; ...
-        """
-        from hf_adapt.knowledge.linking.mapping import map_dataset
-
-        columns = (text_column,) if isinstance(text_column, str) else tuple(text_column)
-        return map_dataset(self, dataset, columns, tokenizer, num_proc, map_kwargs)
-
-
-def told(value: Any) -> Any:
-    """A function by its name; anything else as it is."""
-    if not callable(value):
-        return value
-    kind = value if hasattr(value, "__qualname__") else type(value)
-    return f"{FUNCTION}{kind.__module__}.{kind.__qualname__}"
-
-
-def _hash_of(function: Callable[..., Any]) -> str:
-    """Equal for functions of the user's that do the same, as far as that can be told."""
-    # A spaCy pipeline; pickling one by value drags in half of its packages, and fails.
-    to_bytes = getattr(function, "to_bytes", None)
-    if callable(to_bytes):
-        return hashlib.sha256(to_bytes()).hexdigest()
-    from datasets.fingerprint import Hasher
-
-    try:
-        return str(Hasher.hash(function))
-    except Exception as error:  # what pickling raises depends on what the function holds
-        warnings.warn(
-            f"The linker's function {told(function)!r} cannot be hashed ({error}), so datasets "
-            "linked with it are not cached between runs.",
-            stacklevel=4,
-        )
-        return uuid.uuid4().hex
-
-
-def checked_text(text: Any) -> str:
-    """The text itself.
-
-    Raises:
-        TypeError: If it is none.
+    Args:
+        mention: The mention.
+        start: Its first character or token.
+        end: One more than the last.
+        column: Which of several text columns it is in.
     """
-    if not isinstance(text, str):
-        raise TypeError(
-            f"A linker expects a text, got {type(text).__name__}; for several texts use link_batch."
-        )
-    return text
+    record: dict[str, Any] = {
+        "start": start,
+        "end": end,
+        "entities": [candidate.entity for candidate in mention.candidates],
+        "priors": [candidate.prior for candidate in mention.candidates],
+    }
+    return record if column is None else {**record, "column": column}
+
+
+def from_cell(cell: Any) -> list[tuple[int, int, int, tuple[Candidate, ...]]]:
+    """Start, end, text column and candidates of each mention in a cell of a dataset.
+
+    Args:
+        cell: A list of records, or the record of lists that some datasets make of it.
+    """
+    records = cell
+    if isinstance(cell, Mapping):
+        records = [dict(zip(cell, row, strict=True)) for row in zip(*cell.values(), strict=True)]
+    return [(r["start"], r["end"], r.get("column") or 0, _candidates(r)) for r in records]
+
+
+def _candidates(record: Mapping[str, Any]) -> tuple[Candidate, ...]:
+    entities = as_list(record["entities"])
+    priors = record.get("priors")
+    priors = [1 / len(entities)] * len(entities) if priors is None else as_list(priors)
+    return tuple(Candidate(e, p) for e, p in zip(entities, priors, strict=True))
+
+
+def as_list(values: Sequence[Any]) -> list[Any]:
+    """The values of a list, an array or a tensor."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)

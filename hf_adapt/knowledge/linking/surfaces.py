@@ -5,49 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
-from hf_adapt.knowledge.linking.folding import find_unspaced, fold_names
-
-
-class NamedEntities(Protocol):
-    """What a linker asks of a knowledge graph."""
-
-    @property
-    def num_entities(self) -> int:
-        """Entities are numbered from 0 to this, exclusive."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for graphs of equal content."""
-
-    def surfaces(self) -> Iterator[tuple[str, int, float]]:
-        """Each name, its entity, and how likely the name means this entity."""
-
-    def key(self, entity: int) -> str:
-        """The entity's identifier in its source."""
-
-    def entities(self, keys: Sequence[str]) -> Any:
-        """The numbers of the entities with these keys, -1 for those that are not here."""
-
+from hf_adapt.knowledge.linking.mentions import Candidate
+from hf_adapt.knowledge.linking.normalization import find_unspaced, fold_names
 
 CHUNK = 512
 """Names that are folded at once: few enough that the collector of cycles need not look at them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An entity that a mention may mean.
-
-    Args:
-        entity: Its number in the graph.
-        prior: How likely it is, before the text is looked at; those of a mention sum to 1.
-    """
-
-    entity: int
-    prior: float
 
 
 def ranked(weights: dict[int, float], most: int) -> tuple[Candidate, ...]:
@@ -146,10 +111,10 @@ class SurfaceTable:
         if others is None:
             return (Candidate(self._entities[number], 1.0),)
         weights: dict[int, float] = {}
-        for place in (number, *others):
-            entity = self._entities[place]
+        for index in (number, *others):
+            entity = self._entities[index]
             # An entity may have the same name twice (label and alias): that is one meaning.
-            weights[entity] = max(weights.get(entity, 0.0), self._priors[place])
+            weights[entity] = max(weights.get(entity, 0.0), self._priors[index])
         return ranked(weights, self.most)
 
     def without_names(self) -> SurfaceTable:
@@ -173,13 +138,13 @@ class SurfaceTable:
                 if inflected and inflected not in self.numbers:
                     made.setdefault(inflected, []).append(number)
         for name, origins in made.items():
-            places = [
-                place for origin in origins for place in (origin, *self._others.get(origin, ()))
+            indices = [
+                index for origin in origins for index in (origin, *self._others.get(origin, ()))
             ]
             number = len(self._entities)
-            for place in places:
-                self._entities.append(self._entities[place])
-                self._priors.append(self._priors[place])
+            for index in indices:
+                self._entities.append(self._entities[index])
+                self._priors.append(self._priors[index])
             self.numbers[name] = number
-            if len(places) > 1:
-                self._others[number] = list(range(number + 1, number + len(places)))
+            if len(indices) > 1:
+                self._others[number] = list(range(number + 1, number + len(indices)))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
-from hf_adapt.knowledge.injection.injector import KnowledgeInjector
+from hf_adapt.knowledge.injection.attachment import attachment_of
+from hf_adapt.knowledge.injection.injector import InjectorSizes, KnowledgeInjector
+from hf_adapt.knowledge.injection.injector_attachment import InjectorAttachment
 from hf_adapt.knowledge.injection.inputs import NAMES
 from tests.helpers.injectors import built, disturb, inputs, knowledge
 from tests.helpers.models import CAUSAL, GENERATING, MODELS, family
@@ -29,7 +30,7 @@ def test_at_first_nothing_is_changed(name: str, form: str) -> None:
     model, batch = family(name), inputs(name)
     plain = logits(model, batch)
     keys = list(model.state_dict())
-    Attachment(model, built(name, form=form, num_neighbours=2))
+    InjectorAttachment(model, built(name, injection_layer=form, num_neighbours=2))
     assert torch.equal(logits(model, {**batch, **knowledge()}), plain)
     assert list(model.state_dict()) == keys
     assert not {id(p) for p in model.parameters()} & {
@@ -42,9 +43,9 @@ def test_at_first_nothing_is_changed(name: str, form: str) -> None:
 def test_a_row_without_a_mention_is_never_changed(name: str, form: str) -> None:
     model, batch = family(name), inputs(name)
     plain = logits(model, batch)
-    injector = built(name, form=form, num_neighbours=2)
+    injector = built(name, injection_layer=form, num_neighbours=2)
     disturb(injector)
-    Attachment(model, injector)
+    InjectorAttachment(model, injector)
     changed = logits(model, {**batch, **knowledge()})
     assert torch.equal(changed[1], plain[1])
     assert not torch.allclose(changed[0], plain[0], atol=1e-4)
@@ -54,11 +55,11 @@ def test_a_row_without_a_mention_is_never_changed(name: str, form: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_reach_the_output_first_and_then_everything(name: str) -> None:
     model, batch = family(name), {**inputs(name), **knowledge()}
-    injector = built(name, form="cross_attention", num_neighbours=2)
-    Attachment(model, injector)
+    injector = built(name, injection_layer="cross_attention", num_neighbours=2)
+    InjectorAttachment(model, injector)
     model(**batch).loss.backward()
     moved = {n for n, p in injector.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moved == {"forms.0.output.weight", "forms.1.output.weight"}
+    assert moved == {"injection_layers.0.output.weight", "injection_layers.1.output.weight"}
     disturb(injector)
     injector.zero_grad()
     model(**batch).loss.backward()
@@ -73,7 +74,7 @@ def test_checkpointing_and_two_forwards_before_one_backward(name: str, reentrant
         model = family(name).train()
         injector = built(name, num_neighbours=2)
         disturb(injector)
-        Attachment(model, injector)
+        InjectorAttachment(model, injector)
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -91,7 +92,7 @@ def test_checkpointing_and_two_forwards_before_one_backward(name: str, reentrant
 @pytest.mark.parametrize("form", FORMS)
 def test_generation_is_the_same_with_and_without_a_cache(name: str, form: str) -> None:
     model = family(name)
-    injector = built(name, form=form, num_neighbours=2)
+    injector = built(name, injection_layer=form, num_neighbours=2)
     batch = inputs(name, length=6)
     del batch["labels"]
     batch["attention_mask"][:] = 1
@@ -100,7 +101,7 @@ def test_generation_is_the_same_with_and_without_a_cache(name: str, form: str) -
     scored: dict[str, Any] = dict(**settings, output_logits=True, return_dict_in_generate=True)
     plain = model.generate(**batch, **scored)
     disturb(injector, scale=3.0)
-    Attachment(model, injector)
+    InjectorAttachment(model, injector)
     mentions = knowledge()
     mentions["knowledge_spans"][0, 1] = torch.tensor([6, 7])  # the first token that is generated
     cached = model.generate(**batch, **mentions, **scored, use_cache=True)
@@ -118,9 +119,9 @@ def test_compiled_without_a_graph_break(name: str) -> None:
     model, batch = family(name), inputs(name)
     if name != "t5":
         del batch["labels"]  # GPT-2's loss warns, which breaks the plain model's graph too
-    injector = built(name, form="cross_attention", num_neighbours=2)
+    injector = built(name, injection_layer="cross_attention", num_neighbours=2)
     disturb(injector)
-    Attachment(model, injector)
+    InjectorAttachment(model, injector)
     expected = logits(model, {**batch, **knowledge()})
     torch._dynamo.reset()
     try:
@@ -137,7 +138,7 @@ def test_a_copy_has_an_injector_of_its_own() -> None:
     model, batch = family("bert"), {**inputs("bert"), **knowledge()}
     injector = built("bert")
     disturb(injector)
-    Attachment(model, injector)
+    InjectorAttachment(model, injector)
     expected = logits(model, batch)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin, batch), expected)
@@ -151,9 +152,9 @@ def test_detached_it_is_the_plain_model_again() -> None:
     plain = logits(model, batch)
     injector = built("bert")
     disturb(injector)
-    attachment = Attachment(model, injector)
+    attachment = InjectorAttachment(model, injector)
     with pytest.raises(ValueError, match="has an injector already"):
-        Attachment(model, built("bert"))
+        InjectorAttachment(model, built("bert"))
     attachment.detach()
     assert attachment_of(model) is None and "forward" not in vars(model)
     assert torch.equal(logits(model, batch), plain)
@@ -162,7 +163,7 @@ def test_detached_it_is_the_plain_model_again() -> None:
 
 def test_the_signature_tells_of_the_mentions() -> None:
     model = family("t5")
-    Attachment(model, built("t5"))
+    InjectorAttachment(model, built("t5"))
     for forward in (model.forward, model.get_encoder().forward):
         assert set(NAMES) <= set(inspect.signature(forward).parameters)
         assert "input_ids" in inspect.signature(forward).parameters
@@ -170,7 +171,7 @@ def test_the_signature_tells_of_the_mentions() -> None:
 
 def test_inputs_without_mentions_are_warned_of_once(caplog: Any) -> None:
     model, batch = family("bert"), inputs("bert")
-    Attachment(model, built("bert"))
+    InjectorAttachment(model, built("bert"))
     model(**batch)
     model(**batch)
     assert caplog.text.count("got inputs without mentions") == 1
@@ -178,18 +179,18 @@ def test_inputs_without_mentions_are_warned_of_once(caplog: Any) -> None:
 
 def test_incomplete_mentions_are_refused() -> None:
     model, mentions = family("bert"), knowledge()
-    Attachment(model, built("bert"))
+    InjectorAttachment(model, built("bert"))
     del mentions["knowledge_vectors"]
     with pytest.raises(ValueError, match="without knowledge_vectors"):
         model(**inputs("bert"), **mentions)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "llama_rows", "t5", "bert_tokens"])
-def test_the_head_is_a_place(name: str) -> None:
+def test_the_head_is_an_injection_point(name: str) -> None:
     model, batch = family(name), inputs(name)
     plain = logits(model, batch)
     injector = built(name, layers=["head"])
-    Attachment(model, injector)
+    InjectorAttachment(model, injector)
     assert torch.equal(logits(model, {**batch, **knowledge()}), plain)
     disturb(injector)
     changed = logits(model, {**batch, **knowledge()})
@@ -201,9 +202,9 @@ def test_the_head_is_a_place(name: str) -> None:
 def test_a_language_model_does_not_look_ahead(name: str) -> None:
     model = family(name)
     batch = inputs(name, rows=1)
-    injector = built(name, form="adapter")
+    injector = built(name, injection_layer="adapter")
     disturb(injector, scale=2.0)
-    Attachment(model, injector)
+    InjectorAttachment(model, injector)
     mentions = {key: value[:1].clone() for key, value in knowledge().items()}
     mentions["knowledge_spans"][0] = torch.tensor([[3, 4], [7, 8]])
     whole = logits(model, {**batch, **mentions})
@@ -221,15 +222,15 @@ def test_a_language_model_does_not_look_ahead(name: str) -> None:
         (["embeddings", "bert.embeddings.word_embeddings"], "more than once"),
     ],
 )
-def test_places_that_are_not_there(layers: list[Any], message: str) -> None:
+def test_injection_points_that_are_not_there(layers: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Attachment(family("bert"), KnowledgeInjector(layers))
+        InjectorAttachment(family("bert"), KnowledgeInjector(layers))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "concat"}, "form='concat' is unknown"),
+        ({"injection_layer": "concat"}, "injection_layer='concat' is unknown"),
         ({"num_neighbours": -1}, "num_neighbours=-1"),
         ({"tokens": "first"}, "tokens='first' is unknown"),
     ],
@@ -238,4 +239,4 @@ def test_options_that_are_unknown(options: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError, match=message):
         KnowledgeInjector(**options)
     with pytest.raises(ValueError, match="does not take"):
-        KnowledgeInjector(heads=3).build([8], 4, 2, False)
+        KnowledgeInjector(heads=3).build(InjectorSizes([8], 4, 2, False))

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from hf_adapt import DANN, Distillation, adapt
 from hf_adapt.distillation import SelfTeacher
 from hf_adapt.knowledge import KnowledgeCallback, KnowledgeInjection, KnowledgeTrainer
-from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
+from hf_adapt.knowledge.injection.batcher import KnowledgeBatcher
 from tests.helpers import toy
 from tests.helpers.injectors import injection, trainer
 from tests.helpers.models import bert_config, family, llama
@@ -41,14 +41,14 @@ def with_review(folder: Path, **options: Any) -> Trainer:
 def test_a_column_that_was_named_and_is_not_there(tmp_path: Path) -> None:
     one = with_review(tmp_path, text_column="revew")
     before = weights(one.model)
-    with pytest.raises(ValueError, match=r"text_column names 'revew'.*mean 'review'"):
+    with pytest.raises(ValueError, match=r"text_column='revew' is missing.*mean 'review'"):
         one.train()
     assert one.state.global_step == 0 and same_bits(before, weights(one.model))
 
 
 def test_one_of_several_columns(tmp_path: Path) -> None:
     one = with_review(tmp_path, text_column=("review", "answer"))
-    with pytest.raises(ValueError, match="'answer', which the train_dataset does not have"):
+    with pytest.raises(ValueError, match="no column 'answer' in train_dataset, only"):
         one.train()
 
 
@@ -57,7 +57,7 @@ def test_evaluation_data_is_checked_before_training(several: bool, tmp_path: Pat
     one = with_review(tmp_path, text_column="review")
     one.eval_dataset = {"a": reviews(), "b": toy.rows(6, 2)} if several else toy.rows(6, 2)
     name = r"eval_dataset\['b'\]" if several else "eval_dataset"
-    with pytest.raises(ValueError, match=f"'review', which the {name} does not have"):
+    with pytest.raises(ValueError, match=f"no column 'review' in {name}, only"):
         one.train()
     assert one.state.global_step == 0
 
@@ -101,16 +101,16 @@ def test_every_kind_of_dataset(column: str, kind: str, tmp_path: Path) -> None:
         assert one.state.log_history[0]["knowledge/mentions_per_row"] > 0
         return
     near = "" if kind == "nameless stream" else ".*'review'"
-    with pytest.raises(ValueError, match=f"text_column names 'revew'{near}"):
+    with pytest.raises(ValueError, match=f"text_column='revew' is missing{near}"):
         one.train()
     assert one.state.global_step == 0
 
 
 CELLS: dict[str, tuple[Any, str]] = {
-    "numbers": ([*range(24)], "row 0 of the train_dataset has int 0"),
-    "no text at all": ([None] * 24, "row 0 of the train_dataset has no text"),
-    "one without": (["w1"] * 2 + [None] * 22, "row 2 of the train_dataset has no text"),
-    "words": ([["w1"]] + [["w1", None]] * 23, r"row 1 of the train_dataset has list \['w1', N"),
+    "numbers": ([*range(24)], "row 0 of train_dataset has int 0"),
+    "no text at all": ([None] * 24, "row 0 of train_dataset has no text"),
+    "one without": (["w1"] * 2 + [None] * 22, "row 2 of train_dataset has no text"),
+    "words": ([["w1"]] + [["w1", None]] * 23, r"row 1 of train_dataset has list \['w1', N"),
 }
 
 
@@ -124,7 +124,7 @@ def test_a_column_that_was_named_without_text(cells: str, kind: str, tmp_path: P
     one.add_callback(KnowledgeCallback(toy.graph(), toy.vectors(), text_column="said"))
     if kind == "stream":
         match = "a row of the batch has"
-    with pytest.raises(ValueError, match=f"text_column names 'said', which must .*{match}"):
+    with pytest.raises(ValueError, match=f"Column 'said' must hold a text .*{match}"):
         one.train()
 
 
@@ -174,7 +174,7 @@ def test_a_copy_of_the_student_links_nothing(
 def test_rows_of_a_later_evaluation(tmp_path: Path) -> None:
     one = with_review(tmp_path, text_column="review")
     one.train()
-    with pytest.raises(ValueError, match="text_column names 'review'"):
+    with pytest.raises(ValueError, match="text_column='review' is missing"):
         one.evaluate(toy.rows(6, 2))
 
 

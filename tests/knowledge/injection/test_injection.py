@@ -55,7 +55,7 @@ def test_one_line(name: str, tmp_path: Path) -> None:
     assert list(made_one.model.state_dict()) == keys
     moved = {n for n, p in own.module.named_parameters() if p.grad is None}
     assert moved == {n for n, _ in own.module.named_parameters()}  # the engine zeroed them
-    outputs = [form.output.weight for form in own.module.forms]
+    outputs = [form.output.weight for form in own.module.injection_layers]
     assert all(bool(weight.any()) for weight in outputs)
     logged = [log for log in made_one.state.log_history if "knowledge/mentions_per_row" in log]
     least = 0.0 if name == "bert_masked" else 0.5
@@ -313,7 +313,7 @@ def test_beside_the_rest(tmp_path: Path) -> None:
     ).train()
     last = one.state.log_history[-2]
     assert {"loss/dann", "loss/distillation", "knowledge/mentions_per_row"} <= set(last)
-    assert all(bool(form.output.weight.any()) for form in own.module.forms)
+    assert all(bool(form.output.weight.any()) for form in own.module.injection_layers)
 
 
 def test_two_domains_checkpointed_are_those_without(tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_a_model_that_was_given_another_injector(tmp_path: Path) -> None:
         adapt(two, injection()).train()
 
 
-def test_a_place_without_effect_is_pointed_out(tmp_path: Path, caplog: Any) -> None:
+def test_a_point_without_effect_is_pointed_out(tmp_path: Path, caplog: Any) -> None:
     for layer, warns in ((1, True), (0, False)):  # of two: a classifier reads [CLS]
         caplog.clear()
         one = trainer(tmp_path, max_steps=12)
@@ -505,17 +505,7 @@ def test_the_callback_takes_its_options(tmp_path: Path) -> None:
     assert callback.explain("w0 w4").mentions[0].surface == "w0"
 
 
-@pytest.mark.parametrize("way_in", [KnowledgeCallback, KnowledgeTrainer])
-def test_every_way_in_has_the_same_options(way_in: type) -> None:
-    def options(cls: type) -> dict[str, Any]:
-        own = inspect.signature(cls.__init__).parameters.values()
-        left = ("self", "args", "kwargs", "graph", "name", "objectives")
-        return {p.name: p.default for p in own if p.name not in left}
-
-    assert options(way_in) == options(KnowledgeInjection)
-
-
-def test_the_trainer_hands_its_options_on(tmp_path: Path) -> None:
+def test_every_way_in_has_the_same_options(tmp_path: Path) -> None:
     given: dict[str, Any] = dict(
         vectors=toy.vectors(),
         linker=EntityLinker(toy.graph()),
@@ -525,10 +515,17 @@ def test_the_trainer_hands_its_options_on(tmp_path: Path) -> None:
         save_graph=False,
         learning_rate=0.5,
         weight_decay=0.25,
+        name="facts",
     )
+    assert {"graph", *given} == set(inspect.signature(KnowledgeInjection).parameters)
     graph = toy.graph()
     one = KnowledgeTrainer(family("bert"), arguments(tmp_path), graph=graph, **given)
     for own in (one.injection, KnowledgeCallback(graph, **given).injection):
         assert own.graph is graph and own.text_columns == ("sentence",)
         kept = {name: getattr(own, name) for name in given if name != "text_column"}
         assert kept == {name: value for name, value in given.items() if name != "text_column"}
+
+
+def test_an_option_that_there_is_not() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        KnowledgeCallback(toy.graph(), colour=1)

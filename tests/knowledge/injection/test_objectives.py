@@ -17,8 +17,9 @@ from hf_adapt.knowledge import (
     KnowledgeInjection,
     KnowledgeInjector,
     LinkPrediction,
+    TextTriples,
 )
-from hf_adapt.knowledge.injection.attachment import row_hash
+from hf_adapt.knowledge.injection.injector_attachment import row_hash
 from hf_adapt.knowledge.injection.objectives import entity_scores_loss
 from tests.helpers import toy
 from tests.helpers.injectors import injection, trainer
@@ -99,7 +100,7 @@ def test_it_learns_what_it_should(kind: Any, tmp_path: Path) -> None:
     assert sum(values[-5:]) < 0.75 * sum(values[:5])
 
 
-def test_withheld_mentions_are_a_function_of_the_row(tmp_path: Path) -> None:
+def test_masked_mentions_are_a_function_of_the_row(tmp_path: Path) -> None:
     one = trainer(tmp_path)
     own = injection()
     adapt(one, own, objective(EntityPrediction, own)).train()
@@ -110,11 +111,11 @@ def test_withheld_mentions_are_a_function_of_the_row(tmp_path: Path) -> None:
     batch = own._batcher.encode([" ".join(t.split()) for t in toy.sentences(200, 3)])
     known = knowledge_of(batch)
     assert known is not None
-    chosen = attachment.withheld(known, batch["input_ids"], batch["attention_mask"])
+    chosen = attachment.masked_mentions(known, batch["input_ids"], batch["attention_mask"])
     there = known.entities[..., 0] >= 0
     assert 0.4 < float(chosen.sum() / there.sum()) < 0.6 and not bool((chosen & ~there).any())
     attachment.mask_seed = attachment.mask_seed + 1
-    other = attachment.withheld(known, batch["input_ids"], batch["attention_mask"])
+    other = attachment.masked_mentions(known, batch["input_ids"], batch["attention_mask"])
     assert not torch.equal(chosen, other)
     attachment.mask_seed = attachment.mask_seed - 1
     ids = torch.nn.functional.pad(batch["input_ids"], (3, 0))
@@ -147,11 +148,10 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         EntityPrediction(injection(), num_negatives=0)
     own = injection()
     EntityPrediction(own, mask_rate=0.2)
-    with pytest.raises(ValueError, match="is withheld already"):
+    with pytest.raises(ValueError, match="is masked already"):
         EntityPrediction(own, mask_rate=0.3)
     with pytest.raises(ValueError, match="has none"):
-        EntityPrediction(KnowledgeInjection(toy.graph(), injector=KnowledgeInjector(
-            form="text_triples")))  # fmt: skip
+        EntityPrediction(TextTriples(toy.graph()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="No entity of the graph has a description"):
         DescriptionAlignment(KnowledgeInjection(KnowledgeGraph.from_triples([("aa", "b", "cc")])))
     own = injection()

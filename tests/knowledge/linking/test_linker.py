@@ -10,15 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_adapt.knowledge.linking.callable_linker import CallableLinker
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.inflection import ENGLISH_FUNCTION_WORDS, english_forms
-from hf_adapt.knowledge.linking.linker import (
-    CallableLinker,
-    Candidate,
-    EntityLinker,
-    Linker,
-    Mention,
-)
-from hf_adapt.knowledge.linking.matching import AhoCorasickMatcher, WordMatcher
+from hf_adapt.knowledge.linking.linker import Linker
+from hf_adapt.knowledge.linking.matcher import AhoCorasickMatcher, WordMatcher
+from hf_adapt.knowledge.linking.mentions import Candidate, Mention
 from tests.helpers.names import Names
 
 MEDICAL = Names(["aspirin", "heart attack", "attack", "heart", "blood", "AT&T", "C++"])
@@ -167,7 +164,7 @@ def test_the_choice_of_a_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(EntityLinker(MEDICAL)._matcher, WordMatcher)
     parts = EntityLinker(MEDICAL, whole_words=False)
     assert isinstance(parts._matcher, AhoCorasickMatcher)
-    monkeypatch.setattr("hf_adapt.knowledge.linking.linker.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_adapt.knowledge.linking.entity_linker.find_spec", lambda name: None)
     slow = EntityLinker(MEDICAL, whole_words=False)
     assert isinstance(slow._matcher, WordMatcher)
     text = "lifeblood, aspirins"
@@ -206,7 +203,6 @@ def test_fingerprints() -> None:
         EntityLinker(MEDICAL, ignore_case=False),
         EntityLinker(MEDICAL, stop_surfaces=["blood"]),
         EntityLinker(MEDICAL, inflections=forms),
-        EntityLinker(MEDICAL, matcher=lambda text: []),
         CallableLinker(MEDICAL, lambda text: []),
         CallableLinker(MEDICAL, lambda text: [(0, 1, 0)]),
     ]
@@ -220,7 +216,7 @@ def test_other_rules_of_folding_are_another_fingerprint(monkeypatch: pytest.Monk
     for make in (EntityLinker, lambda graph: CallableLinker(graph, lambda text: [])):
         with monkeypatch.context() as patch:
             now = make(MEDICAL).fingerprint
-            patch.setattr("hf_adapt.knowledge.linking.mentions.RULES", 1)
+            patch.setattr("hf_adapt.knowledge.linking.linker.RULES", 1)
             assert make(MEDICAL).fingerprint != now
 
 
@@ -252,8 +248,6 @@ def test_a_linker_of_your_own() -> None:
     every = CallableLinker(MEDICAL, lambda text: results[:3], overlapping=True, max_candidates=1)
     assert [m.surface for m in every.link("abc ef   hi j")] == ["abc", "c e", "hi j"]
     assert [len(m.candidates) for m in every.link("abc ef   hi j")] == [1, 1, 1]
-    as_matcher = EntityLinker(MEDICAL, matcher=lambda text: results[:2])
-    assert as_matcher.link("abc ef   hi j") == mentions
 
 
 def test_a_pipeline_like_spacys() -> None:
@@ -265,8 +259,7 @@ def test_a_pipeline_like_spacys() -> None:
 
     expected = [(0, 7, "ASPIRIN", 0), (8, 13, "heart", 4)]
     assert spans(CallableLinker(MEDICAL, pipeline), "ASPIRIN heart xyz") == expected
-    assert spans(EntityLinker(MEDICAL, matcher=pipeline), "ASPIRIN heart xyz") == expected
-    strict = EntityLinker(MEDICAL, matcher=pipeline, ignore_case=False)
+    strict = CallableLinker(MEDICAL, pipeline, ignore_case=False)
     assert spans(strict, "ASPIRIN heart xyz") == expected[1:]
 
 
@@ -320,6 +313,8 @@ def test_what_your_linker_must_return(result: Any, message: str) -> None:
 def test_bad_options() -> None:
     with pytest.raises(ValueError, match=r"matcher='flash' is not one of 'auto', 'words', 'aho"):
         EntityLinker(MEDICAL, matcher="flash")
+    with pytest.raises(ValueError, match=r"is not one of .*CallableLinker\(graph, function\)"):
+        EntityLinker(MEDICAL, matcher=lambda text: [])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="inflections='german' is not None, 'english' or a func"):
         EntityLinker(MEDICAL, inflections="german")
     with pytest.raises(ValueError, match="max_candidates=0 must be at least 1"):

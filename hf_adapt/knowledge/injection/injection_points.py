@@ -1,4 +1,4 @@
-"""Where in a model knowledge enters: embeddings, layers, the head."""
+"""Injection points: the modules of a model whose hidden states knowledge enters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_adapt.models.heads import has_head
 from hf_adapt.models.layers import find_stacks
 from hf_adapt.models.structure import is_encoder_decoder, reader_of, unwrapped_base
 
-Place = int | str
+Location = int | str
 """`"embeddings"`, `"head"`, a layer's number (negative from the top) or a module's dotted name."""
 
 Kind = Literal["output", "head", "row_head"]
@@ -21,55 +21,56 @@ Kind = Literal["output", "head", "row_head"]
 
 
 @dataclass(frozen=True)
-class Site:
+class InjectionPoint:
     """A module whose hidden states knowledge enters.
 
     Attributes:
-        place: What the user called it.
-        name: The module's name in the model.
+        location: What the user called it.
+        module: The module's name in the model.
         kind: Whether its output is changed or, for a head, its input.
     """
 
-    place: Place
-    name: str
-    kind: Kind
+    location: Location
+    module: str
+    kind: Kind = "output"
 
 
-def find_sites(model: nn.Module, places: Sequence[Place]) -> list[Site]:
-    """The modules behind the places.
+def find_injection_points(model: nn.Module, layers: Sequence[Location]) -> list[InjectionPoint]:
+    """The modules behind `layers=`.
 
     Args:
-        model: Any text model; a PEFT model is looked through. In an encoder–decoder, places are
-            those of the encoder, which reads the text.
-        places: Where.
+        model: Any text model; a PEFT model is looked through. In an encoder–decoder, the points
+            are those of the encoder, which reads the text.
+        layers: Their locations.
 
     Raises:
-        ValueError: If there is no such place, naming what there is.
+        ValueError: If there is no such module, naming what there is.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> size = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=9)
         >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=2, **size))
-        >>> [site.name for site in find_sites(model, ["embeddings", -1, "head"])]
+        >>> [point.module for point in find_injection_points(model, ["embeddings", -1, "head"])]
         ['bert.embeddings.word_embeddings', 'bert.encoder.layer.1', 'classifier']
     """
     base = unwrapped_base(model)
     names = {id(module): name for name, module in base.named_modules()}
     found = []
-    for place in places:
-        if place == "embeddings":
-            found.append(Site(place, names[id(_embeddings(base))], "output"))
-        elif place == "head":
+    for location in layers:
+        if location == "embeddings":
+            found.append(InjectionPoint(location, names[id(_embeddings(base))]))
+        elif location == "head":
             found.append(_head(base, names))
-        elif isinstance(place, int):
-            found.append(Site(place, _layer(base, names, place), "output"))
+        elif isinstance(location, int):
+            found.append(InjectionPoint(location, _layer(base, names, location)))
         else:
-            found.append(Site(place, _named(base, names, place), "output"))
-    twice = {site.name for site in found if [s.name for s in found].count(site.name) > 1}
+            found.append(InjectionPoint(location, _named(base, names, location)))
+    modules = [point.module for point in found]
+    twice = {module for module in modules if modules.count(module) > 1}
     if twice:
         raise ValueError(
-            f"layers={list(places)} name {', '.join(sorted(twice))} more than once: name each "
-            "place once."
+            f"layers={list(layers)} name {', '.join(sorted(twice))} more than once: name each "
+            "module once."
         )
     return found
 
@@ -109,7 +110,7 @@ def _layer(base: nn.Module, names: dict[int, str], number: int) -> str:
     return layers[number]
 
 
-def _head(base: nn.Module, names: dict[int, str]) -> Site:
+def _head(base: nn.Module, names: dict[int, str]) -> InjectionPoint:
     """The first module after the base model that has weights."""
     headless = getattr(base, "base_model", None)
     children = [
@@ -128,7 +129,7 @@ def _head(base: nn.Module, names: dict[int, str]) -> Site:
         )
     of_rows = has_head(base, "sequence_classification", "multiple_choice", "next_sentence")
     rows = of_rows or is_encoder_decoder(base)
-    return Site("head", names[id(children[0])], "row_head" if rows else "head")
+    return InjectionPoint("head", names[id(children[0])], "row_head" if rows else "head")
 
 
 def _output_embeddings(base: Any) -> Any:
@@ -136,12 +137,12 @@ def _output_embeddings(base: Any) -> Any:
     return get() if callable(get) else None
 
 
-def _named(base: nn.Module, names: dict[int, str], place: str) -> str:
+def _named(base: nn.Module, names: dict[int, str], location: str) -> str:
     known = [name for name in names.values() if name]
-    if place in known:
-        return place
-    near = difflib.get_close_matches(place, known, n=5, cutoff=0.3)
+    if location in known:
+        return location
+    near = difflib.get_close_matches(location, known, n=5, cutoff=0.3)
     raise ValueError(
-        f"layers names {place!r}, which is not a module of {type(base).__name__}. Near names: "
+        f"layers names {location!r}, which is not a module of {type(base).__name__}. Near names: "
         f"{', '.join(near) or 'none'}; or 'embeddings', 'head' or a layer's number."
     )

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adapt.knowledge.linking.linker import EntityLinker
-from hf_adapt.knowledge.linking.pieces import TokenPieces
-from hf_adapt.knowledge.linking.tokens import TokenAligner, TokenMention
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
+from hf_adapt.knowledge.linking.mentions import TokenMention
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
+from hf_adapt.knowledge.linking.token_pieces import TokenPieces
 from tests.helpers.names import Names
 from tests.helpers.tokenizers import KINDS, NAMES, WORDS, tokenizer
 
@@ -345,3 +346,20 @@ def test_padding_with_a_token_that_is_no_special_one() -> None:
     with pytest.warns(UserWarning, match="own decoding"):
         mentions = TokenAligner(LINKER, made)(row)
     assert [m.mention.surface for m in mentions] == ["new york"]
+
+
+def test_a_text_of_which_only_a_space_is_left() -> None:
+    made = tokenizer("bytes")
+    row = {"input_ids": made(" ")["input_ids"], "text": "ASPIRIN  "}
+    with pytest.warns(UserWarning, match="own decoding"):
+        assert TokenAligner(LINKER, made)(row) == []
+
+
+@pytest.mark.parametrize("matcher", ["words", "ahocorasick"])
+def test_half_of_a_character_in_the_decoding(matcher: str) -> None:
+    made = tokenizer("bytes")
+    ids = made("aspirin 👩🏽‍💻", add_special_tokens=False)["input_ids"][:-1]
+    linker = EntityLinker(Names(NAMES), matcher=matcher)
+    with pytest.warns(UserWarning, match="own decoding"):
+        found = TokenAligner(linker, made)({"input_ids": ids})
+    assert [m.mention.surface for m in found] == ["aspirin"]

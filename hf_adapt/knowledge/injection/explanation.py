@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from hf_adapt.knowledge.injection.attachment import Attachment, known_attachment
-from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
-from hf_adapt.knowledge.linking.tokens import TokenMention
+from hf_adapt.knowledge.injection.batcher import MentionBatcher
+from hf_adapt.knowledge.linking.mentions import TokenMention
 from hf_adapt.models.state import preserved
 
 
@@ -26,8 +26,8 @@ class ExplainedCandidate:
         label: Its name.
         description: Its description, or None.
         prior: How likely before the context was read; a mention's priors add up to 1.
-        attention: Its share of the attention at each place; the rest went to neighbours and to
-            "no knowledge".
+        attention: Its share of the attention at each injection point; the rest went to neighbours
+            and to "no knowledge".
     """
 
     key: str
@@ -47,8 +47,8 @@ class ExplainedMention:
         surface: The characters.
         tokens: First token and one past the last.
         candidates: The entities it may stand for.
-        gate: How far open the gate was at each place (cross-attention: all that did not go to
-            "no knowledge"); empty for an adapter, which has none.
+        gate: How far open the gate was at each injection point (cross-attention: all that did not
+            go to "no knowledge"); empty for an adapter, which has none.
     """
 
     start: int
@@ -65,12 +65,12 @@ class Explanation:
 
     Attributes:
         text: The text.
-        places: Where knowledge enters.
+        points: The injection points.
         mentions: What was linked.
     """
 
     text: str
-    places: tuple[str, ...]
+    points: tuple[str, ...]
     mentions: tuple[ExplainedMention, ...] = field(default=())
 
     def __str__(self) -> str:
@@ -114,11 +114,11 @@ class Explanation:
         )
         heads = ("mention", "candidate", "key", "prior", "attention", "gate", "description")
         titles = "".join(f"<th>{title}</th>" for title in heads)
-        places = html.escape(", ".join(self.places))
+        points = html.escape(", ".join(self.points))
         return (
             f'<div style="font-family:sans-serif"><p>{"".join(marked)}</p>'
             f'<table border="1" style="border-collapse:collapse"><tr>{titles}</tr>{rows}</table>'
-            f"<p>attention and gate at: {places}</p></div>"
+            f"<p>attention and gate at: {points}</p></div>"
         )
 
     _repr_html_ = to_html
@@ -149,7 +149,7 @@ def explain(model: nn.Module, text: str) -> Explanation:
 
 
 @torch.no_grad()
-def explain_with(attachment: Attachment, batcher: KnowledgeBatcher, text: str) -> Explanation:
+def explain_with(attachment: Attachment, batcher: MentionBatcher, text: str) -> Explanation:
     """The same, with the parts at hand."""
     tokenizer: Any = batcher.tokenizer
     encoded = tokenizer(text, return_tensors="pt", truncation=True)
@@ -166,11 +166,11 @@ def explain_with(attachment: Attachment, batcher: KnowledgeBatcher, text: str) -
             attachment.reader(**{name: value.to(device) for name, value in batch.items()})
     finally:
         attachment.records = None
-    places = tuple(str(site.place) for site in attachment.sites)
+    points = tuple(str(point.location) for point in attachment.points)
     mentions = [
         _explained(mention, number, records, batcher.graph) for number, mention in enumerate(found)
     ]
-    return Explanation(text, places, tuple(mentions))
+    return Explanation(text, points, tuple(mentions))
 
 
 def _explained(

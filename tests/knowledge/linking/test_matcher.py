@@ -12,7 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_adapt.knowledge.linking.folding import (
+from hf_adapt.knowledge.linking.matcher import AhoCorasickMatcher, WordMatcher
+from hf_adapt.knowledge.linking.normalization import (
     RULES,
     Folded,
     find_unspaced,
@@ -23,7 +24,6 @@ from hf_adapt.knowledge.linking.folding import (
     token_splitter,
     tokens_among_signs,
 )
-from hf_adapt.knowledge.linking.matching import AhoCorasickMatcher, WordMatcher
 from tests.helpers.names import is_boundary, is_mark, naive, unspaced
 
 MATCHERS = [WordMatcher, AhoCorasickMatcher]

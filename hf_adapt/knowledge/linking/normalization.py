@@ -1,4 +1,4 @@
-"""The form in which names and texts are compared, and the way back to the text's own offsets."""
+"""Normalization: names and texts as they are compared, and the way back to a text's offsets."""
 
 from __future__ import annotations
 

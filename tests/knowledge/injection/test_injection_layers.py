@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from hf_adapt.knowledge.injection.forms import (
+from hf_adapt.knowledge.injection.injection_layers import (
     CrossAttention,
-    Form,
     GatedAddition,
+    InjectionLayer,
     KnowledgeAdapter,
+    LayerSizes,
     RelationalAggregation,
     size_of,
 )
@@ -28,10 +29,10 @@ def world() -> tuple[torch.Tensor, Knowledge]:
     return torch.randn(ROWS, LENGTH, HIDDEN), found
 
 
-def made(kind: type[Form], neighbours: bool = True, **options: Any) -> Any:
+def made(kind: type[InjectionLayer], neighbours: bool = True, **options: Any) -> Any:
     """A form whose weights are all random."""
     torch.manual_seed(1)
-    form = kind(HIDDEN, DIMENSION, INNER, 2 * RELATIONS if neighbours else 0, **options)
+    form = kind(LayerSizes(HIDDEN, DIMENSION, INNER, 2 * RELATIONS * neighbours), **options)
     with torch.no_grad():
         for parameter in form.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
@@ -114,7 +115,7 @@ def attended(form: Any, query: torch.Tensor, known: Knowledge, row: int, n: int)
     [(GatedAddition, gated, {}), (CrossAttention, attended, {"num_heads": 2})],
 )
 def test_what_is_added_at_a_mention(
-    kind: type[Form], formula: Any, options: dict[str, Any], neighbours: bool
+    kind: type[InjectionLayer], formula: Any, options: dict[str, Any], neighbours: bool
 ) -> None:
     hidden, known = world()
     form = made(kind, neighbours, **options)
@@ -127,7 +128,7 @@ def test_what_is_added_at_a_mention(
         torch.testing.assert_close(form(hidden, known), expected)
         assert expected.abs().sum() > 0 and not expected[1].any()
 
-        # Where a place has one vector a row, its mentions' mean is added.
+        # Where a point has one vector a row, its mentions' mean is added.
         rows = torch.zeros(ROWS, HIDDEN)
         for row, number, _, _ in each_mention(known):
             own = formula(form, hidden[row, 0], known, row, number)
@@ -167,8 +168,8 @@ def test_it_works_in_units_of_the_hidden_states(form: str, kind: Any) -> None:
     hidden = hidden.float() if kind == "output" else hidden[:, 0].float()
     hidden[0, ..., 0] = 3.0
     with torch.no_grad():
-        added = injector.change(0, kind, hidden, known) - hidden
-        thousandth = injector.change(0, kind, hidden / 1000, known) - hidden / 1000
+        added = injector.inject(0, kind, hidden, known) - hidden
+        thousandth = injector.inject(0, kind, hidden / 1000, known) - hidden / 1000
     torch.testing.assert_close(1000 * thousandth, added, rtol=1e-3, atol=1e-3)
     assert added.norm() > 1
 
@@ -178,6 +179,6 @@ def test_a_hidden_state_of_zeros_has_gradients() -> None:
     injector = built("bert", ["embeddings"], "gated")
     disturb(injector)
     hidden = torch.zeros(ROWS, LENGTH, HIDDEN, requires_grad=True)
-    injector.change(0, "output", hidden, known).sum().backward()
+    injector.inject(0, "output", hidden, known).sum().backward()
     assert hidden.grad is not None and hidden.grad.isfinite().all()
     assert size_of(torch.zeros(2, 4)).tolist() == [[0.0], [0.0]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import accumulate, compress, islice
 from typing import Any, Protocol
 
-from hf_adapt.knowledge.linking.folding import (
+from hf_adapt.knowledge.linking.normalization import (
     Folded,
     has_signs,
     inner_offsets,
@@ -62,7 +63,7 @@ class WordMatcher:
         whole_words: Whether a match begins and ends at the boundaries of words.
 
     Example:
-        >>> from hf_adapt.knowledge.linking.folding import fold
+        >>> from hf_adapt.knowledge.linking.normalization import fold
         >>> matcher = WordMatcher({"new york": 1, "york": 2})
         >>> matcher.find(fold("New York, York", ignore_case=True), overlapping=False)
         [(0, 8, 1), (10, 14, 2)]
@@ -226,4 +227,15 @@ def _automaton(names: list[str]) -> Callable[[str], list[tuple[int, int, int]]]:
             'pip install "hf-adapt[knowledge]", or use matcher="words".'
         ) from error
     automaton = AhoCorasick(names)
-    return lambda text: automaton.find_matches_as_indexes(text, overlapping=True)
+
+    def find(text: str) -> list[tuple[int, int, int]]:
+        try:
+            return automaton.find_matches_as_indexes(text, overlapping=True)
+        except UnicodeEncodeError:  # half of a character, of a text that was cut
+            whole = _replace_surrogates("\ufffd", text)
+            return automaton.find_matches_as_indexes(whole, overlapping=True)
+
+    return find
+
+
+_replace_surrogates = re.compile("[\ud800-\udfff]").sub

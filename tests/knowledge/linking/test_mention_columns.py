@@ -7,9 +7,10 @@ from typing import Any
 import datasets
 import pytest
 
-from hf_adapt.knowledge.linking.linker import CallableLinker, EntityLinker
-from hf_adapt.knowledge.linking.mapping import AddMentions, coverage
-from hf_adapt.knowledge.linking.tokens import TokenAligner
+from hf_adapt.knowledge.linking.callable_linker import CallableLinker
+from hf_adapt.knowledge.linking.entity_linker import EntityLinker
+from hf_adapt.knowledge.linking.mention_columns import AddMentions, coverage
+from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from tests.helpers.names import Names
 from tests.helpers.tokenizers import tokenizer
 
@@ -45,7 +46,7 @@ def test_the_column(linker: EntityLinker, on_disk: Any, capsys: pytest.CaptureFi
         "mentioned\n"
     )
     few = linked.select([0, 3])
-    assert str(coverage(few, 8)).endswith("2 of 8 entities (25.0%) are mentioned")
+    assert coverage(few, 8).endswith("2 of 8 entities (25.0%) are mentioned")
 
 
 def test_a_second_call_reads_the_cache(

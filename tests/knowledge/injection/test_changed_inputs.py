@@ -11,19 +11,22 @@ from transformers import (
     BartForSequenceClassification,
 )
 
-from hf_adapt import adapt
+from hf_adapt import DANN, AdaptationCallback, adapt
 from hf_adapt.knowledge import (
+    EntityLinker,
     KnowledgeInjection,
     KnowledgeInjector,
     TextTriples,
+    TokenAligner,
     knowledge_inputs,
     load_knowledge_model,
 )
-from hf_adapt.knowledge.injection.attachment import Attachment
-from hf_adapt.knowledge.injection.prompts import add_prompt_tokens
+from hf_adapt.knowledge.injection.injector_attachment import InjectorAttachment
+from hf_adapt.knowledge.injection.soft_prompt import add_prompt_tokens
 from hf_adapt.knowledge.injection.text_triples import (
     VISIBILITY,
-    TripleWriter,
+    TripleBatcher,
+    VisibilityAttachment,
     additive_mask,
     check_visibility,
     first_position,
@@ -37,13 +40,14 @@ needs_masks = pytest.mark.skipif(not FIVE, reason="BERT of transformers 4 takes 
 
 
 def prompting(**options: Any) -> KnowledgeInjection:
-    injector = KnowledgeInjector(form="soft_prompt", num_tokens=3, **options)
+    injector = KnowledgeInjector(injection_layer="soft_prompt", num_tokens=3, **options)
     return KnowledgeInjection(toy.graph(), toy.vectors(), injector=injector, learning_rate=1e-2)
 
 
-def telling(**options: Any) -> KnowledgeInjection:
-    injector = KnowledgeInjector(form="text_triples", **options)
-    return KnowledgeInjection(toy.graph(), injector=injector)
+def batcher(model: Any = None, **options: Any) -> TripleBatcher:
+    aligner = TokenAligner(EntityLinker(toy.graph()), toy.tokenizer())
+    first = 0 if model is None else first_position(model)
+    return TripleBatcher(toy.graph(), aligner, first_position=first, **options)
 
 
 # ---- soft prompts ----
@@ -124,10 +128,7 @@ def test_soft_prompts_resume(tmp_path: Path) -> None:
 
 
 def test_facts_are_seen_by_their_mention_alone() -> None:
-    writer = TripleWriter(toy.graph(), toy.tokenizer(), TextTriples(num_triples=1))
-    batch: dict[str, Any] = dict(toy.tokenizer()(["w20 w0 w21"], return_tensors="pt"))
-    mention = adapted_mention("w20 w0 w21")
-    writer.add_to(batch, [mention])
+    batch = batcher(num_triples=1).encode(["w20 w0 w21"])
     # [CLS] w20 w0 w21 [SEP] + "part of w1 w2", of which "part" and "of" are no words here
     assert batch["input_ids"].tolist()[0][:5] == [2, 25, 5, 26, 3]
     assert batch["input_ids"].tolist()[0][5:] == [1, 1, 6, 7]
@@ -139,27 +140,19 @@ def test_facts_are_seen_by_their_mention_alone() -> None:
     assert not visible[others][:, 5:].any() and not visible[5:][:, others].any()
 
 
-def adapted_mention(text: str) -> Any:
-    from hf_adapt.knowledge import EntityLinker, TokenAligner
-
-    aligner = TokenAligner(EntityLinker(toy.graph()), toy.tokenizer())
-    found = aligner({"input_ids": toy.tokenizer()(text)["input_ids"], "text": text})
-    return [(mention, mention.start, mention.end) for mention in found]
-
-
 @needs_masks
 @pytest.mark.parametrize("name", ["bert", "roberta", "bert_tokens"])
 def test_facts_reach_their_mention_alone(name: str) -> None:
     model = family(name)
     check_visibility(model)
-    Attachment(model, KnowledgeInjector(form="text_triples"))
+    own_batcher = batcher(model)
+    VisibilityAttachment(model, own_batcher)
     text = "w20 w0 w21"
     batch: dict[str, Any] = dict(toy.tokenizer()([text], return_tensors="pt"))
     batch.pop("token_type_ids", None)
     plain = model.base_model(**batch).last_hidden_state[0]
-    own = {name: value.clone() for name, value in batch.items()}
-    writer = TripleWriter(toy.graph(), toy.tokenizer(), TextTriples(), first_position(model))
-    writer.add_to(own, [adapted_mention(text)])
+    own: dict[str, Any] = own_batcher.encode([text])
+    own.pop("token_type_ids", None)
     own["output_hidden_states"] = True
     first = model(**own).hidden_states[1][0, :5]
     before = model(**batch, output_hidden_states=True).hidden_states[1][0]
@@ -172,13 +165,30 @@ def test_facts_reach_their_mention_alone(name: str) -> None:
 @needs_masks
 def test_facts_train_and_are_loaded(tmp_path: Path) -> None:
     one = trainer(tmp_path, "bert_tokens", max_steps=3, save_strategy="steps", save_steps=3)
-    adapt(one, telling(num_triples=2)).train()
+    adapt(one, TextTriples(toy.graph(), num_triples=2)).train()
     assert np_finite(one.evaluate()["eval_loss"])
     one.save_model(str(tmp_path / "final"))
     model = load_knowledge_model(tmp_path / "final")
     one.model.eval()
     inputs = knowledge_inputs(model, ["w0 w20", "w30"])
     torch.testing.assert_close(model(**inputs).logits, one.model(**inputs).logits)
+
+
+@needs_masks
+def test_facts_as_any_adaptation(tmp_path: Path) -> None:
+    """By a callback, and beside another adaptation with rows of its own."""
+    one = trainer(tmp_path, "bert", max_steps=3)
+    own = TextTriples(toy.graph())
+    target = toy.rows(12, 7).remove_columns("labels")
+    one.add_callback(AdaptationCallback(own, DANN(hidden_sizes=(8,)), target_dataset=target))
+    one.train()
+    assert np_finite(one.state.log_history[0]["loss/dann"])
+    assert VISIBILITY in next(iter(one.get_eval_dataloader()))
+    assert [m.surface for m in own.explain("w0 w4").mentions] == ["w0", "w4"]
+    with pytest.raises(ValueError, match="has an injector already"):
+        InjectorAttachment(one.model, KnowledgeInjector())
+    own.detach()
+    assert "forward" not in vars(one.model)
 
 
 def np_finite(value: float) -> bool:
@@ -198,7 +208,7 @@ def test_facts_of_any_batch_are_the_same(tmp_path: Path) -> None:
         )
         recorder = GradientRecorder()
         one.add_callback(recorder)
-        adapt(one, telling()).train()
+        adapt(one, TextTriples(toy.graph())).train()
         found.append(recorder.gradients[0])
     cosine, ratio = cosine_and_ratio(*found)
     assert cosine == pytest.approx(1, abs=1e-4) and ratio == pytest.approx(1, abs=1e-3)
@@ -211,7 +221,7 @@ def bart() -> Any:
 @pytest.mark.parametrize("name", ["deberta", "t5", "llama", "bart"])
 def test_models_that_cannot_are_told(name: str, tmp_path: Path) -> None:
     model = bart() if name == "bart" else family(name)
-    with pytest.raises(ValueError, match="text_triples"):
+    with pytest.raises(ValueError, match="TextTriples"):
         check_visibility(model)
 
 
@@ -232,4 +242,4 @@ def test_options_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="changes the input: layers must be 'embeddings'"):
         KnowledgeInjector(2, "soft_prompt")
     with pytest.raises(ValueError, match="num_triples=0"):
-        KnowledgeInjector(form="text_triples", num_triples=0)
+        TextTriples(toy.graph(), num_triples=0)

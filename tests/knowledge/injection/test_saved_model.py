@@ -9,9 +9,10 @@ from transformers import AutoModelForSequenceClassification, Trainer, pipeline
 
 from hf_adapt.knowledge import (
     EntityLinker,
-    Form,
+    InjectionLayer,
     KnowledgeInjection,
     KnowledgeInjector,
+    LayerSizes,
     explain,
     knowledge_inputs,
     load_knowledge_model,
@@ -149,22 +150,22 @@ def test_training_goes_on_with_a_loaded_model(tmp_path: Path) -> None:
     assert own.module is injector and not torch.equal(toy.flat(injector), before)
 
 
-class Doubled(Form):
-    """A form of the user's own."""
+class Doubled(InjectionLayer):
+    """An injection layer of the user's own."""
 
-    def __init__(self, hidden_size: int, dimension: int, *sizes: int) -> None:
-        super().__init__(hidden_size, dimension, *sizes)
-        self.value = torch.nn.Linear(dimension, self.inner_size)
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__(sizes)
+        self.value = torch.nn.Linear(sizes.entity_size, sizes.inner_size)
 
     def mention_values(self, query: Any, knowledge: Any, record: Any) -> torch.Tensor:
         return 2 * self.value(self.candidates(knowledge)).sum(2)
 
 
-def test_a_form_of_ones_own(tmp_path: Path) -> None:
+def test_an_injection_layer_of_ones_own(tmp_path: Path) -> None:
     one = trained(tmp_path, injector=KnowledgeInjector(0, Doubled))
-    with pytest.raises(ValueError, match="pass the class as form="):
+    with pytest.raises(ValueError, match="pass the class as injection_layer="):
         load_knowledge_model(tmp_path / "final")
-    model = load_knowledge_model(tmp_path / "final", form=Doubled)
+    model = load_knowledge_model(tmp_path / "final", injection_layer=Doubled)
     inputs = knowledge_inputs(one.model, TEXTS)
     torch.testing.assert_close(model(**inputs).logits, one.model(**inputs).logits)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from hf_adapt.knowledge.injection.forms import GatedAddition, Record
+from hf_adapt.engine.labels import IGNORED
+from hf_adapt.knowledge.injection.injection_layers import GatedAddition, LayerSizes, Record
 from hf_adapt.knowledge.injection.inputs import Knowledge
 
-IGNORED = -100
+NUM_PROMPT_TOKENS = 8
 
 
 class SoftPrompt(GatedAddition):
@@ -18,8 +19,8 @@ class SoftPrompt(GatedAddition):
 
     Meant for decoders, whose own tokens stay as they are. The batches get `num_tokens` more tokens
     in each row, with the label -100; those without a mention are masked. The projection does not
-    start at zero, so that the model is another one from the first step on: unlike the other forms
-    this is no no-op at the beginning.
+    start at zero, so that the model is another one from the first step on: unlike the other
+    injection layers this is no no-op at the beginning.
 
     Reference:
         Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning",
@@ -27,27 +28,15 @@ class SoftPrompt(GatedAddition):
         of the entities in the text.
 
     Args:
-        hidden_size: Of the embeddings.
-        dimension: Of the entity vectors.
-        inner_size: Between them.
-        num_relations: Number of relations, inverses included; 0 if no neighbours are looked at.
-        is_causal: Whether the model is a causal language model.
+        sizes: Sizes; `hidden_size` is that of the embeddings.
         num_tokens: Tokens before each row: mentions at most.
     """
 
-    changes = "prompt"
+    changes_input = True
     is_relative = False  # what a prompt token was before is no measure
 
-    def __init__(
-        self,
-        hidden_size: int,
-        dimension: int,
-        inner_size: int,
-        num_relations: int = 0,
-        is_causal: bool = False,
-        num_tokens: int = 8,
-    ) -> None:
-        super().__init__(hidden_size, dimension, inner_size, num_relations, is_causal)
+    def __init__(self, sizes: LayerSizes, num_tokens: int = NUM_PROMPT_TOKENS) -> None:
+        super().__init__(sizes)
         self.num_tokens = num_tokens
         # As large as embeddings usually are: a token of another size would drown the others.
         torch.nn.init.normal_(self.output.weight, std=0.02)
@@ -60,7 +49,7 @@ class SoftPrompt(GatedAddition):
         The gate reads nothing: the tokens that are replaced mean nothing.
         """
         tokens = knowledge.token_mask(hidden.shape[1]).to(hidden.dtype)
-        nothing = hidden.new_zeros(*knowledge.spans.shape[:2], self.hidden_size)
+        nothing = hidden.new_zeros(*knowledge.spans.shape[:2], self.sizes.hidden_size)
         values = self.output(self.mention_values(nothing, knowledge, record))
         spread = tokens.transpose(1, 2)
         added: torch.Tensor = spread @ values - spread.sum(-1, keepdim=True) * hidden
@@ -105,6 +94,6 @@ def add_prompt_tokens(
             batch[name] = moved.masked_fill(is_prompt, fills.get(name, 0))
     batch["attention_mask"] = batch["attention_mask"].masked_fill(used, 1)
     order = there.cumsum(1) - 1  # which of the row's mentions
-    place = first.unsqueeze(1) + number - count.unsqueeze(1) + order
+    position = first.unsqueeze(1) + number - count.unsqueeze(1) + order
     kept = there & (order < number)
-    return torch.stack([place, place + 1], dim=-1).masked_fill(~kept.unsqueeze(-1), 0)
+    return torch.stack([position, position + 1], dim=-1).masked_fill(~kept.unsqueeze(-1), 0)

@@ -1,4 +1,4 @@
-"""How knowledge enters hidden states: gated addition, cross-attention, an adapter.
+"""Injection layers: gated addition, cross-attention and an adapter.
 
 Each starts as an exact no-op, because its last projection starts at zero, and adds exactly nothing
 where there is no mention.
@@ -7,6 +7,7 @@ where there is no mention.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,7 +15,26 @@ from torch import nn
 from hf_adapt.knowledge.injection.inputs import Knowledge
 
 Record = dict[str, torch.Tensor]
-"""What a form did with each mention, for `explain`."""
+"""What an injection layer did with each mention, for `explain`."""
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """The sizes of an injection layer, known once the model has run.
+
+    Args:
+        hidden_size: Of the hidden states.
+        entity_size: Of the entity vectors.
+        inner_size: Between them.
+        num_relations: Number of relations, inverses included; 0 if no neighbours are read.
+        is_causal: Whether a token may depend on those before it only.
+    """
+
+    hidden_size: int
+    entity_size: int
+    inner_size: int
+    num_relations: int = 0
+    is_causal: bool = False
 
 
 class RelationalAggregation(nn.Module):
@@ -84,45 +104,35 @@ def size_of(hidden: torch.Tensor) -> torch.Tensor:
     return norm / math.sqrt(hidden.shape[-1])
 
 
-class Form(nn.Module):
-    """One way in which knowledge enters hidden states.
+class InjectionLayer(nn.Module):
+    """What an injector adds to the hidden states at one injection point.
 
-    A subclass defines `mention_values`; the base takes the mean hidden state of each mention's
-    tokens, and adds the output projection of the values to the same tokens. The injector divides
-    hidden states by their size before, and multiplies what is added by it (see [`size_of`]).
+    A subclass takes the sizes and its own options, and defines `mention_values`; the base takes
+    the mean hidden state of each mention's tokens, and adds the output projection of the values to
+    the same tokens. The injector divides hidden states by their size before, and multiplies what
+    is added by it (see [`size_of`]).
 
     Args:
-        hidden_size: Of the hidden states.
-        dimension: Of the entity vectors.
-        inner_size: Between them.
-        num_relations: Number of relations, inverses included; 0 if no neighbours are looked at.
-        is_causal: Whether a token may depend on those before it only.
+        sizes: Sizes of the hidden states and the entity vectors.
     """
 
     averages_neighbours = True
-    changes = "hidden"
-    """What of a batch it changes: hidden states alone, or the tokens too."""
+    changes_input = False
+    """Whether it changes the tokens of a batch, and not hidden states alone."""
     is_relative = True
     """Whether what it reads and adds is in units of the hidden states' own size."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        dimension: int,
-        inner_size: int,
-        num_relations: int = 0,
-        is_causal: bool = False,
-    ) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.hidden_size, self.inner_size, self.is_causal = hidden_size, inner_size, is_causal
+        self.sizes = sizes
         # Tables differ in scale by orders of magnitude (TransE against word vectors).
-        self.norm = nn.LayerNorm(dimension)
-        self.aggregation = (
-            RelationalAggregation(dimension, num_relations, self.averages_neighbours)
-            if num_relations
-            else None
-        )
-        self.output = nn.Linear(inner_size, hidden_size, bias=False)
+        self.norm = nn.LayerNorm(sizes.entity_size)
+        self.aggregation: RelationalAggregation | None = None
+        if sizes.num_relations:
+            self.aggregation = RelationalAggregation(
+                sizes.entity_size, sizes.num_relations, self.averages_neighbours
+            )
+        self.output = nn.Linear(sizes.inner_size, sizes.hidden_size, bias=False)
         nn.init.zeros_(self.output.weight)
 
     def candidates(self, knowledge: Knowledge) -> torch.Tensor:
@@ -188,11 +198,11 @@ class Form(nn.Module):
         return mean
 
 
-class GatedAddition(Form):
+class GatedAddition(InjectionLayer):
     """The candidates' mean vector by their priors, let in by a gate that reads the context.
 
-    `h + W_o (σ(W_g [h; v]) * v)`, v = W_v e, at the tokens of a mention. The simplest form, and
-    the one to begin with.
+    `h + W_o (σ(W_g [h; v]) * v)`, v = W_v e, at the tokens of a mention. The simplest
+    injection layer, and the one to begin with.
 
     Reference:
         Zhang et al. 2019, "ERNIE: Enhanced Language Representation with Informative Entities",
@@ -200,17 +210,10 @@ class GatedAddition(Form):
         entities beside the text's.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        dimension: int,
-        inner_size: int,
-        num_relations: int = 0,
-        is_causal: bool = False,
-    ) -> None:
-        super().__init__(hidden_size, dimension, inner_size, num_relations, is_causal)
-        self.value = nn.Linear(dimension, inner_size)
-        self.gate = nn.Linear(hidden_size + inner_size, inner_size)
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__(sizes)
+        self.value = nn.Linear(sizes.entity_size, sizes.inner_size)
+        self.gate = nn.Linear(sizes.hidden_size + sizes.inner_size, sizes.inner_size)
 
     def mention_values(
         self, query: torch.Tensor, knowledge: Knowledge, record: Record | None
@@ -225,7 +228,7 @@ class GatedAddition(Form):
         return gated
 
 
-class CrossAttention(Form):
+class CrossAttention(InjectionLayer):
     """The mention attends to its candidates, their neighbours and a "no knowledge" sentinel.
 
     Where the context fits no candidate the sentinel takes the attention, and nothing is added.
@@ -237,11 +240,7 @@ class CrossAttention(Form):
         attended knowledge goes to the mention's own tokens only.
 
     Args:
-        hidden_size: Of the hidden states.
-        dimension: Of the entity vectors.
-        inner_size: Of keys and values, all heads together.
-        num_relations: Number of relations, inverses included; 0 if no neighbours are looked at.
-        is_causal: Whether a token may depend on those before it only.
+        sizes: Sizes; `inner_size` is that of keys and values, all heads together.
         num_heads: Attention heads; they must divide `inner_size`.
 
     Raises:
@@ -250,26 +249,18 @@ class CrossAttention(Form):
 
     averages_neighbours = False
 
-    def __init__(
-        self,
-        hidden_size: int,
-        dimension: int,
-        inner_size: int,
-        num_relations: int = 0,
-        is_causal: bool = False,
-        num_heads: int = 4,
-    ) -> None:
-        super().__init__(hidden_size, dimension, inner_size, num_relations, is_causal)
-        if inner_size % num_heads:
+    def __init__(self, sizes: LayerSizes, num_heads: int = 4) -> None:
+        super().__init__(sizes)
+        if sizes.inner_size % num_heads:
             raise ValueError(
-                f"num_heads={num_heads} does not divide inner_size={inner_size}: the heads share "
-                "it. Give a divisor."
+                f"num_heads={num_heads} does not divide inner_size={sizes.inner_size}: the heads "
+                "share it. Give a divisor."
             )
         self.num_heads = num_heads
-        self.query = nn.Linear(hidden_size, inner_size)
-        self.key = nn.Linear(dimension, inner_size)
-        self.value = nn.Linear(dimension, inner_size)
-        self.sentinel = nn.Parameter(torch.zeros(inner_size))
+        self.query = nn.Linear(sizes.hidden_size, sizes.inner_size)
+        self.key = nn.Linear(sizes.entity_size, sizes.inner_size)
+        self.value = nn.Linear(sizes.entity_size, sizes.inner_size)
+        self.sentinel = nn.Parameter(torch.zeros(sizes.inner_size))
 
     def _slots(self, knowledge: Knowledge) -> tuple[torch.Tensor, torch.Tensor]:
         """What can be attended to, (B, M, S, D), and its log-prior, (B, M, S)."""
@@ -287,7 +278,7 @@ class CrossAttention(Form):
     ) -> torch.Tensor:
         """The attended candidates and neighbours; see the base."""
         vectors, log_priors = self._slots(knowledge)
-        heads = (self.num_heads, self.inner_size // self.num_heads)
+        heads = (self.num_heads, self.sizes.inner_size // self.num_heads)
         asked = self.query(query).unflatten(-1, heads)
         keys = self.key(vectors).unflatten(-1, heads)
         values = self.value(vectors).unflatten(-1, heads)
@@ -308,7 +299,7 @@ class CrossAttention(Form):
         return attended
 
 
-class KnowledgeAdapter(Form):
+class KnowledgeAdapter(InjectionLayer):
     """A small transformer beside the layer, which reads the row's text and its entities.
 
     The hidden states are projected down, each mention's entity is added to its tokens, layers of
@@ -323,36 +314,19 @@ class KnowledgeAdapter(Form):
         result is added to the layer's output instead of joining the last one.
 
     Args:
-        hidden_size: Of the hidden states.
-        dimension: Of the entity vectors.
-        inner_size: Of the adapter's own transformer.
-        num_relations: Number of relations, inverses included; 0 if no neighbours are looked at.
-        is_causal: Whether a token may depend on those before it only.
+        sizes: Sizes; `inner_size` is that of the adapter's own transformer.
         num_layers: Of the adapter's own transformer.
         num_heads: Attention heads; they must divide `inner_size`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        dimension: int,
-        inner_size: int,
-        num_relations: int = 0,
-        is_causal: bool = False,
-        num_layers: int = 1,
-        num_heads: int = 4,
-    ) -> None:
-        super().__init__(hidden_size, dimension, inner_size, num_relations, is_causal)
-        self.down = nn.Linear(hidden_size, inner_size)
-        self.value = nn.Linear(dimension, inner_size)
+    def __init__(self, sizes: LayerSizes, num_layers: int = 1, num_heads: int = 4) -> None:
+        super().__init__(sizes)
+        inner = sizes.inner_size
+        self.down = nn.Linear(sizes.hidden_size, inner)
+        self.value = nn.Linear(sizes.entity_size, inner)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                inner_size,
-                num_heads,
-                4 * inner_size,
-                dropout=0.0,
-                batch_first=True,
-                norm_first=True,
+                inner, num_heads, 4 * inner, dropout=0.0, batch_first=True, norm_first=True
             )
             for _ in range(num_layers)
         )
@@ -360,7 +334,7 @@ class KnowledgeAdapter(Form):
     def _unseen(self, hidden: torch.Tensor, knowledge: Knowledge) -> torch.Tensor | None:
         """What a token does not see, (T, T) or (B * heads, T, T) bool, True where it does not."""
         length = hidden.shape[1]
-        if self.is_causal:
+        if self.sizes.is_causal:
             return ~torch.eye(length, dtype=torch.bool, device=hidden.device)
         if knowledge.mask is None or knowledge.mask.shape != hidden.shape[:2]:
             return None
@@ -382,7 +356,7 @@ class KnowledgeAdapter(Form):
             inner = layer(inner, src_mask=unseen)
         if record is not None:
             record["attention"] = knowledge.priors.float()
-        mentioned = tokens.amax(1).unsqueeze(-1) if self.is_causal else tokens.amax((1, 2))
+        mentioned = tokens.amax(1).unsqueeze(-1) if self.sizes.is_causal else tokens.amax((1, 2))
         added: torch.Tensor = self.output(inner) * mentioned.view(len(hidden), -1, 1)
         return added
 
