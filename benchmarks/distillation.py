@@ -38,8 +38,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.distillation.chunked import chunked_distillation_loss
 from hf_adapt.distillation.divergences import JensenShannon, forward_kl
+from hf_adapt.distillation.language_models.chunked import chunked_distillation_loss
 
 METHODS = ["products", "naive", "ours", "liger", "liger-128", "trl"]
 CASES = {"kl": (128_256, 0.0), "jsd": (32_000, 0.5)}  # classes, and beta as the peers have it

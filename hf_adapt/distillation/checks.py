@@ -233,7 +233,7 @@ class TeacherSanity:
         self._sum: torch.Tensor | None = None
         self._count: torch.Tensor | None = None
 
-    def see(
+    def observe(
         self, head: Head, part: Part, mask: torch.Tensor, logits: torch.Tensor, progress: float
     ) -> None:
         """Add the teacher's own loss on a micro-batch; warn after the last."""

@@ -194,13 +194,46 @@ class Head:
     def _per_item(self, num_labels: int) -> int:
         return {"spans": 2, "labels": num_labels}.get(self.kind, 1)
 
-    def with_labels(self, labels: Any) -> Head:
-        """The same, now that labels are seen: yes or no for each class, if they are vectors.
+    def item_labels(self, inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor | None:
+        """The label of each item, or None where an item has no single class."""
+        labels = inputs.get("labels")
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            return None
+        if self.kind == "rows" and labels.ndim == 1:
+            return labels[mask]
+        if self.kind in ("tokens", "causal_lm") and labels.shape == mask.shape:
+            return labels[mask]
+        return None
 
-        The models themselves decide it only then, where the configuration has no `problem_type`.
+    @property
+    def feeds_decoder(self) -> bool:
+        """Whether the decoder predicts the labels and reads them shifted."""
+        return self.is_encoder_decoder and self.kind == "tokens"
+
+    def with_labels(self, labels: Any) -> Head:
+        """The head once labels are known: yes or no for each class, if they are vectors.
+
+        Models decide it by the labels too, where the configuration has no `problem_type`.
         """
         if self.kind != "rows" or self.is_decided or not isinstance(labels, torch.Tensor):
             return self
         if labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 1:
             return Head("labels", self.is_encoder_decoder)
         return self
+
+
+def decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The decoder's inputs, shifted from the labels as the model itself shifts them.
+
+    Raises:
+        ValueError: If there are no labels, or the model cannot shift them.
+    """
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if not callable(prepare) or "labels" not in inputs:
+        raise ValueError(
+            f"{type(model).__name__} needs decoder_input_ids, and they cannot be derived: there "
+            "are no labels, or the model has no prepare_decoder_input_ids_from_labels. Put them "
+            "into the batch (DataCollatorForSeq2Seq(model=model) does)."
+        )
+    shifted: torch.Tensor = prepare(labels=inputs["labels"])
+    return shifted

@@ -39,6 +39,7 @@ class Part:
         columns: Columns that an adaptation asked for, one value per row.
         extra: Inputs that an adaptation asked for and the model does not take.
         is_fused: Whether the loss was computed without logits.
+        cache: What an adaptation computed for these rows and needs again, by a key of its own.
     """
 
     inputs: Mapping[str, Any]
@@ -49,6 +50,7 @@ class Part:
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     is_fused: bool = False
+    cache: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @property
     def attention_mask(self) -> torch.Tensor | None:

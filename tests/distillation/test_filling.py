@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_adapt import CachedTeacher, DistillationTrainer
 from hf_adapt.cli import app
-from hf_adapt.distillation.filling import fill_cache
+from hf_adapt.distillation.cache_filling import fill_cache
 from tests.helpers.data import rows
 from tests.helpers.distillation import texts, tokenizer
 from tests.helpers.heads import CASES
@@ -210,7 +210,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.extend(rows)
         yield len(rows)
 
-    monkeypatch.setattr("hf_adapt.distillation.filling.fill_cache", fake)
+    monkeypatch.setattr("hf_adapt.distillation.cache_filling.fill_cache", fake)
     return seen
 
 

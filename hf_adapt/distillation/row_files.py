@@ -1,30 +1,16 @@
-"""Filling a cache of a teacher's predictions before any training."""
+"""The rows of a file or folder, and their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch.utils.data import DataLoader
-from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    default_data_collator,
-)
 
-from hf_adapt.distillation.cache import CachedTeacher
-from hf_adapt.distillation.checks import Classes, num_positions
-from hf_adapt.distillation.heads import Head
-from hf_adapt.distillation.objective import Distillation
 from hf_adapt.distillation.texts import check_cell, check_columns, is_words, missing_cells
-from hf_adapt.engine.columns import named_inputs
 from hf_adapt.models.hub_names import check_hub_name
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
@@ -185,93 +171,3 @@ def longer_rows(rows: datasets.Dataset, limit: int | None) -> list[int]:
     tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(10_000)
     lengths = [n for t in tables for n in pc.list_value_length(t["input_ids"]).to_pylist()]
     return [number for number, length in enumerate(lengths) if length > limit]
-
-
-def collator_for(head: Head, tokenizer: Any) -> Callable[[list[Any]], Any]:
-    """The usual collator of a head, which pads and makes a language model's labels."""
-    if tokenizer is None:
-        return default_data_collator
-    if head.is_encoder_decoder:
-        return DataCollatorForSeq2Seq(tokenizer)
-    if head.kind == "causal_lm":
-        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    if head.kind == "tokens":
-        return DataCollatorForTokenClassification(tokenizer)
-    return DataCollatorWithPadding(tokenizer)
-
-
-def fill_cache(
-    cache: CachedTeacher,
-    rows: Any,
-    processing_class: Any = None,
-    data_collator: Callable[[list[Any]], Any] | None = None,
-    batch_size: int = 32,
-    device: str | torch.device = "cpu",
-) -> Iterator[int]:
-    """Compute what a teacher says of all rows, batch by batch; what is there already is not.
-
-    Args:
-        cache: With a model behind it.
-        rows: Tokenised as they will be in training.
-        processing_class: The tokenizer.
-        data_collator: As in training; the usual one of the head by default.
-        batch_size: Rows at once.
-        device: Where the teacher runs.
-
-    Yields:
-        The number of rows done, after each batch.
-
-    Raises:
-        ValueError: If there is no model behind the cache, the folder holds something else, or a row
-            has more tokens than the teacher takes.
-    """
-    module = cache.module
-    if module is None:
-        raise ValueError("Filling a cache needs its teacher: CachedTeacher(folder, teacher=model).")
-    positions = num_positions(module)
-    if isinstance(rows, datasets.Dataset) and (longer := longer_rows(rows, positions)):
-        raise ValueError(
-            f"The row {longer[0]} has {len(rows[longer[0]]['input_ids'])} tokens, and the teacher "
-            f"takes {positions} ({len(longer)} of {len(rows)} rows are longer). Truncate the rows "
-            f"at {positions}, also in training (max_length={positions})."
-        )
-    head = Head.of(module)
-    # On cards without the memory the model stays where it was loaded.
-    if getattr(module, "hf_device_map", None) is None:
-        module.to(device)
-    distillation = Distillation(cache)
-    module.eval()
-    vocabulary, classes = Classes.of(module).vocabulary, None
-    if vocabulary is not None and processing_class is not None:
-        classes = min(vocabulary, len(processing_class))
-    distillation.bind(module, ("start_positions", "end_positions"), processing_class)
-    cache.open(processing_class, classes=classes)
-    collate = data_collator or collator_for(head, processing_class)
-    known = _known(module, head if data_collator is None else None)
-    columns = [name for name in getattr(rows, "column_names", None) or [] if name in known]
-    chosen = rows.select_columns(columns) if columns else rows
-    done = 0
-    try:
-        for batch in DataLoader(chosen, batch_size=batch_size, collate_fn=collate):
-            inputs = {
-                key: value.to(device) if isinstance(value, torch.Tensor) else value
-                for key, value in batch.items()
-            }
-            distillation.ask(inputs)
-            done += len(next(iter(inputs.values())))
-            yield done
-    finally:
-        cache.close()
-
-
-def _known(module: torch.nn.Module, head: Head | None) -> set[str]:
-    """Columns that a model takes, and labels by all their names.
-
-    The usual collator of a head is given labels, which may be texts in a file, only where they say
-    what is distilled.
-    """
-    labels = {"label", "label_ids", "labels"}
-    known = {*(named_inputs(module) or ()), *labels}
-    if head is None or head.kind == "tokens":
-        return known
-    return known - (labels - {"labels"} if head.kind == "causal_lm" else labels)

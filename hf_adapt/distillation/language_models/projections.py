@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from hf_adapt.distillation.chunked import ChunkedDistillation, ChunkedLoss
 from hf_adapt.distillation.divergences import Divergence
 from hf_adapt.distillation.heads import Head, output_logits
+from hf_adapt.distillation.language_models.chunked import ChunkedLoss, chunked_distillation_loss
 from hf_adapt.engine.adaptation import FusedLoss
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.models.structure import unwrapped_base
 
 
+class ChunkedOptions(NamedTuple):
+    """The settings of [`chunked_distillation_loss`] that are not tensors."""
+
+    temperature: float = 1.0
+    divergence: str | Divergence = "forward_kl"
+    vocabulary: int | None = None
+    byte_budget: int | None = None
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else for a while; its hooks still run."""
+    """Replace a module's forward for a while; its hooks still run."""
     module.forward = forward
     try:
         yield
@@ -29,60 +38,53 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @dataclass(frozen=True)
-class FusedHeads:
-    """Student's and teacher's output projections, and how their tokens are counted.
+class OutputProjections:
+    """The output projections of student and teacher, which compute losses in place of logits.
 
-    The student's projection computes the losses instead of logits. It does so inside the model's
-    forward, so DDP and FSDP see its weight used where they expect it.
+    The student's projection does so inside the model's forward, so DDP and FSDP see its weight
+    used where they expect it.
 
     Attributes:
         student: The student's projection.
         teacher: The teacher's projection.
-        teacher_model: The teacher.
-        head: What both predict.
+        head: The head of both models.
     """
 
     student: nn.Linear
     teacher: nn.Linear
-    teacher_model: nn.Module
     head: Head
 
     @classmethod
-    def of(cls, student: nn.Module, teacher: nn.Module, head: Head) -> FusedHeads | None:
-        """Both heads, or None if one is not a plain projection of hidden states."""
+    def of(cls, student: nn.Module, teacher: nn.Module, head: Head) -> OutputProjections | None:
+        """Both projections, or None if one is not a plain projection of hidden states."""
         if head.kind not in ("causal_lm", "tokens"):
             return None
         own, theirs = _projection(student), _projection(teacher)
         if own is None or theirs is None:
             return None
-        return cls(own, theirs, teacher, head)
+        return cls(own, theirs, head)
 
     def teacher_hidden(self, call: Callable[[], Any]) -> torch.Tensor:
-        """What the teacher's projection is given; it computes no logits."""
-        seen: list[torch.Tensor] = []
+        """The input of the teacher's projection, (B, T, H); no logits are computed."""
+        captured: list[torch.Tensor] = []
 
         def keep(hidden: torch.Tensor) -> torch.Tensor:
-            seen.append(hidden)
+            captured.append(hidden)
             return hidden.new_zeros(*hidden.shape[:-1], 1)
 
         with replaced_forward(self.teacher, keep):
             _only_projected(call())
-        return seen[0]
-
-    def _at_predictions(self, values: torch.Tensor, nothing: float) -> torch.Tensor:
-        """What belongs to a token, at the place of its prediction: the token before it in a LM."""
-        if self.head.kind != "causal_lm":
-            return values
-        return nn.functional.pad(values[:, 1:], (0, 1), value=nothing)
+        return captured[0]
 
     def teacher_loss(
         self, hidden: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The teacher's own loss: its sum over the labels, their number, and that of classes."""
+        """The teacher's own loss: the sum over the labels, their number, the number of classes."""
         labels = self._at_predictions(labels, IGNORED)
         labels = labels.clamp(max=self.teacher.out_features - 1)
-        hidden = hidden[:, -labels.shape[1] :]
-        own = ChunkedDistillation()(hidden, self.teacher, hidden, self.teacher, labels, kd_factor=0)
+        own = chunked_loss(
+            hidden, self.teacher, hidden, self.teacher, labels, ChunkedOptions(), kd_factor=0
+        )
         return own.ce_sum, labels.ne(IGNORED).sum(), self.teacher.out_features
 
     def loss(
@@ -94,41 +96,34 @@ class FusedHeads:
         mask: torch.Tensor,
         base_factor: torch.Tensor,
         term_factor: torch.Tensor,
-        temperature: float,
-        divergence: Divergence,
-        vocabulary: int | None,
-        byte_budget: int | None,
+        options: ChunkedOptions,
     ) -> FusedLoss:
-        """Run the student; its projection gives both losses.
+        """Run the student; its projection computes both losses.
 
         Args:
             model: The student as the Trainer wrapped it.
             inputs: Its inputs, without labels.
-            teacher_hidden: (B, T, H) before the teacher's projection.
+            teacher_hidden: (B, T, H), the input of the teacher's projection.
             labels: (B, T), -100 where there is none.
-            mask: (B, T) which tokens are distilled, at the position of the label.
+            mask: (B, T), the tokens that are distilled, at the position of the label.
             base_factor: Factor of the sum of the cross-entropy.
             term_factor: Factor of the sum of the divergence.
-            temperature: Of the divergence.
-            divergence: What to compute of the logits.
-            vocabulary: Number of classes that are compared; None for all.
-            byte_budget: Memory for pieces of logits.
+            options: Temperature, divergence, classes and memory.
         """
         results: list[ChunkedLoss] = []
         labels, mask = self._at_predictions(labels, IGNORED), self._at_predictions(mask, False)
-        chunked = ChunkedDistillation(temperature, divergence, vocabulary, byte_budget)
-        tokens = labels.shape[1]
 
         def compute(hidden: torch.Tensor) -> torch.Tensor:
-            result = chunked(
-                hidden[:, -tokens:],  # a learned prompt comes first
+            result = chunked_loss(
+                hidden,
                 self.student,
-                teacher_hidden[:, -tokens:],
+                teacher_hidden,
                 self.teacher,
                 labels,
+                options,
                 ce_factor=base_factor,
                 kd_factor=term_factor,
-                kd_mask=mask,
+                kd_mask=mask.flatten(),
             )
             results.append(result)
             # A tensor of its own: FSDP2 hangs its backward on what a module returns.
@@ -140,24 +135,54 @@ class FusedHeads:
         loss = _only_projected(outputs)[0, 0, 0].float()
         return FusedLoss(loss, results[0].ce_sum, results[0].kd_sum, outputs)
 
+    def _at_predictions(self, values: torch.Tensor, absent: float) -> torch.Tensor:
+        """The values of tokens at the position that predicts them: one earlier in a causal LM."""
+        if self.head.kind != "causal_lm":
+            return values
+        return nn.functional.pad(values[:, 1:], (0, 1), value=absent)
+
+
+def chunked_loss(
+    student_hidden: torch.Tensor,
+    student: nn.Linear,
+    teacher_hidden: torch.Tensor,
+    teacher: nn.Linear,
+    labels: torch.Tensor,
+    options: ChunkedOptions,
+    **factors: Any,
+) -> ChunkedLoss:
+    """The loss of a batch; virtual tokens of a learned prompt come first and have no labels."""
+    tokens = labels.shape[1]
+    return chunked_distillation_loss(
+        student_hidden[:, -tokens:].flatten(0, -2),
+        student.weight,
+        teacher_hidden[:, -tokens:].flatten(0, -2),
+        teacher.weight,
+        labels.flatten(),
+        student_bias=student.bias,
+        teacher_bias=teacher.bias,
+        **options._asdict(),
+        **factors,
+    )
+
 
 def _only_projected(outputs: Any) -> torch.Tensor:
-    """What stands for the logits, (B, T, 1).
+    """The result of the replaced projection in a model's outputs, (B, T, 1).
 
     Raises:
-        ValueError: If the model has done more with it, such as add a bias of its own, of (1, V).
+        ValueError: If the model changed its shape, for example by a bias of (1, V).
     """
     logits = output_logits(outputs)
     if logits.shape[-1] != 1:
         raise ValueError(
-            f"the model does more to its logits than project: {tuple(logits.shape)} came of one "
-            "value for each token"
+            f"the model does more to its logits than project: it returned {tuple(logits.shape)} "
+            "for one value of each token"
         )
     return logits
 
 
 def _projection(model: nn.Module) -> nn.Linear | None:
-    """The output projection, if it is a plain one that nothing else has taken over."""
+    """The output projection, if it is a plain one whose forward is not replaced already."""
     get = getattr(unwrapped_base(model), "get_output_embeddings", None)
     head = get() if callable(get) else None
     if type(head) is not nn.Linear or "forward" in head.__dict__:

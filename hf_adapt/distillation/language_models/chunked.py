@@ -8,19 +8,18 @@ the passes over a chunk's logits run in blocks of a few rows, which stay in the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_adapt.distillation.block_losses import SCRATCH, BlockLoss
 from hf_adapt.distillation.divergences import (
     Divergence,
     forward_kl,
     named_divergence,
 )
+from hf_adapt.distillation.language_models.block_losses import SCRATCH, BlockLoss
 
 IGNORED = -100
 _MM_INTO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
@@ -410,67 +409,3 @@ def chunked_distillation_loss(
         groups = _groups(student_hidden, labels, kd_mask)
     job = _Job(teacher, groups, objective, scale, dtype, limits._replace(budget=budget))
     return ChunkedLoss(*_GradientsInForward.apply(*inputs, job, needs))  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class ChunkedDistillation:
-    """[`chunked_distillation_loss`] with its settings, called with batches and output projections.
-
-    Args:
-        temperature: Of the divergence.
-        divergence: A name, or a function.
-        vocabulary: Compare the first so many classes only.
-        byte_budget: Of the tensors of a chunk by V.
-
-    Shape:
-        - hidden: (..., H) of each model; labels, kd_mask: (...), already shifted.
-        - output: three of ().
-
-    Raises:
-        ValueError: If the divergence is unknown; and as [`chunked_distillation_loss`].
-
-    Example:
-        >>> loss = ChunkedDistillation(temperature=2.0, divergence="reverse_kl")
-        >>> student, teacher = nn.Linear(4, 9, bias=False), nn.Linear(6, 9)
-        >>> out = loss(torch.ones(2, 3, 4), student, torch.ones(2, 3, 6), teacher, labels=None)
-        >>> out.loss.shape, out.ce_sum.item()
-        (torch.Size([]), 0.0)
-    """
-
-    temperature: float = 1.0
-    divergence: str | Divergence = forward_kl
-    vocabulary: int | None = None
-    byte_budget: int | None = None
-
-    def __post_init__(self) -> None:
-        named_divergence(self.divergence)
-
-    def __call__(
-        self,
-        student_hidden: Tensor,
-        student_head: nn.Linear,
-        teacher_hidden: Tensor,
-        teacher_head: nn.Linear,
-        labels: Tensor | None,
-        *,
-        ce_factor: float | Tensor = 1.0,
-        kd_factor: float | Tensor = 1.0,
-        kd_mask: Tensor | None = None,
-    ) -> ChunkedLoss:
-        """The loss of a batch."""
-        return chunked_distillation_loss(
-            student_hidden.flatten(0, -2),
-            student_head.weight,
-            teacher_hidden.flatten(0, -2),
-            teacher_head.weight,
-            None if labels is None else labels.flatten(),
-            ce_factor=ce_factor,
-            kd_factor=kd_factor,
-            kd_mask=None if kd_mask is None else kd_mask.flatten(),
-            temperature=self.temperature,
-            divergence=self.divergence,
-            student_bias=student_head.bias,
-            teacher_bias=teacher_head.bias,
-            vocabulary=self.vocabulary,
-            byte_budget=self.byte_budget,
-        )
