@@ -39,7 +39,8 @@ from transformers import (
 
 from hf_adapt import DANN, dann_ramp
 from hf_adapt.alignment import DomainAdversarialCallback, DomainDiscriminator
-from hf_adapt.engine.domains import DOMAIN, PairedCollator, PairedDataset
+from hf_adapt.engine.collating import DOMAIN, AdaptationCollator
+from hf_adapt.engine.pairing import PairedDataset
 
 ROWS, TOKENS, WARM_UP = 16, 64, 3
 
@@ -161,7 +162,7 @@ def by_hand(steps: int, device: str, aligned: bool) -> list[float]:
     collator: Any = collate
     if aligned:
         rows = PairedDataset(source, [make_rows(400, 2, labelled=False)], 1.0, 42)
-        collator = PairedCollator(collate, ["labels"])
+        collator = AdaptationCollator(collate, ["labels"])
     loader = torch.utils.data.DataLoader(rows, ROWS, shuffle=True, collate_fn=collator)
     total = steps + WARM_UP + 1
     discriminator = DomainDiscriminator(384, 2).to(device)

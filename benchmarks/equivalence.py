@@ -39,6 +39,11 @@ from hf_adapt.distillation import Distillation, DistillationTrainer, HiddenState
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.unfreezing import LPFT, GradualUnfreezing
 
+try:
+    from hf_adapt.engine.streams import Stream
+except ImportError:  # before there were streams
+    Stream = None  # type: ignore[assignment, misc]
+
 BERT = BertConfig(
     vocab_size=40,
     hidden_size=16,
@@ -119,9 +124,8 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def target(dataset: Any, **options: Any) -> dict[str, Any]:
     """The arguments that name a target, in this version of the library."""
-    stream = getattr(sys.modules["hf_adapt.engine.callback"], "Stream", None)
-    if stream is not None:
-        return {"target_dataset": stream(dataset, **options) if options else dataset}
+    if Stream is not None:
+        return {"target_dataset": Stream(dataset, **options) if options else dataset}
     return {"target_dataset": dataset, **{f"target_{k}": v for k, v in options.items()}}
 
 

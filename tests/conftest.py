@@ -1,5 +1,6 @@
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,37 @@ def teacher_folder(tmp_path: Path) -> Path:
     from tests.helpers.distillation import save_teacher
 
     return save_teacher(tmp_path / "teacher")
+
+
+@pytest.fixture(scope="session")
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs in two processes of the modules that were selected, in one launch."""
+    from tests.helpers.distributed import Job, launch
+
+    jobs: dict[str, Job] = {}
+    for item in request.session.items:
+        for name, job in getattr(getattr(item, "module", None), "JOBS", {}).items():
+            jobs[f"{item.path.parent.name}/{name}"] = job
+    folder = tmp_path_factory.mktemp("two_processes")
+    launch(folder, jobs)
+    return folder
+
+
+@pytest.fixture
+def two_processes(request: pytest.FixtureRequest, launched: Path) -> Path:
+    """Where the module's `JOBS` were trained, each in a folder of its name."""
+    return launched / request.path.parent.name
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains a job in this process, once, and gives its folder."""
+    folders: dict[str, Path] = {}
+
+    def train(job: object) -> Path:
+        if repr(job) not in folders:
+            folders[repr(job)] = tmp_path_factory.mktemp("one_process") / "job"
+            job.train(folders[repr(job)])
+        return folders[repr(job)]
+
+    return train

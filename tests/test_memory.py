@@ -50,7 +50,7 @@ Make = Callable[[Path], tuple[Any, TrainerCallback | None]]
 class Centres(Objective):
     """An objective of an author's own, on features and on predictions."""
 
-    needs_target = True
+    needs_streams = ("target",)
 
     def loss(self, batch: Any) -> torch.Tensor:
         features, domain = batch.features()

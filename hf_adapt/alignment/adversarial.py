@@ -12,7 +12,6 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.callback import AdaptationCallback
-from hf_adapt.engine.domains import TargetForward
 from hf_adapt.engine.progress import Schedule, dann_ramp, value_at
 from hf_adapt.models.pooling import Pooling
 
@@ -175,7 +174,7 @@ class DANN(Objective):
     """
 
     name = "dann"
-    needs_target = True
+    needs_streams = ("target",)
     uses_logits = False
 
     def __init__(
@@ -263,11 +262,11 @@ class DANN(Objective):
         """Restore the state returned by `state_dict`; checkpoints of 0.1 have none."""
         self._best_margin = state.get("best_margin", float("-inf"))
 
-    def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
         """Warn of a discriminator that cannot teach the model anything."""
-        accuracy = metrics.get(f"{self.name}/domain_accuracy")
-        source_share = metrics.get(f"{self.name}/source_share")
-        norm = metrics.get(f"{self.name}/module_gradient_norm")
+        accuracy = logs.get(f"{self.name}/domain_accuracy")
+        source_share = logs.get(f"{self.name}/source_share")
+        norm = logs.get(f"{self.name}/module_gradient_norm")
         if accuracy is None or source_share is None:
             return
         if norm == 0:
@@ -322,10 +321,7 @@ class DomainAdversarialCallback(AdaptationCallback):
         target_dataset: Rows of the target domain, prepared like `train_dataset`; labels are not
             needed and never used. A list or dict of datasets for several target domains. May be
             left out if `train_dataset` has a `domain` column.
-        target_ratio: Target rows that each source row brings along.
-        use_target_labels: Train on the target's labels too.
-        target_forward: `"joint"` or `"separate"`.
-        source_domain: Which value of a `domain` column is the source.
+        streams: Further streams of rows by name.
         **dann: Arguments of [`DANN`]: `weight`, `ramp`, `feature_layer`, `pooling`,
             `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`.
 
@@ -340,17 +336,11 @@ class DomainAdversarialCallback(AdaptationCallback):
         self,
         target_dataset: Any = None,
         *,
-        target_ratio: float = 1.0,
-        use_target_labels: bool = False,
-        target_forward: TargetForward = "joint",
-        source_domain: int | str | None = None,
+        streams: Mapping[str, Any] | None = None,
         **dann: Any,
     ) -> None:
         super().__init__(
             DANN(**dann),
             target_dataset=target_dataset,
-            target_ratio=target_ratio,
-            use_target_labels=use_target_labels,
-            target_forward=target_forward,
-            source_domain=source_domain,
+            streams=streams,
         )

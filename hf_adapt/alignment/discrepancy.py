@@ -129,7 +129,7 @@ class MMD(Objective):
     """
 
     name = "mmd"
-    needs_target = True
+    needs_streams = ("target",)
     uses_logits = False
 
     def __init__(
@@ -163,7 +163,7 @@ class MMD(Objective):
                 f"MMD(unbiased={self.unbiased}) needs at least {self._least} rows of the source "
                 f"and of a target in each micro-batch; the first has {counts} rows of each "
                 "domain. Raise per_device_train_batch_size (and lower "
-                "gradient_accumulation_steps) or target_ratio."
+                "gradient_accumulation_steps) or the stream's ratio."
             )
 
     def loss(self, batch: Batch) -> Term:

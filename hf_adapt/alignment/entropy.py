@@ -93,7 +93,7 @@ class InformationMaximization(Objective):
     """
 
     name = "information_maximization"
-    needs_target = True
+    needs_streams = ("target",)
 
     def __init__(
         self,

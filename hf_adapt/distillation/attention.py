@@ -74,7 +74,7 @@ class SelfAttentionRelations(FeatureLoss):
             )
         self.relations, self.num_heads = tuple(relations), num_heads
 
-    def captured_modules(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
+    def captures(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """The projections, in the order of `relations`."""
         found = attention_projections(layer, self.relations)
         joint = {module for name, module in layer.named_modules() if is_joint(name)}
@@ -205,7 +205,7 @@ class AttentionMaps(FeatureLoss):
                 )
         super().setup(student, teacher)
 
-    def captured_modules(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
+    def captures(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """The module whose output holds the probabilities."""
         return attention_probabilities(layer)
 

@@ -142,7 +142,7 @@ class FeatureLoss:
             (students[own.layers[s]], teachers[theirs.layers[t]]) for s, t in self.pairs
         ]
 
-    def captured_modules(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
+    def captures(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """The modules of a layer whose outputs are captured, of student and teacher alike."""
         return {layer: None}
 
@@ -151,14 +151,14 @@ class FeatureLoss:
         self._modules = []
 
     @property
-    def student_modules(self) -> dict[nn.Module, Extract | None]:
+    def student_captures(self) -> dict[nn.Module, Extract | None]:
         """The modules of the student that are captured."""
-        return {m: e for layer, _ in self._modules for m, e in self.captured_modules(layer).items()}
+        return {m: e for layer, _ in self._modules for m, e in self.captures(layer).items()}
 
     @property
-    def teacher_modules(self) -> dict[nn.Module, Extract | None]:
+    def teacher_captures(self) -> dict[nn.Module, Extract | None]:
         """The modules of the teacher that are captured."""
-        return {m: e for _, layer in self._modules for m, e in self.captured_modules(layer).items()}
+        return {m: e for _, layer in self._modules for m, e in self.captures(layer).items()}
 
     def build_modules(self, student: Captured, teacher: Captured) -> nn.Module | None:
         """Build projections from the sizes in a first batch."""
@@ -223,7 +223,7 @@ class FeatureLoss:
         return total * value_at(self.weight, progress) / len(self._modules)
 
     def _outputs(self, captured: Captured, layer: nn.Module) -> list[torch.Tensor]:
-        return [captured_output(captured, module) for module in self.captured_modules(layer)]
+        return [captured_output(captured, module) for module in self.captures(layer)]
 
     def _tokens(
         self,

@@ -36,8 +36,9 @@ from hf_adapt.distillation.teacher_outputs import (
 from hf_adapt.distillation.teachers import ModelTeacher
 from hf_adapt.distillation.texts import check_dataset, column_names, named_datasets
 from hf_adapt.distillation.tokenizers import universal_logit_distance
-from hf_adapt.engine.adaptation import FusedLoss, Objective, Term
+from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.batch import Part
+from hf_adapt.engine.mixins import EvaluationObserver, FusedLoss, FusedObjective
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.engine.supported import refuse_sentence_trainer
 from hf_adapt.engine.training import added_inputs, target_datasets, unwrapped_model
@@ -55,7 +56,7 @@ ZEROS = 3
 with a teacher that starts as the student."""
 
 
-class Distillation(TeacherHooks, Objective):
+class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
     r"""A student learns to predict what its teacher predicts.
 
     .. math::
@@ -318,9 +319,9 @@ class Distillation(TeacherHooks, Objective):
 
     # ---- the loss ----
 
-    def taps(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
+    def captures(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """The student's layers that features compare."""
-        return {m: e for feature in self.features for m, e in feature.student_modules.items()}
+        return {m: e for feature in self.features for m, e in feature.student_captures.items()}
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
         """Build the projections of the features."""
@@ -360,7 +361,7 @@ class Distillation(TeacherHooks, Objective):
             self.items(part)  # decides the head, too
             found: dict[str, torch.Tensor] = {}
             if part.is_fused:
-                captured = part.cache.pop((self, "captured"))
+                captured = part.cache.pop((self, "captured"), {})
             else:
                 outputs = [teacher_output(self, teacher, part) for teacher in self.teachers]
                 captured = outputs[0].captured
@@ -560,9 +561,9 @@ class Distillation(TeacherHooks, Objective):
 
     # ---- logs, checkpoints and the end ----
 
-    def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
         """Warn of a term that is 0 from the start."""
-        value = metrics.get(f"loss/{self.name}")
+        value = logs.get(f"loss/{self.name}")
         if value is None or self._zeros is None:
             return
         self._zeros = self._zeros + 1 if value == 0.0 else None
@@ -598,7 +599,7 @@ class Distillation(TeacherHooks, Objective):
 
 def _captured(part: Part, feature: FeatureLoss) -> Captured:
     """The student's outputs that a feature compares."""
-    return {m: part.hidden[id(m)] for m in feature.student_modules if id(m) in part.hidden}
+    return {m: part.hidden[id(m)] for m in feature.student_captures if id(m) in part.hidden}
 
 
 def _add(sums: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:

@@ -60,7 +60,7 @@ def capturing_teacher(
     hooks: TeacherHooks,
 ) -> AbstractContextManager[Callable[[], dict[nn.Module, Any]]]:
     """Capture the teacher's layers that features compare."""
-    return capturing({m: e for loss in hooks.features for m, e in loss.teacher_modules.items()})
+    return capturing({m: e for loss in hooks.features for m, e in loss.teacher_captures.items()})
 
 
 def call_teacher(hooks: TeacherHooks, teacher: Any, inputs: Mapping[str, Any]) -> Any:

@@ -13,8 +13,6 @@ from hf_adapt.distillation.hooks import HOOKS, TeacherWeights
 from hf_adapt.distillation.objective import Distillation
 from hf_adapt.distillation.texts import column_names
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.columns import inputs_of
-from hf_adapt.engine.domains import COLUMNS, DOMAIN
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.trainer import AdaptationTrainer
 
@@ -140,56 +138,3 @@ class DistillationTrainer(AdaptationTrainer):
     select_logits = _forwarded(Distillation.select_logits)
     divergence = _forwarded(Distillation.divergence)
     distillation_loss = _forwarded(Distillation.distillation_loss)
-
-    # ---- evaluation ----
-
-    _evaluated_inputs: tuple[str, ...] = ()
-    _observing = False
-
-    def _columns_beside(self, description: str) -> tuple[str, ...]:
-        if description == "training" or not self.distillation.evaluate:
-            return super()._columns_beside(description)
-        return tuple(self.distillation.columns)
-
-    def _kept_columns(self, description: str | None) -> tuple[str, ...]:
-        kept = super()._kept_columns(description)
-        evaluating = (description or "").lower() in ("evaluation", "test")
-        if not (evaluating and self.distillation.evaluate):
-            return kept
-        wanted = set(self.distillation.extra_inputs(self)) - inputs_of(self)
-        self._evaluated_inputs = tuple(sorted(wanted))
-        return (*kept, *self._evaluated_inputs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's loop; the objective observes it."""
-        if not self.distillation.observes_evaluation(self):
-            return super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        self.distillation.begin_evaluation(self, prefix)
-        self._observing = True
-        try:
-            output = super().evaluation_loop(*args, **kwargs)
-        finally:
-            self._observing = False
-        found = self.distillation.end_evaluation(output.metrics or {}, prefix)
-        return output._replace(metrics={**(output.metrics or {}), **found})
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: Any,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The Trainer's step; the objective sees the same rows."""
-        if not self._observing:
-            return super().prediction_step(
-                model, inputs, prediction_loss_only, ignore_keys, **kwargs
-            )
-        columns = inputs.get(COLUMNS, {})
-        own = {key: value for key, value in inputs.items() if key not in self._evaluated_inputs}
-        result = super().prediction_step(model, own, False, ignore_keys, **kwargs)
-        given = {key: value for key, value in inputs.items() if key not in (COLUMNS, DOMAIN)}
-        self.distillation.observe(self._prepare_inputs(given), columns, result[1])
-        return (result[0], None, None) if prediction_loss_only else result

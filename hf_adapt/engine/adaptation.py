@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,8 +16,8 @@ from hf_adapt.engine.progress import Schedule, value_at
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from hf_adapt.engine.batch import Batch, Part, Rows
-    from hf_adapt.engine.rates import RateFactors
+    from hf_adapt.engine.batch import Batch, Rows
+    from hf_adapt.engine.streams import Stream
     from hf_adapt.models.capture import Extract
     from hf_adapt.models.pooling import Pooling
 
@@ -27,55 +27,32 @@ Term = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """A loss term: a scalar mean over one micro-batch, or a (sum, count) over its items."""
 
 
-class FusedLoss(NamedTuple):
-    """The task's loss and an objective's term, computed together.
-
-    Attributes:
-        loss: What is trained on: both, times the factors that were given.
-        base_sum: Sum of the task's loss over the labels, without its factor.
-        term_sum: Sum of the objective's term over its items, without its factor.
-        outputs: The model's outputs; they hold no logits.
-    """
-
-    loss: torch.Tensor
-    base_sum: torch.Tensor
-    term_sum: torch.Tensor
-    outputs: Any
-
-
 class Adaptation:
     """Something added to a Trainer's training run, through small hooks that are all optional.
 
     An adaptation may build auxiliary modules (trained in an optimizer of their own, outside the
-    model's ``state_dict``), act before each optimizer step and around the model's forward, scale
-    the learning rates of parts of the model, keep state in the checkpoint and react to what is
-    logged. One that adds a loss term derives from [`Objective`].
+    model's ``state_dict``), act before each optimizer step and around the model's forward, keep
+    state in the checkpoint and react to what is logged. One that adds a loss term derives from
+    [`Objective`]; rarer abilities are mixins in `hf_adapt.engine.mixins`.
 
     Attributes:
         name: Prefix of everything it logs and stores; must be unique within a run. The class
             name in lower case unless set.
-        needs_target: Whether each batch must hold target rows.
+        needs_streams: Names of the streams that the run must have (`"target"`).
         learning_rate: Peak learning rate of its auxiliary modules; it follows the run's own
             learning-rate schedule.
+        weight_decay: Weight decay of its auxiliary modules.
         module: What `build_modules` returned; the engine sets, trains and stores it.
-        freezes: Whether it may freeze parts of the model for a while; features may then have no
-            gradient.
-        rate_schedule: A learning-rate schedule that takes the place of the Trainer's (a function
-            of progress from 0 to 1).
-        columns: Columns of the training rows that it wants to see; they come with the batch, in
+        columns: Columns of the rows that it wants to see; they come with the batch, in
             `part.columns`, and never reach the model.
-        row_columns: Columns of the rows that `collate` reads; they go no further.
     """
 
     name: str = ""
-    needs_target: bool = False
+    needs_streams: Collection[str] = ()
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     module: nn.Module | None = None
-    freezes: bool = False
-    rate_schedule: Schedule | None = None
     columns: Sequence[str] = ()
-    row_columns: Sequence[str] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,11 +64,9 @@ class Adaptation:
         """Whether it changes the run at all; an inactive one leaves the Trainer untouched."""
         return True
 
-    def setup(self, trainer: Trainer) -> None:
-        """Called once per `train()`, before the dataloader and the optimizer exist.
-
-        The place to check that the model and the arguments fit, and to raise if not.
-        """
+    def provided_streams(self) -> Mapping[str, Stream]:
+        """Streams of rows that it brings along, by their names."""
+        return {}
 
     def extra_inputs(self, trainer: Trainer) -> Collection[str]:
         """Inputs that it wants to see and the model's forward does not take.
@@ -101,32 +76,14 @@ class Adaptation:
         """
         return ()
 
-    def collate(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
-        """Change a batch that was made of these rows, or add inputs of the model to it.
+    def setup(self, trainer: Trainer) -> None:
+        """Called once per `train()`, before the dataloader and the optimizer exist.
 
-        Called in the DataLoader's workers, source and target rows together. A tensor that is added
-        must have one entry per row in its first dimension.
+        The place to check that the model and the arguments fit, and to raise if not.
         """
 
-    @property
-    def collates(self) -> bool:
-        """Whether it changes batches."""
-        return type(self).collate is not Adaptation.collate
-
-    def collates_evaluation(self, trainer: Trainer) -> bool:
-        """Whether `collate` is called for the batches of `evaluate` and `predict` too."""
-        return False
-
-    @property
-    def added_inputs(self) -> Collection[str]:
-        """The names of the inputs that `collate` adds for the Trainer's own model."""
-        return ()
-
-    def save(self, folder: str) -> None:
-        """Write what belongs beside a saved model, besides the weights of `module`.
-
-        Called in one process, for each checkpoint and for the final model.
-        """
+    def begin(self, trainer: Trainer) -> None:
+        """Called when the model is wrapped and the optimizer exists, before the first step."""
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
         """Make the auxiliary modules, once, from the sizes seen in a first batch.
@@ -136,33 +93,12 @@ class Adaptation:
         """
         return None
 
-    def begin(self, trainer: Trainer) -> None:
-        """Called when the model is wrapped and the optimizer exists, before the first step."""
-
     def before_step(self, step: int) -> None:
         """Called before the first forward of each optimizer step; `step` is `global_step`."""
-
-    def rate_factors(self, step: int) -> RateFactors:
-        """Factors on the learning rate of the model's parameters for this optimizer step.
-
-        A parameter of factor 0 is left out of the step; one that is not named has factor 1.
-        """
-        return {}
 
     def around_forward(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """A context held open while the base loss of a training micro-batch is computed."""
         return nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive in the checkpoint besides `module` (tensors and plain values)."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, when training resumes."""
-
-    def log_values(self) -> Mapping[str, float]:
-        """Values of now that join the training log as they are (averages go to `batch.log`)."""
-        return {}
 
     def on_evaluate(self, metrics: Mapping[str, float], step: int) -> None:
         """See the metrics of an evaluation after `step` optimizer steps, before anything is saved.
@@ -170,21 +106,30 @@ class Adaptation:
         All processes see the same values.
         """
 
-    def around_optimizer_load(self, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """A context held open while a checkpoint's optimizer is read, before `begin`.
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
+        """See the averaged values of a logging step, and add values of now to them.
 
-        Sharded optimizers expect a saved state for every parameter that requires a gradient.
-
-        Args:
-            state: What `state_dict` gave when the checkpoint was saved.
+        A warning belongs here; averages go to `batch.log`.
         """
-        return nullcontext()
 
-    def on_log(self, metrics: Mapping[str, float], progress: float) -> None:
-        """See the averaged values of a logging step (a warning belongs here)."""
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive in the checkpoint besides `module` (tensors and plain values)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`, when training resumes."""
+
+    def save(self, folder: str) -> None:
+        """Write what belongs beside a saved model, besides the weights of `module`.
+
+        Called in one process, for each checkpoint and for the final model.
+        """
+
+    def finish(self, trainer: Trainer) -> None:
+        """Called when the run has ended well (the best model is loaded by then), before `close`."""
 
     def close(self) -> None:
-        """Called when the run ends, also by an error: leave the model without a trace."""
+        """Called when the run ends, also by an error: remove all hooks from the model."""
 
 
 class Objective(Adaptation):
@@ -205,12 +150,18 @@ class Objective(Adaptation):
             or `"auto"`: tokens for token classification, else the mean.
         name: Prefix of what is logged and stored.
 
+    Attributes:
+        streams: Names of the streams whose rows it sees beside the training rows, where the run
+            has them.
+        uses_logits: Whether `loss` may read the model's predictions; False lets another objective
+            do without.
+
     Raises:
         ValueError: If a constant weight is negative or not finite.
 
     Example:
         >>> class CentreDistance(Objective):
-        ...     needs_target = True
+        ...     needs_streams = ("target",)
         ...
         ...     def loss(self, batch):
         ...         features, domain = batch.features()
@@ -224,7 +175,7 @@ class Objective(Adaptation):
     feature_layer: str | None = None
     pooling: Pooling = "auto"
     uses_logits: bool = True
-    """Whether `loss` may read the model's predictions; False lets another objective do without."""
+    streams: Collection[str] = ("target",)
 
     def __init__(
         self,
@@ -261,7 +212,7 @@ class Objective(Adaptation):
         """
         return 1.0
 
-    def taps(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
+    def captures(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """Modules whose outputs `loss` wants to see, in `part.hidden` by the module's id.
 
         None keeps the hidden state in the output.
@@ -275,35 +226,6 @@ class Objective(Adaptation):
         different items: a dict of their counts.
         """
         return None
-
-    def can_fuse(self, trainer: Trainer) -> bool:
-        """Whether `fused_loss` can be tried on this model."""
-        return False
-
-    def not_fused(self, reason: str) -> None:
-        """Called where `fused_loss` could not be used after all."""
-        logger.info("%s computes whole logits: %s.", self.name, reason)
-
-    def fused_loss(
-        self,
-        model: nn.Module,
-        part: Part,
-        base_factor: torch.Tensor,
-        term_factor: torch.Tensor,
-        progress: float,
-    ) -> FusedLoss:
-        """The task's loss and this term in one, where that saves time or memory.
-
-        Used only where it gives what the model's own loss and `loss` give on the first batch.
-
-        Args:
-            model: The model as the Trainer wrapped it.
-            part: The rows; it has no outputs yet.
-            base_factor: Factor of the sum of the task's loss over the labels.
-            term_factor: Factor of the sum of the term over its items.
-            progress: `global_step / max_steps`.
-        """
-        raise NotImplementedError
 
     def loss(self, batch: Batch) -> Term | dict[str, Term]:
         """The term on one micro-batch, in float32: a scalar mean, a (sum, count), or a dict.

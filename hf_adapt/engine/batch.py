@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.selection import rows_of
+from hf_adapt.engine.streams import TARGET, TRAINING, StreamTable
+from hf_adapt.models.heads import is_causal_lm
 from hf_adapt.models.pooling import (
     Pooling,
     pool,
@@ -22,8 +26,16 @@ from hf_adapt.models.structure import is_encoder_decoder
 if TYPE_CHECKING:
     from typing import Self
 
-    from hf_adapt.engine.adaptation import Objective
     from hf_adapt.engine.metrics import MetricAverager
+
+
+class Reader(Protocol):
+    """What an objective reads of a batch: its own streams, layer and pooling."""
+
+    name: str
+    streams: Collection[str]
+    feature_layer: str | None
+    pooling: Pooling
 
 
 @dataclass
@@ -33,24 +45,70 @@ class Part:
     Attributes:
         inputs: What the model was given, without the domain column.
         domain: (B,) long, 0 for source rows.
-        hidden: The captured output of each tapped feature module, by the module's id.
+        stream: The stream of all its rows, where they have a forward of their own; else
+            `"train"`, for the training rows and those that joined them.
+        hidden: The captured output of each captured module, by the module's id.
         masks: The attention mask that belongs to such an output, where it has one of its own.
         outputs: The model's own outputs.
         columns: Columns that an adaptation asked for, one value per row.
         extra: Inputs that an adaptation asked for and the model does not take.
         is_fused: Whether the loss was computed without logits.
+        whole: The part that these rows are a selection of, if they are one.
+        kept: (B,) bool, which of the whole's rows they are.
         cache: What an adaptation computed for these rows and needs again, by a key of its own.
     """
 
     inputs: Mapping[str, Any]
     domain: torch.Tensor
+    stream: str = TRAINING
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     masks: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: Any = None
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     is_fused: bool = False
+    whole: Part | None = None
+    kept: torch.Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict, init=False)
+
+    def select(self, kept: torch.Tensor) -> Part:
+        """Some of its rows, with what the forward gave for them."""
+        size = len(self.domain)
+
+        def chosen(value: torch.Tensor) -> torch.Tensor:
+            return value[self._expanded(kept, len(value))]
+
+        outputs = self.outputs
+        if isinstance(outputs, Mapping):
+            outputs = rows_of(outputs, kept)
+        elif isinstance(outputs, (tuple, list)):
+            named = rows_of({str(i): value for i, value in enumerate(outputs)}, kept)
+            outputs = tuple(named.values())
+        return replace(
+            self,
+            inputs=rows_of(self.inputs, kept),
+            domain=self.domain[kept],
+            hidden={key: chosen(value) for key, value in self.hidden.items()},
+            masks={k: chosen(v) if len(v) % size == 0 else v for k, v in self.masks.items()},
+            outputs=outputs,
+            columns=rows_of(self.columns, kept),
+            extra=rows_of(self.extra, kept),
+            whole=self,
+            kept=kept,
+        )
+
+    def _expanded(self, kept: torch.Tensor, length: int) -> torch.Tensor:
+        """The same for a tensor with several entries per row, as multiple choice has."""
+        return kept if length == len(kept) else kept.repeat_interleave(length // len(kept))
+
+    def observed(
+        self, module: int, observe: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """The captured output of a module, handed through a function that sees all rows."""
+        if self.whole is None or self.kept is None:
+            return observe(self.hidden[module])
+        hidden = observe(self.whole.hidden[module])
+        return hidden[self._expanded(self.kept, len(hidden))]
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -114,7 +172,8 @@ class Layout:
 
     Attributes:
         model: The unwrapped model.
-        num_domains: Number of domains, the source included.
+        table: The streams of the run, by domain number.
+        label_names: Inputs that are labels.
         module_of: The module behind each feature layer, or why there is none.
         token_features: Ids of the modules whose output has one vector per token.
         choice_features: Ids of the modules whose output has one entry per choice of a row.
@@ -123,7 +182,8 @@ class Layout:
     """
 
     model: nn.Module
-    num_domains: int = 1
+    table: StreamTable = field(default_factory=StreamTable)
+    label_names: tuple[str, ...] = ("labels",)
     module_of: dict[str | None, nn.Module | ValueError] = field(default_factory=dict)
     token_features: set[int] = field(default_factory=set)
     choice_features: set[int] = field(default_factory=set)
@@ -146,23 +206,57 @@ class Rows:
     """The rows of a micro-batch and their domains: what is known before the forward.
 
     Attributes:
-        parts: One part, or two when source and target go through the model separately.
+        parts: One part, and one for each stream that goes through the model separately.
         model: The unwrapped model.
-        num_domains: Number of domains of the run, the source included.
+        num_domains: Number of domains, the source included.
+        domain_streams: The stream of each domain number.
     """
 
     def __init__(self, parts: list[Part], layout: Layout) -> None:
         self.parts = parts
         self.model = layout.model
-        self.num_domains = layout.num_domains
+        self.domain_streams = layout.table.names
         self._layout = layout
-        self._objective: Objective | None = None
+        self._objective: Reader | None = None
 
-    def for_objective(self, objective: Objective) -> Self:
-        """The same rows, as seen with this objective's feature layer, pooling and name."""
+    @property
+    def num_domains(self) -> int:
+        """Number of domains, the source included."""
+        return len(self.domain_streams)
+
+    def for_objective(self, objective: Reader) -> Self:
+        """The rows of this objective's streams, as seen with its feature layer and pooling."""
         bound = copy.copy(self)
         bound._objective = objective
+        kept = self._layout.table.domains(objective.streams)
+        if len(kept) < self.num_domains:
+            bound.domain_streams = tuple(self.domain_streams[number] for number in kept)
+            seen = (self._seen(part, kept) for part in self.parts)
+            bound.parts = [part for part in seen if part is not None]
         return bound
+
+    def _seen(self, part: Part, kept: list[int]) -> Part | None:
+        """The rows of some domains, which are numbered without the others."""
+        table = self._layout.table
+        if part.stream not in (TRAINING, *(table.names[number] for number in kept)):
+            return None
+        numbers = torch.full((len(table.names),), -1, dtype=torch.long)
+        numbers[kept] = torch.arange(len(kept))
+        domain = numbers.to(part.domain.device)[part.domain]
+        joined = [n for n, name in enumerate(table.names) if name not in table.separate]
+        if part.stream == TRAINING and not set(joined) <= set(kept):
+            part, domain = part.select(domain >= 0), domain[domain >= 0]
+        return replace(part, domain=domain)
+
+    def is_in(self, domain: torch.Tensor, stream: str = TARGET) -> torch.Tensor:
+        """Which items belong to a stream, (N,) bool.
+
+        Args:
+            domain: (N,) long, the domain of each item, as `features()` and `logits()` return it.
+            stream: The stream's name; `"train"` for the training rows.
+        """
+        numbers = [n for n, name in enumerate(self.domain_streams) if name == stream]
+        return torch.isin(domain, torch.tensor(numbers, dtype=domain.dtype, device=domain.device))
 
     @property
     def domain(self) -> torch.Tensor:
@@ -208,10 +302,90 @@ class Batch(Rows):
         layout: Layout,
         progress: float,
         metrics: MetricAverager,
+        run: Callable[[Part], Part],
     ) -> None:
         super().__init__(parts, layout)
         self.progress = progress
         self._metrics = metrics
+        self._run = run
+
+    def forward(
+        self,
+        change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        streams: Collection[str] | None = None,
+    ) -> Self:
+        """A further forward of these rows, captured like the first.
+
+        For noised, masked or augmented inputs, or other weights. It counts in neither the task's
+        loss nor the metrics of the Trainer's own `compute_loss`, and the model gets no labels.
+
+        Args:
+            change: Makes the inputs of the further forward from those of the first; each tensor
+                keeps one entry per row. None for the same inputs (with other dropout).
+            streams: The streams whose rows are run, `"train"` for the training rows; None for all
+                that the objective sees.
+
+        Returns:
+            A batch whose features and predictions are those of the further forward.
+
+        Example:
+            ```python
+            def loss(self, batch):
+                noised = batch.forward(lambda inputs: {**inputs, "input_ids": mask(inputs)})
+                return (batch.features()[0] - noised.features()[0]).square().mean()
+            ```
+        """
+        further = copy.copy(self)
+        further.parts = []
+        for part in self.parts:
+            if streams is not None:
+                numbers = [n for n, name in enumerate(self.domain_streams) if name in streams]
+                kept = torch.isin(part.domain, torch.tensor(numbers, device=part.domain.device))
+                if not bool(kept.any()):
+                    continue
+                part = part if bool(kept.all()) else part.select(kept)
+            inputs = dict(part.inputs) if change is None else change(dict(part.inputs))
+            plain = Part(inputs, part.domain, part.stream, columns=part.columns, extra=part.extra)
+            further.parts.append(self._run(plain))
+        return further
+
+    def labels(self, of: str = "logits") -> torch.Tensor:
+        """The labels of the items, -100 where they are hidden or there are none.
+
+        Args:
+            of: `"logits"`: one for each item of `logits()`; a causal language model's are those of
+                the token after it. `"features"`: one for each item of `features()`.
+
+        Shape:
+            - output: (N,), or (N, C) where a row has a vector of labels.
+
+        Raises:
+            ValueError: If the items have no labels of their own: a pooled row of a tagger, say.
+        """
+        found = []
+        for part in self.parts:
+            name = next((n for n in self._layout.label_names if n in part.inputs), None)
+            value = None if name is None else part.inputs[name]
+            if not isinstance(value, torch.Tensor) or len(value) != len(part.domain):
+                raise ValueError(
+                    f"Expected labels with one entry per row in the batch, found "
+                    f"{', '.join(part.inputs)}. Name them in TrainingArguments(label_names=[...])."
+                )
+            by_token = self._layout.token_logits
+            if of == "features":
+                by_token = self.pooling == "tokens"
+            mask = part.attention_mask
+            if by_token != (mask is not None and value.shape == mask.shape):
+                raise ValueError(
+                    f"The labels have shape {tuple(value.shape)}, and the items of {of}() are "
+                    f"{'tokens' if by_token else 'rows'}: they have no labels of their own."
+                )
+            if by_token and mask is not None:
+                if of == "logits" and is_causal_lm(self.model):
+                    value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], IGNORED)], 1)
+                value = value[mask.bool()]
+            found.append(value)
+        return torch.cat(found)
 
     def features(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The pooled features and the domain of each, source and target rows together.
@@ -237,7 +411,7 @@ class Batch(Rows):
                     "was computed without running it, or its output holds no tensor with one "
                     "entry per row. Pass feature_layer= with a module that the loss runs."
                 )
-            hidden = self._observed(part.hidden[id(module)])
+            hidden = part.observed(id(module), self._observed)
             domain = part.domain
             if len(hidden) > len(domain):
                 domain = domain.repeat_interleave(part.num_choices)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.domains import TargetForward
 from hf_adapt.engine.plan import Plan
 from hf_adapt.engine.trainer import AdaptationMixin
 
@@ -39,10 +39,7 @@ def adapt(
     trainer: TrainerT,
     *adaptations: Adaptation,
     target_dataset: Any = None,
-    target_ratio: float = 1.0,
-    use_target_labels: bool = False,
-    target_forward: TargetForward = "joint",
-    source_domain: int | str | None = None,
+    streams: Mapping[str, Any] | None = None,
 ) -> TrainerT:
     """Add adaptations to a Trainer that already exists, of any class.
 
@@ -51,11 +48,9 @@ def adapt(
     Args:
         trainer: The Trainer; it is changed in place.
         *adaptations: What to add.
-        target_dataset: Rows of the target domain, prepared like `train_dataset`.
-        target_ratio: Target rows that each source row brings along.
-        use_target_labels: Train on the target's labels too.
-        target_forward: `"joint"` or `"separate"`.
-        source_domain: Which value of a `domain` column in `train_dataset` is the source.
+        target_dataset: Rows of the target domain, prepared like `train_dataset`: datasets, or a
+            [`Stream`] of them with options.
+        streams: Further streams of rows by name: datasets or [`Stream`]s.
 
     Returns:
         The same trainer.
@@ -68,15 +63,7 @@ def adapt(
         adapt(trainer, MMD(), InformationMaximization(), target_dataset=target).train()
         ```
     """
-    plan = Plan(
-        adaptations,
-        target_dataset,
-        target_ratio,
-        use_target_labels,
-        target_forward,
-        source_domain,
-    )
-    _attach(trainer, plan)
+    _attach(trainer, Plan.of(adaptations, target_dataset, streams))
     return trainer
 
 
@@ -127,16 +114,13 @@ class AdaptationCallback(TrainerCallback):
         *adaptations: What to add.
         target_dataset: Rows of the target domain, prepared (tokenised) like `train_dataset`;
             labels may be missing and are hidden. A list or dict of datasets for several target
-            domains. May be left out if `train_dataset` has a `domain` column.
-        target_ratio: Target rows that each source row brings along.
-        use_target_labels: Train on the target's labels too.
-        target_forward: `"joint"`: one forward for both domains; `"separate"`: one for each, for
-            losses that do not ignore the label -100.
-        source_domain: Which value of a `domain` column is the source.
+            domains, or a [`Stream`] of them with options. May be left out if `train_dataset` has a
+            `domain` column.
+        streams: Further streams of rows by name: datasets or [`Stream`]s.
 
     Raises:
         TypeError: If an argument is not an Adaptation.
-        ValueError: If `target_ratio` is not positive.
+        ValueError: If nothing uses the target.
 
     Example:
         ```python
@@ -149,23 +133,12 @@ class AdaptationCallback(TrainerCallback):
         self,
         *adaptations: Adaptation,
         target_dataset: Any = None,
-        target_ratio: float = 1.0,
-        use_target_labels: bool = False,
-        target_forward: TargetForward = "joint",
-        source_domain: int | str | None = None,
+        streams: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
             raise TypeError(_unknown(type(self).__name__, unknown))
-        self.plan = Plan(
-            adaptations,
-            target_dataset,
-            target_ratio,
-            use_target_labels,
-            target_forward,
-            source_domain,
-            origin=self,
-        )
+        self.plan = Plan.of(adaptations, target_dataset, streams, origin=self)
         self._trainer: weakref.ref[Trainer] | None = None
         _wrap_train()
 

@@ -7,16 +7,22 @@ The model's own files are not touched.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_adapt.engine.auxiliary import AuxiliaryOptimizer
 
 if TYPE_CHECKING:
     from hf_adapt.engine.adaptation import Adaptation
-    from hf_adapt.engine.auxiliary import AuxiliaryOptimizer
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adaptation.safetensors"
 STATE_FILE = "adaptation_optimizer.pt"
@@ -77,24 +83,91 @@ def save_state(
         os.replace(path + ".tmp", path)
 
 
-def read_state(folder: str) -> dict[str, Any] | None:
-    """What `save_state` wrote, or None if the folder has it not."""
-    path = os.path.join(folder, STATE_FILE)
-    if not os.path.isfile(path):
-        return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+class SavedState:
+    """What a checkpoint holds of the adaptations, read once.
+
+    Args:
+        folder: The checkpoint, or None for a run that starts from the beginning.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+
+    @cached_property
+    def content(self) -> dict[str, Any] | None:
+        """What `save_state` wrote, or None if the folder has it not."""
+        path = os.path.join(self.folder or "", STATE_FILE)
+        if self.folder is None or not os.path.isfile(path):
+            return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+    def release(self) -> None:
+        """Drop what was read."""
+        self.__dict__.pop("content", None)
+
+    def of(self, adaptation: Adaptation) -> dict[str, Any]:
+        """What the adaptation's `state_dict` returned; empty if nothing was saved."""
+        own: dict[str, Any] = (self.content or {}).get("adaptations", {}).get(adaptation.name, {})
+        return own
 
 
-def load_state(
-    adaptations: Sequence[Adaptation], optimizer: AuxiliaryOptimizer | None, folder: str
-) -> None:
-    """Read back what `save_state` wrote, if the folder has it; the optimizer's if one is given."""
-    state = read_state(folder)
-    if state is None:
-        return
-    if optimizer is not None:
-        optimizer.load_state_dict(state["auxiliary"])
-    for adaptation in adaptations:
-        if adaptation.name in state["adaptations"]:
-            adaptation.load_state_dict(state["adaptations"][adaptation.name])
+class AuxiliaryState:
+    """The auxiliary modules and their optimizer: they belong to a model and outlive a run.
+
+    Args:
+        model: The unwrapped model.
+        adaptations: The active adaptations, whose modules are still to be built.
+    """
+
+    def __init__(self, model: nn.Module, adaptations: Sequence[Adaptation]) -> None:
+        self.model = model
+        self.adaptations = list(adaptations)
+        self.optimizer: AuxiliaryOptimizer | None = None
+        for adaptation in adaptations:
+            adaptation.module = None
+
+    def make_optimizer(self) -> None:
+        """Make the optimizer of the modules, once they are built."""
+        if self.optimizer is None:
+            self.optimizer = AuxiliaryOptimizer(self.adaptations)
+
+    def save_weights(self, folder: str) -> None:
+        """Write the auxiliary modules beside the model."""
+        save_weights(self.adaptations, folder)
+        for adaptation in self.adaptations:
+            adaptation.save(folder)
+
+    def load_weights(self, folder: str) -> None:
+        """Read the auxiliary modules' weights from a folder with a saved model."""
+        load_weights(self.adaptations, folder)
+
+    def save_state(self, folder: str) -> None:
+        """Write the auxiliary optimizer beside the Trainer's."""
+        if self.optimizer is not None:
+            save_state(self.adaptations, self.optimizer, folder)
+
+    def restore(self, saved: SavedState) -> None:
+        """Restore modules, their optimizer and the adaptations' own state from a checkpoint."""
+        assert saved.folder is not None and self.optimizer is not None
+        built = [a for a in self.adaptations if a.module is not None]
+        found = load_weights(self.adaptations, saved.folder)
+        if not found and built:
+            logger.warning(
+                "%s holds no auxiliary modules (it was saved by a plain Trainer): %s start from "
+                "the beginning.",
+                saved.folder,
+                ", ".join(a.name for a in built),
+            )
+        if saved.content is None:
+            return
+        if found:
+            self.optimizer.load_state_dict(saved.content["auxiliary"])
+        for adaptation in self.adaptations:
+            if adaptation.name in saved.content["adaptations"]:
+                adaptation.load_state_dict(saved.of(adaptation))
+        saved.release()
+
+    def belongs_to(self, model: nn.Module, adaptations: Sequence[Adaptation]) -> bool:
+        """Whether these modules were built for this model and these adaptations."""
+        return self.model is model and self.adaptations == list(adaptations)

@@ -10,15 +10,14 @@ import torch
 
 from hf_adapt.engine.batch import Part
 from hf_adapt.engine.labels import IGNORED
-from hf_adapt.engine.normalisation import count_labels, rows_of
+from hf_adapt.engine.normalisation import count_labels
+from hf_adapt.engine.selection import rows_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from hf_adapt.engine.adaptation import FusedLoss, Objective
-
-FUSED = "logits"
-"""The component of an objective's dict that is fused with the task's loss."""
+    from hf_adapt.engine.adaptation import Objective
+    from hf_adapt.engine.mixins import FusedLoss
 
 
 def needs_logits(trainer: Trainer, others: Sequence[Objective], part: Part) -> str | None:

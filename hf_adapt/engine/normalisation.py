@@ -1,20 +1,23 @@
-"""How a micro-batch's loss must be scaled so that accumulation and processes change nothing.
+"""How a micro-batch's losses must be scaled so that accumulation and processes change nothing.
 
 Two facts about the Trainer decide it. It divides a loss by the number of accumulated micro-batches
-unless it holds the loss to be scaled already; and it holds every model whose forward takes
+unless it takes the loss to be scaled already; and it takes every model whose forward has
 `**kwargs` to have divided by `num_items_in_batch`, which sequence- and token-classification heads,
 among others, do not do (transformers issue 47688).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from hf_adapt.engine.adaptation import Objective
+from hf_adapt.engine.batch import Layout, Part, Rows
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.streams import TRAINING
 from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
@@ -56,33 +59,170 @@ def count_labels(trainer: Trainer, inputs: Mapping[str, Any]) -> torch.Tensor | 
     return labels.ne(IGNORED).sum()
 
 
-def rows_of(inputs: Mapping[str, Any], keep: torch.Tensor) -> dict[str, Any]:
-    """The chosen rows of a batch: every tensor or list with one entry per row is indexed."""
-    size, places = len(keep), keep.nonzero().flatten().tolist()
+class StepCounts:
+    """The labels and items of one optimizer step, and every scale that follows from them.
 
-    def chosen(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == size:
-            return value[keep.to(value.device)]
-        if isinstance(value, list) and len(value) == size:
-            return [value[place] for place in places]
-        return value
+    A loss or term of a micro-batch becomes its share: the shares of all micro-batches and
+    processes of a step add up to the mean over the step.
 
-    return {key: chosen(value) for key, value in inputs.items()}
+    Args:
+        trainer: The Trainer.
+        layout: What is known of the model's outputs.
+        objectives: The objectives, asked for the items of their terms.
 
-
-def as_if_alone(inputs: Mapping[str, Any], keep: torch.Tensor) -> dict[str, Any]:
-    """The chosen rows of a batch, padded as they would be without the others.
-
-    A batch that is wider than its longest row was padded to a width of its own, which is kept.
+    Attributes:
+        ignores_num_items: Whether the training loss is a mean although the Trainer takes it to be
+            divided by `num_items_in_batch`, or a mean of means would be wrong.
     """
-    rows, mask = rows_of(inputs, keep), inputs.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.any(0).all()):
-        return rows
-    used = rows["attention_mask"].bool().any(0)
-    wide = (len(rows["attention_mask"]), len(used))
-    return {
-        key: value[:, used]
-        if isinstance(value, torch.Tensor) and value.shape[:2] == wide
-        else value
-        for key, value in rows.items()
-    }
+
+    def __init__(self, trainer: Trainer, layout: Layout, objectives: Sequence[Objective]) -> None:
+        self.trainer = trainer
+        self.layout = layout
+        self.objectives = objectives
+        self.ignores_num_items = False
+        self._labels: dict[str, torch.Tensor] = {}
+        self._items: dict[str, torch.Tensor] = {}
+
+    @property
+    def steps(self) -> int:
+        """Number of micro-batches of this optimizer step in this process."""
+        return int(self.trainer.current_gradient_accumulation_steps)
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that see batches of their own."""
+        return data_parallel_size(self.trainer)
+
+    def divisor(self, num_items_in_batch: Any) -> int:
+        """By what the Trainer will divide the loss of a micro-batch."""
+        return self.steps if trainer_divides(self.trainer, num_items_in_batch) else 1
+
+    # ---- counting ----
+
+    def reset(self) -> None:
+        """Forget the counts of the last step."""
+        self._labels, self._items = {}, {}
+
+    def count(self, batches: Sequence[list[Part]]) -> None:
+        """Count the labels and items of all micro-batches of a step, on all processes."""
+        counted: dict[tuple[str, str], torch.Tensor] = {}
+        device = self.trainer.args.device
+        for parts in batches:
+            for key, count in self._counts_of(parts).items():
+                if count is not None:
+                    count = torch.as_tensor(count, dtype=torch.float64, device=device)
+                    counted[key] = counted[key] + count if key in counted else count
+        if counted and self.trainer.accelerator.num_processes > 1:
+            table = torch.stack(list(counted.values()))
+            table = self.trainer.accelerator.reduce(table, reduction="sum")
+            counted = dict(zip(counted, table.unbind(), strict=True))
+        self._labels = {name: n for (kind, name), n in counted.items() if kind == "labels"}
+        self._items = {name: n for (kind, name), n in counted.items() if kind == "items"}
+
+    def _counts_of(self, parts: list[Part]) -> dict[tuple[str, str], torch.Tensor | None]:
+        counts = {
+            ("labels", part.stream): count_labels(self.trainer, part.inputs)
+            for part in parts
+            if part.stream in (TRAINING, *self.layout.table.labelled)
+        }
+        rows = Rows(parts, self.layout)
+        for objective in self.objectives:
+            items = objective.num_items(rows.for_objective(objective))
+            named = items if isinstance(items, Mapping) else {"": items}
+            for name, count in named.items():
+                counts["items", f"{objective.name}/{name}".rstrip("/")] = count
+        return counts
+
+    # ---- shares ----
+
+    def task_loss(
+        self, loss_of: Callable[[Any], torch.Tensor], part: Part, num_items_in_batch: Any
+    ) -> torch.Tensor:
+        """The task's loss on the training rows, as the Trainer expects it from `compute_loss`.
+
+        Args:
+            loss_of: The loss, given the number of items to divide by (None for the mean).
+            part: The rows; the loss is computed on them.
+            num_items_in_batch: The Trainer's own count.
+        """
+        if self.ignores_num_items:
+            return self._weighed(loss_of(None), part, self.divisor(num_items_in_batch))
+        loss = loss_of(num_items_in_batch)
+        items = count_labels(self.trainer, part.inputs)
+        if items is not None:  # without a label in the whole step it is 0 / 0
+            loss = torch.where((items > 0) | ~loss.isnan(), loss, torch.zeros_like(loss))
+        return loss
+
+    def stream_loss(
+        self, loss_of: Callable[[Any], torch.Tensor], part: Part, num_items_in_batch: Any
+    ) -> torch.Tensor:
+        """The task's loss on a labelled stream, normalised by the stream's own labels."""
+        divided = self.divisor(num_items_in_batch)
+        loss = loss_of(None)
+        if count_labels(self.trainer, part.inputs) is None:
+            return loss * (divided / self.steps)
+        return self._weighed(loss, part, divided)
+
+    def _weighed(self, mean: torch.Tensor, part: Part, divided: int) -> torch.Tensor:
+        """A mean over a part's labels, weighted by their share in the step's."""
+        items = count_labels(self.trainer, part.inputs)
+        assert items is not None
+        total = self._label_total(part)
+        loss = mean * (items / total.clamp(min=1)).to(mean.dtype) * (self.processes * divided)
+        return torch.where(items > 0, loss, torch.zeros_like(loss))  # a mean over none is NaN
+
+    def _label_total(self, part: Part) -> torch.Tensor:
+        """Number of labels of a part's stream in the step; of the part, if nothing was counted."""
+        total = self._labels.get(part.stream)
+        if total is None:
+            total = count_labels(self.trainer, part.inputs)
+        assert total is not None
+        return total
+
+    def component(
+        self, name: str, component: str, value: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """The share of a component of an objective's term.
+
+        Args:
+            name: The objective's name.
+            component: The component's name, "" for the whole term.
+            value: A mean over the micro-batch, or a (sum, count).
+        """
+        if not isinstance(value, tuple):
+            return value / self.steps
+        total = self._items.get(f"{name}/{component}", self._items.get(name))
+        if total is None:  # a user's own loop, which counts nothing beforehand
+            total = value[1].double() * self.steps
+        scale: torch.Tensor = (self.processes / total.clamp(min=1)).to(value[0].dtype)
+        return value[0] * scale
+
+    # ---- fused losses ----
+
+    def counts_base(self, num_items_in_batch: Any) -> bool:
+        """Whether the base loss is divided by the Trainer's own count."""
+        counted = self.trainer.model_accepts_loss_kwargs and not self.ignores_num_items
+        return counted and num_items_in_batch is not None
+
+    def fused_base_scale(self, part: Part, num_items_in_batch: Any) -> torch.Tensor:
+        """The factor that makes the sum of the task's loss over a part's labels a share."""
+        if self.counts_base(num_items_in_batch):  # as the Trainer has it, first tokens included
+            total = torch.as_tensor(num_items_in_batch, device=self.trainer.args.device)
+            everywhere = self.trainer.args.average_tokens_across_devices
+            processes = self.trainer.accelerator.num_processes if everywhere else 1
+        else:
+            total, processes = self._label_total(part), self.processes
+        return (processes / total.clamp(min=1)).to(torch.float32)
+
+    def fused_term_scale(
+        self, objective: Objective, component: str, parts: list[Part]
+    ) -> torch.Tensor:
+        """The factor that makes the sum of an objective's term over a micro-batch a share."""
+        total = self._items.get(f"{objective.name}/{component}", self._items.get(objective.name))
+        if total is None:  # a user's own loop, which counts nothing beforehand
+            counts = objective.num_items(Rows(parts, self.layout).for_objective(objective))
+            counts = counts[component] if isinstance(counts, Mapping) else counts
+            assert counts is not None
+            total = counts.double() * self.steps
+        device = self.trainer.args.device
+        return (self.processes / total.to(device).clamp(min=1)).to(torch.float32)

@@ -8,14 +8,13 @@ parameters without a gradient (decay, momentum), can move them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-RateFactors = Mapping[nn.Parameter, float]
-"""Factors on the learning rate, 0 or more, of the parameters they name."""
+from hf_adapt.engine.mixins import LrMultipliers
 
 
 class DividedGroups:
@@ -26,7 +25,7 @@ class DividedGroups:
         self._groups: list[dict[str, Any]] = []
         self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def apply(self, optimizer: torch.optim.Optimizer, factors: Iterable[RateFactors]) -> None:
+    def apply(self, optimizer: torch.optim.Optimizer, factors: Iterable[LrMultipliers]) -> None:
         """Divide the groups; factors of several adaptations on one parameter multiply."""
         combined: dict[nn.Parameter, float] = {}
         for each in factors:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,15 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.columns import column_collator, inputs_of, kept_columns
-from hf_adapt.engine.domains import COLUMNS, DOMAIN, TargetForward
-from hf_adapt.engine.normalisation import as_if_alone
-from hf_adapt.engine.plan import DomainData, Plan, active_adaptations, has_domain_needs
-from hf_adapt.engine.run import AdaptationRun, Memory, RunCallback
+from hf_adapt.engine.checkpoint import AuxiliaryState
+from hf_adapt.engine.collating import COLUMNS, DOMAIN, AdaptationCollator
+from hf_adapt.engine.columns import inputs_of, kept_columns
+from hf_adapt.engine.gradients import check_whole_gradients
+from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver, GradientTransform
+from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
+from hf_adapt.engine.run import AdaptationRun, RunCallback
+from hf_adapt.engine.selection import as_if_alone
+from hf_adapt.engine.stream_data import StreamData
 from hf_adapt.models.state import preserved_random_state
 
 if TYPE_CHECKING:
@@ -31,18 +35,16 @@ class AdaptationMixin(_Base):
     """Put before any Trainer class, lets adaptations take part in its training.
 
     Without an active adaptation every method is the Trainer's own. The saved model, the callback
-    list and the author's attributes stay what the plain Trainer makes them.
+    list and the user's attributes stay what the plain Trainer makes them.
 
     Args:
         *args: Passed on to the Trainer.
         objectives: What to add to training: objectives and other adaptations.
         target_dataset: Rows of the target domain, prepared like `train_dataset`; labels may be
-            missing and are hidden. A list or dict of datasets for several target domains. May be
-            left out if `train_dataset` has a `domain` column.
-        target_ratio: Target rows that each source row brings along.
-        use_target_labels: Train on the target's labels too.
-        target_forward: `"joint"` or `"separate"`: one forward for both domains, or one for each.
-        source_domain: Which value of a `domain` column is the source.
+            missing and are hidden. A list or dict of datasets for several target domains, or a
+            [`Stream`] of them with options. May be left out if `train_dataset` has a `domain`
+            column.
+        streams: Further streams of rows by name: datasets or [`Stream`]s.
         **kwargs: Passed on to the Trainer.
 
     Example:
@@ -56,37 +58,26 @@ class AdaptationMixin(_Base):
     # Class-level defaults: the Trainer's __init__ may call methods that are overridden here.
     _adaptation_plans: tuple[Plan, ...] = ()
     _adaptation_run: AdaptationRun | None = None
-    _adaptation_memory: Memory | None = None
-    _adaptation_columns: tuple[str, ...] = ()
+    _adaptation_auxiliary: AuxiliaryState | None = None
+    _adaptation_active: tuple[Adaptation, ...] = ()
     _adaptation_inputs: tuple[str, ...] = ()
-    _adaptation_collating: tuple[Adaptation, ...] = ()
+    _adaptation_observers: tuple[EvaluationObserver, ...] = ()
 
     def __init__(
         self,
         *args: Any,
         objectives: Sequence[Adaptation] | Adaptation | None = None,
         target_dataset: Any = None,
-        target_ratio: float = 1.0,
-        use_target_labels: bool = False,
-        target_forward: TargetForward = "joint",
-        source_domain: int | str | None = None,
+        streams: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if objectives:
-            self._adaptation_plans = (
-                Plan(
-                    (objectives,) if isinstance(objectives, Adaptation) else tuple(objectives),
-                    target_dataset,
-                    target_ratio,
-                    use_target_labels,
-                    target_forward,
-                    source_domain,
-                ),
-            )
-        elif target_dataset is not None:
+        if target_dataset is not None and not objectives:
             raise ValueError(
                 "target_dataset was given without objectives: pass objectives=[DANN()] or others."
             )
+        if objectives or streams:
+            given = [objectives] if isinstance(objectives, Adaptation) else objectives or []
+            self._adaptation_plans = (Plan.of(given, target_dataset, streams),)
         super().__init__(*args, **kwargs)
 
     def add_adaptation_plan(self, plan: Plan) -> None:
@@ -100,16 +91,16 @@ class AdaptationMixin(_Base):
         if run is None:
             return super()._inner_training_loop(*args, **kwargs)
         callback = RunCallback(run)
-        self._adaptation_run, self._adaptation_memory = run, run.memory
+        self._adaptation_run, self._adaptation_auxiliary = run, run.auxiliary
         try:
             run.start(kwargs.get("resume_from_checkpoint"))
             self.callback_handler.callbacks.append(callback)
             output = super()._inner_training_loop(*args, **kwargs)
-            run.guard.check()
+            run.finish()
             return output
         finally:
             self._adaptation_run = None
-            self._adaptation_columns = self._adaptation_inputs = self._adaptation_collating = ()
+            self._adaptation_active, self._adaptation_inputs = (), ()
             if callback in self.callback_handler.callbacks:
                 self.callback_handler.callbacks.remove(callback)
             run.close()
@@ -118,28 +109,32 @@ class AdaptationMixin(_Base):
         present = self.callback_handler.callbacks
         return [p for p in self._adaptation_plans if p.origin is None or p.origin in present]
 
+    def _present_adaptations(self) -> list[Adaptation]:
+        return [a for plan in self._present_plans() for a in plan.adaptations if a.is_active]
+
     def _start_adaptation_run(self) -> AdaptationRun | None:
         plans = self._present_plans()
         adaptations = active_adaptations(plans)
-        if not adaptations:
-            self._adaptation_memory = None
+        streams = streams_of(plans, adaptations)
+        if not adaptations and not streams:
+            self._adaptation_auxiliary = None
             return None
-        self._refuse_unsupported()
-        self._adaptation_collating = tuple(a for a in adaptations if a.collates)
-        self._adaptation_columns = tuple({name for a in adaptations for name in a.columns})
+        self._refuse_unsupported(adaptations)
+        self._adaptation_active = tuple(adaptations)
         wanted = {name for a in adaptations for name in a.extra_inputs(self)}
         self._adaptation_inputs = tuple(sorted(wanted - inputs_of(self))) if wanted else ()
-        data = DomainData(self, plans) if has_domain_needs(plans, adaptations) else None
         return AdaptationRun(
             self,
             adaptations,
-            data,
+            StreamData(self, streams, adaptations) if streams else None,
             self._base_loss,
-            self._adaptation_memory,
+            self._adaptation_auxiliary,
             self._adaptation_inputs,
         )
 
-    def _refuse_unsupported(self) -> None:
+    def _refuse_unsupported(self, adaptations: Sequence[Adaptation]) -> None:
+        transforms = [a for a in adaptations if isinstance(a, GradientTransform)]
+        check_whole_gradients(self, transforms)
         if self.args.n_gpu > 1 and self.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError(
                 f"The Trainer would use nn.DataParallel over {self.args.n_gpu} GPUs, whose "
@@ -161,48 +156,76 @@ class AdaptationMixin(_Base):
     # ---- data ----
 
     def get_train_dataloader(self) -> Any:
-        """The author's loader, over source rows that bring their target rows along."""
+        """The Trainer's own loader, over training rows that bring their companions along."""
         run = self._adaptation_run
         if run is None:
             return super().get_train_dataloader()
-        with self._columns_for("training"):
-            if run.data is None:
+        if run.data is None:
+            with self._collating("training"):
                 return super().get_train_dataloader()
-            with run.data.in_place():
-                return super().get_train_dataloader()
+        with run.data.in_place(self._columns("training"), self._transforms("training")):
+            return super().get_train_dataloader()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The author's loader, with what adaptations add to the batches of an evaluation."""
-        with self._columns_for("evaluation"):
+        """The Trainer's own loader, with what adaptations add to the batches of an evaluation."""
+        with self._collating("evaluation"):
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The same for `predict()`."""
-        with self._columns_for("test"):
+        with self._collating("test"):
             return super().get_test_dataloader(*args, **kwargs)
 
-    def _columns_for(self, description: str) -> AbstractContextManager[None]:
-        return column_collator(
-            self, self._columns_beside(description), self._collating(description)
-        )
+    @contextmanager
+    def _collating(self, description: str) -> Iterator[None]:
+        """Put our collator where the user's was, while a loader is built."""
+        columns, transforms = self._columns(description), self._transforms(description)
+        if not columns and not transforms:
+            yield
+            return
+        before = self.data_collator
+        self.data_collator = AdaptationCollator(before, columns, transforms)
+        try:
+            yield
+        finally:
+            self.data_collator = before
 
-    def _collating(self, description: str) -> list[Adaptation]:
+    def _seeing(self, description: str) -> list[Adaptation]:
+        """The adaptations that see these batches."""
+        if description == "training":
+            return list(self._adaptation_active)
+        return list(self._observers())
+
+    def _observers(self) -> list[EvaluationObserver]:
+        """The adaptations that see the batches of evaluations."""
+        present = [a for a in self._present_adaptations() if isinstance(a, EvaluationObserver)]
+        return [a for a in present if a.observes_evaluation(self)]
+
+    def _transforms(self, description: str) -> list[BatchTransform]:
         """The adaptations that change these batches."""
         if description == "training":
-            return list(self._adaptation_collating)
-        present = [a for plan in self._present_plans() for a in plan.adaptations if a.is_active]
-        return [a for a in present if a.collates and a.collates_evaluation(self)]
+            return [a for a in self._seeing(description) if isinstance(a, BatchTransform)]
+        present = [a for a in self._present_adaptations() if isinstance(a, BatchTransform)]
+        return [a for a in present if a.transforms_evaluation(self)]
 
-    def _columns_beside(self, description: str) -> tuple[str, ...]:
+    def _columns(self, description: str) -> tuple[str, ...]:
         """The columns that lie beside these batches."""
-        return self._adaptation_columns if description == "training" else ()
+        seeing = [a for a in self._seeing(description) if not isinstance(a, BatchTransform)]
+        return tuple({name for a in seeing for name in a.columns})
 
     def _kept_columns(self, description: str | None) -> tuple[str, ...]:
         """The columns to be kept of a dataset: the model does not see them."""
         what = (description or "").lower()
-        read = tuple(name for a in self._collating(what) for name in a.row_columns)
-        inputs = self._adaptation_inputs if what == "training" else ()
-        return (*self._columns_beside(what), *inputs, *read)
+        read = tuple(name for a in self._transforms(what) for name in a.columns)
+        inputs = self._adaptation_inputs
+        if what != "training":
+            inputs = self._observed_inputs()
+        return (*self._columns(what), *inputs, *read)
+
+    def _observed_inputs(self) -> tuple[str, ...]:
+        """Inputs of evaluation batches that are for observers and not for the model."""
+        wanted = {name for a in self._observers() for name in a.extra_inputs(self)}
+        return tuple(sorted(wanted - inputs_of(self))) if wanted else ()
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         with kept_columns(self, self._kept_columns(description)):
@@ -230,16 +253,23 @@ class AdaptationMixin(_Base):
             self._adaptation_run.begin_step(samples[0])
         return samples
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; after the last backward of a step, adaptations see the gradients."""
+        loss = super().training_step(*args, **kwargs)
+        if self._adaptation_run is not None and self.accelerator.sync_gradients:
+            self._adaptation_run.after_backward()
+        return loss
+
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """The author's, unless an adaptation brings a learning-rate schedule."""
+        """The Trainer's own, unless an adaptation has a learning-rate schedule."""
         run = self._adaptation_run
-        schedule = None if run is None else run.rate_schedule
+        schedule = None if run is None else run.lr_schedule
         if schedule is None:
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         if self.lr_scheduler is not None:
             raise ValueError(
                 "The Trainer was given a learning-rate scheduler in optimizers=, and an "
-                "adaptation brings a rate_schedule: a run has one. Drop one of the two."
+                "adaptation has a lr_schedule: a run has one. Drop one of the two."
             )
         assert self.optimizer is not None
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -249,7 +279,7 @@ class AdaptationMixin(_Base):
         return self.lr_scheduler
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        # The author's count is of the author's rows. (Before transformers 5 the Trainer counts
+        # The Trainer counts the user's rows. (Before transformers 5 the Trainer counts
         # inside its loop, out of reach.)
         if DOMAIN in inputs:
             inputs = as_if_alone(inputs, inputs[DOMAIN] == 0)
@@ -265,7 +295,7 @@ class AdaptationMixin(_Base):
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The author's loss; in training, the terms of the active objectives added to it."""
+        """The Trainer's own loss; in training, the terms of the active objectives added to it."""
         run = self._adaptation_run
         if run is None or not model.training or not torch.is_grad_enabled():
             return super().compute_loss(
@@ -279,34 +309,72 @@ class AdaptationMixin(_Base):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The author's; during training it leaves the random state as it was.
+        """The Trainer's own; during training it leaves the random state as it was.
 
         An evaluation at an epoch's end comes after the checkpoint of the epoch's last step and is
         not repeated on resume, so its draws would make the resumed run another one.
         """
-        if self._adaptation_run is None:
-            return super().evaluate(*args, **kwargs)
-        with preserved_random_state():
+        with self._evaluating():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """The author's; during training it leaves the random state as it was."""
-        if self._adaptation_run is None:
-            return super().predict(*args, **kwargs)
-        with preserved_random_state():
+        """The Trainer's own; during training it leaves the random state as it was."""
+        with self._evaluating():
             return super().predict(*args, **kwargs)
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The author's; a `domain` column in evaluation data is not shown to the model."""
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        if self._adaptation_run is None:
+            yield
+            return
+        with preserved_random_state(), self._adaptation_run.weights.swapped_in():
+            yield
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; observers see its batches and add metrics."""
+        observers = self._observers()
+        if not observers:
+            return super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        for observer in observers:
+            observer.begin_evaluation(self, prefix)
+        self._adaptation_observers = tuple(observers)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._adaptation_observers = ()
+        metrics = dict(output.metrics or {})
+        for observer in observers:
+            metrics.update(observer.end_evaluation(metrics, prefix))
+        return output._replace(metrics=metrics)
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The Trainer's own; what lies beside a batch is shown to observers, not to the model."""
+        observers = self._adaptation_observers
         hidden = {DOMAIN, COLUMNS} if self._adaptation_plans else set()
-        if hidden & set(inputs):
-            inputs = {key: value for key, value in inputs.items() if key not in hidden}
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        extra = self._observed_inputs() if observers else ()
+        own = inputs
+        if {*hidden, *extra} & set(inputs):
+            own = {key: value for key, value in inputs.items() if key not in {*hidden, *extra}}
+        if not observers:
+            return super().prediction_step(model, own, prediction_loss_only, ignore_keys, **kwargs)
+        result = super().prediction_step(model, own, False, ignore_keys, **kwargs)
+        seen = self._prepare_inputs({k: v for k, v in inputs.items() if k not in hidden})
+        for observer in observers:
+            observer.observe(seen, inputs.get(COLUMNS, {}), result[1])
+        return (result[0], None, None) if prediction_loss_only else result
 
     # ---- logs and checkpoints ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The author's; each term, its weight and its diagnostics join the training log."""
+        """The Trainer's own; each term, its weight and its diagnostics join the training log."""
         if self._adaptation_run is not None and "loss" in logs:
             logs.update(self._adaptation_run.drain_metrics())
         super().log(logs, *args, **kwargs)
@@ -317,30 +385,30 @@ class AdaptationMixin(_Base):
         return super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """The author's; auxiliary weights are put beside the model, in a file of their own."""
-        if self._adaptation_memory is not None and self.args.should_save:
-            self._adaptation_memory.save_weights(output_dir or str(self.args.output_dir))
+        """The Trainer's own; auxiliary weights are put beside the model, in a file of their own."""
+        if self._adaptation_auxiliary is not None and self.args.should_save:
+            self._adaptation_auxiliary.save_weights(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._adaptation_memory is not None and self.args.should_save:
-            self._adaptation_memory.save_state(output_dir)
+        if self._adaptation_auxiliary is not None and self.args.should_save:
+            self._adaptation_auxiliary.save_state(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         run = self._adaptation_run
         if run is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        with run.loading_optimizer(checkpoint):
+        with run.loading_optimizer():
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            run.resume(checkpoint)
+            run.resume()
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self._adaptation_memory is not None and self.state.best_model_checkpoint:
-            self._adaptation_memory.load_weights(self.state.best_model_checkpoint)
+        if self._adaptation_auxiliary is not None and self.state.best_model_checkpoint:
+            self._adaptation_auxiliary.load_weights(self.state.best_model_checkpoint)
 
 
 class AdaptationTrainer(AdaptationMixin, Trainer):

@@ -13,6 +13,9 @@ from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_adapt.engine.mixins import BatchTransform
+from hf_adapt.engine.streams import TARGET
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -37,15 +40,16 @@ def resumed_from(trainer: Trainer) -> Path | None:
 
 def added_inputs(trainer: Trainer) -> set[str]:
     """The inputs that the Trainer's adaptations add for its own model, and for no other."""
-    plans = trainer._present_plans() if hasattr(trainer, "_present_plans") else ()
-    present = [a for plan in plans for a in plan.adaptations if a.is_active]
-    return {name for adaptation in present for name in adaptation.added_inputs}
+    present = trainer._present_adaptations() if hasattr(trainer, "_present_adaptations") else ()
+    transforms = [a for a in present if isinstance(a, BatchTransform)]
+    return {name for adaptation in transforms for name in adaptation.added_inputs}
 
 
 def target_datasets(trainer: Trainer) -> list[Any]:
-    """What the Trainer's adaptations were given as `target_dataset`."""
+    """The datasets of the target that the Trainer's adaptations were given."""
     plans = trainer._present_plans() if hasattr(trainer, "_present_plans") else ()
-    return [plan.target_dataset for plan in plans if plan.target_dataset is not None]
+    streams = [plan.streams[TARGET] for plan in plans if TARGET in plan.streams]
+    return [stream.dataset for stream in streams if stream.dataset is not None]
 
 
 def forget_compiled(trainer: Trainer) -> None:

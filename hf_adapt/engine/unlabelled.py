@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_adapt.engine.batch import Part
 from hf_adapt.engine.labels import IGNORED
-from hf_adapt.engine.normalisation import rows_of
+from hf_adapt.engine.selection import rows_of
 
 TARGET_ROWS_FAIL = (
     "hf_adapt: this was raised for rows of the target_dataset. Were they tokenised with the "
@@ -52,8 +52,8 @@ def explained(
     return ValueError(
         f"The training loss failed on unlabelled target rows, whose label is {IGNORED} "
         f"({type(error).__name__}: {error}); on the source rows alone it works. Pass "
-        "target_forward='separate', which computes the loss on source rows alone, or leave out "
-        f"rows labelled {IGNORED} in your own loss."
+        "target_dataset=Stream(dataset, forward='separate'), which computes the loss on source "
+        f"rows alone, or leave out rows labelled {IGNORED} in your own loss."
     )
 
 
@@ -117,6 +117,7 @@ def trains_on_target(model: nn.Module, label_names: Collection[str]) -> str:
         "target rows: their predictions change it. Regression, multi-label and question-answering "
         f"losses take {IGNORED} for a value; labels under another name than "
         f"{', '.join(sorted(label_names))} are not hidden unless "
-        "TrainingArguments(label_names=[...]) names them. Pass target_forward='separate', which "
-        f"computes the loss on source rows alone, or mask {IGNORED} in your own compute_loss."
+        "TrainingArguments(label_names=[...]) names them. Pass target_dataset=Stream(dataset, "
+        f"forward='separate'), which computes the loss on source rows alone, or mask {IGNORED} in "
+        "your own compute_loss."
     )

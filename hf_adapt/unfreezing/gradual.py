@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from torch import nn
 
-from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import AdaptationCallback
-from hf_adapt.engine.rates import RateFactors
+from hf_adapt.engine.mixins import LearningRateControl, LrMultipliers
 from hf_adapt.engine.training import (
     check_in_optimizer,
     check_unused_parameters,
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GradualUnfreezing(Adaptation):
+class GradualUnfreezing(LearningRateControl):
     """Trains layer groups by a schedule, each with its share of the learning rate.
 
     What is frozen does not move by a bit, whatever the optimizer, and its backward is not
@@ -104,7 +103,7 @@ class GradualUnfreezing(Adaptation):
         if name is not None:
             self.name = name
         self._importance_given = options.pop("importance", None)
-        self.rate_schedule = options.pop("rate_schedule", None)
+        self.lr_schedule = options.pop("rate_schedule", None)
         self._cached = options.pop("cache_frozen_prefix", False)
         self._cache_dir = options.pop("cache_dir", None)
         self._frozen_dropout = options.pop("frozen_dropout", not self._cached)
@@ -253,7 +252,7 @@ class GradualUnfreezing(Adaptation):
             factors[group] = factor
         return factors
 
-    def rate_factors(self, step: int) -> RateFactors:
+    def lr_multipliers(self, step: int) -> LrMultipliers:
         """The factor of every scheduled parameter."""
         factors = self._factors(step)
         self._note_rates(factors)
@@ -298,15 +297,14 @@ class GradualUnfreezing(Adaptation):
             self._plateau_steps.append(step)
             self._set_timeline()
 
-    def log_values(self) -> Mapping[str, float]:
-        """The phase, what trains, and each group's learning rate in the last step."""
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
+        """Add the phase, what trains, and each group's learning rate in the last step."""
         assert self._index is not None
-        return {
-            f"{self.name}/phase": self._index,
-            f"{self.name}/trainable_parameters": self._num_trained,
-            **self._now,
-            **(self._prefix.log_values() if self._prefix is not None else {}),
-        }
+        logs[f"{self.name}/phase"] = self._index
+        logs[f"{self.name}/trainable_parameters"] = self._num_trained
+        logs.update(self._now)
+        if self._prefix is not None:
+            logs.update(self._prefix.log_values())
 
     def state_dict(self) -> dict[str, Any]:
         """What a plateau-driven schedule has seen; others need no state."""

@@ -385,7 +385,7 @@ def test_one_relation_of_a_joint_projection_is_that_part_alone() -> None:
     layer = CASES["gpt2"].model(0).transformer.h[0]
     output = vectors(0, 1, 3, 48)
     for index, name in enumerate(("query", "key", "value")):
-        ((_, extract),) = SelfAttentionRelations(relations=[name]).captured_modules(layer).items()
+        ((_, extract),) = SelfAttentionRelations(relations=[name]).captures(layer).items()
         assert extract is not None
         assert torch.equal(extract(output)[0], output[..., 16 * index : 16 * index + 16])
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    BartConfig,
     BartForConditionalGeneration,
     BartForSequenceClassification,
     DataCollatorForLanguageModeling,
@@ -32,7 +31,7 @@ from hf_adapt.distillation.fingerprints import item_keys
 from tests.helpers.data import collate, rows
 from tests.helpers.distillation import make, tokenizer
 from tests.helpers.heads import CASES
-from tests.helpers.models import SIZE, VOCABULARY, bert, llama
+from tests.helpers.models import SIZE, VOCABULARY, bart_config, bert, llama
 from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio, weights
 
 
@@ -63,24 +62,7 @@ def test_a_routers_loss_is_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def bart(seed: int, cls: Any = BartForConditionalGeneration) -> Any:
     torch.manual_seed(seed)
-    config = BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        dropout=0.0,
-        max_position_embeddings=32,
-        num_labels=3,
-        eos_token_id=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        decoder_start_token_id=2,
-    )
-    return cls(config)
+    return cls(bart_config(encoder_layers=1, decoder_layers=1, num_labels=3))
 
 
 @pytest.mark.parametrize("both", [True, False])

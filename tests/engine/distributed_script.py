@@ -1,16 +1,13 @@
-"""One process of a distributed run; started by test_distributed.py under torchrun.
+"""A run with domain adaptation; test_distributed.py starts it in two processes and in one.
 
 Trains the same tiny model on the same rows whatever the number of processes, and writes what must
 agree: the model, the discriminator, the gradients and the logs.
 """
 
-import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer
 
 from hf_adapt import (
@@ -22,9 +19,9 @@ from hf_adapt import (
     adapt,
 )
 from tests.helpers.data import collate, rows
-from tests.helpers.distributed import allow_fsdp_on_cpu, full_state
+from tests.helpers.distributed import quiet_arguments, save_results
 from tests.helpers.models import bert
-from tests.helpers.trainers import GradientRecorder, arguments, weights
+from tests.helpers.trainers import GradientRecorder, weights
 
 UNFREEZING: dict[str, dict[str, Any]] = {
     "gradual": dict(layer_decay=0.5, rewarm_steps=2),  # a transition in each of four steps
@@ -35,71 +32,56 @@ UNFREEZING: dict[str, dict[str, Any]] = {
 }
 
 
-def main(folder: Path, setting: str, per_device: int, steps: int) -> None:
+def main(
+    folder: Path,
+    per_device: int,
+    steps: int,
+    head: str = "sequence",
+    fsdp: str | None = None,
+    resume: str | None = None,
+    mmd: bool = False,
+    streamed: bool = False,
+    unfreezing: str | None = None,
+    **settings: Any,
+) -> None:
     """Train and write the results of this process.
 
     Args:
         folder: Where to write.
-        setting: Options as `key=value`, separated by commas.
         per_device: Rows per process in a micro-batch.
         steps: Micro-batches per optimizer step.
+        head: What the model classifies: a "sequence" or each "token".
+        fsdp: The layers to shard.
+        resume: The run beside this one whose second checkpoint is resumed.
+        mmd: Add MMD, which couples the rows of a batch.
+        streamed: Read the rows from a stream.
+        unfreezing: One of `UNFREEZING`.
+        settings: Further training arguments.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    options = dict(item.split("=") for item in setting.split(",") if item)
-    head = options.get("head", "sequence")
-    if "fsdp" in options:
-        allow_fsdp_on_cpu()
-    fsdp: dict[str, Any] = (
-        dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]})
-        if "fsdp" in options
-        else {}
-    )
-    args = arguments(
-        folder / "out",
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=steps,
-        max_steps=int(options.get("max_steps", 4)),
-        max_grad_norm=0.5,
-        save_strategy="steps",
-        save_steps=2,
-        **({"gradient_checkpointing": True} if "checkpointing" in options else {}),
-        optim="adamw_torch",
-        adam_epsilon=1e-3,  # Adam turns rounding of tiny gradients into whole steps
-        **fsdp,
+    args = quiet_arguments(
+        folder, per_device, steps, fsdp, save_strategy="steps", save_steps=2, **settings
     )
     recorder = GradientRecorder()
     source = rows(40, 1, "token" if head == "token" else "row")
     trainer = Trainer(
         bert(head),
         args,
-        train_dataset=source.to_iterable_dataset() if "stream" in options else source,
+        train_dataset=source.to_iterable_dataset() if streamed else source,
         # accelerate cuts a stream's batches for each process out of one: all must be as long.
-        data_collator=partial(collate, length=10 if "stream" in options else None),
+        data_collator=partial(collate, length=10 if streamed else None),
         callbacks=[] if fsdp else [recorder],
     )
     assert trainer.is_fsdp_enabled == bool(fsdp)
     dann = DANN(ramp=None, hidden_sizes=(8,))
     objectives = [dann, InformationMaximization(weight=0.3, diversity_weight=0.0)]
-    if "mmd" in options:
+    if mmd:
         objectives = [dann, MMD()]
-    unfreezing = UNFREEZING.get(options.get("unfreezing", ""))
     if unfreezing is not None:
-        objectives.append(GradualUnfreezing(**unfreezing))
+        objectives.append(GradualUnfreezing(**UNFREEZING[unfreezing]))
     adapt(trainer, *objectives, target_dataset=rows(23, 2, None, low=20))
-    trainer.train(resume_from_checkpoint=options.get("resume"))
+    trainer.train(
+        resume_from_checkpoint=resume and str(folder.parent / resume / "out" / "checkpoint-2")
+    )
     trainer.save_model(str(folder / "final"))
-    state = {f"model.{k}": v for k, v in full_state(trainer).items()}
-    state.update({f"dann.{k}": v for k, v in weights(dann.module).items()})
-    if recorder.gradients:
-        state["gradient"] = recorder.gradients[0]
-    torch.save(state, folder / f"rank{args.process_index}.pt")
-    if args.process_index == 0:
-        (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
-
-
-if __name__ == "__main__":
-    for job in sys.argv[2:]:
-        name, setting, per_device, steps = job.split(":")
-        main(Path(sys.argv[1]) / name, setting, int(per_device), int(steps))
-    torch.distributed.barrier()  # none leaves while another still talks
-    torch.distributed.destroy_process_group()
+    discriminator = {f"dann.{k}": v for k, v in weights(dann.module).items()}
+    save_results(folder, trainer, recorder, **discriminator)

@@ -148,7 +148,7 @@ def test_a_factor_is_a_learning_rate(tmp_path: Path) -> None:
 class CentreDistance(Objective):
     """The README's example."""
 
-    needs_target = True
+    needs_streams = ("target",)
 
     def loss(self, batch: Any) -> torch.Tensor:
         features, domain = batch.features()

@@ -8,8 +8,7 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import MMD, Objective, adapt
-from hf_adapt.engine.columns import ColumnCollator, take_columns
-from hf_adapt.engine.domains import COLUMNS
+from hf_adapt.engine.collating import COLUMNS, AdaptationCollator, take_columns
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import (
@@ -77,13 +76,13 @@ def test_columns_come_with_their_rows(target: Any, as_dataset: bool, tmp_path: P
 
 
 def test_a_column_that_no_longer_fits_is_refused() -> None:
-    collator = ColumnCollator(collate, ["word"])
+    collator = AdaptationCollator(collate, ["word"])
     batch = collator([{**row, "word": "x"} for row in rows(3, 1)])
     assert batch[COLUMNS] == {"word": ["x", "x", "x"]}
     with pytest.raises(ValueError, match="'word' has 3 values for a batch of 2 rows"):
         take_columns(batch, 2)
     with pytest.raises(TypeError, match="data collator that returns a dict"):
-        ColumnCollator(lambda given: [given], ["word"])(list(rows(2, 1)))
+        AdaptationCollator(lambda given: [given], ["word"])(list(rows(2, 1)))
 
 
 class Lighter(Objective):

@@ -18,25 +18,27 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_adapt.engine.domains import (
+from hf_adapt.engine.collating import (
     DOMAIN,
-    TARGET_BATCH,
-    PairedCollator,
+    STREAM_BATCHES,
+    AdaptationCollator,
+    label_columns,
+    missing_columns_message,
+)
+from hf_adapt.engine.pairing import (
     PairedDataset,
     PairedIterableDataset,
     PairedRow,
     is_map_style,
-    label_columns,
-    missing_columns_message,
     pair,
-    target_order,
+    stream_order,
 )
 from tests.helpers.tokenizers import word_tokenizer
 
 SENTINEL = 77
 """A target label that must appear nowhere."""
 
-# ---- target_order ----
+# ---- stream_order ----
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=3)
 PURE = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -47,7 +49,7 @@ PURE = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_every_target_row_is_used_equally_often(sizes, cycles, seed):
     for index, size in enumerate(sizes):
         positions = cycles * size * len(sizes)
-        which, row = target_order(sizes, 0, positions, seed)
+        which, row = stream_order(sizes, 0, positions, seed)
         counts = Counter(row[which == index].tolist())
         assert counts == dict.fromkeys(range(size), cycles)
         assert sorted(row[which == index][:size].tolist()) == list(range(size))
@@ -61,22 +63,22 @@ def test_every_target_row_is_used_equally_often(sizes, cycles, seed):
 )
 def test_any_stretch_is_a_part_of_the_whole_stream(sizes, cuts, seed):
     start, stop = cuts
-    whole = target_order(sizes, 0, 60, seed)
-    part = target_order(sizes, start, stop, seed)
-    again = target_order(sizes, start, stop, seed)
+    whole = stream_order(sizes, 0, 60, seed)
+    part = stream_order(sizes, start, stop, seed)
+    again = stream_order(sizes, start, stop, seed)
     for one, other, all_of_it in zip(part, again, whole, strict=True):
         assert one.tolist() == other.tolist() == all_of_it[start:stop].tolist()
 
 
 def test_targets_take_turns_whatever_their_sizes():
-    which, row = target_order([100, 1, 3], 4, 13, seed=0)
+    which, row = stream_order([100, 1, 3], 4, 13, seed=0)
     assert which.tolist() == [1, 2, 0, 1, 2, 0, 1, 2, 0]
     assert (row[which == 1] == 0).all() and (row[which == 2] < 3).all()
 
 
 def test_seed_target_and_cycle_have_permutations_of_their_own():
     def rows(seed, start, stop):
-        which, row = target_order([50, 50], start, stop, seed)
+        which, row = stream_order([50, 50], start, stop, seed)
         return row[which == 0].tolist(), row[which == 1].tolist()
 
     first, second = rows(0, 0, 100)
@@ -90,7 +92,7 @@ def test_random_state_is_left_alone():
     np.random.seed(0)
     torch.manual_seed(0)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    target_order([5, 3], 0, 20, seed=1)
+    stream_order([5, 3], 0, 20, seed=1)
     assert before == (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
@@ -378,7 +380,7 @@ def test_pair_refuses_a_streaming_target_of_a_map_style_source():
         pair(source_rows(2), [target_rows(2), Stream(target_rows(2))], 1, 0)
 
 
-# ---- PairedCollator ----
+# ---- AdaptationCollator ----
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +405,7 @@ def values_in(batch):
 
 
 def collate(rows, collator=default_data_collator, names=("labels",), **options):
-    return PairedCollator(collator, names, **options)(rows)
+    return AdaptationCollator(collator, names, **options)(rows)
 
 
 def test_joint_layout_has_source_rows_first_and_the_domain_column():
@@ -415,16 +417,16 @@ def test_joint_layout_has_source_rows_first_and_the_domain_column():
     batch = collate(rows)
     assert batch["x"].tolist() == [1, 2, 3, 10, 20, 11]
     assert batch[DOMAIN].tolist() == [0, 0, 0, 1, 2, 1]
-    assert batch[DOMAIN].dtype == torch.long and TARGET_BATCH not in batch
+    assert batch[DOMAIN].dtype == torch.long and STREAM_BATCHES not in batch
 
 
 def test_separate_layout_has_a_batch_of_target_rows():
     rows = [PairedRow({"x": 1}, [(1, {"x": 10}), (2, {"x": 20})]), PairedRow({"x": 2}, [])]
     batch = collate(rows, separate=True)
     assert batch["x"].tolist() == [1, 2] and batch[DOMAIN].tolist() == [0, 0]
-    target = batch[TARGET_BATCH]
+    target = batch[STREAM_BATCHES]
     assert target["x"].tolist() == [10, 20] and target[DOMAIN].tolist() == [1, 2]
-    assert TARGET_BATCH not in collate([PairedRow({"x": 1}, [])], separate=True)
+    assert STREAM_BATCHES not in collate([PairedRow({"x": 1}, [])], separate=True)
 
 
 def test_rows_are_padded_alike_and_reach_the_authors_collator_together(tokenizer):
@@ -465,7 +467,7 @@ def test_labels_of_target_rows_are_hidden(form, labelled, separate):
     rows = [PairedRow(tokens(4, labels=label), [(1, dict(target))]) for _ in range(2)]
     batch = collate(rows, separate=separate)
     labels = batch["labels"][:2]
-    there = batch[TARGET_BATCH]["labels"] if separate else batch["labels"][2:]
+    there = batch[STREAM_BATCHES]["labels"] if separate else batch["labels"][2:]
     assert there.tolist() == [hidden] * 2
     assert labels.dtype == there.dtype and labels.tolist() == [torch.as_tensor(label).tolist()] * 2
     assert SENTINEL not in values_in(batch)
@@ -497,7 +499,7 @@ def test_token_labels_have_the_target_rows_length(tokenizer, labelled, separate,
     batch = collate(rows, DataCollatorForTokenClassification(tokenizer), separate=separate)
     assert SENTINEL not in values_in(batch)
     assert [row[:3] for row in batch["labels"][:2].tolist()] == [[1, 0, 2], [1, 1, -100]]
-    there = batch[TARGET_BATCH] if separate else {key: value[2:] for key, value in batch.items()}
+    there = batch[STREAM_BATCHES] if separate else {key: value[2:] for key, value in batch.items()}
     assert there["labels"].tolist() == [[-100] * there["input_ids"].shape[1]] * 2
 
 
@@ -523,7 +525,7 @@ def test_labels_that_a_collator_makes_of_the_tokens_are_hidden(tokenizer, separa
     rows = [PairedRow(tokens(4), [(1, tokens(4, 100))]) for _ in range(2)]
     batch = collate(rows, DataCollatorForLanguageModeling(tokenizer, mlm=False), separate=separate)
     assert batch["labels"][:2].tolist() == [[2, 3, 4, 5]] * 2
-    there = batch[TARGET_BATCH] if separate else {k: v[2:] for k, v in batch.items()}
+    there = batch[STREAM_BATCHES] if separate else {k: v[2:] for k, v in batch.items()}
     assert there["labels"].tolist() == [[-100] * 4] * 2
     assert there["input_ids"].tolist() == [[100, 101, 102, 103]] * 2
 
@@ -543,7 +545,7 @@ def test_target_labels_are_kept_where_wanted(separate):
         PairedRow(tokens(2, labels=1), [(1, tokens(2, 50, labels=2)), (2, tokens(2, 60))]),
     ]
     batch = collate(rows, use_target_labels=True, separate=separate)
-    there = batch[TARGET_BATCH]["labels"] if separate else batch["labels"][1:]
+    there = batch[STREAM_BATCHES]["labels"] if separate else batch["labels"][1:]
     assert there.tolist() == [2, -100]  # a row without a label is still hidden
 
 

@@ -153,7 +153,7 @@ def test_a_ramp_at_zero_leaves_the_gradient_of_the_model_alone(tmp_path: Path) -
     """λ = 0: the discriminator learns, the model's weights are those of no term at all."""
 
     class Nothing(Objective):
-        needs_target = True
+        needs_streams = ("target",)
 
         def loss(self, batch: Any) -> torch.Tensor:
             return torch.zeros(())

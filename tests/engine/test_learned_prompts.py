@@ -34,7 +34,7 @@ HEADS = {
 class Watch(Objective):
     """Keeps what it was given."""
 
-    needs_target = True
+    needs_streams = ("target",)
     seen: Any = None
 
     def loss(self, batch: Any) -> torch.Tensor:

@@ -48,9 +48,18 @@ from transformers import (
 )
 
 from hf_adapt import DANN, MMD, AdaptationCallback, InformationMaximization
+from tests.helpers.models import (
+    NO_DROPOUT,
+    VOCABULARY,
+    bart_config,
+    bert_config,
+    gpt2_config,
+    llama_config,
+    t5_config,
+    vit_config,
+)
 from tests.helpers.tokenizers import BERT_SPECIAL, word_tokenizer
 
-VOCABULARY = 64
 STEPS = 3
 BATCH = 4
 
@@ -117,13 +126,11 @@ def audio_rows(target: bool) -> list[dict[str, Any]]:
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOKENS = {"bos_token_id": 2, "eos_token_id": 3}
 
 
 def bert() -> BertConfig:
-    return BertConfig(
-        vocab_size=VOCABULARY, intermediate_size=16, num_labels=3, **SMALL, **NO_DROPOUT
-    )
+    return bert_config(num_labels=3, **SMALL)
 
 
 def deberta() -> DebertaV2Config:
@@ -140,72 +147,23 @@ def deberta() -> DebertaV2Config:
 
 
 def gpt2() -> GPT2Config:
-    return GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=32,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=3,
-        eos_token_id=4,
-        pad_token_id=0,
-    )
+    return gpt2_config(n_layer=1, **TOKENS)
 
 
 def llama() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        intermediate_size=16,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        bos_token_id=3,
-        eos_token_id=4,
-        **SMALL,
-    )
+    return llama_config(num_key_value_heads=1, **{**SMALL, **TOKENS})
 
 
 def t5() -> T5Config:
-    return T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=16,
-        num_layers=1,
-        num_heads=2,
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=4,
-        decoder_start_token_id=0,
-    )
+    return t5_config(d_ff=16, num_layers=1, eos_token_id=3)
 
 
 def bart() -> BartConfig:
-    return BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        max_position_embeddings=32,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=3,
-        eos_token_id=4,
-        decoder_start_token_id=4,
-        forced_eos_token_id=None,
-    )
+    return bart_config(encoder_layers=1, decoder_layers=1, decoder_start_token_id=3, **TOKENS)
 
 
 def vit() -> ViTConfig:
-    return ViTConfig(
-        image_size=16, patch_size=8, intermediate_size=16, num_labels=3, **SMALL, **NO_DROPOUT
-    )
+    return vit_config(image_size=16, patch_size=8, **SMALL)
 
 
 def resnet() -> ResNetConfig:

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from hf_adapt import DANN, MMD, InformationMaximization, Objective, adapt
 from hf_adapt.alignment import mmd_loss, prediction_diversity, prediction_entropy
-from hf_adapt.engine.domains import DOMAIN
+from hf_adapt.engine.collating import DOMAIN
 from tests.helpers.data import collate, rows
 from tests.helpers.models import FIVE, bert, llama
 from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio, flat_gradient
@@ -201,7 +201,7 @@ def hand_loss(
 
 def fresh_copy(trainer: BatchKeeper, make: Callable[[], Any]) -> tuple[Any, nn.Module]:
     """The model and the discriminator as they were before the step (learning rate 0)."""
-    discriminator = trainer._adaptation_memory.adaptations[0].module
+    discriminator = trainer._adaptation_auxiliary.adaptations[0].module
     model = make()
     discriminator.zero_grad(set_to_none=True)
     return model, discriminator
@@ -299,7 +299,7 @@ def test_terms_are_computed_in_float32_under_autocast(tmp_path: Any) -> None:
     seen: list[torch.dtype] = []
 
     class Spy(Objective):
-        needs_target = True
+        needs_streams = ("target",)
 
         def loss(self, batch: Any) -> torch.Tensor:
             features, _ = batch.features()

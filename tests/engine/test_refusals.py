@@ -292,7 +292,7 @@ def test_bad_options(options: Any, match: str) -> None:
 class Returns(Objective):
     """An objective whose loss returns what it is told."""
 
-    needs_target = True
+    needs_streams = ("target",)
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -326,7 +326,7 @@ def test_an_objective_without_a_loss(tmp_path: Path) -> None:
 def test_a_nan_term_stops_with_its_name_and_saves_nothing(tmp_path: Path) -> None:
     class GoesNan(Objective):
         name = "unlucky"
-        needs_target = True
+        needs_streams = ("target",)
 
         def loss(self, batch: Any) -> torch.Tensor:
             features, _ = batch.features()

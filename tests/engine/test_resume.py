@@ -83,8 +83,8 @@ def test_resume_is_bit_exact(build: Any, step: int, tmp_path: Path) -> None:
     for one, other in (
         (whole.optimizer, second.optimizer),
         (
-            whole._adaptation_memory.optimizer.optimizer,
-            second._adaptation_memory.optimizer.optimizer,
+            whole._adaptation_auxiliary.optimizer.optimizer,
+            second._adaptation_auxiliary.optimizer.optimizer,
         ),
     ):
         states = [opt.state_dict()["state"] for opt in (one, other)]
@@ -238,7 +238,7 @@ def test_model_init_starts_everything_anew(tmp_path: Path) -> None:
     )
     for _ in range(2):
         trainer.train()
-        finals.append((weights(trainer.model), trainer._adaptation_memory.adaptations[0].module))
+        finals.append((weights(trainer.model), trainer._adaptation_auxiliary.adaptations[0].module))
     assert same_bits(finals[0][0], finals[1][0])
     assert finals[0][1] is not finals[1][1]
     assert same_bits(weights(finals[0][1]), weights(finals[1][1]))

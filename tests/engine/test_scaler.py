@@ -85,7 +85,7 @@ def test_an_overflowing_auxiliary_gradient_skips_only_its_step(tmp_path: Path) -
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
             if self.state.global_step == 1:
-                module = self._adaptation_memory.adaptations[0].module
+                module = self._adaptation_auxiliary.adaptations[0].module
                 next(module.parameters()).grad.fill_(float("inf"))
             return loss
 

@@ -25,7 +25,7 @@ from hf_adapt import (
 )
 from tests.helpers.data import sentence_pairs, words
 from tests.helpers.libraries import encoder
-from tests.helpers.models import NO_DROPOUT, SIZE, VOCABULARY
+from tests.helpers.models import bert_config
 from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio
 
 BATCH = 4
@@ -69,7 +69,7 @@ def collate_choices(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def chooser(folder: Path, **settings: Any) -> Trainer:
     torch.manual_seed(0)
-    model = BertForMultipleChoice(BertConfig(vocab_size=VOCABULARY, **SIZE, **NO_DROPOUT))
+    model = BertForMultipleChoice(bert_config())
     return InOrder(
         model=model,
         args=arguments(folder, **settings),

@@ -1,12 +1,16 @@
 """Classes of transformers of every architecture, and what their layer groups must be."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
+
+from hf_adapt.models.groups import LayerGroup, layer_groups
 
 TEXT = dict(
     vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
@@ -222,3 +226,41 @@ def case(model: str, **settings: Any) -> Any:
     """The model of a class above, with other settings."""
     found = next(c for c in CASES if c.model == model)
     return Case(model, found.config, {**found.settings, **settings}).build()
+
+
+def in_registration_order(model: nn.Module) -> list[str]:
+    """The parameters that train."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def held(groups: Sequence[LayerGroup]) -> list[str]:
+    """The parameters of all groups."""
+    return [name for group in groups for name in group.parameters]
+
+
+def by_name(groups: Sequence[LayerGroup]) -> dict[str, LayerGroup]:
+    """The groups by their names, of which each is there once."""
+    found = {group.name: group for group in groups}
+    assert len(found) == len(groups)
+    return found
+
+
+def assert_groups(model: nn.Module, expected: dict[str, str]) -> None:
+    """The groups, in order, are those expected: name → modules or parameters, space-separated."""
+    groups = layer_groups(model)
+    assert [group.name for group in groups] == list(expected)
+    for group in groups:
+        modules = expected[group.name].split()
+        wanted = {
+            name
+            for name in in_registration_order(model)
+            if any(name == module or name.startswith(f"{module}.") for module in modules)
+        }
+        assert set(group.parameters) == wanted, group.name
+
+
+def layers(path: str, tower: str = "", number: int = 3, **top: str) -> dict[str, str]:
+    """Expected layer groups; `top` is what else the top layer holds."""
+    found = {f"{tower}layer.{i}": f"{path}.{i}" for i in range(number)}
+    found[f"{tower}layer.{number - 1}"] += " " + top.get("top", "")
+    return found

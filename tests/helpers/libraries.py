@@ -11,8 +11,8 @@ from trl import SFTConfig, SFTTrainer
 from tests.helpers.data import chats, completions, sentence_pairs, texts
 from tests.helpers.models import llama
 from tests.helpers.tokenizers import chat_template, word_tokenizer
+from tests.helpers.trainers import BATCH
 
-BATCH = 4
 SPECIAL = ["[PAD]", "[UNK]", "<s>", "</s>", "user:", "assistant:"]
 WORDS = [f"w{i}" for i in range(64 - len(SPECIAL))]
 

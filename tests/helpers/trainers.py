@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+BATCH = 4
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 PLAIN_FILES = {
     "config.json",
@@ -32,7 +33,7 @@ def arguments(
             "disable_tqdm": True,
             "save_strategy": "no",
             "logging_steps": 1,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": BATCH,
             "max_steps": 3,
             "learning_rate": 1e-3,
             "dataloader_pin_memory": False,

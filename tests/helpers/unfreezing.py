@@ -13,6 +13,7 @@ from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, weights
 
 STEPS = 8
+GROUPS = ["head", "layer.1", "layer.0", "embeddings"]  # of the tiny BERT, top first
 
 
 def make(folder: Path, model: Any = None, **settings: Any) -> Trainer:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 from typer.testing import CliRunner
 
 from hf_adapt import (
@@ -24,7 +24,7 @@ from hf_adapt.unfreezing.costs import group_costs, phase_cost
 from hf_adapt.unfreezing.phases import Clock
 from hf_adapt.unfreezing.plan import group_patterns
 from tests.helpers.data import collate, rows
-from tests.helpers.models import bert, llama
+from tests.helpers.models import bert, llama, llama_config
 from tests.helpers.trainers import arguments, same_bits, weights
 
 
@@ -71,15 +71,9 @@ def test_the_memory_is_that_of_weights_gradients_and_moments() -> None:
 
 
 def test_a_tied_output_layer_costs_its_product_after_all() -> None:
-    costs = group_costs(tied := _tied_llama(), layer_groups(tied))
+    tied = LlamaForCausalLM(llama_config(intermediate_size=8, tie_word_embeddings=True))
+    costs = group_costs(tied, layer_groups(tied))
     assert max(costs.values(), key=lambda c: c.level).work > 64 * 16
-
-
-def _tied_llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **size))
 
 
 def test_the_length_of_a_run_is_read_from_arguments_and_data(tmp_path: Path) -> None:

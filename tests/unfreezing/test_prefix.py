@@ -25,7 +25,7 @@ from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
 from hf_adapt.unfreezing.prefix import FrozenPrefix
 from hf_adapt.unfreezing.prefix_checks import cacheable_stack
 from tests.helpers.data import collate, rows
-from tests.helpers.models import FIVE, bert, llama
+from tests.helpers.models import FIVE, bert, gpt2_config, llama, t5_config
 from tests.helpers.trainers import GradientRecorder, arguments, weights
 
 LOWER_3 = FreezeOnly("embeddings", r"layer\.[012]")
@@ -407,15 +407,12 @@ def test_hidden_states_of_another_length_are_not_cached(tmp_path: Path, caplog: 
 
 
 def test_gpt2_is_cached_with_its_dropout(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2ForSequenceClassification
+    from transformers import GPT2ForSequenceClassification
 
     def build() -> Any:
         torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=16, num_labels=3,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        return GPT2ForSequenceClassification(config)
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
+        return GPT2ForSequenceClassification(gpt2_config(n_layer=3, num_labels=3, **dropout))
 
     schedule = FreezeOnly("embeddings", r"layer\.[01]")
     found = [run(tmp_path, cached, build(), schedule=schedule) for cached in (False, True)]
@@ -459,16 +456,11 @@ def test_a_prefix_that_cannot_be_kept_is_noticed(
 def test_layers_that_hand_on_more_than_a_hidden_state_are_not_cached(
     tmp_path: Path, caplog: Any
 ) -> None:
-    from transformers import T5Config, T5ForSequenceClassification
-
-    size = dict(d_model=16, d_kv=8, d_ff=16, num_layers=3, num_heads=2, vocab_size=64)
-    tokens = dict(pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+    from transformers import T5ForSequenceClassification
 
     def build() -> Any:
         torch.manual_seed(0)
-        return T5ForSequenceClassification(
-            T5Config(**size, **tokens, num_labels=3, dropout_rate=0.0)
-        )
+        return T5ForSequenceClassification(t5_config(num_layers=3, num_labels=3))
 
     data = rows(22, 1).map(
         lambda row: {

@@ -8,17 +8,15 @@ import torch
 from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    T5Config,
     T5ForConditionalGeneration,
     Trainer,
-    ViTConfig,
     ViTForImageClassification,
 )
 
 from hf_adapt import GradualUnfreezingCallback, layer_groups
 from tests.helpers.data import chats, collate, rows, texts
 from tests.helpers.libraries import sentence_trainer, sft
-from tests.helpers.models import bert
+from tests.helpers.models import bert, t5_config, vit_config
 from tests.helpers.trainers import arguments
 from tests.helpers.unfreezing import Watch, make
 
@@ -40,8 +38,7 @@ def assert_each_phase_moves_its_groups(trainer: Trainer, watch: Watch) -> None:
 
 def test_seq2seq_trainer(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    size = dict(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=64)
-    model = T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=0))
+    model = T5ForConditionalGeneration(t5_config(dropout_rate=0.1))
     watch = Watch()
     trainer = Seq2SeqTrainer(
         model=model,
@@ -91,8 +88,7 @@ def test_sentence_transformer_trainer(tmp_path: Path) -> None:
 
 def test_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **size))
+    model = ViTForImageClassification(vit_config())
     generator = torch.Generator().manual_seed(0)
     data = [
         {"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 3}

@@ -13,8 +13,8 @@ from torch import nn
 from hf_adapt.distillation.divergences import Divergence
 from hf_adapt.distillation.heads import Head, output_logits
 from hf_adapt.distillation.language_models.chunked import ChunkedLoss, chunked_distillation_loss
-from hf_adapt.engine.adaptation import FusedLoss
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.mixins import FusedLoss
 from hf_adapt.models.structure import unwrapped_base
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.mixins import BatchTransform
 from hf_adapt.engine.training import resumed_from, unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment, attachment_of
@@ -55,7 +55,7 @@ FEW_STEPS = 10
 """Optimizer steps after which a place with a gradient has moved, warm-up or not."""
 
 
-class KnowledgeInjection(Adaptation):
+class KnowledgeInjection(BatchTransform):
     """What a knowledge graph says of the entities in a text enters the model's hidden states.
 
     Texts are linked to the graph while batches are made, in training, evaluation and prediction.
@@ -123,7 +123,7 @@ class KnowledgeInjection(Adaptation):
         self.names_columns = text_column is not None
         named = "text" if text_column is None else text_column
         self.text_columns = (named,) if isinstance(named, str) else tuple(named)
-        self.row_columns = (*self.text_columns, *LINKED_COLUMNS)
+        self.columns = (*self.text_columns, *LINKED_COLUMNS)
         self.max_mentions, self.save_graph = max_mentions, save_graph
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         if name is not None:
@@ -275,14 +275,14 @@ class KnowledgeInjection(Adaptation):
             "name",
             "graph",
             "vectors",
-            "row_columns",
+            "columns",
             "text_columns",
             "names_columns",
             "_batcher",
         )
         return {key: value for key, value in vars(self).items() if key in kept}
 
-    def collate(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
+    def transform_batch(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
         """Add the mentions of the rows to their batch."""
         assert self._batcher is not None
         if self.names_columns:
@@ -291,7 +291,7 @@ class KnowledgeInjection(Adaptation):
                 check_text(row, self.text_columns, "a row of the batch")
         self._batcher.add_to(rows, batch)
 
-    def collates_evaluation(self, trainer: Trainer) -> bool:
+    def transforms_evaluation(self, trainer: Trainer) -> bool:
         """From the first `train()` on."""
         model = unwrapped_base(unwrapped_model(trainer))
         return self.attachment is not None and self.attachment.model is model
@@ -306,10 +306,10 @@ class KnowledgeInjection(Adaptation):
             self._seen = seen if self._seen is None else self._seen + seen
         return nullcontext()
 
-    def log_values(self) -> dict[str, float]:
-        """How much was linked since the last log, in this process."""
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
+        """Add how much was linked since the last log, in this process."""
         if self._seen is None:
-            return {}
+            return
         mentions, rows_with, rows = self._seen.tolist()
         self._seen = None
         if mentions > 0:
@@ -322,10 +322,8 @@ class KnowledgeInjection(Adaptation):
                 int(rows),
                 self.text_columns,
             )
-        return {
-            f"{self.name}/mentions_per_row": mentions / max(1.0, rows),
-            f"{self.name}/rows_with_mention": rows_with / max(1.0, rows),
-        }
+        logs[f"{self.name}/mentions_per_row"] = mentions / max(1.0, rows)
+        logs[f"{self.name}/rows_with_mention"] = rows_with / max(1.0, rows)
 
     def _check_places(self) -> None:
         """Say once which places have no effect on the loss."""

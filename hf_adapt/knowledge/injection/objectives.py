@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hf_adapt.engine.adaptation import Objective
+from hf_adapt.engine.mixins import BatchTransform
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.knowledge.injection.adaptation import KnowledgeInjection
 from hf_adapt.knowledge.injection.attachment import row_hash
@@ -61,7 +62,7 @@ def entity_scores_loss(
     return values
 
 
-class _GraphObjective(Objective):
+class _GraphObjective(BatchTransform, Objective):
     """What the losses have in common: the injection, negatives, one item for each mention."""
 
     uses_logits = False
@@ -106,7 +107,7 @@ class _GraphObjective(Objective):
         """The negatives; the model does not see them."""
         return self._inputs
 
-    def collate(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
+    def transform_batch(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
         """Add vectors of other entities for each mention."""
         entities: torch.Tensor = batch["knowledge_entities"][..., 0]
         hashes = row_hash(batch["input_ids"], batch.get("attention_mask"))
@@ -210,7 +211,7 @@ class EntityPrediction(_GraphObjective):
         if self.is_active:
             injection.withhold(mask_rate)
 
-    def taps(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
+    def captures(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """What reads the text: its last hidden state."""
         attachment = self.injection.attachment
         assert attachment is not None
@@ -375,9 +376,9 @@ class DescriptionAlignment(_GraphObjective):
     def _inputs(self) -> tuple[str, ...]:
         return (*super()._inputs, *DESCRIPTIONS)
 
-    def collate(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
+    def transform_batch(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
         """Add the tokens of each row's first described entity."""
-        super().collate(rows, batch)
+        super().transform_batch(rows, batch)
         graph = self.injection.graph
         texts = []
         for entity in batch["knowledge_entities"][:, 0, 0].tolist():

@@ -8,12 +8,8 @@ import datasets
 import pytest
 import torch
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
     Trainer,
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -23,7 +19,7 @@ from hf_adapt.knowledge import KnowledgeCallback, KnowledgeInjection, KnowledgeT
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
 from tests.helpers import toy
 from tests.helpers.injectors import injection, trainer
-from tests.helpers.models import NO_DROPOUT, SIZE, TOKENS, VOCABULARY, family
+from tests.helpers.models import bert_config, family, llama
 from tests.helpers.trainers import arguments, same_bits, weights
 
 
@@ -228,15 +224,10 @@ def words(special: bool = True) -> Any:
     return own
 
 
-def language_model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZE, **TOKENS))
-
-
 def dpo(folder: Path) -> Trainer:
     return DPOTrainer(
-        language_model(),
-        language_model(),
+        llama(),
+        llama(),
         args=settings(folder, DPOConfig),
         train_dataset=pairs(),
         processing_class=words(),
@@ -245,9 +236,8 @@ def dpo(folder: Path) -> Trainer:
 
 def reward(folder: Path) -> Trainer:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=VOCABULARY, num_labels=1, **SIZE, **NO_DROPOUT)
     return RewardTrainer(
-        BertForSequenceClassification(config),
+        BertForSequenceClassification(bert_config(num_labels=1)),
         args=settings(folder, RewardConfig),
         train_dataset=pairs().map(lambda row: {k: row[k] for k in ("chosen", "rejected")}),
         processing_class=words(),
@@ -269,7 +259,7 @@ def test_preference_data_is_refused_by_name(make: Any, tmp_path: Path) -> None:
 def test_what_the_refusal_of_preference_data_advises_works(tmp_path: Path) -> None:
     chosen = pairs().rename_column("chosen", "completion").remove_columns("rejected")
     one = SFTTrainer(
-        language_model(),
+        llama(),
         args=settings(tmp_path, SFTConfig),
         train_dataset=chosen,
         processing_class=words(special=False),

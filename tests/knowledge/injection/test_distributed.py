@@ -1,50 +1,35 @@
 """Two gloo processes are one, with knowledge: DDP and FSDP2."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers import distributed
-from tests.helpers.distributed import no_sharding, results
-from tests.knowledge import distributed_script
+from tests.helpers.distributed import Job, marks, no_sharding, results
+from tests.helpers.models import FIVE
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.slow,
-    pytest.mark.xdist_group("distributed"),  # one launch at a time, and its fixtures made once
-]
+pytestmark = marks
+
+
+def job(**options: Any) -> Job:
+    return Job("tests.knowledge.distributed_script", options, per_device=2, steps=2)
+
 
 DDP = {
-    "rows": "",
-    "tokens": "model=bert_tokens,form=adapter",
-    "language_model": "model=llama,form=gated,checkpointed=1",
-    "seq2seq": "model=t5",
-    "lora": "model=lora",
-    "beside_others": "predicts=1,dann=1",
+    "rows": job(),
+    "tokens": job(model="bert_tokens", form="adapter"),
+    "language_model": job(model="llama", form="gated", gradient_checkpointing=True),
+    "seq2seq": job(model="t5"),
+    "lora": job(model="lora"),
+    "beside_others": job(beside_others=True),
 }
-FSDP = {"rows": "fsdp=BertLayer", "language_model": "model=llama,fsdp=LlamaDecoderLayer"}
-
-
-def launch(folder: Path, jobs: dict[str, str]) -> None:
-    script = "tests.knowledge.distributed_script"
-    distributed.launch(script, folder, *(f"{name}:{jobs[name]}:2:2" for name in jobs))
-
-
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory: Any) -> Path:
-    """All DDP jobs in one launch: starting processes is what takes the time."""
-    folder = tmp_path_factory.mktemp("ddp")
-    launch(folder, DDP)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fsdp(tmp_path_factory: Any) -> Path:
-    folder = tmp_path_factory.mktemp("fsdp")
-    launch(folder, FSDP)
-    return folder
+FSDP = {
+    "sharded_rows": job(fsdp="BertLayer"),
+    "sharded_language_model": job(model="llama", fsdp="LlamaDecoderLayer"),
+}
+JOBS = {**DDP, **(FSDP if FIVE else {})}
 
 
 def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -57,22 +42,22 @@ def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("job", DDP)
-def test_two_ddp_processes_are_one(ddp: Path, job: str, tmp_path: Path) -> None:
-    distributed_script.main(tmp_path, DDP[job], 8, 1)
-    one, two = results(tmp_path), results(ddp / job)
+def test_two_ddp_processes_are_one(
+    job: str, two_processes: Path, one_process: Callable[[Job], Path]
+) -> None:
+    one, two = results(one_process(JOBS[job].alone())), results(two_processes / job)
     assert one.keys() == two.keys()
     difference = (one["gradient"] - two["gradient"]).norm()
     assert one["gradient"].norm() > 0 and difference / one["gradient"].norm() < 1e-5
     assert_same(one, two)
-    other = results(ddp / job, 1)
+    other = results(two_processes / job, 1)
     weights = [k for k in two if k.startswith(("model.", "injector."))]
     assert all(torch.equal(two[k], other[k]) for k in weights)
 
 
 @no_sharding
 @pytest.mark.parametrize("job", FSDP)
-def test_two_fsdp2_processes_are_one(fsdp: Path, job: str, tmp_path: Path) -> None:
-    plain = ",".join(part for part in FSDP[job].split(",") if not part.startswith("fsdp="))
-    distributed_script.main(tmp_path, plain, 8, 1)
-    one, two = results(tmp_path), results(fsdp / job)
-    assert_same(one, two)
+def test_two_fsdp2_processes_are_one(
+    job: str, two_processes: Path, one_process: Callable[[Job], Path]
+) -> None:
+    assert_same(results(one_process(JOBS[job].alone())), results(two_processes / job))

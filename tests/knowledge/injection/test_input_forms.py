@@ -8,7 +8,6 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
-    BartConfig,
     BartForSequenceClassification,
 )
 
@@ -31,7 +30,7 @@ from hf_adapt.knowledge.injection.text_triples import (
 )
 from tests.helpers import toy
 from tests.helpers.injectors import trainer
-from tests.helpers.models import FIVE, NO_DROPOUT, SIZE, family
+from tests.helpers.models import FIVE, NO_DROPOUT, SIZE, bart_config, family
 from tests.helpers.trainers import GradientRecorder, StopAt, cosine_and_ratio, same_bits, weights
 
 needs_masks = pytest.mark.skipif(not FIVE, reason="BERT of transformers 4 takes no 4-D mask")
@@ -206,10 +205,7 @@ def test_facts_of_any_batch_are_the_same(tmp_path: Path) -> None:
 
 
 def bart() -> Any:
-    config = BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1,
-                        encoder_attention_heads=2, decoder_attention_heads=2,
-                        encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
-    return BartForSequenceClassification(config)
+    return BartForSequenceClassification(bart_config(encoder_layers=1, decoder_layers=1))
 
 
 @pytest.mark.parametrize("name", ["deberta", "t5", "llama", "bart"])

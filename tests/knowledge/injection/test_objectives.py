@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_adapt import adapt
-from hf_adapt.engine.columns import ColumnCollator
+from hf_adapt.engine.collating import AdaptationCollator
 from hf_adapt.knowledge import (
     DescriptionAlignment,
     EntityPrediction,
@@ -130,7 +130,7 @@ def test_a_collator_travels_to_workers(tmp_path: Path) -> None:
     added = [objective(kind, own) for kind in KINDS]
     adapt(one, own, *added).train()
     rows = [dict(row) for row in toy.rows(3, 1)]
-    collator = ColumnCollator(toy.collator(), (), (own, *added))
+    collator = AdaptationCollator(toy.collator(), (), (own, *added))
     there = pickle.loads(pickle.dumps(collator))
     here = collator([dict(row) for row in rows])
     for name, value in there([dict(row) for row in rows]).items():

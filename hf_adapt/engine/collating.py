@@ -1,0 +1,311 @@
+"""One batch of the rows of several streams, with what adaptations add to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_adapt.engine.labels import IGNORED, has_token_labels, label_of, length_of
+from hf_adapt.engine.mixins import BatchTransform
+from hf_adapt.engine.pairing import PairedRow
+from hf_adapt.engine.streams import TARGET, TRAINING, StreamTable
+
+DOMAIN = "domain"
+"""The column that says which domain a row is from: 0 is the source."""
+
+STREAM_BATCHES = "hf_adapt_streams"
+"""The key of the batches of streams that go through the model in a forward of their own."""
+
+COLUMNS = "hf_adapt_columns"
+"""The key of the columns that adaptations want to see and the model must not."""
+
+UNPAIRED = (
+    "A training batch came without its target rows: the Trainer's get_train_dataloader() does not "
+    "read self.train_dataset, which hf_adapt pairs with the target, or makes another dataset of "
+    "it (select, filter, map, a wrapper). Build the DataLoader from self.train_dataset and "
+    "self.data_collator, and prepare the rows before the Trainer is made."
+)
+"""What to say of rows or batches that come without their companions."""
+
+
+def label_columns(label_names: Sequence[str], collator: Any) -> set[str]:
+    """The columns that only say what is to be learnt from a row: a target row needs none."""
+    # TRL's masks choose which tokens are labels; sentence-transformers' collator names its own.
+    masks = ("completion_mask", "assistant_masks")
+    declared = getattr(collator, "valid_label_columns", None) or ()
+    return {*label_names, "label", "labels", "label_ids", *masks, *declared}
+
+
+class AdaptationCollator:
+    """The user's data collator, for rows of several streams and with what adaptations add.
+
+    The collator is called on all rows of a forward together, so they are padded alike; training
+    rows come first. Labels of other streams are hidden (-100) before and after it: before, so that
+    the columns agree; after, because a language-model collator makes labels from the tokens. A
+    collator that cannot take -100 (one that looks labels up in a table) is given a training row's
+    label for them instead, which is hidden afterwards.
+
+    Args:
+        collator: The user's collator.
+        columns: Columns of the rows that are put beside the batch; a row without one has None.
+        transforms: Adaptations that change the batch.
+        table: The streams, if the rows are paired.
+        label_names: Names of label columns.
+        used: The columns that the collator is given; a companion may lack any other. None for all.
+        clean: What the Trainer makes of a collator that shall not see unused columns.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], Any],
+        columns: Sequence[str] = (),
+        transforms: Sequence[BatchTransform] = (),
+        table: StreamTable | None = None,
+        label_names: Sequence[str] = (),
+        used: Collection[str] | None = None,
+        clean: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.collator = collator
+        self.columns = tuple(columns)
+        self.transforms = tuple(transforms)
+        self._hidden_columns = {*columns, *(c for each in transforms for c in each.columns)}
+        self.table = table
+        self.used = used
+        self.own_label_names = {*label_names, "labels"}
+        self.label_names = label_columns(label_names, collator)
+        self._takes_hidden: bool | None = None
+        self._token_labels: dict[str, bool] = {}
+        self._make: Callable[[list[Any]], Any] = (clean or _unchanged)(self._made)
+
+    def __getattr__(self, name: str) -> Any:
+        # A Trainer may ask its collator for more than a batch (sentence-transformers does).
+        if name.startswith("__") or "collator" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, rows: list[Any]) -> Any:
+        """Collate rows.
+
+        Raises:
+            ValueError: If paired rows are expected and come without their companions.
+            TypeError: If the user's collator does not return a dict.
+        """
+        if self.table is None:
+            return self._make(rows)
+        if not all(isinstance(row, PairedRow) for row in rows):
+            raise ValueError(UNPAIRED)
+        sources = [_without_domain(row.source) for row in rows]
+        groups: dict[str, list[tuple[int, Any]]] = {"": [(0, row) for row in sources]}
+        for row in rows:
+            for domain, companion in row.companions:
+                stream = self.table.names[domain]
+                group = groups.setdefault(stream if stream in self.table.separate else "", [])
+                group.append((domain, self._companion(_without_domain(companion), sources, stream)))
+        batches = {
+            name: self._collate([row for _, row in group], [d for d, _ in group], sources[0])
+            for name, group in groups.items()
+        }
+        batch = batches.pop("")
+        if batches:
+            batch[STREAM_BATCHES] = batches
+        return batch
+
+    def _made(self, rows: list[Any]) -> Any:
+        """The user's batch of these rows, with columns beside it and the adaptations' changes."""
+        if not self._hidden_columns and not self.transforms:
+            return self.collator(rows)
+        batch = self.collator([_without(row, self._hidden_columns) for row in rows])
+        if not isinstance(batch, MutableMapping):
+            raise TypeError(
+                f"Keeping the column(s) {', '.join(sorted(self._hidden_columns))} beside a batch "
+                f"needs a data collator that returns a dict; {type(self.collator).__name__} "
+                f"returned {type(batch).__name__}."
+            )
+        for adaptation in self.transforms:
+            adaptation.transform_batch(rows, batch)
+        if self.columns:
+            batch[COLUMNS] = {name: [_value(row, name) for row in rows] for name in self.columns}
+        return batch
+
+    def _labelled(self, rows: list[Any], hidden: torch.Tensor, like: Any) -> Any:
+        """The batch, its hidden labels -100 or, where that fails, as that of `like`."""
+        hides = isinstance(like, Mapping) and bool(hidden.any())
+        names = [key for key in like if key in self.label_names] if hides else []
+        if not names or self._takes_hidden:
+            return self._make(rows)
+        stand_ins = [
+            {**row, **{name: self._stand_in(like, row, name) for name in names}} if d else row
+            for row, d in zip(rows, hidden.tolist(), strict=True)
+        ]
+        if self._takes_hidden is False:
+            return self._make(stand_ins)
+        try:
+            batch = self._make(copy.deepcopy(rows))  # it may change them before it fails
+        except Exception as error:
+            try:
+                batch = self._make(stand_ins)
+            except Exception:
+                raise error from None  # it is not the label
+            self._takes_hidden = False
+            if not bool(hidden.all()) and not self.label_names & set(batch):
+                raise ValueError(
+                    f"The data collator {_name(self.collator)} cannot collate target rows "
+                    f"labelled {IGNORED} ({type(error).__name__}: {error}), and its batch has none "
+                    f"of the label columns {', '.join(sorted(self.own_label_names))}, in which "
+                    "another label could be hidden again. Name its labels in "
+                    "TrainingArguments(label_names=[...]), or pass Stream(dataset, "
+                    "forward='separate')."
+                ) from error
+        else:
+            self._takes_hidden = True
+        return batch
+
+    def _stand_in(self, like: Mapping[str, Any], target: Mapping[str, Any], key: str) -> Any:
+        """A label that a collator can read: the source row's, or its first one for each token."""
+        label = like[key]
+        if not self._token_labels.get(key):
+            return label
+        first = next((value for value in label if value != IGNORED), label[0])
+        return label_of(label, first, length_of(target))
+
+    def _collate(self, rows: list[Any], domains: list[int], like: Any) -> Any:
+        """The batch of one forward, with its domain column."""
+        assert self.table is not None
+        kept = {TRAINING, *self.table.labelled}
+        hidden = torch.tensor([self.table.names[domain] not in kept for domain in domains])
+        batch = self._labelled(rows, hidden, like)
+        if not isinstance(batch, MutableMapping):
+            raise TypeError(
+                "Adapting to a target needs a data collator that returns a dict of tensors; "
+                f"{type(self.collator).__name__} returned {type(batch).__name__}."
+            )
+        # A cross-encoder's collator leaves texts as lists.
+        columns = {k: v for k, v in batch.items() if isinstance(v, list) or _is_tensor(v)}
+        sizes = {k: len(v) for k, v in columns.items() if isinstance(v, list) or v.ndim > 0}
+        if len(rows) not in sizes.values():
+            raise ValueError(
+                f"The data collator made a batch with first dimensions {sizes} of {len(rows)} "
+                "rows: it merges rows (packing, padding-free), so source and target rows can no "
+                "longer be told apart. Turn packing and padding_free off."
+            )
+        if bool(hidden.any()):
+            for name in {*self.label_names, "shift_labels"} & set(sizes):
+                if sizes[name] == len(rows):
+                    self._hide(name, batch[name], hidden)
+        batch[DOMAIN] = torch.tensor(domains)
+        return batch
+
+    def _hide(self, name: str, labels: Any, hidden: torch.Tensor) -> None:
+        if _is_tensor(labels):
+            labels[hidden] = IGNORED
+        elif name in self.own_label_names and not bool(hidden.all()):
+            raise ValueError(
+                f"The data collator {_name(self.collator)} makes a list of {name!r}, in which the "
+                "labels of target rows cannot be hidden (object detection, for example). Pass "
+                "target_dataset=Stream(dataset, forward='separate'), which computes the loss on "
+                "source rows alone."
+            )
+
+    def _companion(self, target: Any, sources: Sequence[Any], stream: str) -> Any:
+        """A row of another stream with the training rows' columns, its labels hidden."""
+        assert self.table is not None
+        keeps_labels = stream in self.table.labelled
+        like = sources[0]
+        if not isinstance(target, Mapping) or not isinstance(like, Mapping):
+            return target
+        row = {
+            key: target[key]
+            for key in like
+            if key in target and (keeps_labels or key not in self.label_names)
+        }
+        missing = [
+            key
+            for key in like
+            if key not in row
+            and key not in self.label_names
+            and (self.used is None or key in self.used)
+        ]
+        if missing:
+            raise ValueError(missing_columns_message(missing, list(target), stream))
+        for key in like:
+            if key in self.label_names and key not in row:
+                length = length_of(target) if self._per_token(key, sources) else None
+                row[key] = label_of(like[key], IGNORED, length)
+        return row
+
+    def _per_token(self, key: str, sources: Sequence[Any]) -> bool:
+        """Whether each token has a label; a vector of labels may be as long as a row by chance."""
+        if self._token_labels.get(key, True):
+            self._token_labels[key] = all(has_token_labels(row, key) for row in sources)
+        return self._token_labels[key]
+
+
+def take_columns(inputs: dict[str, Any], num_rows: int) -> Mapping[str, list[Any]]:
+    """Remove the columns from a batch.
+
+    Raises:
+        ValueError: If they do not fit its rows.
+    """
+    columns: Mapping[str, list[Any]] = inputs.pop(COLUMNS, {})
+    for name, values in columns.items():
+        if len(values) != num_rows:
+            raise ValueError(
+                f"The column {name!r} has {len(values)} values for a batch of {num_rows} rows: the "
+                "batch was split or merged after it was collated (dispatch_batches, packing). Set "
+                "accelerator_config={'dispatch_batches': False}, and turn packing off."
+            )
+    return columns
+
+
+def dataset_name(stream: str) -> str:
+    """What a stream's dataset is called in messages."""
+    return "target_dataset" if stream == TARGET else f"dataset of the stream {stream!r}"
+
+
+def missing_columns_message(
+    missing: Sequence[str], found: Sequence[str], stream: str = TARGET
+) -> str:
+    """What to say of a stream that lacks columns of the training rows."""
+    return (
+        f"The {dataset_name(stream)} lacks the column(s) {', '.join(map(repr, missing))} that the "
+        f"train_dataset gives the model; it has {', '.join(map(repr, found))}. Prepare (tokenise) "
+        "the target as the source was, for example "
+        "`target.map(same_function, remove_columns=...)`; labels may be left out, and are named by "
+        "TrainingArguments(label_names=[...])."
+    )
+
+
+def _name(collator: Any) -> str:
+    """What the user calls a collator that others wrap."""
+    own = getattr(collator, "__dict__", {})
+    inner = own.get("collator", own.get("data_collator"))
+    if inner is not None:
+        return _name(inner)
+    return str(getattr(collator, "__name__", type(collator).__name__))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _without_domain(row: Any) -> Any:
+    if isinstance(row, Mapping) and DOMAIN in row:
+        return {key: value for key, value in row.items() if key != DOMAIN}
+    return row
+
+
+def _value(row: Any, name: str) -> Any:
+    return row.get(name) if isinstance(row, Mapping) else None
+
+
+def _without(row: Any, columns: Collection[str]) -> Any:
+    if isinstance(row, Mapping) and any(name in row for name in columns):
+        return {key: value for key, value in row.items() if key not in columns}
+    return row
+
+
+def _unchanged(value: Any) -> Any:
+    return value

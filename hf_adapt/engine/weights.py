@@ -1,0 +1,60 @@
+"""Averaged weights, swapped in for evaluation and for the final model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from hf_adapt.engine.mixins import WeightAverage
+
+
+class SwappedWeights:
+    """Gives a model the weights of a [`WeightAverage`] for a while, or for good.
+
+    Args:
+        model: The unwrapped model.
+        average: The adaptation that keeps them, or None.
+    """
+
+    def __init__(self, model: nn.Module, average: WeightAverage | None) -> None:
+        self.model = model
+        self.average = average
+        self._is_swapped = False
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model has the averaged weights while the context is open, then its own again."""
+        if self.average is None or self._is_swapped:
+            yield
+            return
+        weights = self.average.averaged_weights()
+        own = {name: value.clone() for name, value in self._tensors(weights).items()}
+        self._write(weights)
+        self._is_swapped = True
+        try:
+            yield
+        finally:
+            self._write(own)
+            self._is_swapped = False
+
+    def replace_final(self) -> None:
+        """Give the model the averaged weights for good, if that was asked for."""
+        if self.average is not None and self.average.replaces_final:
+            self._write(self.average.averaged_weights())
+
+    def _tensors(self, names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        if unknown := sorted(set(names) - set(own)):
+            raise ValueError(
+                f"{self.average.name if self.average else 'The average'} has weights that the "
+                f"model does not: {', '.join(unknown[:5])}."
+            )
+        return {name: own[name] for name in names}
+
+    def _write(self, weights: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self._tensors(weights).items():
+                value.copy_(weights[name])
