@@ -33,6 +33,7 @@ from hf_adapt import (
     SelfTeacher,
 )
 from hf_adapt.engine.batch import Rows
+from hf_adapt.engine.streams import Stream
 from hf_adapt.knowledge import (
     DescriptionAlignment,
     EntityPrediction,
@@ -65,8 +66,7 @@ def domains(*objectives: type[Objective], **settings: Any) -> Make:
         bert(),
         AdaptationCallback(
             *(objective() for objective in objectives),
-            target_dataset=rows(40, 2, labels=None),
-            **settings,
+            target_dataset=Stream(rows(40, 2, labels=None), **settings),
         ),
     )
 
@@ -97,7 +97,7 @@ CASES: dict[str, Make] = {
     "mmd": domains(MMD),
     "dann": domains(DANN),
     "information maximization": domains(InformationMaximization),
-    "several, separate": domains(MMD, DANN, Centres, target_forward="separate"),
+    "several, separate": domains(MMD, DANN, Centres, forward="separate"),
     "teacher": distilled(),
     "several teachers": distilled(SelfTeacher),
     "features": distilled(featured=True),

@@ -7,8 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
-from hf_adapt.engine.mixins import LearningRateControl
+from hf_adapt.engine.mixins import (
+    BatchTransform,
+    EvaluationObserver,
+    FusedObjective,
+    GradientTransform,
+    LearningRateControl,
+    LossCombiner,
+    WeightAverage,
+)
 from hf_adapt.engine.streams import TARGET, Stream
+
+MIXINS = (
+    BatchTransform,
+    EvaluationObserver,
+    FusedObjective,
+    GradientTransform,
+    LearningRateControl,
+    LossCombiner,
+    WeightAverage,
+)
 
 
 @dataclass(eq=False)
@@ -48,6 +66,7 @@ class Plan:
         for adaptation in adaptations:
             if not isinstance(adaptation, Adaptation):
                 raise TypeError(_not_an_adaptation(adaptation))
+            _check_mixins(adaptation)
         found = {
             name: Stream.of(given, f"streams[{name!r}]") for name, given in (streams or {}).items()
         }
@@ -63,6 +82,18 @@ class Plan:
                 "AdaptationCallback(MMD(), target_dataset=target)."
             )
         return cls(tuple(adaptations), found, origin)
+
+
+def _check_mixins(adaptation: Adaptation) -> None:
+    """Refuse hooks that would never be called, because their mixin is missing."""
+    for mixin in MIXINS:
+        hooks = [name for name in vars(mixin) if not hasattr(Objective, name)]
+        unused = [name for name in hooks if hasattr(adaptation, name)]
+        if unused and not isinstance(adaptation, mixin):
+            raise TypeError(
+                f"{type(adaptation).__name__} has {', '.join(unused)}, which is used only in a "
+                f"{mixin.__name__}: derive the class from hf_adapt.engine.mixins.{mixin.__name__}."
+            )
 
 
 def _not_an_adaptation(given: Any) -> str:

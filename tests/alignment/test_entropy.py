@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_adapt import InformationMaximization, adapt
 from hf_adapt.alignment import prediction_diversity, prediction_entropy
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments
@@ -170,7 +171,7 @@ def test_a_problem_that_only_the_labels_tell_is_refused_in_every_run(tmp_path):
     trainer = Trainer(
         model=bert(), args=arguments(tmp_path), train_dataset=data(1), data_collator=vectors
     )
-    adapt(trainer, InformationMaximization(), target_dataset=data(2), target_forward="separate")
+    adapt(trainer, InformationMaximization(), target_dataset=Stream(data(2), forward="separate"))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"exclusive classes.*'multi_label_classification'"):
             trainer.train()

@@ -28,6 +28,7 @@ from hf_adapt import (
     SelfTeacher,
 )
 from hf_adapt.distillation.fingerprints import item_keys
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.distillation import make, tokenizer
 from tests.helpers.heads import CASES
@@ -460,7 +461,7 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, caplog: pytest.LogCaptureFix
         lm(teacher=[llama(1), llama(2)]).train()
     assert "computes whole logits: the teacher is not one model" in caplog.text
     with pytest.raises(ValueError, match=r"go through the model apart"):
-        lm(chunked=True, target_dataset=rows(8, 2, "lm"), target_forward="separate").train()
+        lm(chunked=True, target_dataset=Stream(rows(8, 2, "lm"), forward="separate")).train()
     with pytest.raises(ValueError, match="distillation and second cannot share"):
         lm(chunked=True, objectives=[Distillation(llama(2), name="second")]).train()
     with pytest.raises(ValueError, match="leaves nothing to learn"):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt import Adaptation, Objective, adapt
+from hf_adapt.engine.mixins import LearningRateControl
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, same_bits, weights
@@ -79,7 +80,7 @@ def test_an_adaptation_without_a_term_does_not_change_the_model(tmp_path: Path) 
     assert same_bits(weights(stock.model), weights(ours.model))
 
 
-class Scheduling(Adaptation):
+class Scheduling(LearningRateControl):
     """The hooks of a schedule over the model's parts."""
 
     freezes = True
@@ -97,14 +98,14 @@ class Scheduling(Adaptation):
     def before_step(self, step: int) -> None:
         self.events.append(step)
 
-    def rate_factors(self, step: int) -> dict[nn.Parameter, float]:
+    def lr_multipliers(self, step: int) -> dict[nn.Parameter, float]:
         return {self.head: 0.0 if step < 2 else 0.5} if self.half else {}
 
     def on_evaluate(self, metrics: Any, step: int) -> None:
         self.events.append(("evaluated", step, "eval_loss" in metrics))
 
-    def log_values(self) -> dict[str, float]:
-        return {"scheduling/head": float(self.head.detach().abs().sum())}
+    def on_log(self, logs: dict[str, float], progress: float) -> None:
+        logs["scheduling/head"] = float(self.head.detach().abs().sum())
 
     def close(self) -> None:
         self.events.append("close")
@@ -130,7 +131,7 @@ def test_a_factor_is_a_learning_rate(tmp_path: Path) -> None:
         trainer.args.max_steps = 4
         before = weights(trainer.model)
         scheduling = Scheduling(half)
-        scheduling.rate_factors = lambda step, s=scheduling, h=half: {s.head: 0.5} if h else {}
+        scheduling.lr_multipliers = lambda step, s=scheduling, h=half: {s.head: 0.5} if h else {}
 
         class Once(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_adapt import MMD, Objective, adapt
 from hf_adapt.engine.collating import COLUMNS, AdaptationCollator, take_columns
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import (
@@ -62,7 +63,7 @@ def test_columns_come_with_their_rows(target: Any, as_dataset: bool, tmp_path: P
         eval_dataset=rows(4, 3),
         data_collator=collate,
     )
-    given = dict(target_dataset=with_words(5, 2, None), target_forward=target) if target else {}
+    given = dict(target_dataset=Stream(with_words(5, 2, None), forward=target)) if target else {}
     adapt(trainer, reader, **given)
     trainer.train()
     signatures = list(trainer._signature_columns or [])
@@ -174,6 +175,6 @@ def test_nothing_is_left_on_a_trainer_whose_run_failed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="on purpose"):
         trainer.train()
     assert trainer.data_collator is collate
-    assert trainer._adaptation_columns == ()
+    assert trainer._adaptation_active == ()
     assert same_bits(before, weights(trainer.model))
     assert MMD.uses_logits is False

@@ -15,6 +15,7 @@ from transformers import (
 from hf_adapt import (
     AdaptationCallback,
 )
+from hf_adapt.engine.streams import Stream
 from tests.helpers.adaptation import (
     SOURCE,
     TARGET,
@@ -24,7 +25,7 @@ from tests.helpers.adaptation import (
     losses,
     terms,
 )
-from tests.helpers.data import MapStyle, Stream, collate, rows
+from tests.helpers.data import MapStyle, RowStream, collate, rows
 from tests.helpers.libraries import BATCH
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments
@@ -39,9 +40,9 @@ TARGETS: dict[str, tuple[Any, Any, int]] = {
     "several": (SOURCE, [TARGET, OTHER], 3),
     "named": (SOURCE, {"mail": TARGET, "news": OTHER}, 3),
     "hf-streams": (SOURCE.to_iterable_dataset(), TARGET.to_iterable_dataset(), 2),
-    "torch-streams": (Stream(SOURCE), Stream(TARGET), 2),
+    "torch-streams": (RowStream(SOURCE), RowStream(TARGET), 2),
     "stream-and-map": (SOURCE.to_iterable_dataset(), TARGET, 2),
-    "streams": (Stream(SOURCE), [Stream(TARGET), Stream(OTHER)], 3),
+    "streams": (RowStream(SOURCE), [RowStream(TARGET), RowStream(OTHER)], 3),
 }
 
 
@@ -104,7 +105,9 @@ def test_a_domain_column_splits_the_training_set(
         ),
         train_dataset=with_domain(*values),
         data_collator=collator,
-        callbacks=[AdaptationCallback(*objectives, source_domain=source_domain)],
+        callbacks=[
+            AdaptationCallback(*objectives, target_dataset=Stream(source_domain=source_domain))
+        ],
     )
     trainer.train()
     assert trainer.state.global_step == 3, "an epoch is one pass over the 12 source rows"

@@ -22,8 +22,9 @@ from hf_adapt import (
     GradualUnfreezing,
     adapt,
 )
+from hf_adapt.engine.streams import Stream
 from tests.helpers import toy
-from tests.helpers.data import MapStyle, Stream, collate, rows
+from tests.helpers.data import MapStyle, RowStream, collate, rows
 from tests.helpers.models import bert, llama
 from tests.helpers.trainers import arguments
 
@@ -33,7 +34,7 @@ KINDS: dict[str, Any] = {
     "torch": MapStyle,
     "stream": lambda data: data.to_iterable_dataset(),
     "mapped stream": lambda data: data.to_iterable_dataset().map(dict),  # of unknown columns
-    "torch stream": Stream,
+    "torch stream": RowStream,
 }
 
 
@@ -211,7 +212,7 @@ def test_target_rows_of_another_tokenizer_are_not_blamed_on_labels(
 ) -> None:
     target = rows(9, 2, labels=None, low=70, high=90)  # beyond the model's vocabulary
     with pytest.raises(IndexError) as error:
-        trained(SOURCE, target, tmp_path, target_forward=forward)
+        trained(SOURCE, Stream(target, forward=forward), tmp_path)
     assert "rows of the target_dataset" in "".join(error.value.__notes__)
 
 
@@ -237,7 +238,7 @@ def test_a_target_that_can_have_no_effect_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would have no effect"):
         AdaptationCallback(GradualUnfreezing(), target_dataset=TARGET)
     trainer = Trainer(bert(), arguments(tmp_path), train_dataset=SOURCE, data_collator=collate)
-    adapt(trainer, MMD(), target_dataset=TARGET, target_ratio=0.05)
+    adapt(trainer, MMD(), target_dataset=Stream(TARGET, ratio=0.05))
     with pytest.raises(ValueError, match="not even one target row"):
         trainer.train()
 

@@ -29,10 +29,12 @@ from hf_adapt.engine.pairing import (
     PairedDataset,
     PairedIterableDataset,
     PairedRow,
+    StreamRows,
     is_map_style,
     pair,
     stream_order,
 )
+from hf_adapt.engine.streams import TARGET, TRAINING, StreamTable
 from tests.helpers.tokenizers import word_tokenizer
 
 SENTINEL = 77
@@ -110,7 +112,7 @@ def target_rows(number, start=1000):
 def targets_of(dataset, order=None):
     """The target rows that each source row brings, as (domain, x)."""
     order = range(len(dataset)) if order is None else order
-    return {i: [(domain, row["x"]) for domain, row in dataset[i].targets] for i in order}
+    return {i: [(domain, row["x"]) for domain, row in dataset[i].companions] for i in order}
 
 
 def drawn(dataset):
@@ -128,7 +130,7 @@ def drawn(dataset):
     ],
 )
 def test_ratio_is_the_number_of_target_rows_per_source_row(ratio, per_row):
-    dataset = PairedDataset(source_rows(10), [target_rows(10)], ratio, seed=0)
+    dataset = PairedDataset(source_rows(10), [StreamRows([target_rows(10)], ratio)], seed=0)
     assert len(dataset) == 10
     assert [dataset[i].source for i in range(10)] == source_rows(10)
     counts = [len(pairs) for pairs in targets_of(dataset).values()]
@@ -139,7 +141,9 @@ def test_ratio_is_the_number_of_target_rows_per_source_row(ratio, per_row):
 def test_every_target_row_is_used_equally_often_over_the_epochs(ratio):
     """A short target comes round many times in an epoch, a long one is gone through in several."""
     for sources, targets, epochs in ((300, 3, 1), (3, 300, 100), (10, 7, 7)):
-        dataset = PairedDataset(source_rows(sources), [target_rows(targets)], ratio, seed=0)
+        dataset = PairedDataset(
+            source_rows(sources), [StreamRows([target_rows(targets)], ratio)], seed=0
+        )
         counts = Counter()
         for epoch in range(epochs):
             dataset.set_epoch(epoch)
@@ -151,7 +155,7 @@ def test_every_target_row_is_used_equally_often_over_the_epochs(ratio):
 
 def test_epoch_changes_the_draw_and_the_same_epoch_repeats_it():
     def make():
-        return PairedDataset(source_rows(20), [target_rows(20)], 1, seed=0)
+        return PairedDataset(source_rows(20), [StreamRows([target_rows(20)], 1)], seed=0)
 
     dataset = make()
     first = targets_of(dataset)
@@ -163,12 +167,19 @@ def test_epoch_changes_the_draw_and_the_same_epoch_repeats_it():
     resumed = make()
     resumed.set_epoch(1)
     assert targets_of(resumed) == second
-    assert targets_of(PairedDataset(source_rows(20), [target_rows(20)], 1, seed=1)) != first
+    assert (
+        targets_of(PairedDataset(source_rows(20), [StreamRows([target_rows(20)], 1)], seed=1))
+        != first
+    )
 
 
 def test_order_of_access_is_irrelevant():
-    first = PairedDataset(source_rows(12), [target_rows(5), target_rows(9, 2000)], 1.5, seed=3)
-    second = PairedDataset(source_rows(12), [target_rows(5), target_rows(9, 2000)], 1.5, seed=3)
+    first = PairedDataset(
+        source_rows(12), [StreamRows([target_rows(5), target_rows(9, 2000)], 1.5)], seed=3
+    )
+    second = PairedDataset(
+        source_rows(12), [StreamRows([target_rows(5), target_rows(9, 2000)], 1.5)], seed=3
+    )
     assert targets_of(first) == targets_of(second, [7, 0, 11, 7, *reversed(range(12))])
 
 
@@ -185,7 +196,7 @@ class Counting(list):
 @pytest.mark.parametrize("ratio", [1, 2, 0.5])
 def test_batched_access_is_access_row_by_row_in_one_read(ratio):
     source, targets = Counting(source_rows(9)), [Counting(target_rows(4)), Counting(target_rows(5))]
-    dataset = PairedDataset(source, targets, ratio, seed=0)
+    dataset = PairedDataset(source, [StreamRows(targets, ratio)], seed=0)
     indices = [8, 3, 3, 0, 5]
     batch = dataset.__getitems__(indices)
     assert source.reads == 1 and all(target.reads <= 1 for target in targets)
@@ -194,7 +205,9 @@ def test_batched_access_is_access_row_by_row_in_one_read(ratio):
 
 
 def test_several_targets_take_turns_and_are_numbered_from_1():
-    dataset = PairedDataset(source_rows(6), [target_rows(3), target_rows(3, 2000)], 1, seed=0)
+    dataset = PairedDataset(
+        source_rows(6), [StreamRows([target_rows(3), target_rows(3, 2000)], 1)], seed=0
+    )
     pairs = drawn(dataset)
     assert [domain for domain, _ in pairs] == [1, 2, 1, 2, 1, 2]
     assert {x for domain, x in pairs if domain == 1} == {1000, 1001, 1002}
@@ -204,14 +217,16 @@ def test_several_targets_take_turns_and_are_numbered_from_1():
 @pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
 def test_persistent_workers_hear_of_the_epoch(kind):
     """Workers hold copies of the dataset: a plain attribute would repeat epoch 1 for ever."""
-    dataset = pair(kind(source_rows(12)), [kind(target_rows(12))], 1, seed=0)
+    dataset = pair(kind(source_rows(12)), [StreamRows([kind(target_rows(12))], 1)], seed=0)
     loader = DataLoader(
         dataset, batch_size=3, num_workers=2, persistent_workers=True, collate_fn=list
     )
 
     def epoch(number):
         dataset.set_epoch(number)
-        return {row.source["x"]: [(d, t["x"]) for d, t in row.targets] for b in loader for row in b}
+        return {
+            row.source["x"]: [(d, t["x"]) for d, t in row.companions] for b in loader for row in b
+        }
 
     first, second = epoch(0), epoch(1)
     assert first != second
@@ -220,7 +235,7 @@ def test_persistent_workers_hear_of_the_epoch(kind):
 
 
 def targets_of_epoch(number):
-    dataset = PairedDataset(source_rows(12), [target_rows(12)], 1, seed=0)
+    dataset = PairedDataset(source_rows(12), [StreamRows([target_rows(12)], 1)], seed=0)
     dataset.set_epoch(number)
     return targets_of(dataset)
 
@@ -229,7 +244,7 @@ def test_attributes_are_the_sources():
     """An author's own loader may ask the dataset for its labels or lengths."""
     source = Counting(source_rows(3))
     source.lengths = [3, 1, 2]
-    dataset = PairedDataset(source, [target_rows(3)], 1, seed=0)
+    dataset = PairedDataset(source, [StreamRows([target_rows(3)], 1)], seed=0)
     assert dataset.lengths == [3, 1, 2]
     with pytest.raises(AttributeError):
         dataset.weights  # noqa: B018
@@ -241,13 +256,13 @@ def test_attributes_are_the_sources():
 def hf_pair(number=8, ratio=1.5, **columns):
     rows = [{**row, **columns} for row in source_rows(number)]
     targets = [datasets.Dataset.from_list(target_rows(5)), target_rows(4, 2000)]
-    return pair(datasets.Dataset.from_list(rows), targets, ratio, seed=0)
+    return pair(datasets.Dataset.from_list(rows), [StreamRows(targets, ratio)], seed=0)
 
 
 def pairs_of(dataset, indices):
     rows = dataset.__getitems__(indices)
     assert all(isinstance(row, PairedRow) for row in rows)
-    return [(row.source["x"], [(d, t["x"]) for d, t in row.targets]) for row in rows]
+    return [(row.source["x"], [(d, t["x"]) for d, t in row.companions]) for row in rows]
 
 
 def test_a_datasets_dataset_stays_one_and_reads_as_the_source():
@@ -260,7 +275,7 @@ def test_a_datasets_dataset_stays_one_and_reads_as_the_source():
 def test_a_datasets_dataset_is_paired_as_a_list_is():
     dataset = hf_pair()
     targets = [target_rows(5), target_rows(4, 2000)]
-    plain = PairedDataset(source_rows(8), targets, 1.5, seed=0)
+    plain = PairedDataset(source_rows(8), [StreamRows(targets, 1.5)], seed=0)
     for epoch in range(2):
         for one in (dataset, plain):
             one.set_epoch(epoch)
@@ -284,7 +299,7 @@ def test_a_copy_without_a_column_keeps_the_pairs_and_hears_of_the_epoch():
 # ---- PairedIterableDataset ----
 
 
-class Stream(IterableDataset):
+class RowStream(IterableDataset):
     """A stream of rows, each time from the start, that remembers its epochs."""
 
     def __init__(self, rows):
@@ -298,18 +313,20 @@ class Stream(IterableDataset):
 
 
 def zipped(dataset):
-    return [(row.source["x"], [(d, t["x"]) for d, t in row.targets]) for row in dataset]
+    return [(row.source["x"], [(d, t["x"]) for d, t in row.companions]) for row in dataset]
 
 
 def test_streams_are_zipped_and_a_short_target_starts_again():
-    dataset = PairedIterableDataset(Stream(source_rows(5)), [Stream(target_rows(2))], 1, seed=0)
+    dataset = PairedIterableDataset(
+        RowStream(source_rows(5)), [StreamRows([RowStream(target_rows(2))], 1)], seed=0
+    )
     expected = [(i, [(1, 1000 + i % 2)]) for i in range(5)]
     assert zipped(dataset) == expected == zipped(dataset)
 
 
 def test_restarted_stream_is_shuffled_anew():
-    source, target = Stream(source_rows(5)), Stream(target_rows(2))
-    dataset = PairedIterableDataset(source, [target], 1, seed=0)
+    source, target = RowStream(source_rows(5)), RowStream(target_rows(2))
+    dataset = PairedIterableDataset(source, [StreamRows([target], 1)], seed=0)
     for epoch in range(2):
         dataset.set_epoch(epoch)
         zipped(dataset)
@@ -320,7 +337,7 @@ def test_restarted_stream_is_shuffled_anew():
 def test_streams_with_a_fractional_ratio():
     def pairs(ratio):
         dataset = PairedIterableDataset(
-            Stream(source_rows(6)), [Stream(target_rows(9))], ratio, seed=0
+            RowStream(source_rows(6)), [StreamRows([RowStream(target_rows(9))], ratio)], seed=0
         )
         return [[x - 1000 for _, x in targets] for _, targets in zipped(dataset)]
 
@@ -330,15 +347,17 @@ def test_streams_with_a_fractional_ratio():
 
 @pytest.mark.parametrize("ratio", [0.5, 1, 2])
 def test_several_target_streams_take_turns(ratio):
-    targets = [Stream(target_rows(9)), Stream(target_rows(9, 2000))]
-    dataset = PairedIterableDataset(Stream(source_rows(8)), targets, ratio, seed=0)
+    targets = [RowStream(target_rows(9)), RowStream(target_rows(9, 2000))]
+    dataset = PairedIterableDataset(RowStream(source_rows(8)), [StreamRows(targets, ratio)], seed=0)
     pairs = [pair for _, pairs in zipped(dataset) for pair in pairs]
     assert pairs == [(1 + i % 2, 1000 * (1 + i % 2) + i // 2) for i in range(int(8 * ratio))]
 
 
 def test_map_style_target_of_a_stream_is_permuted():
     def draw(epoch, seed=0):
-        dataset = PairedIterableDataset(Stream(source_rows(20)), [target_rows(10)], 1, seed)
+        dataset = PairedIterableDataset(
+            RowStream(source_rows(20)), [StreamRows([target_rows(10)], 1)], seed
+        )
         dataset.set_epoch(epoch)
         return [pairs[0][1] for _, pairs in zipped(dataset)]
 
@@ -351,7 +370,9 @@ def test_map_style_target_of_a_stream_is_permuted():
 @pytest.mark.timeout(20)  # starting an empty stream again would never end
 @pytest.mark.parametrize("source", [3, 0])
 def test_empty_target_stream_is_refused(source):
-    dataset = PairedIterableDataset(Stream(source_rows(source)), [Stream([])], 1, seed=0)
+    dataset = PairedIterableDataset(
+        RowStream(source_rows(source)), [StreamRows([RowStream([])], 1)], seed=0
+    )
     if source == 0:
         assert list(dataset) == []
     else:
@@ -360,24 +381,24 @@ def test_empty_target_stream_is_refused(source):
 
 
 def test_length_of_a_stream_is_its_sources():
-    assert len(PairedIterableDataset(source_rows(4), [], 1, seed=0)) == 4
+    assert len(PairedIterableDataset(source_rows(4), [], seed=0)) == 4
     with pytest.raises(TypeError):
-        len(PairedIterableDataset(Stream([]), [], 1, seed=0))
+        len(PairedIterableDataset(RowStream([]), [], seed=0))
 
 
 # ---- pair ----
 
 
 def test_pair_is_map_style_or_streaming_as_the_source_is():
-    assert is_map_style(source_rows(2)) and not is_map_style(Stream([]))
-    assert type(pair(source_rows(2), [target_rows(2)], 1, 0)) is PairedDataset
-    for target in (target_rows(2), Stream(target_rows(2))):
-        assert isinstance(pair(Stream([]), [target], 1, 0), PairedIterableDataset)
+    assert is_map_style(source_rows(2)) and not is_map_style(RowStream([]))
+    assert type(pair(source_rows(2), [StreamRows([target_rows(2)], 1)], 0)) is PairedDataset
+    for target in (target_rows(2), RowStream(target_rows(2))):
+        assert isinstance(pair(RowStream([]), [StreamRows([target], 1)], 0), PairedIterableDataset)
 
 
 def test_pair_refuses_a_streaming_target_of_a_map_style_source():
     with pytest.raises(ValueError, match=r"map-style.*to_iterable_dataset\(\)"):
-        pair(source_rows(2), [target_rows(2), Stream(target_rows(2))], 1, 0)
+        pair(source_rows(2), [StreamRows([target_rows(2), RowStream(target_rows(2))], 1)], 0)
 
 
 # ---- AdaptationCollator ----
@@ -404,8 +425,19 @@ def values_in(batch):
     return found
 
 
-def collate(rows, collator=default_data_collator, names=("labels",), **options):
-    return AdaptationCollator(collator, names, **options)(rows)
+def collate(
+    rows, collator=default_data_collator, names=("labels",), separate=False, keeps_labels=False
+):
+    highest = max(
+        (domain for row in rows for domain, _ in getattr(row, "companions", [])), default=0
+    )
+    target = frozenset({TARGET})
+    table = StreamTable(
+        (TRAINING, *[TARGET] * highest),
+        separate=target if separate or keeps_labels else frozenset(),
+        labelled=target if keeps_labels else frozenset(),
+    )
+    return AdaptationCollator(collator, table=table, label_names=names)(rows)
 
 
 def test_joint_layout_has_source_rows_first_and_the_domain_column():
@@ -424,7 +456,7 @@ def test_separate_layout_has_a_batch_of_target_rows():
     rows = [PairedRow({"x": 1}, [(1, {"x": 10}), (2, {"x": 20})]), PairedRow({"x": 2}, [])]
     batch = collate(rows, separate=True)
     assert batch["x"].tolist() == [1, 2] and batch[DOMAIN].tolist() == [0, 0]
-    target = batch[STREAM_BATCHES]
+    target = batch[STREAM_BATCHES]["target"]
     assert target["x"].tolist() == [10, 20] and target[DOMAIN].tolist() == [1, 2]
     assert STREAM_BATCHES not in collate([PairedRow({"x": 1}, [])], separate=True)
 
@@ -467,7 +499,7 @@ def test_labels_of_target_rows_are_hidden(form, labelled, separate):
     rows = [PairedRow(tokens(4, labels=label), [(1, dict(target))]) for _ in range(2)]
     batch = collate(rows, separate=separate)
     labels = batch["labels"][:2]
-    there = batch[STREAM_BATCHES]["labels"] if separate else batch["labels"][2:]
+    there = batch[STREAM_BATCHES]["target"]["labels"] if separate else batch["labels"][2:]
     assert there.tolist() == [hidden] * 2
     assert labels.dtype == there.dtype and labels.tolist() == [torch.as_tensor(label).tolist()] * 2
     assert SENTINEL not in values_in(batch)
@@ -499,7 +531,11 @@ def test_token_labels_have_the_target_rows_length(tokenizer, labelled, separate,
     batch = collate(rows, DataCollatorForTokenClassification(tokenizer), separate=separate)
     assert SENTINEL not in values_in(batch)
     assert [row[:3] for row in batch["labels"][:2].tolist()] == [[1, 0, 2], [1, 1, -100]]
-    there = batch[STREAM_BATCHES] if separate else {key: value[2:] for key, value in batch.items()}
+    there = (
+        batch[STREAM_BATCHES]["target"]
+        if separate
+        else {key: value[2:] for key, value in batch.items()}
+    )
     assert there["labels"].tolist() == [[-100] * there["input_ids"].shape[1]] * 2
 
 
@@ -525,7 +561,7 @@ def test_labels_that_a_collator_makes_of_the_tokens_are_hidden(tokenizer, separa
     rows = [PairedRow(tokens(4), [(1, tokens(4, 100))]) for _ in range(2)]
     batch = collate(rows, DataCollatorForLanguageModeling(tokenizer, mlm=False), separate=separate)
     assert batch["labels"][:2].tolist() == [[2, 3, 4, 5]] * 2
-    there = batch[STREAM_BATCHES] if separate else {k: v[2:] for k, v in batch.items()}
+    there = batch[STREAM_BATCHES]["target"] if separate else {k: v[2:] for k, v in batch.items()}
     assert there["labels"].tolist() == [[-100] * 4] * 2
     assert there["input_ids"].tolist() == [[100, 101, 102, 103]] * 2
 
@@ -539,21 +575,20 @@ def test_rows_that_are_no_mapping_are_hidden_after_the_collator():
     assert batch["x"].tolist() == [1, 2] and batch["labels"].tolist() == [0, -100]
 
 
-@pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
-def test_target_labels_are_kept_where_wanted(separate):
+def test_target_labels_are_kept_where_wanted():
     rows = [
         PairedRow(tokens(2, labels=1), [(1, tokens(2, 50, labels=2)), (2, tokens(2, 60))]),
     ]
-    batch = collate(rows, use_target_labels=True, separate=separate)
-    there = batch[STREAM_BATCHES]["labels"] if separate else batch["labels"][1:]
+    there = collate(rows, keeps_labels=True)[STREAM_BATCHES]["target"]["labels"]
     assert there.tolist() == [2, -100]  # a row without a label is still hidden
 
 
 def test_target_labels_that_a_collator_makes_are_kept_where_wanted(tokenizer):
     rows = [PairedRow(tokens(2), [(1, tokens(2, 100))])]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    batch = collate(rows, collator, use_target_labels=True)
-    assert batch["labels"].tolist() == [[2, 3], [100, 101]]
+    batch = collate(rows, collator, keeps_labels=True)
+    assert batch["labels"].tolist() == [[2, 3]]
+    assert batch[STREAM_BATCHES]["target"]["labels"].tolist() == [[100, 101]]
 
 
 def test_rows_without_their_target_rows_are_refused():

@@ -27,6 +27,7 @@ from hf_adapt import (
     adapt,
 )
 from hf_adapt.alignment import dann_loss
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.models import FIVE, bert
 from tests.helpers.trainers import arguments, same_bits, weights
@@ -191,7 +192,7 @@ def test_the_first_batch_s_probe_leaves_buffers_as_they_were(forward: Any, tmp_p
     model.counting = Counting()
     model.register_forward_hook(lambda model, args, output: model.counting())
     trainer = Trainer(model, **settings(tmp_path))
-    adapt(trainer, DANN(), target_dataset=target(), target_forward=forward).train()
+    adapt(trainer, DANN(), target_dataset=Stream(target(), forward=forward)).train()
     forwards = 12 if forward == "joint" else 24  # one or two for each of 6 x 2 micro-batches
     assert float(model.counting.forwards) == float(model.counting.replaced) == forwards
 
@@ -259,7 +260,7 @@ def test_the_authors_setup_is_not_changed(tmp_path: Path) -> None:
             bert(), args, train_dataset=source, data_collator=collator, callbacks=[seen]
         )
         if adapted:
-            adapt(trainer, MMD(), target_dataset=rows(500, 2, None), target_ratio=2)
+            adapt(trainer, MMD(), target_dataset=Stream(rows(500, 2, None), ratio=2))
         trainer.train()
         assert trainer.train_dataset is source and trainer.data_collator is collator
         known = {tuple(row["input_ids"]) for row in source}

@@ -10,6 +10,7 @@ from transformers import BertForQuestionAnswering, Trainer
 
 from hf_adapt import MMD, AdaptationCallback, InformationMaximization, adapt
 from hf_adapt.engine.labels import IGNORED, has_token_labels, label_of
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments
@@ -57,7 +58,7 @@ def test_a_collator_that_looks_labels_up(
     target = named(TARGET) if labelled == "target has its own" else TARGET.to_list()
     trainer.add_callback(
         AdaptationCallback(
-            MMD(), InformationMaximization(), target_dataset=target, target_forward=forward
+            MMD(), InformationMaximization(), target_dataset=Stream(target, forward=forward)
         )
     )
     trainer.train()
@@ -109,14 +110,14 @@ def own_loss(read: Any) -> type[Trainer]:
 def adapted(
     folder: Path, cls: type[Trainer], collator: Any, source: Any, target: Any, **settings: Any
 ) -> Trainer:
-    forward = settings.pop("target_forward", "joint")
+    forward = settings.pop("forward", "joint")
     model = settings.pop("model", None)
     return cls(
         bert() if model is None else model,
         arguments(folder, remove_unused_columns=False, **settings),
         train_dataset=source,
         data_collator=collator,
-        callbacks=[AdaptationCallback(MMD(), target_dataset=target, target_forward=forward)],
+        callbacks=[AdaptationCallback(MMD(), target_dataset=Stream(target, forward=forward))],
     )
 
 
@@ -137,7 +138,7 @@ def test_labels_under_another_name_are_not_trained_on(zero_head: bool, tmp_path:
         adapted(tmp_path, cls, under_y, source, target, model=model).train()
     trainer = adapted(tmp_path, cls, under_y, source, target, label_names=["y"])
     trainer.train()  # as advised
-    separate = adapted(tmp_path, cls, under_y, source, target, target_forward="separate")
+    separate = adapted(tmp_path, cls, under_y, source, target, forward="separate")
     separate.train()
     assert trainer.state.log_history[0]["loss/task"] == pytest.approx(
         separate.state.log_history[0]["loss/task"], rel=1e-4
@@ -182,9 +183,9 @@ def test_a_list_of_labels_cannot_be_hidden(tmp_path: Path) -> None:
         return {**batch, "labels": [{"boxes": row["labels"]} for row in features]}
 
     cls = own_loss(lambda inputs: torch.tensor([x["boxes"] for x in inputs.pop("labels")]))
-    with pytest.raises(ValueError, match=r"list of 'labels'.*target_forward='separate'"):
+    with pytest.raises(ValueError, match=r"list of 'labels'.*forward='separate'"):
         adapted(tmp_path, cls, listed, SOURCE, TARGET).train()
-    adapted(tmp_path, cls, listed, SOURCE, TARGET, target_forward="separate").train()
+    adapted(tmp_path, cls, listed, SOURCE, TARGET, forward="separate").train()
 
 
 def test_a_collator_that_changes_rows_before_it_fails(tmp_path: Path) -> None:
@@ -241,17 +242,15 @@ def test_a_vector_of_labels_as_long_as_a_row_is_not_one_for_each_token(
         return {**batch, "labels": torch.stack(labels).float()}
 
     model = bert(num_labels=4, problem_type="multi_label_classification")
-    adapted(
-        tmp_path, Trainer, stacked, source, TARGET, model=model, target_forward="separate"
-    ).train()
+    adapted(tmp_path, Trainer, stacked, source, TARGET, model=model, forward="separate").train()
     assert all(width == {4} for width in widths)
 
 
 def test_labels_that_are_to_be_used_must_be_there(tmp_path: Path) -> None:
     target = rows(9, 2).rename_column("labels", "label_of_target")
     trainer = Trainer(bert(), arguments(tmp_path), train_dataset=SOURCE, data_collator=collate)
-    adapt(trainer, MMD(), target_dataset=target, use_target_labels=True)
-    with pytest.raises(ValueError, match=r"use_target_labels=True, but .* none of the label"):
+    adapt(trainer, MMD(), target_dataset=Stream(target, labels="keep"))
+    with pytest.raises(ValueError, match=r"labels='keep', but .* none of the label"):
         trainer.train()
 
 

@@ -15,6 +15,7 @@ from peft import (
 from transformers import Trainer
 
 from hf_adapt import DANN, MMD, AdaptationCallback, Distillation, HiddenStates, Objective
+from hf_adapt.engine.streams import Stream
 from hf_adapt.models.pooling import pool
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert, llama
@@ -75,8 +76,7 @@ def test_features_and_predictions_are_those_of_the_rows_own_tokens(
             watch,
             DANN(pooling=pooling),
             MMD(pooling=pooling),
-            target_dataset=rows(9, 2, None if labels == "row" else labels),
-            target_forward=forward,
+            target_dataset=Stream(rows(9, 2, None if labels == "row" else labels), forward=forward),
         )
     )
     trainer.train()

@@ -48,6 +48,7 @@ from transformers import (
 )
 
 from hf_adapt import DANN, MMD, AdaptationCallback, InformationMaximization
+from hf_adapt.engine.streams import Stream
 from tests.helpers.models import (
     NO_DROPOUT,
     VOCABULARY,
@@ -206,7 +207,7 @@ class Case:
     trainer: type[Trainer] = Trainer
     arguments: type[TrainingArguments] = TrainingArguments
     options: dict[str, Any] = field(default_factory=dict)
-    target_forward: Any = "joint"
+    forward: Any = "joint"
     lora: dict[str, Any] | None = None
 
     def model(self) -> Any:
@@ -279,7 +280,7 @@ CASES = {
     "bart": Case(AutoModelForSeq2SeqLM, bart, **SEQ2SEQ),
     "vit": Case(AUTO_IMAGE, vit, **IMAGE),
     # Batch normalisation couples the rows of a forward: apart, the source's loss is the plain one.
-    "resnet": Case(AUTO_IMAGE, resnet, **IMAGE, target_forward="separate"),
+    "resnet": Case(AUTO_IMAGE, resnet, **IMAGE, forward="separate"),
     "wav2vec2": Case(
         AutoModelForAudioClassification, wav2vec2, audio_rows, lambda: default_data_collator
     ),
@@ -321,7 +322,7 @@ def objectives(case: Case, weight: float = 1.0) -> list[Any]:
 
 def callback(case: Case, terms: list[Any]) -> AdaptationCallback:
     target = Dataset.from_list(case.rows(True))
-    return AdaptationCallback(*terms, target_dataset=target, target_forward=case.target_forward)
+    return AdaptationCallback(*terms, target_dataset=Stream(target, forward=case.forward))
 
 
 def source_loss(model: torch.nn.Module, inputs: dict[str, Any]) -> float:
@@ -369,7 +370,7 @@ def test_trains_logs_evaluates_and_saves(name: str, tmp_path: Any) -> None:
         assert 0 < entry["mmd/gradient_ratio"] < 1
 
     # The task loss is that of the source rows alone, although the target rows went along.
-    joint = case.target_forward == "joint"
+    joint = case.forward == "joint"
     sizes = [next(v for v in r.values() if isinstance(v, torch.Tensor)) for r in recorder.inputs]
     assert [len(v) for v in sizes] == [2 * BATCH if joint else BATCH] * (
         STEPS if joint else 2 * STEPS
@@ -499,7 +500,7 @@ def test_token_classification_aligns_tokens(tmp_path: Any) -> None:
 
 def test_batch_normalisation_trains_jointly_too(tmp_path: Any) -> None:
     case = copy.copy(CASES["resnet"])
-    case.target_forward = "joint"
+    case.forward = "joint"
     trainer = case.make(str(tmp_path), case.model(), [callback(case, objectives(case))])
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss/task"])

@@ -22,6 +22,7 @@ from hf_adapt import (
     DomainAdversarialCallback,
     adapt,
 )
+from hf_adapt.engine.streams import Stream
 from tests.helpers.adaptation import (
     SOURCE,
     TARGET,
@@ -81,9 +82,9 @@ class Teacher(Trainer):
 
 
 @pytest.mark.parametrize("cls", [Weighted, RDrop, Teacher])
-@pytest.mark.parametrize("target_forward", ["joint", "separate"])
+@pytest.mark.parametrize("forward", ["joint", "separate"])
 def test_an_authors_own_loss_sees_what_it_saw(
-    cls: type[Trainer], target_forward: Any, tmp_path: Any
+    cls: type[Trainer], forward: Any, tmp_path: Any
 ) -> None:
     made = []
     for adapted in (False, True):
@@ -96,7 +97,7 @@ def test_an_authors_own_loss_sees_what_it_saw(
         )
         if adapted:
             trainer.add_callback(
-                AdaptationCallback(*terms(), target_dataset=TARGET, target_forward=target_forward)
+                AdaptationCallback(*terms(), target_dataset=Stream(TARGET, forward=forward))
             )
         trainer.train()
         made.append(trainer)
@@ -120,7 +121,7 @@ def test_a_loss_that_couples_rows_sees_the_source_alone_when_separate(tmp_path: 
     trainer = Watched(
         model=model, args=arguments(tmp_path), train_dataset=SOURCE, data_collator=collate
     )
-    adapt(trainer, *terms(), target_dataset=TARGET, target_forward="separate").train()
+    adapt(trainer, *terms(), target_dataset=Stream(TARGET, forward="separate")).train()
     assert set(sizes) == {BATCH}
     assert_adapted(trainer)
 
@@ -223,7 +224,7 @@ def test_an_authors_own_model_class_aligns_tokens_too(tmp_path: Any) -> None:
     assert items[1:] == [int(inputs["attention_mask"].sum()) for inputs in recorder.inputs]
 
 
-# ---- target_forward="separate" ----
+# ---- forward="separate" ----
 
 
 def collate_floats(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -234,10 +235,8 @@ def collate_floats(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-@pytest.mark.parametrize("target_forward", ["joint", "separate"])
-def test_heads_whose_loss_ignores_no_label(
-    problem: str, target_forward: Any, tmp_path: Any
-) -> None:
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_heads_whose_loss_ignores_no_label(problem: str, forward: Any, tmp_path: Any) -> None:
     size = 1 if problem == "regression" else 3
     labels = [[float((i + j) % 2) for j in range(size)] for i in range(len(SOURCE))]
     values = labels if size > 1 else [label[0] for label in labels]
@@ -251,10 +250,10 @@ def test_heads_whose_loss_ignores_no_label(
             data_collator=collate_floats,
         )
         if adapted:
-            plan = {"target_dataset": TARGET, "target_forward": target_forward}
+            plan = {"target_dataset": Stream(TARGET, forward=forward)}
             trainer.add_callback(AdaptationCallback(DANN(ramp=None), MMD(), **plan))
-            if target_forward == "joint":
-                with pytest.raises(ValueError, match="target_forward='separate'"):
+            if forward == "joint":
+                with pytest.raises(ValueError, match="forward='separate'"):
                     trainer.train()
                 return
         trainer.train()
@@ -278,12 +277,12 @@ class FirstGradient(Trainer):
 
 def test_separate_is_joint_where_rows_do_not_couple(tmp_path: Any) -> None:
     gradients, logged = [], []
-    for target_forward in ("joint", "separate"):
+    for forward in ("joint", "separate"):
         trainer = FirstGradient(
             model=bert(), args=arguments(tmp_path), train_dataset=SOURCE, data_collator=collate
         )
         objectives = terms()
-        adapt(trainer, *objectives, target_dataset=TARGET, target_forward=target_forward).train()
+        adapt(trainer, *objectives, target_dataset=Stream(TARGET, forward=forward)).train()
         assert trainer.first is not None
         gradients.append(trainer.first)
         names = ("loss/task", "loss/dann", "loss/mmd", "loss/information_maximization")

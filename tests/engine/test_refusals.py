@@ -18,6 +18,7 @@ from hf_adapt import (
     Objective,
     adapt,
 )
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, same_bits, weights
@@ -104,7 +105,7 @@ def test_heads_that_take_minus_100_for_a_label(problem: str, tmp_path: Path) -> 
     trainer = trainer_with(tmp_path, model, source)
     trainer.data_collator = pad
     adapt(trainer, DANN(), target_dataset=rows(9, 2, None))
-    refused(trainer, "does not ignore unlabelled target rows.*target_forward='separate'")
+    refused(trainer, "does not ignore unlabelled target rows.*forward='separate'")
 
 
 def question_answering(folder: Path) -> Trainer:
@@ -130,7 +131,7 @@ def test_question_answering_would_learn_position_0_of_target_rows(tmp_path: Path
 
 def test_question_answering_with_separate_forwards(tmp_path: Path) -> None:
     trainer = question_answering(tmp_path)
-    adapt(trainer, MMD(), target_dataset=rows(9, 2, None), target_forward="separate").train()
+    adapt(trainer, MMD(), target_dataset=Stream(rows(9, 2, None), forward="separate")).train()
     assert trainer.state.log_history[0]["loss/mmd"] != 0  # unbiased: may be negative
 
 
@@ -246,10 +247,10 @@ def test_a_loss_that_cannot_take_minus_100(loss: Any, tmp_path: Path) -> None:
             compute_loss_func=loss,
         )
         target = rows(9, 2, None)
-        made.add_callback(AdaptationCallback(MMD(), target_dataset=target, target_forward=forward))
+        made.add_callback(AdaptationCallback(MMD(), target_dataset=Stream(target, forward=forward)))
         return made
 
-    refused(trainer("joint"), "failed on unlabelled target rows.*target_forward='separate'")
+    refused(trainer("joint"), "failed on unlabelled target rows.*forward='separate'")
     trainer("separate").train()
 
 
@@ -280,13 +281,15 @@ def test_not_an_adaptation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"target_ratio": 0}, "target_ratio=0 must be positive"),
-        ({"target_forward": "both"}, "use 'joint' or 'separate'"),
+        ({"ratio": 0}, "ratio=0 must be positive"),
+        ({"forward": "both"}, "use 'joint' or 'separate'"),
+        ({"labels": "seen"}, "use 'hide' or 'keep'"),
+        ({"weight": 0.5}, "labels='keep'"),
     ],
 )
 def test_bad_options(options: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        AdaptationCallback(MMD(), **options)
+        AdaptationCallback(MMD(), target_dataset=Stream(rows(3, 1), **options))
 
 
 class Returns(Objective):

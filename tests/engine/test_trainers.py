@@ -14,6 +14,7 @@ from transformers import (
 from hf_adapt import (
     DomainAdversarialCallback,
 )
+from hf_adapt.engine.streams import Stream
 from tests.helpers.adaptation import SOURCE, TARGET, RecordingCollator, length_grouping
 from tests.helpers.libraries import BATCH
 from tests.helpers.models import bert
@@ -45,7 +46,7 @@ def test_source_rows_steps_and_epochs_are_the_plain_trainers(
             data_collator=collator,
         )
         if adapted:
-            trainer.add_callback(DomainAdversarialCallback(TARGET, target_ratio=ratio))
+            trainer.add_callback(DomainAdversarialCallback(Stream(TARGET, ratio=ratio)))
         result = trainer.train()
         state = trainer.state
         assert state.train_batch_size == BATCH

@@ -60,7 +60,7 @@ def collate(features: Rows, length: int | None = None) -> dict[str, torch.Tensor
     return batch
 
 
-class Stream(torch.utils.data.IterableDataset):
+class RowStream(torch.utils.data.IterableDataset):
     """A torch stream of rows."""
 
     def __init__(self, data: datasets.Dataset) -> None:

@@ -29,6 +29,7 @@ from hf_adapt import (
     InformationMaximization,
     KnowledgeCallback,
 )
+from hf_adapt.engine.streams import Stream
 from tests.scripts import sentence_scripts, transformers_scripts, trl_scripts
 from tests.scripts.world import STEPS, Script, graph
 
@@ -39,7 +40,8 @@ Line = Callable[..., TrainerCallback]
 def _domain(*objectives: Any) -> Line:
     def line(script: Script, **options: Any) -> TrainerCallback:
         made = [objective() for objective in objectives]
-        return AdaptationCallback(*made, target_dataset=script.target, **options)
+        target = Stream(script.target, **options) if options else script.target
+        return AdaptationCallback(*made, target_dataset=target)
 
     return line
 
@@ -86,7 +88,7 @@ SCRIPTS: dict[str, Build] = {
 }
 
 ADVICE: dict[str, dict[str, Any]] = {
-    "target_forward='separate'": {"target_forward": "separate"},
+    "forward='separate'": {"forward": "separate"},
     "divergence='mse'": {"divergence": "mse"},
 }
 """Options that a refusal may name; what it names is tried, and must work."""

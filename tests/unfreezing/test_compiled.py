@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import MMD, AdaptationCallback, GradualUnfreezingCallback, Phase
+from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments
@@ -54,7 +55,7 @@ def test_a_compiled_run_after_a_compiled_unfreezing_run(compiled: str, tmp_path:
 
     def mmd() -> AdaptationCallback:
         return AdaptationCallback(
-            MMD(), target_dataset=rows(8, 2, None, low=35), target_forward="separate"
+            MMD(), target_dataset=Stream(rows(8, 2, None, low=35), forward="separate")
         )
 
     plain = run(tmp_path, mmd(), None)

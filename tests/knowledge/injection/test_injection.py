@@ -19,6 +19,7 @@ from hf_adapt import (
     GradualUnfreezing,
     adapt,
 )
+from hf_adapt.engine.streams import Stream
 from hf_adapt.knowledge import (
     EntityLinker,
     EntityVectors,
@@ -312,8 +313,7 @@ def test_two_domains_checkpointed_are_those_without(tmp_path: Path) -> None:
         own = injection()
         adapt(
             one, own, DANN(hidden_sizes=(8,)),
-            target_dataset=toy.rows(12, 7).remove_columns("labels"),
-            target_forward="separate",
+            target_dataset=Stream(toy.rows(12, 7).remove_columns("labels"), forward="separate"),
         ).train()  # fmt: skip
         return torch.cat([toy.flat(own.module), toy.flat(one.model)])
 
