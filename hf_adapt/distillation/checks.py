@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_adapt.distillation.divergences import (
@@ -17,11 +15,7 @@ from hf_adapt.distillation.divergences import (
     reverse_kl,
 )
 from hf_adapt.distillation.heads import Head
-from hf_adapt.engine.labels import IGNORED
 from hf_adapt.models.structure import unwrapped_base
-
-if TYPE_CHECKING:
-    from hf_adapt.engine.batch import Part
 
 logger = logging.getLogger(__name__)
 
@@ -215,67 +209,3 @@ def check_sequence_length(student: nn.Module, teacher: nn.Module) -> None:
             own,
             theirs,
         )
-
-
-class TeacherSanity:
-    """Looks whether a teacher does better than guessing on the first labelled items.
-
-    Args:
-        name: How the teacher is called in the warning.
-        batches: Least number of micro-batches that are looked at.
-        items: Least number of labelled items. It is given up after 16 times `batches`.
-    """
-
-    def __init__(self, name: str, batches: int = 4, items: int = 16) -> None:
-        self.name, self.batches, self.items = name, batches, items
-        self.is_done = False
-        self._seen = 0
-        self._sum: torch.Tensor | None = None
-        self._count: torch.Tensor | None = None
-
-    def observe(
-        self, head: Head, part: Part, mask: torch.Tensor, logits: torch.Tensor, progress: float
-    ) -> None:
-        """Add the teacher's own loss on a micro-batch; warn after the last."""
-        if self.is_done or head.kind in ("spans", "labels", "values") or progress > 0.5:
-            return
-        labels = part.inputs.get("labels")
-        if not isinstance(labels, torch.Tensor) or labels.shape[:1] != mask.shape[:1]:
-            return
-        chosen = labels[mask] if labels.shape == mask.shape else None
-        if head.kind == "rows" and labels.ndim == 1 and not labels.is_floating_point():
-            chosen = labels[mask]
-        if chosen is None or len(chosen) != len(logits) or chosen.is_floating_point():
-            return
-        fitting = chosen.to(logits.device).clamp(max=logits.shape[-1] - 1)
-        value = F.cross_entropy(
-            logits.detach().float(), fitting, ignore_index=IGNORED, reduction="sum"
-        )
-        self.add(value, chosen.ne(IGNORED).sum(), logits.shape[-1])
-
-    def add(self, loss: torch.Tensor, count: torch.Tensor, classes: int) -> None:
-        """Add the teacher's own loss on a micro-batch; warn after the last.
-
-        Args:
-            loss: Sum over the labelled items.
-            count: Their number.
-            classes: Number of classes.
-        """
-        self._seen += 1
-        self._sum = loss if self._sum is None else self._sum + loss
-        self._count = count if self._count is None else self._count + count
-        if self._seen < self.batches or int(self._count) < self.items:
-            self.is_done = self._seen >= 16 * self.batches
-            return
-        self.is_done = True
-        mean, guessing = float(self._sum / self._count), math.log(classes)
-        if mean > guessing:
-            logger.warning(
-                "The teacher (%s) is no better than guessing on the first %d labelled items: its "
-                "loss is %.3f, that of equal odds %.3f. Are its labels in the same order, its "
-                "tokenizer the same, its head trained?",
-                self.name,
-                int(self._count),
-                mean,
-                guessing,
-            )

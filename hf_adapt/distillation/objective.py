@@ -10,21 +10,29 @@ import torch
 from torch import nn
 
 from hf_adapt.distillation.cache import CachedTeacher
-from hf_adapt.distillation.checks import (
-    Classes,
-    TeacherSanity,
-    check_kinds,
-    check_labels,
-    check_regression,
-    check_sequence_length,
-    shared_vocabulary,
-)
+from hf_adapt.distillation.checks import Classes, check_kinds
 from hf_adapt.distillation.comparison import TeacherComparison, check_evaluation
+from hf_adapt.distillation.compatibility import (
+    bind_student,
+    check_method,
+    check_texts,
+    open_cache,
+)
 from hf_adapt.distillation.divergences import Divergence
 from hf_adapt.distillation.features import Captured, FeatureLoss
 from hf_adapt.distillation.hooks import TeacherHooks, TeacherWeights
-from hf_adapt.distillation.language_models.projections import ChunkedOptions, OutputProjections
-from hf_adapt.distillation.predictions import common_classes, student_outputs, teacher_factors
+from hf_adapt.distillation.language_models.projections import (
+    ChunkedOptions,
+    OutputProjections,
+    find_projections,
+)
+from hf_adapt.distillation.predictions import (
+    common_classes,
+    divergence_sum,
+    student_outputs,
+    teacher_factors,
+)
+from hf_adapt.distillation.sanity import TeacherSanity, ZeroTerm
 from hf_adapt.distillation.signals import TopK
 from hf_adapt.distillation.teacher_outputs import (
     TeacherOutput,
@@ -34,14 +42,13 @@ from hf_adapt.distillation.teacher_outputs import (
     teacher_output,
 )
 from hf_adapt.distillation.teachers import ModelTeacher
-from hf_adapt.distillation.texts import check_dataset, column_names, named_datasets
-from hf_adapt.distillation.tokenizers import universal_logit_distance
+from hf_adapt.distillation.texts import column_names
 from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.batch import Part
 from hf_adapt.engine.mixins import EvaluationObserver, FusedLoss, FusedObjective
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.engine.supported import refuse_sentence_trainer
-from hf_adapt.engine.training import added_inputs, target_datasets, unwrapped_model
+from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.models.capture import Extract
 
 if TYPE_CHECKING:
@@ -50,10 +57,6 @@ if TYPE_CHECKING:
     from hf_adapt.engine.batch import Batch, Rows
 
 logger = logging.getLogger(__name__)
-
-ZEROS = 3
-"""Logs without any loss after which something is wrong; a learning rate that starts at 0 gives two
-with a teacher that starts as the student."""
 
 
 class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
@@ -66,9 +69,8 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
     over the N items (rows, tokens, starts and ends of answers) of the whole optimizer step. Rows
     without labels (target rows) are distilled too.
 
-    For a student of another size on a task with labels. Where there is no teacher and only
-    unlabelled target rows, use an alignment objective such as
-    [`DANN`][hf_adapt.alignment.DANN].
+    It needs a teacher that is good on the rows that are distilled. Without one, unlabelled target
+    rows are better used by an alignment objective ([`DANN`], [`MMD`]).
 
     To change a part of it, subclass and override one of `item_mask`, `teacher_inputs`,
     `teacher_forward`, `select_logits`, `divergence` and `distillation_loss`, here or in
@@ -170,7 +172,7 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
         self._projections: OutputProjections | None = None
         self._comparison: TeacherComparison | None = None
         self._sanity: list[TeacherSanity] = []
-        self._zeros: int | None = 0
+        self._zero_term = ZeroTerm(self.name, "")
 
     # ---- the run ----
 
@@ -182,110 +184,29 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
             "Use the library's own losses, MSELoss or MarginMSELoss, on the teacher's predictions "
             "in a column 'label'. They can be combined with MMD and DANN.",
         )
+        self.observes_evaluation(trainer)
         student = unwrapped_model(trainer)
         for teacher in self.teachers:
             teacher.setup(trainer, student)
             if isinstance(teacher, CachedTeacher):
-                self._open(teacher, trainer, student)
-        self._connect(trainer)
-        self._check_texts(trainer)
-        self._check_method(student)
-        if getattr(trainer.data_collator, "mlm", False) and self._has_cache:
-            logger.warning(
-                "The data collator masks other tokens in each epoch, so a cached teacher's "
-                "predictions are hardly ever found again. Mask once beforehand, or drop the cache."
-            )
+                open_cache(self, teacher, trainer, callable(self.temperature))
+        self._bind_to(trainer)
+        if self.retokenizer is not None and not self.is_cross_tokenizer:
+            check_texts(trainer, self.columns, self.evaluate)
+        check_method(self, trainer, self.logits_weight)
         for feature in self.features:
             assert self.teachers[0].module is not None
             feature.setup(student, self.teachers[0].module)
         self._sanity = [TeacherSanity(teacher.name) for teacher in self.teachers]
-        self._zeros = 0
+        self._zero_term = ZeroTerm(self.name, ", ".join(teacher.name for teacher in self.teachers))
         self._projections = self._find_projections()
 
-    @property
-    def _has_cache(self) -> bool:
-        return any(teacher.is_cached for teacher in self.teachers)
-
-    def _open(self, cache: CachedTeacher, trainer: Trainer, student: nn.Module) -> None:
-        sizes = [Classes.of(model).vocabulary for model in (student, cache.module)]
-        cache.open(
-            self.teacher_processing_class or trainer.processing_class,
-            trainer.args.process_index,
-            min((size for size in sizes if size is not None), default=None),
-            str(trainer.accelerator.mixed_precision),
-            self.overridden("teacher_forward", "select_logits"),
-        )
-        top_k, temperature = cache.format.top_k, cache.format.temperature
-        if top_k is not None and callable(self.temperature):
-            raise ValueError(
-                f"{cache.name} are the top {top_k} at temperature {temperature}, and the "
-                "distillation's temperature is a schedule. Give that number, or store full logits "
-                "(top_k=None)."
-            )
-
-    def _connect(self, trainer: Trainer) -> None:
-        """Bind the teachers to the student; compare labels, vocabularies and lengths."""
-        tokenizer = trainer.processing_class
-        self.bind(unwrapped_model(trainer), trainer.label_names, tokenizer)
-        self.student_only_inputs = set(added_inputs(trainer))
-        own, shared = Classes.of(self.student), []
-        for teacher in self.teachers:
-            theirs = Classes.of(teacher.module)
-            if teacher.module is None and isinstance(teacher, CachedTeacher):
-                theirs = teacher.classes
-            if not self.overridden("select_logits"):
-                check_labels(own, theirs)
-                check_kinds(self.head, teacher.module)
-            if self.retokenizer is None:
-                shared.append(shared_vocabulary(own, theirs, tokenizer))
-                if teacher.module is not None:
-                    check_sequence_length(self.student, teacher.module)
-        self.num_classes = min((size for size in shared if size is not None), default=None)
+    def _bind_to(self, trainer: Trainer) -> None:
+        bind_student(self, trainer)
         if self.evaluate and self.is_cross_tokenizer:
             logger.warning(
                 "evaluate=True: language models with different tokenizers have no classes in "
                 "common, so nothing is compared. Read loss/distillation in the log instead."
-            )
-
-    def _check_texts(self, trainer: Trainer) -> None:
-        """Refuse datasets without the text that the teacher reads."""
-        if self.retokenizer is None or self.is_cross_tokenizer:
-            return
-        given = [*named_datasets(trainer.train_dataset, target_datasets(trainer))]
-        evaluated = trainer.eval_dataset
-        if self.evaluate and evaluated is not None:
-            parts = evaluated.items() if isinstance(evaluated, dict) else [("", evaluated)]
-            given += [("eval_dataset" + f"[{key!r}]" * bool(key), data) for key, data in parts]
-        for name, dataset in given:
-            check_dataset(dataset, self.columns, name)
-
-    def _check_method(self, student: nn.Module) -> None:
-        """Refuse a loss, a cache or features that do not fit the head or the tokenizer."""
-        if self.logits_weight and not self.overridden(
-            "divergence", "distillation_loss", "select_logits"
-        ):
-            check_regression(student, self.head, self.divergence_function)
-        if self.overridden("distillation_loss") and callable(self.teacher_weights):
-            raise ValueError(
-                "distillation_loss gives one sum for all items, so teacher_weights cannot weigh "
-                "them one by one. Override divergence instead, or give numbers."
-            )
-        if self._has_cache and self.is_cross_tokenizer:
-            raise ValueError(
-                "A language model with another tokenizer is run in each step: its positions depend "
-                "on both tokenizers. Pass the teacher itself, not a CachedTeacher."
-            )
-        if self.features and self.retokenizer is not None:
-            raise ValueError(
-                f"{', '.join(type(feature).__name__ for feature in self.features)} compare layers "
-                "token by token, or pool them with the student's mask, and a teacher with another "
-                "tokenizer has other tokens. Drop features, or use a teacher with the student's "
-                "tokenizer."
-            )
-        if self.features and self.teachers[0].module is None:
-            raise ValueError(
-                f"{type(self.features[0]).__name__} needs a teacher with layers; "
-                f"{type(self.teachers[0]).__name__} has none."
             )
 
     def begin(self, trainer: Trainer) -> None:
@@ -409,33 +330,8 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
             if has_classes and own.shape[-1] > 1 and not self.is_cross_tokenizer:
                 agree = own.detach().argmax(-1).eq(theirs.argmax(-1)).float().mean()
                 batch.log("agreement", agree, len(own))
-            total = total + self._summed(own, theirs, temperature, factor)
+            total = total + divergence_sum(self, own, theirs, temperature, factor)
         return self.logits_weight * total
-
-    def _summed(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        temperature: float,
-        factor: float | torch.Tensor,
-    ) -> torch.Tensor:
-        if self.is_cross_tokenizer:
-            return factor * universal_logit_distance(student, teacher, temperature).sum()
-        if isinstance(factor, torch.Tensor) and factor.ndim == 1:
-            return (factor * self.divergence(student, teacher, temperature)).sum()
-        value, count = self.distillation_loss(student, teacher, temperature)
-        if int(count) != len(student):
-            raise ValueError(
-                f"distillation_loss returned a count of {int(count)} for {len(student)} items. The "
-                "sum is divided by the items of the whole optimizer step, which are counted before "
-                "the forward: override item_mask to distil fewer items."
-            )
-        if value.ndim:
-            raise ValueError(
-                f"distillation_loss returned a sum of shape {tuple(value.shape)}; expected a "
-                "scalar: the sum over the items."
-            )
-        return factor * value
 
     # ---- evaluation ----
 
@@ -464,7 +360,7 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
             if isinstance(own, ModelTeacher):
                 own.begin(trainer)
         if self.student is not student:
-            self._connect(trainer)
+            self._bind_to(trainer)
         self.autocast = trainer.accelerator.autocast
         self._comparison = TeacherComparison(trainer, self)
 
@@ -483,30 +379,12 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
     # ---- losses without the logits of all tokens ----
 
     def _find_projections(self) -> OutputProjections | None:
-        """The projections of student and teacher, if they can compute the losses.
-
-        Raises:
-            ValueError: If they cannot, and `chunked=True`.
-        """
         if self.chunked is False or Classes.of(self.student).vocabulary is None:
             return None
-        teacher, reason = self.teachers[0], None
-        if self.overridden("select_logits", "divergence", "distillation_loss", "teacher_forward"):
-            reason = "a hook is overridden"
-        elif self.retokenizer is not None:
-            reason = "the teacher has another tokenizer"
-        elif len(self.teachers) > 1 or type(teacher) is not ModelTeacher:
-            kinds = ", ".join(type(one).__name__ for one in self.teachers)
-            reason = f"the teacher is not one model ({kinds})"
-        elif self.logits_weight == 0 or self.teacher_weights is not None:
-            reason = "logits_weight=0 or teacher_weights are given"
-        else:
-            assert teacher.module is not None
-            found = OutputProjections.of(self.student, teacher.module, self.head)
-            if found is not None:
-                return found
-            reason = "a head is not a plain projection of hidden states"
-        self.not_fused(reason)
+        found = find_projections(self, self.logits_weight)
+        if isinstance(found, OutputProjections):
+            return found
+        self.not_fused(found)
         return None
 
     def not_fused(self, reason: str) -> None:
@@ -563,20 +441,7 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
 
     def on_log(self, logs: dict[str, float], progress: float) -> None:
         """Warn of a term that is 0 from the start."""
-        value = logs.get(f"loss/{self.name}")
-        if value is None or self._zeros is None:
-            return
-        self._zeros = self._zeros + 1 if value == 0.0 else None
-        if self._zeros == ZEROS:
-            self._zeros = None
-            logger.warning(
-                "loss/%s was exactly 0 in the first %d logs, so nothing is learnt from the teacher "
-                "(%s). Does it predict with the student's own weights (the student itself, or a "
-                "function that runs it), or does item_mask choose no items?",
-                self.name,
-                ZEROS,
-                ", ".join(teacher.name for teacher in self.teachers),
-            )
+        self._zero_term.observe(logs.get(f"loss/{self.name}"))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the teachers: never a teacher's weights, but a student's average."""

@@ -12,6 +12,7 @@ from hf_adapt.distillation.divergences import ABSENT, logit_mse
 from hf_adapt.distillation.hooks import TeacherHooks
 from hf_adapt.distillation.signals import Signal, TopK, bucket_logits
 from hf_adapt.distillation.teachers import Teacher
+from hf_adapt.distillation.tokenizers import universal_logit_distance
 from hf_adapt.engine.batch import Part
 from hf_adapt.models.structure import find_feature_module, unwrapped_base
 
@@ -115,3 +116,34 @@ def teacher_factors(
             f"or ({len(signals)}, {len(student)}): a factor for each teacher (and item)."
         )
     return list(given.float().unbind())
+
+
+def divergence_sum(
+    hooks: TeacherHooks,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float,
+    factor: float | torch.Tensor,
+) -> torch.Tensor:
+    """The sum over the items of the divergence from one teacher, times its factor.
+
+    Raises:
+        ValueError: If `distillation_loss` returned another number of items, or no scalar.
+    """
+    if hooks.is_cross_tokenizer:
+        return factor * universal_logit_distance(student, teacher, temperature).sum()
+    if isinstance(factor, torch.Tensor) and factor.ndim == 1:
+        return (factor * hooks.divergence(student, teacher, temperature)).sum()
+    value, count = hooks.distillation_loss(student, teacher, temperature)
+    if int(count) != len(student):
+        raise ValueError(
+            f"distillation_loss returned a count of {int(count)} for {len(student)} items. The "
+            "sum is divided by the items of the whole optimizer step, which are counted before "
+            "the forward: override item_mask to distil fewer items."
+        )
+    if value.ndim:
+        raise ValueError(
+            f"distillation_loss returned a sum of shape {tuple(value.shape)}; expected a "
+            "scalar: the sum over the items."
+        )
+    return factor * value

@@ -12,7 +12,9 @@ from torch import nn
 
 from hf_adapt.distillation.divergences import Divergence
 from hf_adapt.distillation.heads import Head, output_logits
+from hf_adapt.distillation.hooks import TeacherHooks
 from hf_adapt.distillation.language_models.chunked import ChunkedLoss, chunked_distillation_loss
+from hf_adapt.distillation.teachers import ModelTeacher
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.mixins import FusedLoss
 from hf_adapt.models.structure import unwrapped_base
@@ -140,6 +142,23 @@ class OutputProjections:
         if self.head.kind != "causal_lm":
             return values
         return nn.functional.pad(values[:, 1:], (0, 1), value=absent)
+
+
+def find_projections(hooks: TeacherHooks, logits_weight: float) -> OutputProjections | str:
+    """The projections of student and teacher, or the reason why whole logits are needed."""
+    teacher = hooks.teachers[0]
+    if hooks.overridden("select_logits", "divergence", "distillation_loss", "teacher_forward"):
+        return "a hook is overridden"
+    if hooks.retokenizer is not None:
+        return "the teacher has another tokenizer"
+    if len(hooks.teachers) > 1 or type(teacher) is not ModelTeacher:
+        kinds = ", ".join(type(one).__name__ for one in hooks.teachers)
+        return f"the teacher is not one model ({kinds})"
+    if logits_weight == 0 or hooks.teacher_weights is not None:
+        return "logits_weight=0 or teacher_weights are given"
+    assert teacher.module is not None
+    found = OutputProjections.of(hooks.student, teacher.module, hooks.head)
+    return "a head is not a plain projection of hidden states" if found is None else found
 
 
 def chunked_loss(
