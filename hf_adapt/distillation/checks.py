@@ -1,4 +1,4 @@
-"""What is looked at before training: do student and teacher speak of the same things?"""
+"""Checks of a student and a teacher: labels, vocabularies, kinds of heads, lengths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Classes(NamedTuple):
-    """What a model predicts over.
+    """The classes that a model predicts.
 
     Attributes:
         names: Names of the labels, in their order.
@@ -33,7 +33,7 @@ class Classes(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module | None) -> Classes:
-        """What this model predicts over; nothing is known of None."""
+        """The classes of this model; unknown for None."""
         if model is None:
             return cls()
         base = unwrapped_base(model)
@@ -87,11 +87,11 @@ def check_labels(student: Classes, teacher: Classes) -> None:
 
 
 def shared_vocabulary(student: Classes, teacher: Classes, tokenizer: Any) -> int | None:
-    """How many classes to compare where one of two vocabularies is padded.
+    """The number of classes to compare where one of two vocabularies is padded.
 
     Args:
-        student: What the student predicts over.
-        teacher: What the teacher predicts over.
+        student: The student's classes.
+        teacher: The teacher's classes.
         tokenizer: The Trainer's processing class; its length says how much is padding.
 
     Returns:
@@ -131,7 +131,7 @@ def shared_vocabulary(student: Classes, teacher: Classes, tokenizer: Any) -> int
 
 
 def check_regression(student: nn.Module, head: Head, divergence: Divergence) -> None:
-    """Refuse to compare the numbers of a regression as if they were a distribution.
+    """Refuse to compare the outputs of a regression as if they were a distribution.
 
     Raises:
         ValueError: If the head is a regression's and the divergence is one of distributions.
@@ -156,14 +156,14 @@ KINDS = {
 
 
 def check_kinds(student: Head, teacher: nn.Module | None, labels: Any = None) -> None:
-    """Refuse a teacher whose outputs mean something else than the student's.
+    """Refuse a teacher whose outputs have another meaning than the student's.
 
-    One label or several are told apart by labels where the configuration does not say it.
+    Where the configuration has no `problem_type`, labels decide between one label and several.
 
     Args:
-        student: The student's head, as far as it is known.
-        teacher: Nothing is known of None.
-        labels: The labels of a batch, which decide what the student is.
+        student: The student's head.
+        teacher: The teacher, or None if it is unknown.
+        labels: The labels of a batch.
 
     Raises:
         ValueError: If one is a regression and the other is not, or one has several labels.
@@ -183,7 +183,7 @@ def check_kinds(student: Head, teacher: nn.Module | None, labels: Any = None) ->
 
 
 def num_positions(model: nn.Module | None) -> int | None:
-    """How many tokens a model takes, as far as its configuration says."""
+    """The number of positions in a model's configuration; None if there is no such limit."""
     config = None if model is None else _config(model)
     get_text_config = getattr(config, "get_text_config", None)
     config = get_text_config() if callable(get_text_config) else config
@@ -199,7 +199,7 @@ def num_positions(model: nn.Module | None) -> int | None:
 
 
 def check_sequence_length(student: nn.Module, teacher: nn.Module) -> None:
-    """Warn of a teacher that has fewer positions than its student."""
+    """Warn of a teacher with fewer positions than its student."""
     own, theirs = num_positions(student), num_positions(teacher)
     if own is not None and theirs is not None and theirs < own:
         logger.warning(

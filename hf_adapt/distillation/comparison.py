@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from transformers import EvalPrediction, Seq2SeqTrainer
+from transformers.trainer_pt_utils import numpy_pad_and_concatenate
 
 from hf_adapt.distillation.divergences import forward_kl
 from hf_adapt.distillation.heads import output_logits
@@ -173,9 +175,12 @@ class TeacherComparison:
         compute = self.trainer.compute_metrics
         if compute is None or not self._teacher_logits or not self._labels:
             return {}
-        prediction = EvalPrediction(
-            predictions=_stacked(self._teacher_logits), label_ids=_stacked(self._labels)
+        # Padded with -100 where lengths differ, as the Trainer does.
+        logits, labels = (
+            functools.reduce(numpy_pad_and_concatenate, batches)
+            for batches in (self._teacher_logits, self._labels)
         )
+        prediction = EvalPrediction(predictions=logits, label_ids=labels)
         found = {}
         for name, value in compute(prediction).items():
             plain = name.removeprefix(f"{prefix}_")
@@ -185,22 +190,6 @@ class TeacherComparison:
                 if isinstance(mine, (int, float, np.number)) and 0 < value < np.inf:
                     found[f"retained_{plain}"] = float(mine) / float(value)
         return found
-
-
-def _stacked(batches: list[np.ndarray]) -> np.ndarray:
-    """Batches as one array, padded with -100 where their lengths differ."""
-    if batches[0].ndim < 2:
-        return np.concatenate(batches)
-    longest = max(batch.shape[1] for batch in batches)
-    padded = [
-        np.pad(
-            batch,
-            [(0, 0), (0, longest - batch.shape[1])] + [(0, 0)] * (batch.ndim - 2),
-            constant_values=-100,
-        )
-        for batch in batches
-    ]
-    return np.concatenate(padded)
 
 
 def _per_item(

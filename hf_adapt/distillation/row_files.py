@@ -24,8 +24,8 @@ def read_rows(
     Args:
         source: The folder, file or id.
         split: Which split, if there are several.
-        columns: Columns with texts: in a csv or tsv file their cells are taken as they stand
-            (`NA`, `007`), and only an empty one is missing.
+        columns: Columns with texts: in a csv or tsv file their cells are read unchanged (`NA`,
+            `007`), and only an empty one is missing.
 
     Raises:
         ValueError: If there are several splits and none is named, or the file cannot be read.
@@ -74,7 +74,7 @@ def read_rows(
 
 
 def _fix(reason: str) -> str:
-    """What to do about a csv file that ends within a cell."""
+    """The fix for a csv file that ends within a cell."""
     if "EOF inside string" not in reason:
         return ""
     return (
@@ -84,7 +84,7 @@ def _fix(reason: str) -> str:
 
 
 def _cell(text: str) -> str | None:
-    """A cell of a csv file; nothing is missing but what is empty."""
+    """A cell of a csv file; only an empty one is missing."""
     return text or None
 
 
@@ -93,7 +93,7 @@ def with_texts(
 ) -> tuple[datasets.Dataset, list[int]]:
     """The rows that have a text in these columns, and the numbers of the others.
 
-    Rows that are tokenised already all stay.
+    Rows that are tokenised already are all kept.
 
     Raises:
         ValueError: If a column is missing, or no row has a text.
@@ -127,13 +127,13 @@ def is_tokenised(rows: datasets.Dataset) -> bool:
 def tokenised(
     rows: datasets.Dataset, tokenizer: Any, columns: Sequence[str], max_length: int | None
 ) -> datasets.Dataset:
-    """The rows with the tokens of their text; rows that have tokens stay as they are.
+    """Tokenise the text of rows; rows that are tokenised already are returned unchanged.
 
     Args:
         rows: With `input_ids` or `pixel_values`, or with the text columns.
-        tokenizer: Called with the texts, or with the words where a cell is a list of these.
+        tokenizer: Called with the texts, or with the words where a cell is a list of words.
         columns: One text column, or two for pairs.
-        max_length: Where tokens are truncated; None for nowhere.
+        max_length: The length at which tokens are truncated; None for no truncation.
 
     Raises:
         ValueError: If there is no tokenizer, or a cell is neither a text nor words.
@@ -141,7 +141,7 @@ def tokenised(
     if is_tokenised(rows):
         return rows
     if tokenizer is None:
-        raise ValueError("Rows of text need a tokenizer, and there is none beside the teacher.")
+        raise ValueError("Rows of text need a tokenizer, and the teacher's folder has none.")
     kept = [name for name in ("label", "labels") if name in rows.column_names]
 
     def tokenise(batch: dict[str, list[Any]], numbers: list[int]) -> Any:
@@ -165,7 +165,7 @@ def tokenised(
 
 
 def longer_rows(rows: datasets.Dataset, limit: int | None) -> list[int]:
-    """The rows with more tokens than this."""
+    """The indices of the rows with more tokens than this."""
     if limit is None or "input_ids" not in rows.column_names:
         return []
     tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(10_000)

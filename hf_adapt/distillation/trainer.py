@@ -24,8 +24,8 @@ def _forwarded(hook: Callable[Concatenate[Distillation, P], R]) -> Callable[Conc
     """The Trainer's version of a hook: it calls the objective's own, for `super()`."""
 
     @functools.wraps(hook)
-    def forward(self: DistillationTrainer, *args: P.args, **kwargs: P.kwargs) -> R:
-        return hook(self.distillation, *args, **kwargs)
+    def forward(trainer: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return hook(trainer.distillation, *args, **kwargs)
 
     return forward
 

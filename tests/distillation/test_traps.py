@@ -460,7 +460,7 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO, logger="hf_adapt"):
         lm(teacher=[llama(1), llama(2)]).train()
     assert "computes whole logits: the teacher is not one model" in caplog.text
-    with pytest.raises(ValueError, match=r"go through the model apart"):
+    with pytest.raises(ValueError, match=r"go through the model separately"):
         lm(chunked=True, target_dataset=Stream(rows(8, 2, "lm"), forward="separate")).train()
     with pytest.raises(ValueError, match="distillation and second cannot share"):
         lm(chunked=True, objectives=[Distillation(llama(2), name="second")]).train()

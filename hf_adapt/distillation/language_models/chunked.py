@@ -1,4 +1,4 @@
-"""Cross-entropy and distillation over a large vocabulary, never holding the logits of all tokens.
+"""Cross-entropy and distillation over a large vocabulary, without the logits of all tokens.
 
 The gradients are formed in the forward, from one chunk of tokens at a time: four matrix products as
 in the plain loss (two projections, two gradients), none repeated, and no tensor of N x V. On a CPU
@@ -26,7 +26,7 @@ _MM_INTO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 class _Limits(NamedTuple):
-    """Of the tensors of a chunk by V."""
+    """Limits of the tensors of a chunk by V."""
 
     budget: int  # bytes of all of them, those of a block included
     rows: int  # of a chunk; more gain nothing
@@ -42,7 +42,7 @@ _DEVICE_LIMITS = _Limits(2**31, 2**13, 2**25)
 
 
 class ChunkedLoss(NamedTuple):
-    """What [`chunked_distillation_loss`] returns: `loss` has the gradient, the sums do not."""
+    """The output of [`chunked_distillation_loss`]: `loss` has a gradient, the sums do not."""
 
     loss: Tensor
     ce_sum: Tensor
@@ -121,7 +121,7 @@ class _Group(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """All that needs no gradient."""
+    """The inputs of the loss that need no gradient."""
 
     teacher: _Head
     groups: list[_Group]
@@ -146,7 +146,7 @@ class _Job(NamedTuple):
 
 
 class _Gradients:
-    """Of the student's hidden states, weight and bias, where needed."""
+    """The gradients of the student's hidden states, weight and bias, where needed."""
 
     def __init__(self, student: _Head, dtype: torch.dtype, needs: tuple[bool, ...]) -> None:
         hidden, weight, bias, _ = student
@@ -157,7 +157,7 @@ class _Gradients:
         self.bias = weight.new_zeros(len(weight), dtype=dtype) if needed else None
 
     def add(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
-        """The part of some rows, from the gradient of their logits."""
+        """Add the share of some rows, from the gradient of their logits."""
         student, width = self.student, gradient.shape[1]
         if self.bias is not None:
             self.bias[:width].add_(gradient.sum(0), alpha=scale)
@@ -173,7 +173,7 @@ class _Gradients:
 
 
 def _run(student: _Head, job: _Job, gradients: _Gradients) -> tuple[Tensor, Tensor]:
-    """The sums of cross-entropy and divergence; the gradients fill up on the way."""
+    """Compute the sums of cross-entropy and divergence, and add up the gradients."""
     longest = max((len(group.rows) for group in job.groups), default=0)
     block, chunk = job.sizes(student)
     v = student.weight.shape[0]
@@ -205,7 +205,7 @@ def _run(student: _Head, job: _Job, gradients: _Gradients) -> tuple[Tensor, Tens
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """The loss, whose gradients its forward has formed already."""
+    """The loss, whose gradients are computed in its forward."""
 
     @staticmethod
     def forward(
@@ -248,7 +248,7 @@ class _GradientsInForward(torch.autograd.Function):
 
 
 def _groups(hidden: Tensor, labels: Tensor | None, kd_mask: Tensor | None) -> list[_Group]:
-    """The tokens with both terms, and with one of them only; the others are left out."""
+    """The tokens with both terms, and with one of them only; the others are dropped."""
     everything = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
     ce = ~everything if labels is None else labels != IGNORED
     default = everything if labels is None else ce
@@ -327,12 +327,16 @@ def chunked_distillation_loss(
     vocabulary: int | None = None,
     byte_budget: int | None = None,
 ) -> ChunkedLoss:
-    """Cross-entropy plus divergence from a teacher, summed over tokens, without their N x V logits.
+    r"""Cross-entropy plus divergence from a teacher, summed over tokens, without N x V logits.
 
-    ce_factor * sum of cross-entropy + kd_factor * sum of divergence. For language models, where the
-    logits are the largest tensors of a step. Statistics and sums are in at least float32; matrix
-    products run in the inputs' dtype (or autocast's) on a device, and in float32 on a CPU. Without
-    gradients, and for what is frozen, no gradient is computed. It can be derived once, not twice.
+    .. math::
+        L = \lambda_{ce} \sum_i CE(W s_i, y_i) + \lambda_{kd} \sum_i D(W s_i, V t_i)
+
+    with the hidden states s and t and the output projections W and V of student and teacher. For
+    language models, where the logits are the largest tensors of a step; with a small vocabulary
+    the plain losses are as good. Statistics and sums are in at least float32; matrix products run
+    in the inputs' dtype (or autocast's) on a device, and in float32 on a CPU. No gradient is
+    computed under `no_grad` and for frozen tensors. It can be differentiated once, not twice.
 
     Reference:
         Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training",
@@ -340,26 +344,26 @@ def chunked_distillation_loss(
         Deviation: chunks from a budget of bytes; all of it torch operations.
 
     Args:
-        student_hidden: What the student's output projection reads.
-        student_weight: The weight of that projection.
-        teacher_hidden: Likewise of the teacher; gets no gradient, nor does its head.
-        teacher_weight: Likewise.
+        student_hidden: The input of the student's output projection.
+        student_weight: The weight of the student's output projection.
+        teacher_hidden: The input of the teacher's output projection; gets no gradient.
+        teacher_weight: The weight of the teacher's output projection; gets no gradient.
         labels: The right class of each row, already shifted; -100 for none. None: no cross-entropy.
-        ce_factor: Of the sum of cross-entropies; for a mean, 1 / the number of labels.
-        kd_factor: Of the sum of divergences. Neither factor gets a gradient.
+        ce_factor: Factor of the sum of cross-entropies; for a mean, 1 / the number of labels.
+        kd_factor: Factor of the sum of divergences. Neither factor gets a gradient.
         kd_mask: The rows with a divergence. By default those with a label, or all without labels.
-        temperature: Of the divergence; the cross-entropy keeps 1.
+        temperature: Temperature of the divergence; that of the cross-entropy is 1.
         divergence: A name or function of [`hf_adapt.distillation.divergences`], whose gradient is
-            known and formed in place, or a function of one's own, which goes through autograd, a
+            known and computed in place, or another function, whose gradient autograd computes, a
             block of rows at a time.
-        student_bias: Of the student's projection.
-        teacher_bias: Of the teacher's.
+        student_bias: The bias of the student's output projection.
+        teacher_bias: The bias of the teacher's output projection.
         vocabulary: The divergence compares the first so many classes of both heads, which may then
             differ in size (padding). The cross-entropy is over all of the student's.
-        byte_budget: Of all tensors of a chunk by V together; sets the tokens of a chunk. By default
-            256 MiB on a CPU and 2 GiB elsewhere. At most 512 tokens on a CPU, 8,192 elsewhere: more
-            gain nothing. The gradients (N x H, and V x H in float32) and what a function of one's
-            own keeps of a block come on top.
+        byte_budget: Memory of all tensors of a chunk by V together, which sets the tokens of a
+            chunk. By default 256 MiB on a CPU and 2 GiB elsewhere. At most 512 tokens on a CPU,
+            8,192 elsewhere: more gain nothing. The gradients (N x H, and V x H in float32) and
+            what autograd keeps of a block for another function come on top.
 
     Shape:
         - hidden: (N, H), weight: (V, H), bias: (V,), H of each model; labels, kd_mask: (N,).
