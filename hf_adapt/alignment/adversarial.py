@@ -208,7 +208,7 @@ class DANN(Objective):
         self._forget()
 
     def _forget(self) -> None:
-        """Start anew with what is known of the discriminator."""
+        """Restart with what is known of the discriminator."""
         self._warned: set[str] = set()
         self._best_margin = float("-inf")
         self._items = 0

@@ -22,8 +22,8 @@ from hf_adapt.distillation.heads import Head
 from hf_adapt.distillation.hooks import TeacherHooks
 from hf_adapt.distillation.row_files import longer_rows
 from hf_adapt.distillation.teacher_outputs import teacher_output
-from hf_adapt.engine.batch import Part
 from hf_adapt.engine.columns import named_inputs
+from hf_adapt.engine.parts import Part
 
 
 def collator_for(head: Head, tokenizer: Any) -> Callable[[list[Any]], Any]:

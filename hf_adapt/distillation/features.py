@@ -16,7 +16,7 @@ from hf_adapt.models.layers import Stack, find_stacks
 from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
-    from hf_adapt.engine.batch import Part
+    from hf_adapt.engine.parts import Part
 
 LayerMap = Literal["uniform", "last"] | Sequence[tuple[int, int]] | Mapping[int, int]
 """The teacher layer that each student layer learns from, counted from 0 at the bottom."""

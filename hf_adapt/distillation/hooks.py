@@ -15,7 +15,7 @@ from hf_adapt.distillation.features import FeatureLoss
 from hf_adapt.distillation.heads import Head, decoder_inputs
 from hf_adapt.distillation.teachers import NOT_FOR_TEACHERS, Teacher, as_teacher
 from hf_adapt.distillation.tokenizers import Retokenizer, same_vocabulary
-from hf_adapt.engine.batch import Part
+from hf_adapt.engine.parts import Part
 
 HOOKS = (
     "item_mask",

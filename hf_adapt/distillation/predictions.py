@@ -13,7 +13,7 @@ from hf_adapt.distillation.hooks import TeacherHooks
 from hf_adapt.distillation.signals import Signal, TopK, bucket_logits
 from hf_adapt.distillation.teachers import Teacher
 from hf_adapt.distillation.tokenizers import universal_logit_distance
-from hf_adapt.engine.batch import Part
+from hf_adapt.engine.parts import Part
 from hf_adapt.models.structure import find_feature_module, unwrapped_base
 
 LOGIT_SCALES = (

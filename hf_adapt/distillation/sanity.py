@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_adapt.distillation.heads import Head
-from hf_adapt.engine.batch import Part
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.parts import Part
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from hf_adapt.distillation.hooks import TeacherHooks
 from hf_adapt.distillation.signals import Signal
 from hf_adapt.distillation.teachers import Teacher
 from hf_adapt.distillation.tokenizers import paired_positions
-from hf_adapt.engine.batch import Part
+from hf_adapt.engine.parts import Part
 from hf_adapt.models.capture import capturing
 from hf_adapt.models.copies import WeightsInUse
 

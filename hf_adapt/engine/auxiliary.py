@@ -104,7 +104,7 @@ class AuxiliaryOptimizer:
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
         if self._scale is not None and not skipped:
             # The scale falls exactly when the main gradients overflowed. (A fused optimizer is
-            # told inside its kernel, so `optimizer_step_was_skipped` stays False.)
+            # informed inside its kernel, so `optimizer_step_was_skipped` stays False.)
             skipped = trainer.accelerator.scaler.get_scale() < self._scale or not all(
                 bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None
             )

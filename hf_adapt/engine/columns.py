@@ -26,7 +26,7 @@ def dataset_columns(dataset: Any, read_stream: bool = False) -> list[str] | None
 
     Args:
         dataset: The dataset.
-        read_stream: Ask a `datasets` stream of unknown columns too. It begins anew each time it is
+        read_stream: Ask a `datasets` stream of unknown columns too. It starts again each time it is
             read, but may have to fill a buffer of shuffled rows first.
     """
     row: Any = None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
-from hf_adapt.engine.batch import Layout, Part
+from hf_adapt.engine.parts import Layout, Part
 from hf_adapt.engine.supported import is_sentence_trainer, sentence_inputs
 from hf_adapt.engine.unlabelled import TARGET_ROWS_FAIL, explained
 from hf_adapt.models.capture import OutputCapture

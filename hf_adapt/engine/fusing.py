@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_adapt.engine.batch import Part
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.normalisation import count_labels
+from hf_adapt.engine.parts import Part
 from hf_adapt.engine.selection import rows_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def needs_logits(trainer: Trainer, others: Sequence[Objective], part: Part) -> s
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         return "compute_loss_func or label smoothing needs the logits"
     if trainer.args.torch_compile:
-        return "torch_compile would compile the model anew for each micro-batch"
+        return "torch_compile would recompile the model for each micro-batch"
     if count_labels(trainer, part.inputs) is None:
         return "the batch has no labels"
     return None

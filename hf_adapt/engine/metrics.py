@@ -30,7 +30,7 @@ class MetricAverager:
             self._sums[name], self._counts[name] = value.clone(), count.clone()
 
     def drain(self) -> dict[str, float]:
-        """The means over all processes since the last call; starts anew."""
+        """The means over all processes since the last call, which are then forgotten."""
         names = sorted(self._sums)
         if self._accelerator.num_processes > 1:
             # A process may have logged a name that another has not: the tensors must agree.

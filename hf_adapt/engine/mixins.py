@@ -17,7 +17,8 @@ from hf_adapt.engine.progress import Schedule
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from hf_adapt.engine.batch import Batch, Part
+    from hf_adapt.engine.batch import Batch
+    from hf_adapt.engine.parts import Part
 
 logger = logging.getLogger(__name__)
 

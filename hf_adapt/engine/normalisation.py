@@ -15,8 +15,9 @@ import torch
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_adapt.engine.adaptation import Objective
-from hf_adapt.engine.batch import Layout, Part, Rows
+from hf_adapt.engine.batch import Rows
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.parts import Layout, Part
 from hf_adapt.engine.streams import TRAINING
 from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 

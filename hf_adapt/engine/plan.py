@@ -154,7 +154,11 @@ def streams_of(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> dict
     """
     active = set(map(id, adaptations))
     found: dict[str, Stream] = {}
-    given = [plan.streams for plan in plans if any(id(a) in active for a in plan.adaptations)]
+    given = [
+        {name: s for name, s in plan.streams.items() if s.is_trained_on or plan_is_active}
+        for plan in plans
+        for plan_is_active in [any(id(a) in active for a in plan.adaptations)]
+    ]
     for streams in [*given, *(a.provided_streams() for a in adaptations)]:
         for name, stream in streams.items():
             known = found.get(name)
@@ -192,3 +196,18 @@ def _check_agree(name: str, first: Stream, second: Stream) -> None:
                 f"Two adaptations of one run disagree on the {option} of the stream {name!r}: "
                 f"{ours!r} and {theirs!r}. Give the stream and its options to one."
             )
+
+
+def the_only(adaptations: Sequence[Adaptation], kind: type[Any], what: str) -> Any:
+    """The adaptation of a kind of which a run has one at most.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    found = [a for a in adaptations if isinstance(a, kind)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{' and '.join(a.name for a in found)} both {what}, and a run has one way to do so. "
+            "Drop one of them."
+        )
+    return found[0] if found else None

@@ -13,11 +13,12 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.auxiliary import seed_for
-from hf_adapt.engine.batch import Batch, Layout, Part
+from hf_adapt.engine.batch import Batch
 from hf_adapt.engine.forward import ForwardPass
 from hf_adapt.engine.fusing import difference, few_rows, needs_logits, with_labels
 from hf_adapt.engine.mixins import FusedObjective, LossCombiner
 from hf_adapt.engine.normalisation import StepCounts, count_labels, trainer_divides
+from hf_adapt.engine.parts import Layout, Part
 from hf_adapt.engine.selection import rows_of
 from hf_adapt.engine.terms import FUSED, components
 from hf_adapt.engine.unlabelled import depends_on_target, trains_on_target
@@ -33,7 +34,7 @@ KEPT_METRICS = ("_metrics", "accum_loss_components")
 
 
 class Probe:
-    """Runs the training loss once on a first batch, in evaluation mode and without a trace.
+    """Runs the training loss once on a first batch, in evaluation mode, and restores the model.
 
     It learns the layout of the outputs, finds out how the loss is normalised, builds the auxiliary
     modules, and refuses what cannot work before anything is trained.

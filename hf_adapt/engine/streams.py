@@ -94,6 +94,11 @@ class Stream:
         return self.forward == "separate" or self.labels == "keep"
 
     @property
+    def is_trained_on(self) -> bool:
+        """Whether its own labels add a loss."""
+        return self.labels == "keep" and self.weight != 0
+
+    @property
     def domains(self) -> list[Any]:
         """Its datasets: one for each domain."""
         given = self.dataset

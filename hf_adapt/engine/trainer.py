@@ -18,7 +18,8 @@ from hf_adapt.engine.columns import inputs_of, kept_columns
 from hf_adapt.engine.gradients import check_whole_gradients
 from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver, GradientTransform
 from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
-from hf_adapt.engine.run import AdaptationRun, RunCallback
+from hf_adapt.engine.run import AdaptationRun
+from hf_adapt.engine.run_callback import RunCallback
 from hf_adapt.engine.selection import as_if_alone
 from hf_adapt.engine.stream_data import StreamData
 from hf_adapt.models.state import preserved_random_state
@@ -381,7 +382,7 @@ class AdaptationMixin(_Base):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         if self._adaptation_run is not None:
-            self._adaptation_run.guard.check()  # a run gone NaN must not replace a checkpoint
+            self._adaptation_run.step.guard.check()  # a run gone NaN must not replace a checkpoint
         return super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:

@@ -9,8 +9,8 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from hf_adapt.engine.batch import Part
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.parts import Part
 from hf_adapt.engine.selection import rows_of
 
 TARGET_ROWS_FAIL = (

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from hf_adapt.engine.mixins import WeightAverage
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class SwappedWeights:
@@ -23,6 +27,19 @@ class SwappedWeights:
         self.model = model
         self.average = average
         self._is_swapped = False
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse what would mix the weights of two steps.
+
+        Raises:
+            ValueError: If the best checkpoint's weights would be replaced by the last average.
+        """
+        best = trainer.args.load_best_model_at_end
+        if self.average is not None and self.average.replaces_final and best:
+            raise ValueError(
+                f"{self.average.name} replaces the final weights by their average, and "
+                "load_best_model_at_end=True by those of the best checkpoint. Drop one of them."
+            )
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

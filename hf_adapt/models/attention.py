@@ -31,7 +31,7 @@ def attention_projections(layer: nn.Module, names: Sequence[str]) -> list[nn.Mod
         One module for each name, or the one module that gives all three, one after the other.
 
     Raises:
-        ValueError: If they cannot be told from the modules' names.
+        ValueError: If they cannot be derived from the modules' names.
     """
     modules = {
         name: module
@@ -51,7 +51,7 @@ def attention_projections(layer: nn.Module, names: Sequence[str]) -> list[nn.Mod
     if together:
         return together[:1]
     raise ValueError(
-        f"The query, key and value projections of {type(layer).__name__} cannot be told from its "
+        f"The query, key and value projections of {type(layer).__name__} cannot be derived from its "
         f"modules: {', '.join(list(modules)[:12])}. Use HiddenStates, or subclass "
         "SelfAttentionRelations and override captures(layer)."
     )

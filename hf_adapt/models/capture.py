@@ -51,7 +51,7 @@ def _with_mask(
 
 
 class OutputCapture:
-    """Keeps the outputs of one module while it is told to record.
+    """Keeps the outputs of one module while it records.
 
     Gradient checkpointing runs the module once more during the backward, and evaluation runs it
     too: neither is seen, because recording is on only while a training loss is computed. Nor is a
@@ -65,7 +65,7 @@ class OutputCapture:
         self.captured: list[Any] = []
 
     def record(self) -> None:
-        """Start anew; gradients are on or off throughout what is recorded, as they are now."""
+        """Start recording; gradients are on or off throughout what is recorded, as they are now."""
         self.captured = []
         self._recording, self._with_gradient = True, torch.is_grad_enabled()
 
@@ -83,7 +83,7 @@ class OutputCapture:
                 self.captured.append(value)
 
     def take(self) -> list[Any]:
-        """What was captured, handed over: the tap is empty afterwards."""
+        """What was captured, which is then forgotten."""
         captured, self.captured = self.captured, []
         return captured
 
@@ -94,7 +94,7 @@ class OutputCapture:
 
 @contextmanager
 def capturing(
-    taps: Mapping[nn.Module, Extract | None],
+    extracts: Mapping[nn.Module, Extract | None],
 ) -> Iterator[Callable[[], dict[nn.Module, Any]]]:
     """Record what modules give while the context is open, whatever the gradient mode.
 
@@ -103,16 +103,16 @@ def capturing(
     """
     with ExitStack() as stack:
         recorders: dict[nn.Module, OutputCapture] = {}
-        for module, extract in taps.items():
-            tap = OutputCapture(module, extract or hidden_and_mask)
-            stack.callback(tap.remove)
-            tap.record()
-            recorders[module] = tap
+        for module, extract in extracts.items():
+            capture = OutputCapture(module, extract or hidden_and_mask)
+            stack.callback(capture.remove)
+            capture.record()
+            recorders[module] = capture
 
         def take() -> dict[nn.Module, Any]:
             seen = {}
-            for module, tap in recorders.items():
-                if captured := tap.take():
+            for module, capture in recorders.items():
+                if captured := capture.take():
                     seen[module] = captured[0][0]
             return seen
 

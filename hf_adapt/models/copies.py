@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 NO_COPIES = (type, types.GenericAlias)
-"""Callables that hold no model and cannot be made anew."""
+"""Callables that hold no model and cannot be rebuilt."""
 
 
 def copied(model: nn.Module) -> nn.Module:

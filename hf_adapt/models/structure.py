@@ -15,7 +15,7 @@ def unwrapped_base(model: nn.Module) -> nn.Module:
 
 
 def is_a(model: nn.Module, endings: tuple[str, ...]) -> bool:
-    """Whether the model is of a class, or of an author's subclass of one, named with an ending."""
+    """Whether the model is of a class, or of a user's subclass of one, named with an ending."""
     return any(cls.__name__.endswith(endings) for cls in type(unwrapped_base(model)).__mro__)
 
 

@@ -39,7 +39,8 @@ from hf_adapt.models.structure import unwrapped_base
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from hf_adapt.engine.batch import Batch, Part
+    from hf_adapt.engine.batch import Batch
+    from hf_adapt.engine.parts import Part
     from hf_adapt.knowledge.injection.explaining import Explanation
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,8 @@ from hf_adapt.models.pooling import pool
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from hf_adapt.engine.batch import Batch, Part, Rows
+    from hf_adapt.engine.batch import Batch, Rows
+    from hf_adapt.engine.parts import Part
 
 NEGATIVES = "knowledge_negatives"
 DESCRIPTIONS = ("knowledge_description_ids", "knowledge_description_mask")
