@@ -22,13 +22,8 @@ bfloat16 (Liger compiled, its default). Results: benchmarks/README.md.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import in_fresh_process, peak, print_machine, print_table, progress, restarted_peak
 
 from hf_adapt.distillation.divergences import JensenShannon, forward_kl
 from hf_adapt.distillation.language_models.chunked import chunked_distillation_loss
@@ -44,7 +40,6 @@ from hf_adapt.distillation.language_models.chunked import chunked_distillation_l
 METHODS = ["products", "naive", "ours", "liger", "liger-128", "trl"]
 CASES = {"kl": (128_256, 0.0), "jsd": (32_000, 0.5)}  # classes, and beta as the peers have it
 SHAPES = {"cpu": (2048, 512, torch.float32), "cuda": (8192, 4096, torch.bfloat16)}  # N, H
-PACKAGES = ["torch", "transformers", "liger-kernel", "trl"]
 DIVERGENCES = {"kl": forward_kl, "jsd": JensenShannon(0.5)}
 
 Tensors = list[torch.Tensor]
@@ -145,12 +140,6 @@ def step(method: str, case: str, tensors: Tensors) -> float | None:
     return loss.item()
 
 
-def resident(field: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most."""
-    status = Path("/proc/self/status").read_text()
-    return next(1024 * int(x.split()[1]) for x in status.splitlines() if x.startswith(field))
-
-
 def measure(method: str, case: str, device: str, folder: Path) -> dict[str, Any]:
     """Time, peak memory, and the largest difference from `naive` over the largest value."""
     tokens, width, _ = SHAPES[device]
@@ -162,18 +151,13 @@ def measure(method: str, case: str, device: str, folder: Path) -> dict[str, Any]
         for student in tensors[:2]:
             student.grad = None
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = resident("VmRSS")
+    before = restarted_peak(device)
     cpu, wall = time.process_time(), time.perf_counter()
     loss = step(method, case, tensors)
     if device == "cuda":
         torch.cuda.synchronize()
     result = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
-    result["megabytes"] = (peak - before) / 1e6
+    result["megabytes"] = (peak(device) - before) / 1e6
     found, file = [torch.tensor(loss or 0.0), *(x.grad for x in tensors[:2])], folder / "naive.pt"
     if method == "naive":
         torch.save(found, file)
@@ -184,7 +168,7 @@ def measure(method: str, case: str, device: str, folder: Path) -> dict[str, Any]
 
 
 def main() -> None:
-    """Run all methods in turn, each in its own process, and print a JSON line for each."""
+    """Run all methods in turn, each in its own process, and print a table of each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -198,30 +182,26 @@ def main() -> None:
         print(json.dumps(measure(method, case, options.device, Path(folder))))
         return
     cases = options.cases if options.device == "cpu" else ["kl"]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-    print(json.dumps({"machine": where, "threads": 2, **versions}), flush=True)
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # a waiting thread costs no CPU time
+    print_machine(options.device, "torch", "transformers", "liger-kernel", "trl")
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # a waiting thread costs no CPU time
     for case in cases:
         runs: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(options.rounds):
                 for method in options.methods:
-                    command = [sys.executable, __file__, "--device", options.device]
-                    done = subprocess.run(
-                        [*command, "--only", method, case, folder],
-                        check=True,
-                        env=environment,
-                        stdout=subprocess.PIPE,
-                        text=True,
+                    found = in_fresh_process(
+                        __file__,
+                        *("--device", options.device, "--only", method, case, folder),
+                        environment=environment,
                     )
-                    runs[method].append(json.loads(done.stdout.splitlines()[-1]))
-                    print(f"# {case} {method} {runs[method][-1]}", file=sys.stderr, flush=True)
+                    runs[method].append(found)
+                    progress({"case": case, "method": method, **found})
         report(case, runs, "cpu" if options.device == "cpu" else "wall")
 
 
 def report(case: str, runs: dict[str, list[dict[str, Any]]], clock: str) -> None:
     """Medians, ratios to the products by the same round's clock, and the largest differences."""
+    lines = []
     for method, rounds in runs.items():
         line: dict[str, Any] = {"case": case, "method": method}
         for key in ("megabytes", "cpu", "wall"):
@@ -237,8 +217,9 @@ def report(case: str, runs: dict[str, list[dict[str, Any]]], clock: str) -> None
         differences = [run["differences"] for run in rounds if "differences" in run]
         if differences:
             largest = [max(each) for each in zip(*differences, strict=True)]
-            line["difference of loss, dH, dW"] = [float(f"{x:.1e}") for x in largest]
-        print(json.dumps(line), flush=True)
+            line["difference of loss, dH, dW"] = ", ".join(f"{x:.1e}" for x in largest)
+        lines.append(line)
+    print_table(lines)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,8 @@ Three minutes on two cores. Results: benchmarks/README.md.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -31,38 +25,23 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import datasets
 import torch
 import torch.nn.functional as F
+from measure import Clock, in_turns, print_machine, print_table, ratio
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
+from workload import WITHOUT_DROPOUT, bert, quiet_arguments, step_seconds
 
 from hf_adapt import DistillationTrainer
 
 ROWS, TOKENS, WARM_UP = 16, 64, 2
-PACKAGES = ["torch", "transformers", "accelerate", "trl"]
-
-
-def bert(cls: Any, seed: int, layers: int, width: int, vocabulary: int = 30522) -> Any:
-    """A BERT without dropout and with random weights."""
-    torch.manual_seed(seed)
-    return cls(
-        BertConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            intermediate_size=4 * width,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            num_labels=3,
-        )
-    )
+BERT = {"num_labels": 3, **WITHOUT_DROPOUT}
 
 
 def llama(seed: int) -> LlamaForCausalLM:
@@ -97,87 +76,39 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def arguments(folder: str, **settings: Any) -> TrainingArguments:
-    """Quiet training on the CPU."""
-    return TrainingArguments(
-        folder,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_strategy="no",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        **settings,
-    )
-
-
 # ---------------------------------------------------------------- what a step costs
-class StepTimes(TrainerCallback):
-    """CPU seconds of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.process_time()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time() - self._start)
-
-
-def step_seconds(teacher: Any, steps: int, folder: str) -> float:
-    """Median CPU seconds of a step, with a teacher or without."""
+def cost(rounds: int, steps: int) -> None:
+    """Print the ratio of a step with a teacher to a plain step and a teacher's forward."""
+    teacher = bert(BertForSequenceClassification, 12, seed=1, **BERT).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 30000, (ROWS * (steps + WARM_UP), TOKENS), generator=generator)
     rows = [{"input_ids": row.tolist(), "labels": i % 3} for i, row in enumerate(ids)]
-    times = StepTimes()
-    settings: dict[str, Any] = dict(
-        model=bert(BertForSequenceClassification, 0, 6, 384),
-        args=arguments(folder, per_device_train_batch_size=ROWS, max_steps=steps + WARM_UP),
-        train_dataset=datasets.Dataset.from_list(rows),
-        data_collator=collate,
-        callbacks=[times],
-    )
-    if teacher is None:
-        trainer = Trainer(**settings)
-    else:
-        trainer = DistillationTrainer(teacher=teacher, **settings)
-    trainer.train()
-    return statistics.median(times.seconds[WARM_UP:])
+    data = datasets.Dataset.from_list(rows)
 
+    def train(**options: Any) -> float:
+        student = bert(BertForSequenceClassification, 6, **BERT)
+        settings = {"remove_unused_columns": False}
+        options |= {"settings": settings, "data_collator": collate}
+        return step_seconds(student, data, ROWS, steps, WARM_UP, **options)
 
-def teacher_seconds(teacher: Any, steps: int) -> float:
-    """Median CPU seconds of a teacher's forward."""
-    ids = torch.randint(5, 30000, (ROWS, TOKENS))
-    mask, seconds = torch.ones_like(ids), []
-    with torch.no_grad():
-        for _ in range(steps + WARM_UP):
-            start = time.process_time()
-            teacher(input_ids=ids, attention_mask=mask)
-            seconds.append(time.process_time() - start)
-    return statistics.median(seconds[WARM_UP:])
+    def forward() -> float:
+        clock = Clock()
+        clock.tick()
+        with torch.no_grad():
+            for _ in range(steps + WARM_UP):
+                teacher(input_ids=ids[:ROWS], attention_mask=torch.ones_like(ids[:ROWS]))
+                clock.tick()
+        return clock.median(WARM_UP)
 
-
-def cost(rounds: int, steps: int) -> None:
-    """Print the ratio of steps in turns."""
-    teacher = bert(BertForSequenceClassification, 1, 12, 384).eval()
-    ratios = []
-    with tempfile.TemporaryDirectory() as folder:
-        for index in range(rounds):
-            runs: list[Callable[[], float]] = [
-                lambda: step_seconds(None, steps, folder),
-                lambda: teacher_seconds(teacher, steps),
-                lambda: step_seconds(teacher, steps, folder),
-            ]
-            order = [0, 1, 2] if index % 2 else [2, 1, 0]
-            found = {place: runs[place]() for place in order}
-            ratios.append(found[2] / (found[0] + found[1]))
-            print(f"# {found} {ratios[-1]:.3f}", flush=True)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    line = {"step / (plain step + teacher forward)": round(middle, 3)}
-    print(json.dumps({**line, "quartiles": [round(low, 3), round(high, 3)]}))
+    sides = {
+        "distillation": lambda: train(kind=DistillationTrainer, teacher=teacher),
+        "forward": forward,
+        "plain": train,
+    }
+    seconds = in_turns(sides, rounds)
+    both = [a + b for a, b in zip(seconds["plain"], seconds["forward"], strict=True)]
+    comparison = "distillation step / (plain step + teacher forward)"
+    print_table([ratio(comparison, seconds["distillation"], both)])
 
 
 # ---------------------------------------------------------------- who is exact
@@ -226,36 +157,39 @@ def rows_of(kind: str) -> datasets.Dataset:
 
 def first_gradient(way: str, kind: str, size: int, steps: int, folder: str) -> torch.Tensor:
     """The gradient of one optimizer step over the eight rows."""
-    recorder = Gradient()
+    recorder, small = Gradient(), {"vocab_size": 200, **BERT}
     makers = {
-        "rows": lambda seed: bert(BertForSequenceClassification, seed, 2, 64, 200),
-        "tokens": lambda seed: bert(BertForTokenClassification, seed, 2, 64, 200),
+        "rows": lambda seed: bert(BertForSequenceClassification, 2, 64, seed, **small),
+        "tokens": lambda seed: bert(BertForTokenClassification, 2, 64, seed, **small),
         "language model": llama,
     }
-    settings: dict[str, Any] = dict(
+    settings = quiet_arguments(
+        folder,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=steps,
         max_steps=1,
         max_grad_norm=0.0,
+        remove_unused_columns=False,
     )
     given: dict[str, Any] = dict(
         model=makers[kind](0), train_dataset=rows_of(kind), callbacks=[recorder]
     )
     if way == "trl":
-        trainer = _trl(makers[kind](1), settings, folder, given)
+        trainer = _trl(makers[kind](1), settings, given)
     else:
         cls = DistillationTrainer if way == "ours" else Guide
         trainer = cls(
             **given,
-            args=arguments(folder, **settings),
+            args=TrainingArguments(**settings),
             data_collator=collate,
             teacher=makers[kind](1),
         )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return recorder.value
 
 
-def _trl(teacher: Any, settings: dict[str, Any], folder: str, given: dict[str, Any]) -> Trainer:
+def _trl(teacher: Any, settings: dict[str, Any], given: dict[str, Any]) -> Trainer:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -273,19 +207,11 @@ def _trl(teacher: Any, settings: dict[str, Any], folder: str, given: dict[str, A
     words = Tokenizer(models.WordLevel({str(i): i for i in range(200)}, "1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2")
     args = GKDConfig(
-        folder,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_strategy="no",
-        dataloader_pin_memory=False,
+        **settings,
         lmbda=0.0,
         bf16=False,
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        **settings,
     )
     return GKDTrainer(
         teacher_model=teacher,
@@ -301,32 +227,30 @@ def accumulation() -> None:
     ways = [
         (way, kind) for kind in ("rows", "tokens", "language model") for way in ("ours", "guide")
     ]
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for way, kind in [*ways, ("trl", "language model")]:
+            line: dict[str, Any] = {"way": way, "head": kind}
             try:
                 whole = first_gradient(way, kind, 8, 1, folder)
                 cut = first_gradient(way, kind, 1, 8, folder)
             except Exception as error:  # another version of a peer: its line says why
-                print(json.dumps({"way": way, "head": kind, "failed": repr(error)[:200]}))
+                lines.append({**line, "failed": repr(error)[:200]})
                 continue
-            line = {
-                "way": way,
-                "head": kind,
-                "norm of 8 × 1 / norm of 1 × 8": round(float(cut.norm() / whole.norm()), 3),
-                "cosine": round(float(F.cosine_similarity(whole, cut, dim=0)), 4),
-            }
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            line["norm of 8 × 1 / norm of 1 × 8"] = f"{float(cut.norm() / whole.norm()):.3f}"
+            line["cosine"] = f"{float(F.cosine_similarity(whole, cut, dim=0)):.3f}"
+            lines.append(line)
+    print_table(lines)
 
 
 def main() -> None:
-    """Print a JSON line for each comparison."""
+    """Print a table for each comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    print(json.dumps({"machine": platform.machine(), "threads": 1, **versions}))
+    print_machine("cpu", "torch", "transformers", "accelerate", "trl")
     accumulation()
     cost(options.rounds, options.steps)
 

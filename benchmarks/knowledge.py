@@ -14,38 +14,31 @@ benchmarks/knowledge_linking.py.
 """
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import domain_data
 import numpy as np
 import torch
+from measure import in_fresh_process, in_turns, print_machine, print_table, ratio, resident
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
 )
+from workload import bert, step_seconds
 
-from hf_adapt import EntityLinker, EntityVectors, KnowledgeCallback, KnowledgeGraph
-from hf_adapt.knowledge import KnowledgeInjector
+from hf_adapt import KnowledgeCallback
+from hf_adapt.knowledge import EntityLinker, EntityVectors, KnowledgeGraph, KnowledgeInjector
 
 ROWS, TOKENS, MENTIONS, WORDS, WARM_UP = 16, 64, 4, 30000, 2
 ENTITIES, TRIPLES, NAMES = 1_000_000, 5_000_000, 1000
-PACKAGES = ["torch", "transformers", "accelerate", "numpy", "pyarrow"]
 
 
 # ---------------------------------------------------------------- a step
@@ -73,58 +66,7 @@ def rows(number: int) -> datasets.Dataset:
     return made.map(lambda batch: tokenizer(batch["text"]), batched=True)
 
 
-class StepTimes(TrainerCallback):
-    """CPU seconds of each optimizer step, collating included."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        self.ends.append(time.process_time())
-
-
-def step_seconds(data: datasets.Dataset, steps: int, knowledge: Any) -> float:
-    """The median CPU time of a step."""
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=WORDS + 2,
-            hidden_size=384,
-            num_hidden_layers=6,
-            num_attention_heads=12,
-            intermediate_size=1536,
-        )
-    )
-    clock, tokenizer = StepTimes(), words()
-    callbacks: list[TrainerCallback] = [clock]
-    if knowledge is not None:
-        graph, vectors, linker = knowledge
-        injector = KnowledgeInjector(3)
-        callbacks.append(KnowledgeCallback(graph, vectors, linker, injector))
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            model,
-            TrainingArguments(
-                folder,
-                per_device_train_batch_size=ROWS,
-                max_steps=steps + WARM_UP + 1,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=data,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        ).train()
-    return statistics.median(np.diff(clock.ends)[WARM_UP:])
-
-
-def step(rounds: int, steps: int) -> dict[str, Any]:
+def step(rounds: int, steps: int) -> list[dict[str, Any]]:
     """The ratio of a step with knowledge to one without."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -133,24 +75,30 @@ def step(rounds: int, steps: int) -> dict[str, Any]:
     triples = [(f"e{i}", "r", f"e{random.integers(0, NAMES)}") for i in range(NAMES)]
     graph = KnowledgeGraph.from_triples(triples, names={f"e{i}": f"w{i}" for i in range(NAMES)})
     table = random.normal(size=(graph.num_entities, 128)).astype(np.float32)
-    knowledge = (graph, EntityVectors.from_array(table, graph), EntityLinker(graph))
-    ratios = []
-    for number in range(rounds):
-        order = [None, knowledge] if number % 2 else [knowledge, None]
-        seconds = {one is not None: step_seconds(data, steps, one) for one in order}
-        ratios.append(seconds[True] / seconds[False])
-        print(f"  round {number + 1}: {ratios[-1]:.3f}", flush=True)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
+    vectors, linker = EntityVectors.from_array(table, graph), EntityLinker(graph)
+
+    def train(knowledge: bool) -> float:
+        injector = KnowledgeInjector(3)
+        tokenizer = words()
+        return step_seconds(
+            bert(BertForSequenceClassification, 6, vocab_size=WORDS + 2),
+            data,
+            ROWS,
+            steps,
+            WARM_UP,
+            callbacks=[KnowledgeCallback(graph, vectors, linker, injector)] if knowledge else [],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+        )
+
+    seconds = in_turns({"with": lambda: train(True), "without": lambda: train(False)}, rounds)
+    return [ratio("step with `KnowledgeCallback` / plain step", *seconds.values())]
 
 
 # ---------------------------------------------------------------- memory
-def resident() -> float:
-    """Megabytes that this process holds."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("no VmRSS in /proc/self/status")
+def megabytes() -> float:
+    """What this process holds in memory."""
+    return resident() / 2**20
 
 
 def build_large(folder: str) -> dict[str, Any]:
@@ -171,12 +119,12 @@ def build_large(folder: str) -> dict[str, Any]:
         }
     )
     del head, tail
-    before, start = resident(), time.perf_counter()
+    before, start = megabytes(), time.perf_counter()
     graph = KnowledgeGraph.from_triples(table)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     del table
-    held = resident()
+    held = megabytes()
     graph.save(folder)
     return {
         "seconds": round(seconds, 1),
@@ -189,7 +137,7 @@ def build_large(folder: str) -> dict[str, Any]:
 
 def load_large(folder: str) -> dict[str, Any]:
     """Load it and ask for the neighbours of many entities."""
-    before, start = resident(), time.perf_counter()
+    before, start = megabytes(), time.perf_counter()
     graph = KnowledgeGraph.load(folder)
     seconds = time.perf_counter() - start
     random = np.random.default_rng(1)
@@ -200,32 +148,22 @@ def load_large(folder: str) -> dict[str, Any]:
     each = (time.perf_counter() - start) / asked
     return {
         "seconds": round(seconds, 2),
-        "MB_above_before": round(resident() - before),
+        "MB_above_before": round(megabytes() - before),
         "microseconds_for_neighbours": round(1e6 * each, 1),
     }
 
 
-def in_fresh_process(part: str, folder: str) -> dict[str, Any]:
-    """Run a part by itself."""
-    command = [sys.executable, __file__, part, "--folder", folder]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def memory() -> dict[str, Any]:
-    """Both parts."""
+def memory() -> list[dict[str, Any]]:
+    """Both parts, each in a fresh process."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(Path(scratch, "graph"))
-        built = in_fresh_process("build", folder)
-        return {"built": built, "loaded": in_fresh_process("load", folder)}
+        parts = ("build", "load")
+        return [{"": p} | in_fresh_process(__file__, p, "--folder", folder) for p in parts]
 
 
 # ---------------------------------------------------------------- WordNet
-def wordnet() -> dict[str, Any]:
+def wordnet() -> list[dict[str, Any]]:
     """Seconds to load WordNet, to make a linker and to link vader4."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    import domain_data
-
     folder = domain_data.wordnet_path()
     found: dict[str, Any] = {}
     start = time.process_time()
@@ -251,11 +189,11 @@ def wordnet() -> dict[str, Any]:
         "link": round(seconds, 2),
         "million_characters_per_second": round(characters / 1e6 / seconds, 1),
     }
-    return found
+    return [found]
 
 
 def main() -> None:
-    """Run the parts that were named, or all, and print them as JSON."""
+    """Run the parts that were named, or all, and print a table for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parts = ("step", "memory", "wordnet")
     # argparse would hold an empty list against choices.
@@ -270,15 +208,12 @@ def main() -> None:
         return
     if unknown := set(options.parts) - set(parts):
         parser.error(f"unknown parts {sorted(unknown)}: choose from {', '.join(parts)}")
-    found: dict[str, Any] = {}
+    print_machine("cpu", "torch", "transformers", "accelerate", "numpy", "pyarrow")
     for part in options.parts or parts:
-        print(part, flush=True)
         if part == "step":
-            found[part] = step(options.rounds, options.steps)
+            print_table(step(options.rounds, options.steps))
         else:
-            found[part] = memory() if part == "memory" else wordnet()
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    print(json.dumps({"machine": platform.machine(), "versions": versions, **found}, indent=1))
+            print_table(memory() if part == "memory" else wordnet())
 
 
 if __name__ == "__main__":

@@ -17,27 +17,24 @@ Ten minutes on two cores. Results: benchmarks/README.md.
 
 import argparse
 import gc
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from measure import in_fresh_process, print_machine, print_table, progress
+
 from hf_adapt.knowledge.linking.folding import ascii_letters, fold, fold_names
 from hf_adapt.knowledge.linking.linker import EntityLinker
 from hf_adapt.knowledge.linking.matching import AhoCorasickMatcher, leftmost_longest
 
-PACKAGES = ["ahocorasick_rs", "pyahocorasick", "flashtext", "tokenizers"]
 SETTINGS = [
     ("words", 100_000, "sparse"),
     ("words", 100_000, "dense"),
@@ -266,24 +263,10 @@ def measure_building(script: str, number: int, method: str) -> None:
     print(json.dumps({**line, "seconds": round(seconds, 2), "MB": round(peak / 1024)}), flush=True)
 
 
-def _fresh(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], check=True, capture_output=True, text=True
-    )
-    made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"# {json.dumps(made)}", file=sys.stderr, flush=True)
-    return made
-
-
-def table(lines: list[dict[str, Any]]) -> None:
-    """Print lines as a table in Markdown."""
-    heads = list(dict.fromkeys(itertools.chain.from_iterable(lines)))
-    print("\n| " + " | ".join(heads) + " |")
-    print("|" + "---|" * len(heads))
-    for line in lines:
-        cells = [line.get(head, "–") for head in heads]
-        shown = [f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]
-        print("| " + " | ".join(shown) + " |")
+def _fresh(*arguments: object) -> dict[str, Any]:
+    line: dict[str, Any] = in_fresh_process(__file__, *arguments)
+    progress(line)
+    return line
 
 
 def main() -> None:
@@ -300,21 +283,19 @@ def main() -> None:
         else:
             measure(script, int(number), what[0], options.rounds, options.characters)
         return
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    print(json.dumps({"machine": platform.machine(), "python": platform.python_version()}))
-    print(json.dumps(versions))
-    given = ["--rounds", str(options.rounds), "--characters", str(options.characters)]
-    linked = [_fresh(*given, "--only", s, str(n), kind) for s, n, kind in SETTINGS]
+    print_machine("cpu", "ahocorasick_rs", "pyahocorasick", "flashtext", "tokenizers")
+    given = ["--rounds", options.rounds, "--characters", options.characters]
+    linked = [_fresh(*given, "--only", s, n, kind) for s, n, kind in SETTINGS]
     built = [
-        _fresh("--only", script, str(number), "build", method)
+        _fresh("--only", script, number, "build", method)
         for script, number in (("words", 100_000), ("words", 1_000_000), ("chinese", 100_000))
         for method in METHODS[script]
         if method not in ("extra", "tokenizer")
     ]
     print("\nMillion characters a second:")
-    table(linked)
+    print_table(linked)
     print("\nBuilding:")
-    table(built)
+    print_table(built)
 
 
 if __name__ == "__main__":

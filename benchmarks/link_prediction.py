@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pykeen
 import torch
+from measure import print_machine, print_table, progress
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.vectors.table import EntityVectors
@@ -38,8 +39,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| graph | model | MRR | hits@10 | PyKEEN's pipeline | seconds |")
-    print("|---|---|---|---|---|---|")
+    print_machine("cpu", "torch", "pykeen")
+    lines = []
     for data in arguments.data:
         folder = Path(pykeen.__file__).parent / "datasets" / data
         graph = KnowledgeGraph.from_triples(folder / "train.txt")
@@ -56,11 +57,17 @@ def main() -> None:
             seconds = time.perf_counter() - start
             found = vectors.metadata["link_prediction"]
             mrr, hits = PIPELINE[data][model]
-            print(
-                f"| {data} | {model} | {found['mrr']:.3f} | {found['hits@10']:.3f} "
-                f"| {mrr:.3f} / {hits:.3f} | {seconds:.0f} |",
-                flush=True,
-            )
+            line = {
+                "graph": data,
+                "model": model,
+                "MRR": f"{found['mrr']:.3f}",
+                "hits@10": f"{found['hits@10']:.3f}",
+                "PyKEEN's pipeline": f"{mrr:.3f} / {hits:.3f}",
+                "seconds": round(seconds),
+            }
+            progress(line)
+            lines.append(line)
+    print_table(lines)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ Needs the package gguf for the default weights. Writes results.json, table.md an
 --output_dir. Every option of TrainingArguments can be given as well.
 """
 
-import copy
 import gc
 import math
 import sys
@@ -30,18 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
-from distil_classifier import report, size_of
-from domain_data import LICENCES, DataError, load_domain
-from domain_shift_text import option
 from matplotlib.figure import Figure
-from model_weights import SMOLLM2_LICENCE, smollm2_path
-from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -52,9 +44,16 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import DistillationTrainer, student_from_teacher
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import student_from_teacher
 
-DOMAINS = ("movies", "tweets", "products", "nyt")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
+from domain_data import LICENCES, load_domain
+from experiment import DOMAINS, changed, option, parse, run
+from measure import peak, restarted_peak
+from model_weights import SMOLLM2_LICENCE, smollm2_path
+from results import ORANGE, grouped_bars, report, score
+
 MODELS = {
     "teacher": "teacher",
     "before": "student, not trained",
@@ -62,19 +61,13 @@ MODELS = {
     "distilled": "student, distilled",
 }
 
-# Every other TrainingArgument keeps its own default; all can be given on the command line.
 TRAINING_DEFAULTS = {
     "output_dir": "runs/distil_causal_lm",
     "max_steps": 40,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
-    "learning_rate": 3e-4,
     "warmup_steps": 5,
     "logging_steps": 10,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "report_to": "none",
-    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 
@@ -134,35 +127,15 @@ def make_trainer(
 class StepMemory(TrainerCallback):
     """How much more memory the last step held at its peak than at its start, in bytes."""
 
-    peak: int | None = None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    added: int | None = None  # unknown where there is no /proc
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         gc.collect()
-        self.start = _restarted_peak()
+        self.start = restarted_peak(self.device)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.peak = None if self.start is None else _peak() - self.start
-
-
-def _restarted_peak() -> int | None:
-    """Forget the highest memory so far; returns what is held now. None where it cannot be told."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
-        return _peak()
-    except OSError:
-        return None
-
-
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    line = next(
-        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
-    )
-    return 1024 * int(line.split()[1])
+        self.added = None if self.start is None else peak(self.device) - self.start
 
 
 def step_memory(
@@ -173,8 +146,7 @@ def step_memory(
     chunked: bool | None,
 ) -> int | None:
     """Of the second step: the first one also makes the optimizer's moments."""
-    args = copy.copy(args)
-    args.max_steps, args.per_device_train_batch_size = 2, script.memory_rows
+    args = changed(args, max_steps=2, per_device_train_batch_size=script.memory_rows)
     trainer = make_trainer(
         student_from_teacher(teacher, script.student_layers),
         args,
@@ -185,42 +157,31 @@ def step_memory(
     )
     trainer.add_callback(memory := StepMemory())
     trainer.train()
-    return memory.peak
+    return memory.added
 
 
 # ---------------------------------------------------------------- report
-def plot(results: dict[str, dict], memory: dict[str, int | None], path: Path) -> None:
+def plot(results: dict[str, dict], memory: dict[str, int | None]) -> Figure:
     """Bars of the perplexities, and of the memory of a step."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     first, second = figure.subplots(1, 2, width_ratios=[2.2, 1])
     domains = [name for name in next(iter(results.values())) if name in DOMAINS]
-    for offset, (domain, colour) in enumerate(zip(domains, ("#9aa5b1", "#2a78c2"), strict=False)):
-        bars = first.bar(
-            [i + 0.4 * offset for i in range(len(results))],
-            [found[domain] for found in results.values()],
-            width=0.38,
-            color=colour,
-            label=domain,
-        )
-        first.bar_label(bars, fmt="%.3g", fontsize=8)
+    series = {domain: [score([found[domain]]) for found in results.values()] for domain in domains}
     ticks = [MODELS[name].replace(", ", ",\n") for name in results]
-    first.set_xticks([i + 0.2 for i in range(len(results))], ticks, fontsize=8)
+    for bars in grouped_bars(first, ticks, series, scale=1, fontsize=8):
+        first.bar_label(bars, fmt="%.3g", fontsize=8)
     first.set_yscale("log")
     first.set_ylabel("perplexity")
     first.legend(frameon=False, fontsize=8)
     known = {name: value / 2**20 for name, value in memory.items() if value is not None}
-    bars = second.bar(list(known), list(known.values()), color="#c25d2a", width=0.5)
+    bars = second.bar(list(known), list(known.values()), color=ORANGE, width=0.5)
     second.bar_label(bars, fmt="%.0f", fontsize=8)
     second.set_ylabel("peak memory of a step, MiB")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((ExampleArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    script, args = parser.parse_args_into_dataclasses(argv)
-    console = Console(quiet=args.process_index != 0)
-    transformers.logging.disable_progress_bar()
+    script, args, console = parse(ExampleArguments, __doc__, argv, **TRAINING_DEFAULTS)
     console.print(f"[dim]{LICENCES['vader4']}[/dim]")
     if script.model_name_or_path is None:
         console.print(f"[dim]{SMOLLM2_LICENCE}[/dim]")
@@ -255,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.train()
         found: dict[str, Any] = {"seconds": time.perf_counter() - start}
         found["layers"] = model.config.num_hidden_layers
-        found["parameters"] = size_of(model)
+        found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         for domain, rows in tests.items():
             found[domain] = math.exp(trainer.evaluate(rows)["eval_loss"])
         results[name] = found
@@ -270,7 +231,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index != 0:
         return
 
-    output_dir = Path(args.output_dir)
     rows = [["model", "layers", "parameters", *tests, "seconds"]]
     for name, found in results.items():
         perplexities = [f"{found[domain]:.1f}" for domain in tests]
@@ -288,13 +248,10 @@ def main(argv: list[str] | None = None) -> None:
         tokens = script.memory_rows * script.block_size
         sizes = " and ".join(f"{value / 2**20:.0f} MiB ({k})" for k, value in memory.items())
         legend += f" Peak memory that a step of {tokens} tokens adds: {sizes}."
-    report(rows, legend, {"models": results, "memory": memory}, output_dir, console)
-    plot(results, memory, output_dir / "perplexity.png")
-    console.print(f"wrote results.json, table.md and perplexity.png to {output_dir}")
+    document = {"models": results, "memory": memory}
+    figures = {"perplexity.png": plot(results, memory)}
+    report(rows, legend, document, figures, Path(args.output_dir), console)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -26,10 +26,6 @@ Writes results.json, table.md and distillation.png to --output_dir. Every option
 TrainingArguments can be given as well.
 """
 
-import copy
-import json
-import shlex
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,18 +33,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset, concatenate_datasets
-from domain_data import LICENCES, MINILM_LICENCE, DataError, load_pair, minilm_path
-from domain_shift_text import option, versions, write
 from matplotlib.figure import Figure
-from model_weights import E5_LICENCE, E5_PREFIX, e5_small_path
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV
@@ -56,12 +45,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertModel,
     BertPreTrainedModel,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -71,30 +58,33 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_adapt import CachedTeacher, DistillationTrainer, student_from_teacher
+from hf_adapt import DistillationTrainer, Stream
+from hf_adapt.distillation import CachedTeacher, student_from_teacher
 
-DOMAINS = ("movies", "tweets", "products", "nyt")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
+from domain_data import LICENCES, MINILM_LICENCE, load_pair, minilm_path
+from experiment import (
+    DOMAINS,
+    TESTS,
+    changed,
+    check_methods,
+    new_classifier,
+    option,
+    parse,
+    predict,
+    run,
+)
+from model_weights import E5_LICENCE, E5_PREFIX, e5_small_path
+from results import grouped_bars, percent, report
+from results import summarize as means
+
 METHODS = {
     "alone": "student alone",
     "distilled": "distilled",
     "unlabelled": "+ unlabelled text",
     "teacher": "teacher",
 }
-TESTS = ("in domain", "out of domain")
-
-# Every other TrainingArgument keeps its own default; all can be given on the command line.
-TRAINING_DEFAULTS = {
-    "output_dir": "runs/distil_classifier",
-    "num_train_epochs": 6,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
-    "learning_rate": 3e-4,
-    "logging_steps": 20,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "report_to": "none",
-    "dataloader_pin_memory": torch.cuda.is_available(),
-}
+TRAINING_DEFAULTS = {"output_dir": "runs/distil_classifier", "num_train_epochs": 6}
 
 
 @dataclass
@@ -117,8 +107,7 @@ class ExampleArguments:
     kd_weight: float = option(0.8, "Factor of the distillation term; that of the labels: 1 - it")
 
     def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"unknown --methods {sorted(unknown)}: choose from {list(METHODS)}")
+        check_methods(self.methods, METHODS)
 
 
 # ---------------------------------------------------------------- data
@@ -185,13 +174,6 @@ class MeanPooledClassifier(BertPreTrainedModel):
         )
 
 
-def label_names(labels: Sequence[str]) -> dict[str, dict]:
-    return {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-
-
 def batches(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, prefix: str, size: int = 32
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -213,9 +195,7 @@ def make_teacher(
     start = time.perf_counter()
     path = script.teacher_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=script.max_length)
-    transformers.logging.set_verbosity_error()  # else it tells that the head is new
-    model = MeanPooledClassifier.from_pretrained(path, **label_names(data.labels)).eval()
-    transformers.logging.set_verbosity_warning()
+    model = new_classifier(path, data.labels, MeanPooledClassifier).eval()
     rows = list(batches(data.train, tokenizer, script.teacher_prefix))
     sentences = torch.cat([model.pooled(**batch) for batch in rows]).numpy()
     search = GridSearchCV(
@@ -248,11 +228,7 @@ def new_student(
     script: ExampleArguments, data: Data, layers: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Some layers of a pretrained encoder, with a new head."""
-    transformers.logging.set_verbosity_error()
-    model = AutoModelForSequenceClassification.from_pretrained(
-        script.model_name_or_path, **label_names(data.labels)
-    )
-    transformers.logging.set_verbosity_warning()
+    model = new_classifier(script.model_name_or_path, data.labels)
     tokenizer = AutoTokenizer.from_pretrained(
         script.model_name_or_path, model_max_length=script.max_length
     )
@@ -285,10 +261,8 @@ def train_student(
         # Rows without labels are distilled alone. A step sees twice as many of them as of the
         # labelled ones; two thirds of a batch are then texts that the teacher alone knows about.
         if method == "unlabelled":
-            common |= {
-                "target_dataset": tokenized(data.texts, tokenizer, prefix),
-                "target_ratio": 2.0,
-            }
+            rows = tokenized(data.texts, tokenizer, prefix)
+            common["target_dataset"] = Stream(rows, ratio=2.0)
         if teacher_tokenizer is not None:  # it is not the student's: give it the text instead
             common |= {
                 "teacher_processing_class": teacher_tokenizer,
@@ -306,94 +280,40 @@ def train_student(
     trainer.train()
     found: dict[str, Any] = {"seconds": time.perf_counter() - start, "parameters": size_of(model)}
     for name, dataset in data.tests.items():
-        predicted = trainer.predict(tokenized(dataset, tokenizer, prefix))
-        found[name] = accuracy_score(predicted.label_ids, predicted.predictions.argmax(-1))
+        truth, guess = predict(trainer, tokenized(dataset, tokenizer, prefix))
+        found[name] = accuracy_score(truth, guess)
     return model, tokenizer, found
 
 
 # ---------------------------------------------------------------- report
 def summarize(results: list[dict[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Mean and standard deviation over seeds, and the share of the teacher's accuracy."""
-    teacher = [run for run in results if run["method"] == "teacher"]
-    summary: dict[str, dict[str, Any]] = {}
-    for method in methods:
-        runs = [run for run in results if run["method"] == method]
-        if not runs:
-            continue
-        values: dict[str, Any] = {"parameters": runs[0]["parameters"]}
-        for name in (*TESTS, "seconds"):
-            column = [run[name] for run in runs]
-            deviation = statistics.stdev(column) if len(column) > 1 else None
-            values[name] = (statistics.mean(column), deviation)
+    """Means over seeds, and the share of the teacher's accuracy."""
+    summary = means(results, methods, [*TESTS, "seconds", "parameters"])
+    for values in summary.values():
         for name in TESTS:
-            whole = statistics.mean(run[name] for run in teacher)
-            values[f"retained {name}"] = values[name][0] / whole
-        summary[method] = values
+            whole = summary["teacher"][name]["mean"]
+            values[f"retained {name}"] = values[name]["mean"] / whole
     return summary
 
 
-def table_rows(
-    summary: dict[str, dict[str, Any]], names: dict[str, str], tests: Sequence[str] = TESTS
-) -> list[list[str]]:
+def table_rows(summary: dict[str, dict[str, Any]], names: dict[str, str]) -> list[list[str]]:
     """The table's cells, header first."""
-
-    def cell(mean: float, deviation: float | None) -> str:
-        return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
-
-    rows = [["method", *tests, "size", "retained", "seconds"]]
+    rows = [["method", *TESTS, "size", "retained", "seconds"]]
     for method, values in summary.items():
-        retained = " / ".join(f"{100 * values[f'retained {name}']:.0f}%" for name in tests)
-        rows.append(
-            [
-                names[method],
-                *(cell(*values[name]) for name in tests),
-                f"{values['parameters'] / 1e6:.1f}M",
-                retained,
-                f"{values['seconds'][0]:.0f}",
-            ]
-        )
+        retained = " / ".join(f"{100 * values[f'retained {name}']:.0f}%" for name in TESTS)
+        cells = [percent(values[name]) for name in TESTS]
+        size = f"{values['parameters']['mean'] / 1e6:.1f}M"
+        rows.append([names[method], *cells, size, retained, f"{values['seconds']['mean']:.0f}"])
     return rows
 
 
-def report(
-    rows: list[list[str]], legend: str, document: dict, output_dir: Path, console: Console
-) -> None:
-    """Print the table; write it and the numbers."""
-    table = Table(
-        caption=legend,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,  # all columns fit in 80 characters
-        collapse_padding=True,
-    )
-    for heading in rows[0]:
-        table.add_column(heading.replace(" ", "\n"), no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-    about = {"command": shlex.join(["python", *sys.argv]), "versions": versions()}
-    write(output_dir / "results.json", json.dumps({**about, **document}, indent=2))
-    markdown = [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-    write(output_dir / "table.md", "\n".join([*markdown, "", legend]) + "\n")
-
-
-def plot(summary: dict[str, dict[str, Any]], names: dict[str, str], path: Path) -> None:
+def plot(summary: dict[str, dict[str, Any]], names: dict[str, str]) -> Figure:
     """Bars of the accuracy in and out of domain."""
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
-    for offset, (test, colour) in enumerate(zip(TESTS, ("#9aa5b1", "#2a78c2"), strict=True)):
-        axes.bar(
-            [i + 0.4 * offset for i in range(len(summary))],
-            [100 * values[test][0] for values in summary.values()],
-            yerr=[100 * (values[test][1] or 0) for values in summary.values()],
-            width=0.38,
-            capsize=3,
-            color=colour,
-            label=test,
-        )
-    ticks = [names[method].replace(" + ", "\n+ ") for method in summary]
-    axes.set_xticks([i + 0.2 for i in range(len(summary))], ticks)
-    lowest = min(100 * values[test][0] for values in summary.values() for test in TESTS)
+    series = {test: [values[test] for values in summary.values()] for test in TESTS}
+    grouped_bars(axes, [names[method].replace(" + ", "\n+ ") for method in summary], series)
+    lowest = min(100 * score["mean"] for scores in series.values() for score in scores)
     bottom = max(0, lowest - 10)
     axes.set_ylim(bottom, None)
     for bar in axes.patches:
@@ -403,13 +323,11 @@ def plot(summary: dict[str, dict[str, Any]], names: dict[str, str], path: Path) 
     axes.set_ylabel("accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def prepare(script: ExampleArguments, console: Console) -> None:
     """Fetch what is needed, and say whose it is."""
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
     console.print(f"[dim]{LICENCES['vader4']}[/dim]")
     if script.model_name_or_path is None:
         console.print(f"[dim]{MINILM_LICENCE}[/dim]")
@@ -420,17 +338,13 @@ def prepare(script: ExampleArguments, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((ExampleArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    script, args = parser.parse_args_into_dataclasses(argv)
-    console = Console(quiet=args.process_index != 0)
+    script, args, console = parse(ExampleArguments, __doc__, argv, **TRAINING_DEFAULTS)
     prepare(script, console)
 
     results = []
     for seed in range(args.seed, args.seed + script.seeds):
         data = load(script, seed)
-        run_args = copy.copy(args)
-        run_args.seed, run_args.output_dir = seed, str(Path(args.output_dir) / f"seed{seed}")
+        run_args = changed(args, seed=seed, output_dir=str(Path(args.output_dir) / f"seed{seed}"))
         teacher, teacher_tokenizer, of_teacher = make_teacher(script, data)
         for method in dict.fromkeys(["teacher", *script.methods]):
             console.print(f"[bold]{METHODS[method]}[/bold], seed {seed}")
@@ -446,20 +360,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index != 0:
         return
 
-    output_dir = Path(args.output_dir)
     summary = summarize(results, list(METHODS))
     legend = (
         f"Accuracy in %, mean ± sd over {script.seeds} draw(s) of {len(data.train)} labelled rows "
         f"of {script.source}; out of domain: {script.target}. retained: share of the teacher's, in "
         f"/ out of domain. unlabelled text: {len(data.texts)} rows of both. seconds: of training."
     )
-    report(table_rows(summary, METHODS), legend, {"runs": results}, output_dir, console)
-    plot(summary, METHODS, output_dir / "distillation.png")
-    console.print(f"wrote results.json, table.md and distillation.png to {output_dir}")
+    figures = {"distillation.png": plot(summary, METHODS)}
+    rows = table_rows(summary, METHODS)
+    report(rows, legend, {"runs": results}, figures, Path(args.output_dir), console)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run(main)

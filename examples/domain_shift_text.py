@@ -19,42 +19,19 @@ Takes about seven minutes on two CPU cores. What is finished is kept in --output
 command again goes on where it stopped. Every option of TrainingArguments can be given as well.
 """
 
-import copy
-import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
-import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
-from domain_data import (
-    BENCHMARKS,
-    LICENCES,
-    MINILM_LICENCE,
-    DataError,
-    Pair,
-    load_pair,
-    minilm_path,
-)
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -62,6 +39,22 @@ from transformers import (
 )
 
 from hf_adapt import MMD, AdaptationCallback, DomainAdversarialCallback, InformationMaximization
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
+from domain_data import BENCHMARKS, LICENCES, MINILM_LICENCE, Pair, load_pair, minilm_path
+from experiment import (
+    changed,
+    check_methods,
+    fingerprint,
+    new_classifier,
+    option,
+    parse,
+    predict,
+    run,
+    tokenized,
+)
+from results import BLUE, GREY, ORANGE, percent, report, write
+from results import summarize as means
 
 METHODS = {
     "source": "source only",
@@ -71,24 +64,12 @@ METHODS = {
 }
 SCORES = ("source_accuracy", "source_f1", "target_accuracy", "target_f1")
 
-
 DEFAULT_PAIRS = {"vader4": ("movies", "tweets"), "spam2": ("sms", "email")}
-# Every other TrainingArgument keeps its own default; all can be given on the command line.
 TRAINING_DEFAULTS = {
     "output_dir": "runs/domain_shift_text/BENCHMARK-SOURCE-TARGET",
     "num_train_epochs": 2,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
-    "learning_rate": 3e-4,
-    "logging_steps": 20,
-    "save_strategy": "no",
-    "report_to": "none",
-    "dataloader_pin_memory": torch.cuda.is_available(),
+    "disable_tqdm": False,
 }
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -116,8 +97,7 @@ class DemoArguments:
     def __post_init__(self) -> None:
         self.source = self.source or DEFAULT_PAIRS[self.benchmark][0]
         self.target = self.target or DEFAULT_PAIRS[self.benchmark][1]
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"unknown --methods {sorted(unknown)}: choose from {list(METHODS)}")
+        check_methods(self.methods, METHODS)
 
 
 def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
@@ -138,32 +118,22 @@ def train_and_test(
     """Fine-tune once; return accuracy and macro-F1 in both domains, and the seconds of training."""
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-    transformers.logging.set_verbosity_error()  # else it tells each time that the head is new
-    model = AutoModelForSequenceClassification.from_pretrained(
-        script.model_name_or_path,
-        id2label=dict(enumerate(pair.labels)),
-        label2id={label: i for i, label in enumerate(pair.labels)},
-    )
-    transformers.logging.set_verbosity_warning()
+    model = new_classifier(script.model_name_or_path, pair.labels)
     freeze_first_layers(model, script.freeze_layers)
 
-    def tokenized(dataset: Dataset) -> Dataset:
-        return dataset.map(
-            lambda rows: tokenizer(rows["text"], truncation=True, max_length=script.max_length),
-            batched=True,
-            remove_columns="text",
-        )
+    def rows(dataset: Dataset) -> Dataset:
+        return tokenized(dataset, tokenizer, script.max_length)
 
     train_domain = pair.target if method == "oracle" else pair.source
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=tokenized(train_domain["train"]),
-        eval_dataset=tokenized(train_domain["dev"]),
+        train_dataset=rows(train_domain["train"]),
+        eval_dataset=rows(train_domain["dev"]),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
     )
-    target = tokenized(pair.target_unlabelled)  # has no label column
+    target = rows(pair.target_unlabelled)  # has no label column
     if method == "dann":
         trainer.add_callback(DomainAdversarialCallback(target_dataset=target))
     elif method == "mmd+im":
@@ -175,59 +145,17 @@ def train_and_test(
     trainer.train()
     result = {"method": method, "seed": seed, "seconds": time.perf_counter() - start}
     for name, domain in (("source", pair.source), ("target", pair.target)):
-        predicted = trainer.predict(tokenized(domain["test"]))
-        logits = predicted.predictions
-        guess = (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-        result[f"{name}_accuracy"] = accuracy_score(predicted.label_ids, guess)
-        result[f"{name}_f1"] = f1_score(predicted.label_ids, guess, average="macro")
+        truth, guess = predict(trainer, rows(domain["test"]))
+        result[f"{name}_accuracy"] = accuracy_score(truth, guess)
+        result[f"{name}_f1"] = f1_score(truth, guess, average="macro")
     if script.save_models:
         trainer.save_model()
     return result
 
 
-def fingerprint(pair: Pair, script: DemoArguments, args: TrainingArguments) -> str:
-    """Changes with whatever changes a result: the texts, the settings, the versions."""
-    no_effect = {
-        "output_dir",
-        "seed",
-        "seeds",
-        "methods",
-        "overwrite",
-        "save_models",
-        "logging_dir",
-    }
-    options = {**asdict(script), **args.to_dict(), "processes": args.world_size}
-    settings = {name: value for name, value in options.items() if name not in no_effect}
-    texts = [domain[split].to_dict() for domain in (pair.source, pair.target) for split in domain]
-    described = json.dumps([settings, texts, versions()], sort_keys=True, default=str)
-    return hashlib.sha256(described.encode()).hexdigest()[:12]
-
-
-def versions() -> dict[str, str]:
-    names = ("hf-adapt", "transformers", "torch", "datasets", "accelerate", "scikit-learn")
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {"python": platform.python_version()} | {n: found[n] for n in names if n in found}
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole file or none, so that an interrupted run leaves nothing half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def summarize(results: list[dict]) -> dict[str, dict]:
-    """Mean and standard deviation over seeds, and the share of the gap that each method closes."""
-    summary: dict[str, dict] = {}
-    for method in METHODS:
-        runs = [result for result in results if result["method"] == method]
-        if runs:
-            summary[method] = {"seeds": len(runs)}
-            for key in (*SCORES, "seconds"):
-                values = [run[key] for run in runs]
-                deviation = statistics.stdev(values) if len(values) > 1 else None
-                summary[method][key] = {"mean": statistics.mean(values), "sd": deviation}
+    """Means over seeds, and the share of the gap to the oracle that each method closes."""
+    summary = means(results, METHODS, (*SCORES, "seconds"))
     if {"source", "oracle"} <= summary.keys():
         floor, ceiling = (summary[m]["target_accuracy"]["mean"] for m in ("source", "oracle"))
         for method in summary.keys() - {"source", "oracle"}:
@@ -238,33 +166,28 @@ def summarize(results: list[dict]) -> dict[str, dict]:
 
 def table_rows(summary: dict[str, dict]) -> list[list[str]]:
     """The table's cells, header first."""
-
-    def cell(score: dict) -> str:
-        mean = f"{100 * score['mean']:.1f}"
-        return mean if score["sd"] is None else f"{mean} ± {100 * score['sd']:.1f}"
-
     scores = ("source acc.", "source F1", "target acc.", "target F1")
     rows = [["method", *scores, "gap closed", "seconds"]]
     for method, values in summary.items():
         gap = values.get("gap_closed")
-        scores = [cell(values[key]) for key in SCORES]
         share = "–" if gap is None else f"{gap:.0%}"
-        rows.append([METHODS[method], *scores, share, f"{values['seconds']['mean']:.0f}"])
+        cells = [percent(values[key]) for key in SCORES]
+        rows.append([METHODS[method], *cells, share, f"{values['seconds']['mean']:.0f}"])
     return rows
 
 
-def plot(results: list[dict], title: str, majority: float, path: Path) -> None:
+def plot(results: list[dict], title: str, majority: float) -> Figure:
     """Bars of the accuracy on the target, with a point for each seed."""
     summary = summarize(results)
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     means = [100 * values["target_accuracy"]["mean"] for values in summary.values()]
-    colours = {"source": "#9aa5b1", "oracle": "#52606d"}
+    colours = {"source": GREY, "oracle": "#52606d"}
     bars = axes.bar(
         [METHODS[method] for method in summary],
         means,
         width=0.62,
-        color=[colours.get(method, "#2a78c2") for method in summary],
+        color=[colours.get(method, BLUE) for method in summary],
     )
     places = {method: place for place, method in enumerate(summary)}
     points = [100 * result["target_accuracy"] for result in results]
@@ -274,63 +197,18 @@ def plot(results: list[dict], title: str, majority: float, path: Path) -> None:
     for method in colours.keys() & summary.keys():
         level = 100 * summary[method]["target_accuracy"]["mean"]
         axes.axhline(level, ls="--", lw=1, color=colours[method], zorder=0)
-    axes.axhline(100 * majority, ls=":", lw=1.5, color="#c25d2a", label="most frequent label")
+    axes.axhline(100 * majority, ls=":", lw=1.5, color=ORANGE, label="most frequent label")
     levels = [*points, 100 * majority]
     axes.set_ylim(max(0, min(levels) - 6), min(102, max(levels) + 4))
     axes.set_ylabel("accuracy on the target, %")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, format="png")
-    os.replace(part, path)
-
-
-def report(
-    results: list[dict], script: DemoArguments, about: dict, output_dir: Path, console: Console
-) -> None:
-    """Print the table; write it, the numbers and the plot."""
-    summary = summarize(results)
-    rows = table_rows(summary)
-    title = f"{script.source} → {script.target}"
-    legend = (
-        f"In %, mean ± sd over {script.seeds} seed(s). IM: information maximization. oracle: "
-        "trained on the target's labels. gap closed: share of the way, in target accuracy, from "
-        "source only to oracle. seconds: of training."
-    )
-    table = Table(
-        title=title,
-        caption=legend,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,  # all columns fit in 80 characters
-        collapse_padding=True,
-    )
-    for heading in rows[0]:
-        justify = "left" if heading == "method" else "right"
-        table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-
-    markdown = [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-    written = [output_dir / name for name in ("results.json", "table.md", "target_accuracy.png")]
-    command = shlex.join(["python", *sys.argv])
-    document = about | {"command": command, "versions": versions(), "summary": summary}
-    write(written[0], json.dumps(document | {"runs": results}, indent=2))
-    write(written[1], "\n".join([f"{title}\n", *markdown, f"\n{legend}"]) + "\n")
-    plot(results, title, about["majority_share_of_target"], written[2])
-    for path in written:
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-    if script.save_models:
-        console.print(f"models in {output_dir}/METHOD-seedN-*", soft_wrap=True, highlight=False)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((DemoArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    script, args = parser.parse_args_into_dataclasses(argv)
-    console = Console(quiet=args.process_index != 0)
+    script, args, console = parse(DemoArguments, __doc__, argv, **TRAINING_DEFAULTS)
     if {script.source, script.target} & BENCHMARKS[script.benchmark].keys():
         console.print(f"[dim]{script.benchmark}: {LICENCES[script.benchmark]}[/dim]")
     pair = load_pair(
@@ -343,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
         text_column=script.text_column,
         label_column=script.label_column,
     )
-    settings = fingerprint(pair, script, args)
+    no_effect = ("seeds", "methods", "overwrite", "save_models")
+    settings = fingerprint(script, args, no_effect, pair.source, pair.target)
     if script.model_name_or_path is None:
         console.print(f"[dim]{MINILM_LICENCE}[/dim]")
         script.model_name_or_path = str(minilm_path())
@@ -383,17 +262,32 @@ def main(argv: list[str] | None = None) -> None:
                 results.append(json.loads(finished.read_text()))
                 continue
             console.print(f"[bold]{METHODS[method]}[/bold], seed {seed}")
-            run_args = copy.copy(args)
-            run_args.seed, run_args.output_dir = seed, str(run_dir)
+            run_args = changed(args, seed=seed, output_dir=str(run_dir))
             results.append(train_and_test(method, seed, pair, script, run_args))
             if args.process_index == 0:
                 write(finished, json.dumps(results[-1], indent=2))
-    if args.process_index == 0:
-        report(results, script, about, output_dir, console)
+    if args.process_index != 0:
+        return
+
+    summary = summarize(results)
+    title = f"{script.source} → {script.target}"
+    legend = (
+        f"In %, mean ± sd over {script.seeds} seed(s). IM: information maximization. oracle: "
+        "trained on the target's labels. gap closed: share of the way, in target accuracy, from "
+        "source only to oracle. seconds: of training."
+    )
+    report(
+        table_rows(summary),
+        legend,
+        about | {"summary": summary, "runs": results},
+        {"target_accuracy.png": plot(results, title, about["majority_share_of_target"])},
+        output_dir,
+        console,
+        title,
+    )
+    if script.save_models:
+        console.print(f"models in {output_dir}/METHOD-seedN-*", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run(main)

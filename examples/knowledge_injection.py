@@ -34,8 +34,6 @@ Writes results.json, table.md, explanations.html and knowledge.png to --output_d
 TrainingArguments can be given as well.
 """
 
-import copy
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -43,23 +41,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import torch
-import transformers
 from datasets import Dataset
-from distil_classifier import label_names, report
-from domain_data import (
-    LICENCES,
-    MINILM_LICENCE,
-    WORDNET_LICENCE,
-    DataError,
-    cache_folder,
-    load_pair,
-    minilm_path,
-    wordnet_path,
-)
-from domain_shift_text import option, write
 from matplotlib.figure import Figure
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
@@ -68,11 +51,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import (
     AutoModel,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -80,16 +60,38 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import (
+from hf_adapt import KnowledgeCallback
+from hf_adapt.knowledge import (
+    ENGLISH_FUNCTION_WORDS,
     EntityLinker,
     EntityVectors,
-    KnowledgeCallback,
     KnowledgeGraph,
     KnowledgeInjector,
 )
-from hf_adapt.knowledge import ENGLISH_FUNCTION_WORDS
 
-DOMAINS = ("movies", "tweets", "products", "nyt")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
+from domain_data import (
+    LICENCES,
+    MINILM_LICENCE,
+    WORDNET_LICENCE,
+    cache_folder,
+    load_pair,
+    minilm_path,
+    wordnet_path,
+)
+from experiment import (
+    DOMAINS,
+    TESTS,
+    changed,
+    check_methods,
+    new_classifier,
+    option,
+    parse,
+    predict,
+    run,
+)
+from results import grouped_bars, percent, report, summarize, write
+
 METHODS = {
     "plain": "no knowledge",
     "boundaries": "boundaries alone",
@@ -97,26 +99,17 @@ METHODS = {
     "wordnet": "WordNet",
     "lexicon": "words of WordNet",
 }
-TESTS = ("in domain", "out of domain")
 EXPLAINED = (
     "The plot is a bank that nobody would trust with money.",
     "A charming picture, though the second act drags.",
     "She gave a dreadful performance in New York.",
 )
 
-# Every other TrainingArgument keeps its own default; all can be given on the command line.
 TRAINING_DEFAULTS = {
     "output_dir": "runs/knowledge_injection",
     "max_steps": 120,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
     "learning_rate": 1e-4,
     "warmup_steps": 12,
-    "logging_steps": 20,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "report_to": "none",
-    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 
@@ -142,8 +135,7 @@ class ExampleArguments:
     injector_learning_rate: float = option(1e-3, "Of the injector; the model has --learning_rate")
 
     def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"unknown --methods {sorted(unknown)}: choose from {list(METHODS)}")
+        check_methods(self.methods, METHODS)
 
 
 # ---------------------------------------------------------------- knowledge
@@ -212,24 +204,13 @@ def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 # ---------------------------------------------------------------- training
-def new_model(
-    script: ExampleArguments, data: Data
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    transformers.logging.set_verbosity_error()  # else it tells that the head is new
-    model = AutoModelForSequenceClassification.from_pretrained(
-        script.model_name_or_path, **label_names(data.labels)
-    )
-    transformers.logging.set_verbosity_warning()
-    return model, AutoTokenizer.from_pretrained(
-        script.model_name_or_path, model_max_length=script.max_length
-    )
-
-
 def train_and_test(
     method: str, script: ExampleArguments, args: TrainingArguments, data: Data, known: Knowledge
 ) -> tuple[dict[str, Any], KnowledgeCallback | None]:
     set_seed(args.seed)
-    model, tokenizer = new_model(script, data)
+    path = script.model_name_or_path
+    model = new_classifier(path, data.labels)
+    tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=script.max_length)
     trainer = Trainer(
         model=model,
         args=args,
@@ -253,8 +234,8 @@ def train_and_test(
     trainer.train()
     found: dict[str, Any] = {"seconds": time.perf_counter() - start}
     for name, dataset in data.tests.items():
-        predicted = trainer.predict(tokenized(dataset, tokenizer))
-        found[name] = accuracy_score(predicted.label_ids, predicted.predictions.argmax(-1))
+        truth, guess = predict(trainer, tokenized(dataset, tokenizer))
+        found[name] = accuracy_score(truth, guess)
     return found, callback
 
 
@@ -278,59 +259,32 @@ def lexicon(data: Data, known: Knowledge) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- report
-def summarize(runs: list[dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
-    """Mean and standard deviation over seeds, by number of labels and method."""
-    summary: dict[tuple[int, str], dict[str, Any]] = {}
-    for key in dict.fromkeys((run["labels"], run["method"]) for run in runs):
-        own = [run for run in runs if (run["labels"], run["method"]) == key]
-        summary[key] = {}
-        for name in (*TESTS, "seconds"):
-            column = [run[name] for run in own]
-            deviation = statistics.stdev(column) if len(column) > 1 else None
-            summary[key][name] = (statistics.mean(column), deviation)
-    return summary
-
-
-def table_rows(summary: dict[tuple[int, str], dict[str, Any]]) -> list[list[str]]:
+def table_rows(summaries: dict[int, dict[str, dict[str, Any]]]) -> list[list[str]]:
     """The table's cells, header first."""
-
-    def cell(mean: float, deviation: float | None) -> str:
-        return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
-
     rows = [["labels", "method", *TESTS, "seconds"]]
-    for (labels, method), values in summary.items():
-        cells = [cell(*values[name]) for name in TESTS]
-        rows.append([str(labels), METHODS[method], *cells, f"{values['seconds'][0]:.0f}"])
+    for labels, summary in summaries.items():
+        for method, values in summary.items():
+            cells = [percent(values[name]) for name in TESTS]
+            rows.append([str(labels), METHODS[method], *cells, f"{values['seconds']['mean']:.0f}"])
     return rows
 
 
-def plot(summary: dict[tuple[int, str], dict[str, Any]], path: Path) -> None:
+def plot(summaries: dict[int, dict[str, dict[str, Any]]]) -> Figure:
     """Bars of each method, a panel for each number of labels."""
-    numbers = list(dict.fromkeys(labels for labels, _ in summary))
-    figure = Figure(figsize=(4.6 * len(numbers), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]
-    for axes, labels in zip(panels, numbers, strict=True):
-        own = {method: values for (number, method), values in summary.items() if number == labels}
-        for offset, (test, colour) in enumerate(zip(TESTS, ("#9aa5b1", "#2a78c2"), strict=True)):
-            axes.bar(
-                [i + 0.4 * offset for i in range(len(own))],
-                [100 * values[test][0] for values in own.values()],
-                yerr=[100 * (values[test][1] or 0) for values in own.values()],
-                width=0.38,
-                capsize=3,
-                color=colour,
-                label=test,
-            )
-        ticks = [METHODS[method].replace(" ", "\n", 1) for method in own]
-        axes.set_xticks([i + 0.2 for i in range(len(own))], ticks, fontsize=8)
+    figure = Figure(figsize=(4.6 * len(summaries), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(summaries), sharey=True, squeeze=False)[0]
+    for axes, (labels, summary) in zip(panels, summaries.items(), strict=True):
+        ticks = [METHODS[method].replace(" ", "\n", 1) for method in summary]
+        series = {test: [values[test] for values in summary.values()] for test in TESTS}
+        grouped_bars(axes, ticks, series, fontsize=8)
         axes.set_title(f"{labels} labels", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    scores = [values[test] for values in summary.values() for test in TESTS]
-    lowest = min(100 * (mean - (deviation or 0)) for mean, deviation in scores)
+    scores = [v[test] for summary in summaries.values() for v in summary.values() for test in TESTS]
+    lowest = min(100 * (score["mean"] - (score["sd"] or 0)) for score in scores)
     panels[0].set_ylim(max(0, lowest - 5), None)
     panels[0].set_ylabel("accuracy, %")
     panels[0].legend(loc="upper left", frameon=False, fontsize=8, ncols=2)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def show(callback: KnowledgeCallback, console: Console, output_dir: Path) -> None:
@@ -343,12 +297,7 @@ def show(callback: KnowledgeCallback, console: Console, output_dir: Path) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = HfArgumentParser((ExampleArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    script, args = parser.parse_args_into_dataclasses(argv)
-    console = Console(quiet=args.process_index != 0)
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
+    script, args, console = parse(ExampleArguments, __doc__, argv, **TRAINING_DEFAULTS)
     for licence in (LICENCES["vader4"], MINILM_LICENCE, WORDNET_LICENCE):
         console.print(f"[dim]{licence}[/dim]")
     script.model_name_or_path = script.model_name_or_path or str(minilm_path())
@@ -361,8 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for labels in script.num_labels:
         for seed in range(args.seed, args.seed + script.seeds):
             data = load(script, labels, seed)
-            run_args = copy.copy(args)
-            run_args.seed = seed
+            run_args = changed(args, seed=seed)
             for method in script.methods:
                 console.print(f"[bold]{METHODS[method]}[/bold], {labels} labels, seed {seed}")
                 if method == "lexicon":
@@ -377,20 +325,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     output_dir = Path(args.output_dir)
-    summary = summarize(runs)
+    summaries = {
+        labels: summarize([r for r in runs if r["labels"] == labels], METHODS, [*TESTS, "seconds"])
+        for labels in script.num_labels
+    }
     legend = (
         f"Accuracy in %, mean ± sd over {script.seeds} draw(s) of the labelled rows of "
         f"{script.source}; out of domain: {script.target}. seconds: of training."
     )
-    report(table_rows(summary), legend, {"runs": runs}, output_dir, console)
-    plot(summary, output_dir / "knowledge.png")
+    figures = {"knowledge.png": plot(summaries)}
+    report(table_rows(summaries), legend, {"runs": runs}, figures, output_dir, console)
     if shown is not None:
         show(shown, console, output_dir)
-    console.print(f"wrote results.json, table.md and knowledge.png to {output_dir}")
+        console.print(f"wrote {output_dir / 'explanations.html'}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run(main)

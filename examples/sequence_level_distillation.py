@@ -31,27 +31,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from distil_causal_lm import TRAINING_DEFAULTS, load_model, make_trainer, texts_of
-from distil_classifier import report
-from domain_data import LICENCES, DataError
-from domain_shift_text import option
 from matplotlib.figure import Figure
-from model_weights import SMOLLM2_LICENCE, smollm2_path
-from rich.console import Console
 from transformers import (
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
     set_seed,
 )
 
-from hf_adapt import student_from_teacher
+from hf_adapt.distillation import student_from_teacher
 
-DOMAINS = ("movies", "tweets", "products", "nyt")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
+from domain_data import LICENCES
+from experiment import DOMAINS, option, parse, run
+from model_weights import SMOLLM2_LICENCE, smollm2_path
+from results import BLUE, GREY, grouped_bars, report, score
+
 MODELS = {
     "before": "not trained",
     "people": "people's text",
@@ -132,39 +129,30 @@ def agreement(model: PreTrainedModel, teacher: PreTrainedModel, rows: Dataset) -
     return same / total
 
 
-def plot(results: dict[str, dict], path: Path) -> None:
+def plot(results: dict[str, dict]) -> Figure:
     """Bars of both perplexities."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    for offset, (name, colour) in enumerate(
-        [("teacher's text", "#2a78c2"), ("people's text", "#9aa5b1")]
-    ):
-        bars = axes.bar(
-            [i + 0.4 * offset for i in range(len(results))],
-            [found[name] for found in results.values()],
-            width=0.38,
-            color=colour,
-            label=f"on the {name}",
-        )
+    series = {
+        f"on the {name}": [score([found[name]]) for found in results.values()]
+        for name in ("teacher's text", "people's text")
+    }
+    ticks = [MODELS[name] for name in results]
+    for bars in grouped_bars(axes, ticks, series, (BLUE, GREY), scale=1):
         axes.bar_label(bars, fmt="%.3g", fontsize=8)
-    axes.set_xticks([i + 0.2 for i in range(len(results))], [MODELS[name] for name in results])
     axes.set_yscale("log")
     axes.set_ylabel("perplexity")
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((ExampleArguments, TrainingArguments), description=__doc__)
-    defaults = {
+    defaults = TRAINING_DEFAULTS | {
         "output_dir": "runs/sequence_level_distillation",
         "max_steps": 30,
         "per_device_train_batch_size": 8,
     }
-    parser.set_defaults(**TRAINING_DEFAULTS | defaults)
-    script, args = parser.parse_args_into_dataclasses(argv)
-    console = Console(quiet=args.process_index != 0)
-    transformers.logging.disable_progress_bar()
+    script, args, console = parse(ExampleArguments, __doc__, argv, **defaults)
     console.print(f"[dim]{LICENCES['vader4']}[/dim]")
     if script.model_name_or_path is None:
         console.print(f"[dim]{SMOLLM2_LICENCE}[/dim]")
@@ -207,7 +195,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index != 0:
         return
 
-    output_dir = Path(args.output_dir)
     rows = [["trained on", "teacher's text", "people's text", "agreement", "seconds"]]
     for name, found in results.items():
         rows.append(
@@ -225,13 +212,10 @@ def main(argv: list[str] | None = None) -> None:
         f"tokens that it would choose as the teacher. {script.num_prompts} openings to train on, "
         f"{args.max_steps} steps. The teacher wrote for {writing:.0f} seconds."
     )
-    report(rows, legend, {"models": results, "writing_seconds": writing}, output_dir, console)
-    plot(results, output_dir / "perplexity.png")
-    console.print(f"wrote results.json, table.md and perplexity.png to {output_dir}")
+    document = {"models": results, "writing_seconds": writing}
+    figures = {"perplexity.png": plot(results)}
+    report(rows, legend, document, figures, Path(args.output_dir), console)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -22,30 +22,26 @@ Writes results.json, table.md and assistant.png to --output_dir. Every option of
 can be given as well.
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from distil_classifier import (
-    TESTS,
-    TRAINING_DEFAULTS,
     ExampleArguments,
     load,
     make_teacher,
     plot,
     prepare,
-    report,
     summarize,
     table_rows,
     train_student,
 )
-from domain_data import DataError
-from domain_shift_text import option
-from rich.console import Console
-from transformers import HfArgumentParser, TrainingArguments
 
-from hf_adapt import CachedTeacher
+from hf_adapt.distillation import CachedTeacher
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
+from experiment import TESTS, changed, option, parse, run
+from results import report
 
 METHODS = {
     "alone": "student alone",
@@ -65,19 +61,15 @@ class AssistantArguments(ExampleArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((AssistantArguments, TrainingArguments), description=__doc__)
     defaults = {"output_dir": "runs/teacher_assistant", "num_train_epochs": 4}
-    parser.set_defaults(**TRAINING_DEFAULTS | defaults)
-    script, args = parser.parse_args_into_dataclasses(argv)
-    console = Console(quiet=args.process_index != 0)
+    script, args, console = parse(AssistantArguments, __doc__, argv, **defaults)
     prepare(script, console)
 
     results = []
     for seed in range(args.seed, args.seed + script.seeds):
         data = load(script, seed)
-        run_args = copy.copy(args)
-        run_args.seed, run_args.output_dir = seed, str(Path(args.output_dir) / f"seed{seed}")
-        folder = Path(run_args.output_dir)
+        folder = Path(args.output_dir) / f"seed{seed}"
+        run_args = changed(args, seed=seed, output_dir=str(folder))
         found = {}
 
         def say(name: str, found: dict = found, seed: int = seed) -> None:
@@ -112,7 +104,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index != 0:
         return
 
-    output_dir = Path(args.output_dir)
     summary = summarize(results, list(METHODS))
     legend = (
         f"Accuracy in %, mean ± sd over {script.seeds} draw(s) of {len(data.train)} labelled rows "
@@ -120,13 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(data.texts)} rows without labels. retained: share of the teacher's, in / out "
         "of domain. seconds: of its own training."
     )
-    report(table_rows(summary, METHODS), legend, {"runs": results}, output_dir, console)
-    plot(summary, METHODS, output_dir / "assistant.png")
-    console.print(f"wrote results.json, table.md and assistant.png to {output_dir}")
+    figures = {"assistant.png": plot(summary, METHODS)}
+    rows = table_rows(summary, METHODS)
+    report(rows, legend, {"runs": results}, figures, Path(args.output_dir), console)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -17,18 +17,17 @@ from hf_adapt import (
     DANN,
     MMD,
     AdaptationCallback,
+    Distillation,
+    GradualUnfreezingCallback,
+    InformationMaximization,
+    KnowledgeCallback,
+    Objective,
+)
+from hf_adapt.distillation import (
     AttentionMaps,
     CachedTeacher,
     Contrastive,
-    Distillation,
-    FreezeOnly,
-    GradualUnfreezingCallback,
     HiddenStates,
-    InformationMaximization,
-    KnowledgeCallback,
-    KnowledgeInjection,
-    KnowledgeInjector,
-    Objective,
     SelfAttentionRelations,
     SelfTeacher,
 )
@@ -37,8 +36,11 @@ from hf_adapt.engine.streams import Stream
 from hf_adapt.knowledge import (
     DescriptionAlignment,
     EntityPrediction,
+    KnowledgeInjection,
+    KnowledgeInjector,
     LinkPrediction,
 )
+from hf_adapt.unfreezing import FreezeOnly
 from tests.helpers import toy
 from tests.helpers.data import collate, rows
 from tests.helpers.models import FIVE, bert, llama

@@ -1,4 +1,4 @@
-"""Objectives that bring a target domain's features or predictions to the source's."""
+"""Objectives that align the features or predictions of a target domain with the source's."""
 
 from hf_adapt.alignment.adversarial import (
     DANN,

@@ -1,4 +1,4 @@
-"""Domain-adversarial training: features from which the domain cannot be told."""
+"""Domain-adversarial training: features that do not reveal the domain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FEW_ITEMS = 400
-"""Features of which a discriminator's accuracy is known to about five points."""
+"""Number of features from which a discriminator's accuracy is known to about five points."""
 
 
 class _Reversal(torch.autograd.Function):
@@ -36,7 +36,10 @@ class _Reversal(torch.autograd.Function):
 
 
 def reverse_gradient(features: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The identity, whose gradient is multiplied by `-scale`.
+    r"""The identity in the forward; multiplies the gradient by `-scale` in the backward.
+
+    .. math::
+        R(x) = x, \qquad \frac{dR}{dx} = -\lambda I
 
     Reference:
         Ganin & Lempitsky 2015, "Unsupervised Domain Adaptation by Backpropagation", Eq. 17-18,
@@ -62,7 +65,13 @@ def reverse_gradient(features: torch.Tensor, scale: float = 1.0) -> torch.Tensor
 
 
 def dann_loss(logits: torch.Tensor, domain: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy of telling the domains apart; the discriminator makes it smaller.
+    r"""Cross-entropy of the domain classification, which the discriminator minimises.
+
+    .. math::
+        L = -\frac{1}{N} \sum_{i=1}^{N} \log \mathrm{softmax}(z_i)_{d_i}
+
+    With a reversed gradient ([`reverse_gradient`]) the model maximises it. [`mmd_loss`] aligns
+    features without a discriminator, which is easier to train.
 
     Reference:
         Ganin et al. 2016, Eq. 9, arXiv:1505.07818.
@@ -131,27 +140,27 @@ class DomainDiscriminator(nn.Sequential):
 
 
 class DANN(Objective):
-    """Domain-adversarial training: makes the features of all domains indistinguishable.
+    """Domain-adversarial training: trains features from which the domain cannot be predicted.
 
-    A discriminator learns to tell the domain from the feature; its gradient is reversed into the
-    model, scaled by λ = `weight` · `ramp`(progress). Use it when source and target differ
-    throughout and the label distributions are alike; when they are not, or when a discriminator is
-    unstable, [`MMD`] or [`InformationMaximization`] is often better.
+    A discriminator learns to predict the domain from the feature; its gradient is reversed and
+    scaled by λ = `weight` · `ramp`(progress) before it reaches the model. Use it when source and
+    target differ in all classes and have similar label distributions. If they do not, or if the
+    discriminator is unstable, [`MMD`] or [`InformationMaximization`] is often better.
 
     Reference:
         Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818.
-        Deviations: the discriminator has an optimizer of its own (AdamW) and learns at full rate
+        Deviations: the discriminator has its own optimizer (AdamW) and learns at full rate
         from the first step, while λ ramps for the model. The peak of λ is 0.1 by default, not 1:
-        AdamW fine-tunes a whole transformer faster than a small discriminator can follow, and at 1
-        the model drove the discriminator's loss up without end and did not learn its task.
+        AdamW fine-tunes a whole transformer faster than a small discriminator can follow, and with
+        1 the model increased the discriminator's loss without limit and did not learn its task.
 
     Args:
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off. With a learning
             rate of 2e-5 or so, or a frozen lower half, more (0.3 to 1) may be right: watch
             `dann/domain_accuracy`, which must not fall below chance.
         ramp: Factor of λ as a function of progress; `dann_ramp()` by default, None for none.
-        feature_layer: Dotted name of the module whose output is aligned; by default the base
-            model's last hidden state.
+        feature_layer: Dotted name of the module whose output is aligned; by default the last
+            hidden state of the base model.
         pooling: `"mean"`, `"cls"`, `"last"`, `"tokens"`, a callable, or `"auto"`.
         hidden_sizes: Hidden layers of the discriminator.
         dropout: Dropout of the discriminator.
@@ -208,7 +217,7 @@ class DANN(Objective):
         self._forget()
 
     def _forget(self) -> None:
-        """Restart with what is known of the discriminator."""
+        """Reset the statistics of the discriminator."""
         self._warned: set[str] = set()
         self._best_margin = float("-inf")
         self._items = 0
@@ -255,7 +264,7 @@ class DANN(Objective):
         return dann_loss(logits, domain, reduction="sum"), count
 
     def state_dict(self) -> dict[str, Any]:
-        """How good the discriminator has been, for the warnings."""
+        """The best accuracy of the discriminator so far, for the warnings."""
         return {"best_margin": self._best_margin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -263,7 +272,7 @@ class DANN(Objective):
         self._best_margin = state.get("best_margin", float("-inf"))
 
     def on_log(self, logs: dict[str, float], progress: float) -> None:
-        """Warn of a discriminator that cannot teach the model anything."""
+        """Warn if the discriminator gives the model no useful gradient."""
         accuracy = logs.get(f"{self.name}/domain_accuracy")
         source_share = logs.get(f"{self.name}/source_share")
         norm = logs.get(f"{self.name}/module_gradient_norm")
@@ -278,7 +287,7 @@ class DANN(Objective):
             x + items * y for x, y in zip(self._seen, (1, accuracy, source_share), strict=True)
         ]
         if self._seen[0] < FEW_ITEMS:
-            return  # the accuracy of so few is chance itself
+            return  # too few to tell the accuracy from chance
         accuracy, source_share = self._seen[1] / self._seen[0], self._seen[2] / self._seen[0]
         self._seen = [0.0, 0.0, 0.0]
         chance = max(source_share, (1 - source_share) / (self._num_domains - 1))
@@ -287,14 +296,14 @@ class DANN(Objective):
             self._warn(
                 "outrun",
                 f"its discriminator is worse than chance (accuracy {accuracy:.2f}, majority "
-                f"{chance:.2f}): the model changes faster than it can learn, and drives its loss "
-                "up without end. Try a lower weight or a higher learning_rate",
+                f"{chance:.2f}): the model changes faster than it can learn, and increases its "
+                "loss without limit. Try a lower weight or a higher learning_rate",
             )
         elif progress >= 0.3 and self._best_margin < 0.05:
             self._warn(
                 "chance",
                 f"its discriminator was at chance from the start (accuracy {accuracy:.2f}, "
-                f"majority {chance:.2f}): the domains look alike at this layer, or its "
+                f"majority {chance:.2f}): the domains are alike at this layer, or its "
                 "learning_rate is too low. Try another feature_layer or a higher learning_rate",
             )
         if progress >= 0.5 and accuracy > 0.99 and chance < 0.9:
@@ -312,7 +321,7 @@ class DANN(Objective):
 
 
 class DomainAdversarialCallback(AdaptationCallback):
-    """Domain-adversarial training in one line: [`DANN`] on a Trainer that you already have.
+    """Domain-adversarial training in one line: [`DANN`] on an existing Trainer.
 
     Reference:
         Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818.

@@ -24,9 +24,16 @@ def mmd_loss(
     scales: Sequence[float] = SCALES,
     unbiased: bool = False,
 ) -> torch.Tensor:
-    """Squared maximum mean discrepancy between two samples, over several Gaussian kernels.
+    r"""Squared maximum mean discrepancy between two samples, over several Gaussian kernels.
 
-    Makes all moments of the two feature distributions alike, without a discriminator.
+    .. math::
+        \mathrm{MMD}^2 = \frac{1}{N^2} \sum_{i,j} k(s_i, s_j)
+            + \frac{1}{M^2} \sum_{i,j} k(t_i, t_j) - \frac{2}{NM} \sum_{i,j} k(s_i, t_j), \qquad
+        k(x, y) = \frac{1}{Q} \sum_{q=1}^{Q} e^{-\lVert x - y \rVert^2 / 2 \sigma_q^2}
+
+    Minimising it aligns all moments of the two feature distributions, without a discriminator.
+    Where the label distributions of the domains differ, it aligns features of different classes;
+    [`InformationMaximization`] uses the predictions instead.
 
     Reference:
         Gretton et al. 2012, "A Kernel Two-Sample Test", Eq. 3 (unbiased) and 5 (biased), JMLR 13;
@@ -40,7 +47,8 @@ def mmd_loss(
             between different rows of both samples, halved, times each of `scales`; no gradient
             flows through it.
         scales: Factors of the median.
-        unbiased: Leave a row's kernel with itself out. May be negative; needs two rows of each.
+        unbiased: Leave out i = j in the first two sums, and divide them by N (N - 1) and M (M - 1).
+            The result may be negative; needs two rows of each domain.
 
     Shape:
         - source: (N, D), target: (M, D); output: (), unitless.
@@ -95,12 +103,12 @@ def _median_bandwidth(squared: torch.Tensor) -> torch.Tensor:
 
 
 class MMD(Objective):
-    """Makes the feature distributions of source and target alike, by maximum mean discrepancy.
+    """Aligns the feature distributions of source and target by maximum mean discrepancy.
 
-    Has no discriminator to balance, so it is the first thing to try; [`InformationMaximization`]
-    beside it uses the predictions too. With several targets the source is brought together with
-    each. The term couples the rows of a micro-batch: under gradient accumulation it is the mean of
-    the micro-batches' own values, and it needs a few rows of each domain in each.
+    It has no discriminator to balance, so try it first; add [`InformationMaximization`] to use the
+    predictions as well. With several targets, each is aligned with the source. The term couples the
+    rows of a micro-batch: under gradient accumulation it is the mean of the values of the
+    micro-batches, each of which needs a few rows of each domain.
 
     Reference:
         Gretton et al. 2012, JMLR 13; Long et al. 2015, "Learning Transferable Features with Deep
@@ -110,10 +118,10 @@ class MMD(Objective):
         weight: Factor of the term, or a schedule of it.
         scales: Factors of the median bandwidth, one kernel each.
         bandwidths: Fixed σ² instead of the median.
-        unbiased: Leave each row's kernel with itself out. The biased estimate of a batch of n rows
-            has a floor of order 1/n even on equal domains, and its gradient makes rows of one
-            domain alike: on batches of 16 that kept a classifier from learning at all.
-        feature_layer: Dotted name of the module; the base model's last hidden state by default.
+        unbiased: Leave out the kernel of each row with itself. The biased estimate from n rows is
+            of order 1/n even for equal domains, and its gradient moves the rows of a domain towards
+            each other: with batches of 16 a classifier did not learn at all.
+        feature_layer: Dotted name of the module; by default the base model's last hidden state.
         pooling: `"mean"`, `"cls"`, `"last"`, `"tokens"`, a callable, or `"auto"`.
         name: Prefix of the logs.
 
@@ -155,7 +163,7 @@ class MMD(Objective):
         return 2 if self.unbiased else 1
 
     def build_modules(self, batch: Batch) -> None:
-        """Nothing to build; refuse batches in which the term could only be 0."""
+        """Build nothing; refuse batches in which the term can only be 0."""
         _, domain = batch.features()
         counts = torch.bincount(domain, minlength=batch.num_domains).tolist()
         if counts[0] < self._least or max(counts[1:], default=0) < self._least:

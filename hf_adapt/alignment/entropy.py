@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def prediction_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Shannon entropy of each row's prediction; making it smaller makes predictions confident.
+    r"""Shannon entropy of each row's prediction; minimising it makes predictions confident.
+
+    .. math::
+        H_i = -\sum_{c=1}^{C} p_{ic} \log p_{ic}, \qquad p_i = \mathrm{softmax}(z_i)
+
+    Alone it may put all rows into one class; [`prediction_diversity`] prevents that.
 
     Reference:
         Grandvalet & Bengio 2004, "Semi-supervised Learning by Entropy Minimization".
@@ -38,7 +43,13 @@ def prediction_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def prediction_diversity(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of the mean prediction; making it larger uses all classes.
+    r"""Entropy of the mean prediction; maximising it makes the model predict all classes.
+
+    .. math::
+        H(\bar p) = -\sum_{c=1}^{C} \bar p_c \log \bar p_c, \qquad
+        \bar p = \frac{1}{N} \sum_{i=1}^{N} \mathrm{softmax}(z_i)
+
+    Use it where the classes of the target are about equally frequent.
 
     Reference:
         Liang et al. 2020, "Do We Really Need to Access the Source Data?", Eq. 5, arXiv:2002.08546.
@@ -62,12 +73,15 @@ def prediction_diversity(logits: torch.Tensor) -> torch.Tensor:
 
 
 class InformationMaximization(Objective):
-    """Confident predictions on target rows, spread over all classes.
+    r"""Trains confident predictions on target rows that use all classes.
 
-    Low entropy of each row's prediction, high entropy of the mean prediction: the mutual
-    information between input and prediction. Strong when the classes are about as frequent in the
-    target as they are balanced; with a rare class (a few per cent) the diversity term pushes
-    against the truth: lower `diversity_weight`.
+    .. math::
+        L = \frac{1}{N} \sum_{i=1}^{N} H(p_i) - H(\bar p)
+
+    Minimising it maximises the mutual information of input and prediction: low entropy of each
+    prediction, high entropy of the mean prediction. It works best if the classes of the target are
+    about equally frequent. If one is rare (a few per cent), the diversity term pushes the
+    predictions away from the true frequencies: lower `diversity_weight`, or use [`MMD`].
 
     Reference:
         Krause et al. 2010, "Discriminative Clustering by Regularized Information Maximization";
@@ -116,18 +130,18 @@ class InformationMaximization(Objective):
         _refuse_other_problems(trainer.model)
 
     def num_items(self, rows: Rows) -> torch.Tensor:
-        """Every target row (or token) has a prediction."""
+        """The number of target rows (or tokens), each of which has a prediction."""
         return rows.num_predictions(target_only=True)
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         """The two components, on the target rows."""
-        # Models without a problem_type choose one when they see the first labels.
+        # Models without a problem_type choose one when they get the first labels.
         _refuse_other_problems(batch.model)
         logits, domain = batch.logits()
         if logits.ndim != 2 or logits.shape[-1] < 2:
             raise ValueError(
                 f"InformationMaximization needs logits of at least two classes, got "
-                f"{tuple(logits.shape)}. A regression head has none: use DANN or MMD."
+                f"{tuple(logits.shape)}. For a regression head, use DANN or MMD."
             )
         target = logits[domain > 0]
         count = torch.as_tensor(len(target), device=logits.device)

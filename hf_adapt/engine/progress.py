@@ -15,7 +15,7 @@ def dann_ramp(gamma: float = 10.0) -> Schedule:
         arXiv:1505.07818: ``2 / (1 + exp(-gamma * p)) - 1``.
 
     Args:
-        gamma: How fast it rises, unitless; must be positive.
+        gamma: Steepness of the ramp, unitless; must be positive.
 
     Returns:
         A schedule: progress to a factor from 0 to 1.
@@ -33,27 +33,45 @@ def dann_ramp(gamma: float = 10.0) -> Schedule:
     return lambda progress: 2.0 / (1.0 + math.exp(-gamma * progress)) - 1.0
 
 
-def linear_ramp(start: float = 0.0, end: float = 1.0) -> Schedule:
-    """A straight line from 0 at progress ``start`` to 1 at progress ``end``, flat outside.
+def linear_ramp(
+    *,
+    start_value: float = 0.0,
+    end_value: float = 1.0,
+    start_progress: float = 0.0,
+    end_progress: float = 1.0,
+) -> Schedule:
+    """A straight line between two values during a part of the run, flat before and after it.
 
     Args:
-        start: Progress at which the factor leaves 0.
-        end: Progress at which the factor reaches 1; must lie after ``start``.
+        start_value: Value until ``start_progress``.
+        end_value: Value from ``end_progress`` on; may be smaller than ``start_value``.
+        start_progress: Fraction of the run after which the value starts to change, from 0 to 1.
+        end_progress: Fraction of the run after which the value no longer changes; must be greater
+            than ``start_progress``.
 
     Returns:
-        A schedule: progress to a factor from 0 to 1.
+        A schedule: progress to a value between ``start_value`` and ``end_value``.
 
     Raises:
-        ValueError: If ``0 <= start < end`` does not hold.
+        ValueError: If ``0 <= start_progress < end_progress <= 1`` does not hold.
 
     Example:
-        >>> ramp = linear_ramp(0.2, 0.6)
+        >>> ramp = linear_ramp(end_value=0.5, start_progress=0.2, end_progress=0.6)
         >>> [round(ramp(p), 3) for p in (0.1, 0.4, 0.9)]
-        [0.0, 0.5, 1.0]
+        [0.0, 0.25, 0.5]
     """
-    if not 0.0 <= start < end:
-        raise ValueError(f"linear_ramp needs 0 <= start < end, got start={start} and end={end}.")
-    return lambda progress: min(1.0, max(0.0, (progress - start) / (end - start)))
+    if not 0.0 <= start_progress < end_progress <= 1.0:
+        raise ValueError(
+            "linear_ramp needs 0 <= start_progress < end_progress <= 1, which are fractions of the "
+            f"run; got start_progress={start_progress} and end_progress={end_progress}."
+        )
+
+    def schedule(progress: float) -> float:
+        done = (progress - start_progress) / (end_progress - start_progress)
+        done = min(1.0, max(0.0, done))
+        return (1.0 - done) * start_value + done * end_value
+
+    return schedule
 
 
 def slanted_triangular(cut_fraction: float = 0.1, ratio: float = 32.0) -> Schedule:
@@ -64,8 +82,8 @@ def slanted_triangular(cut_fraction: float = 0.1, ratio: float = 32.0) -> Schedu
         arXiv:1801.06146. Deviation: progress is continuous, so the cut is not rounded to a step.
 
     Args:
-        cut_fraction: Share of the steps in which the rate rises, between 0 and 1.
-        ratio: How many times smaller the rate is at both ends than at its peak; at least 1.
+        cut_fraction: Fraction of the steps during which the learning rate rises, between 0 and 1.
+        ratio: Learning rate at the peak, divided by that at both ends; at least 1.
 
     Returns:
         A schedule: progress to a factor from ``1 / ratio`` to 1.

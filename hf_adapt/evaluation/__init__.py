@@ -1,4 +1,4 @@
-"""Metrics of a student beside its teacher: plain functions, and metrics of `evaluate`."""
+"""Metrics that compare a student with its teacher: functions, and metrics of `evaluate`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The metrics, whose package is an extra, when they are asked for."""
-    if name in ("Agreement", "CalibrationError", "RetainedShare", "TeacherDivergence"):
+    """Import the metrics when they are first used, because their package is an extra."""
+    if name in __all__:
         from hf_adapt.evaluation import metrics
 
         return getattr(metrics, name)

@@ -1,4 +1,4 @@
-"""Metrics of `evaluate` around the plain functions; they work offline."""
+"""The functions of this package as metrics of `evaluate`, which work offline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "The metrics of hf_adapt.evaluation need the package evaluate. Install it with "
-        '`pip install "hf-adapt[evaluation]"`. The plain functions do without.'
+        '`pip install "hf-adapt[evaluation]"`. The plain functions do not need it.'
     ) from error
 
 from hf_adapt.evaluation.distillation import (
@@ -45,10 +45,10 @@ _LOGITS = datasets.Sequence(datasets.Value("float32"))
 
 
 class Agreement(evaluate.Metric):  # type: ignore[misc]
-    """[`agreement`] as an `evaluate` metric: predictions are the student's.
+    """[`agreement`] as a metric of `evaluate`.
 
-    References are the teacher's; both are classes (integers) or logits (rows of floats). `labels`
-    goes to `compute`.
+    The predictions are the student's, the references the teacher's; both are classes (integers) or
+    logits (rows of floats). `labels` is an argument of `compute`.
 
     Example:
         >>> Agreement(keep_in_memory=True).compute(predictions=[0, 1], references=[0, 0])
@@ -71,9 +71,10 @@ class Agreement(evaluate.Metric):  # type: ignore[misc]
 
 
 class TeacherDivergence(evaluate.Metric):  # type: ignore[misc]
-    """[`teacher_divergence`] as an `evaluate` metric: predictions are the student's logits.
+    """[`teacher_divergence`] as a metric of `evaluate`.
 
-    References are the teacher's; `temperature` and `labels` go to `compute`.
+    The predictions are the student's logits, the references the teacher's. `temperature` and
+    `labels` are arguments of `compute`.
 
     Example:
         >>> metric = TeacherDivergence(keep_in_memory=True)
@@ -101,9 +102,10 @@ class TeacherDivergence(evaluate.Metric):  # type: ignore[misc]
 
 
 class CalibrationError(evaluate.Metric):  # type: ignore[misc]
-    """[`calibration_error`] as an `evaluate` metric: predictions are logits, references labels.
+    """[`calibration_error`] as a metric of `evaluate`.
 
-    `n_bins` and `from_logits` go to `compute`.
+    The predictions are logits, the references labels. `n_bins` and `from_logits` are arguments of
+    `compute`.
 
     Example:
         >>> metric = CalibrationError(keep_in_memory=True)
@@ -127,11 +129,11 @@ class CalibrationError(evaluate.Metric):  # type: ignore[misc]
 
 
 class RetainedShare(evaluate.Metric):  # type: ignore[misc]
-    """[`retained_share`] as an `evaluate` metric, from scores or from predictions.
+    """[`retained_share`] as a metric of `evaluate`, from scores or from predictions.
 
-    With scores, predictions are the student's and references the teacher's, one or one for each
-    task; the share is that of their means. With `metric` and `teacher_predictions`, predictions
-    are the student's classes and references the labels.
+    From scores, the predictions are the student's scores and the references the teacher's, one or
+    one for each task; the share is that of their means. With `metric` and `teacher_predictions`,
+    the predictions are the student's classes and the references the labels.
 
     Example:
         >>> RetainedShare(keep_in_memory=True).compute(predictions=[0.75], references=[0.8])
@@ -157,8 +159,8 @@ class RetainedShare(evaluate.Metric):  # type: ignore[misc]
     ) -> dict[str, float]:
         if (metric is None) != (teacher_predictions is None):
             raise ValueError(
-                "Expected `metric` and `teacher_predictions` together, got one of them. Give "
-                "both, or the two scores alone."
+                "Expected `metric` and `teacher_predictions` together, got one of them. Pass "
+                "both, or only the two scores."
             )
         if metric is None:
             value = retained_share(np.mean(predictions).item(), np.mean(references).item())

@@ -1,1 +1,1 @@
-"""What a Hugging Face model is made of; knows no Trainer."""
+"""The structure of Hugging Face models; nothing here knows a Trainer."""

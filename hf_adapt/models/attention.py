@@ -1,4 +1,4 @@
-"""Where queries, keys, values and attention probabilities lie in a layer."""
+"""The modules of a layer that compute queries, keys, values and attention probabilities."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _ALONE = {
     "value": re.compile(r"(value|value_proj|v_proj|v_lin|v|value_layer|v_linear|wv)$"),
 }
 _TOGETHER = re.compile(r"(c_attn|Wqkv|qkv|in_proj)$")
-"""One projection whose output is all queries, then all keys, then all values."""
+"""One projection whose output is the queries, then the keys, then the values."""
 
 
 def attention_projections(layer: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The modules that give the queries, keys and values of a layer's self-attention.
+    """The modules that compute the queries, keys and values of a layer's self-attention.
 
     Args:
         layer: A transformer layer.
-        names: Which of `"query"`, `"key"`, `"value"`, in the order wanted.
+        names: One or more of `"query"`, `"key"` and `"value"`, in the desired order.
 
     Returns:
-        One module for each name, or the one module that gives all three, one after the other.
+        One module for each name, or the one module whose output is all three in a row.
 
     Raises:
-        ValueError: If they cannot be derived from the modules' names.
+        ValueError: If the names of the modules do not show which they are.
     """
     modules = {
         name: module
@@ -51,19 +51,19 @@ def attention_projections(layer: nn.Module, names: Sequence[str]) -> list[nn.Mod
     if together:
         return together[:1]
     raise ValueError(
-        f"The query, key and value projections of {type(layer).__name__} cannot be derived from its "
-        f"modules: {', '.join(list(modules)[:12])}. Use HiddenStates, or subclass "
+        f"The query, key and value projections of {type(layer).__name__} cannot be derived from "
+        f"its modules: {', '.join(list(modules)[:12])}. Use HiddenStates, or subclass "
         "SelfAttentionRelations and override captures(layer)."
     )
 
 
 def is_joint(name: str) -> bool:
-    """Whether a module of this name gives queries, keys and values in one output."""
+    """Whether a module of this name computes queries, keys and values in one output."""
     return _TOGETHER.match(name.rpartition(".")[2]) is not None
 
 
 def attention_probabilities(layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
-    """The module of a layer whose output holds the self-attention's probabilities.
+    """The module of a layer whose output contains the self-attention probabilities.
 
     Raises:
         ValueError: If the layer has no attention module.

@@ -1,4 +1,4 @@
-"""Captures the outputs of modules during a forward."""
+"""Hooks that capture the outputs of modules during a forward."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 Extract = Callable[[Any], Any]
-"""What to keep of a module's output: (the value, its mask or None), or None for nothing."""
+"""Turns a module's output into (the value to capture, its mask or None), or into None."""
 
 
 def hidden_state(output: Any) -> torch.Tensor | None:
-    """The hidden state in a module's output, whatever form the output has."""
+    """The hidden state in a module's output, which may be a tensor, a tuple or a mapping."""
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, Mapping):
@@ -30,10 +30,10 @@ def hidden_state(output: Any) -> torch.Tensor | None:
 
 
 def hidden_and_mask(output: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """The hidden state in a module's output, and the mask where the output holds one.
+    """The hidden state in a module's output, and its mask if the output contains one.
 
-    A sentence-transformer's inputs have a mask per text column; its modules hand on the one that
-    belongs to what they give.
+    The inputs of a sentence-transformer have one mask per text column; its modules return the mask
+    of their own output.
     """
     if (hidden := hidden_state(output)) is None:
         return None
@@ -44,18 +44,23 @@ def hidden_and_mask(output: Any) -> tuple[torch.Tensor, torch.Tensor | None] | N
 def _with_mask(
     hidden: torch.Tensor, mask: torch.Tensor | None, given: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The mask of the output, else the one its module was called with, where it fits."""
+    """The mask of the output, else the mask that the module was called with, if it fits."""
     if mask is None and isinstance(given, torch.Tensor) and given.shape == hidden.shape[:2]:
         mask = given
     return hidden, mask
 
 
 class OutputCapture:
-    """Keeps the outputs of one module while it records.
+    """Captures the outputs of one module while recording is on.
 
-    Gradient checkpointing runs the module once more during the backward, and evaluation runs it
-    too: neither is seen, because recording is on only while a training loss is computed. Nor is a
-    forward without gradients inside a loss that is trained (a teacher, a virtual adversary).
+    Gradient checkpointing runs the module again during the backward, and evaluation runs it as
+    well. Neither is captured, because recording is on only while a training loss is computed. A
+    forward without gradients inside a training loss (a teacher, a virtual adversary) is not
+    captured either.
+
+    Args:
+        module: The module to hook.
+        extract: What to capture of its output.
     """
 
     def __init__(self, module: nn.Module, extract: Callable[[Any], Any] = hidden_and_mask) -> None:
@@ -65,12 +70,12 @@ class OutputCapture:
         self.captured: list[Any] = []
 
     def record(self) -> None:
-        """Start recording; gradients are on or off throughout what is recorded, as they are now."""
+        """Start recording; forwards with another gradient mode than the current one are ignored."""
         self.captured = []
         self._recording, self._with_gradient = True, torch.is_grad_enabled()
 
     def stop(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         self._recording = False
 
     def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -83,35 +88,38 @@ class OutputCapture:
                 self.captured.append(value)
 
     def take(self) -> list[Any]:
-        """What was captured, which is then forgotten."""
+        """Return the captured outputs and forget them."""
         captured, self.captured = self.captured, []
         return captured
 
     def remove(self) -> None:
-        """Take the hook off the module."""
+        """Remove the hook."""
         self._handle.remove()
 
 
 @contextmanager
 def capturing(
-    extracts: Mapping[nn.Module, Extract | None],
+    modules: Mapping[nn.Module, Extract | None],
 ) -> Iterator[Callable[[], dict[nn.Module, Any]]]:
-    """Record what modules give while the context is open, whatever the gradient mode.
+    """Capture the outputs of modules while the context is open, in any gradient mode.
+
+    Args:
+        modules: The modules, each with what to capture of its output; None for the hidden state.
 
     Yields:
-        A function that hands over the first output of each module.
+        A function that returns the first output of each module and forgets it.
     """
     with ExitStack() as stack:
-        recorders: dict[nn.Module, OutputCapture] = {}
-        for module, extract in extracts.items():
+        captures: dict[nn.Module, OutputCapture] = {}
+        for module, extract in modules.items():
             capture = OutputCapture(module, extract or hidden_and_mask)
             stack.callback(capture.remove)
             capture.record()
-            recorders[module] = capture
+            captures[module] = capture
 
         def take() -> dict[nn.Module, Any]:
             seen = {}
-            for module, capture in recorders.items():
+            for module, capture in captures.items():
                 if captured := capture.take():
                     seen[module] = captured[0][0]
             return seen

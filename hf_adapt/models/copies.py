@@ -1,4 +1,4 @@
-"""Copies of models that run on their own weights."""
+"""Copies of models that compute with their own weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-NO_COPIES = (type, types.GenericAlias)
-"""Callables that hold no model and cannot be rebuilt."""
+WITHOUT_MODEL = (type, types.GenericAlias)
+"""Callables that refer to no model and cannot be rebuilt."""
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -24,18 +24,18 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def bind_to_itself(model: nn.Module) -> None:
-    """Let the copy of a patched model run on its own weights.
+    """Let the copy of a patched model compute with its own weights.
 
-    Libraries put a function in the place of an instance's `forward` (TRL's SFTTrainer, accelerate
-    under mixed precision). `copy.deepcopy` does not copy functions, so what they close over is
-    still the original: the copy gives the original's output, whatever its own weights are. Here
-    these functions are made again, for the copy. A model that is not such a copy stays as it is.
+    Libraries replace the `forward` of an instance with a function (TRL's SFTTrainer, accelerate
+    under mixed precision). `copy.deepcopy` does not copy functions, so their closures still refer
+    to the original, and the copy returns the original's output whatever its own weights are. Here
+    these functions are rebuilt for the copy. A model that is not such a copy stays as it is.
 
-    What this cannot see (globals, objects that hold the original, hooks) is found when the copy
+    References that this cannot find (globals, other objects, hooks) are detected when the copy
     first runs: see [`WeightsInUse`].
 
     Raises:
-        ValueError: If the model's `forward` runs a model outside of it that it is no copy of.
+        ValueError: If the model's `forward` runs a model outside of it, of which it is not a copy.
     """
     own = set(model.modules())
     for module in own:
@@ -62,10 +62,10 @@ def bind_to_itself(model: nn.Module) -> None:
 
 
 class WeightsInUse(TorchFunctionMode):
-    """Records which of a model's weights are computed with while the context is open.
+    """Records which of a model's weights are used while the context is open.
 
     Args:
-        model: The model whose weights are looked out for.
+        model: The model whose weights are watched.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,17 +74,17 @@ class WeightsInUse(TorchFunctionMode):
         self.names: set[str] = set()
 
     def __enter__(self) -> Any:
-        """Begin; compiled models run as they are written, so that their steps are seen."""
+        """Start recording; compiled models run eagerly, so that their operations are seen."""
         self._eager = torch.compiler.set_stance("force_eager")
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        """End."""
+        """Stop recording."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._eager.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the arguments of a function of torch."""
+        """Record the weights among the arguments of a function of torch."""
         result = func(*args, **(kwargs or {}))
         if result is None or isinstance(result, (torch.Tensor, tuple)):  # not a shape or a dtype
             for value in (*args, *(kwargs or {}).values()):
@@ -94,18 +94,18 @@ class WeightsInUse(TorchFunctionMode):
         return result
 
     def check(self, teacher: str) -> None:
-        """Refuse a teacher that ran on the model's weights.
+        """Refuse a teacher that computed with the model's weights.
 
         Raises:
-            ValueError: Naming one of them.
+            ValueError: If there are any; names one of them.
         """
         if self.names:
             raise ValueError(
                 f"The teacher ({teacher}) runs on {len(self.names)} of the student's own weights "
-                f"({min(self.names)}, …), as a copy does whose forward or hooks refer to the "
-                "original model: its predictions would follow the student's. Take the replaced "
-                "forward or the hooks off before the model is copied, or save the model and load "
-                "it again with from_pretrained as the teacher."
+                f"({min(self.names)}, …), like a copy whose forward or hooks refer to the "
+                "original model: its predictions would follow the student's. Remove the replaced "
+                "forward or the hooks before you copy the model, or save the model and load it "
+                "again with from_pretrained as the teacher."
             )
 
 
@@ -134,7 +134,7 @@ def _code(value: Any) -> Any:
 def _rebuilt(
     value: Any, pairs: Mapping[nn.Module, nn.Module], seen: dict[int, tuple[Any, Any]]
 ) -> Any:
-    """A callable that refers to other modules instead of some; itself if it refers to none."""
+    """The callable with some modules replaced; itself if it refers to none of them."""
     if id(value) in seen:
         return seen[id(value)][1]
     seen[id(value)] = (value, value)  # a function may refer to itself
@@ -161,7 +161,7 @@ def _rebuilt(
         if (function, args, keywords) != (value.func, value.args, value.keywords):
             made = functools.partial(function, *args, **keywords)
             made.__dict__.update(again(vars(value)))
-    elif callable(value) and hasattr(value, "__dict__") and not isinstance(value, NO_COPIES):
+    elif callable(value) and hasattr(value, "__dict__") and not isinstance(value, WITHOUT_MODEL):
         new = again(vars(value))
         if new is not vars(value):
             made = object.__new__(type(value))  # accelerate's refuse copy.copy

@@ -57,8 +57,8 @@ class LayerGroup:
         name: `"embeddings"`, `"layer.0"`, …, `"norm"`, `"head"`; with several towers the tower
             comes first: `"encoder.layer.0"`.
         parameters: Names as in `model.named_parameters()`.
-        kind: What the group is.
-        tower: The tower it stands in, `""` for none.
+        kind: The kind of the group.
+        tower: The tower that the group belongs to, `""` for none.
         level: 0 is the bottom. A final norm has the level of the top layer.
     """
 
@@ -70,7 +70,7 @@ class LayerGroup:
 
 
 class _Place(NamedTuple):
-    """Where a parameter belongs; places of one `level` are unfrozen together."""
+    """The group of a parameter; groups of one `level` are unfrozen together."""
 
     level: tuple[int, int, int]  # tower, (embeddings, layer, bridge), index
     kind: Kind
@@ -79,14 +79,14 @@ class _Place(NamedTuple):
 
 
 def matches(pattern: str, name: str) -> bool:
-    r"""Whether a pattern holds a module or parameter.
+    r"""Whether a pattern matches a module or parameter.
 
     Args:
         pattern: The name of a module or parameter, or a regular expression for the whole name.
         name: The name of a parameter (or module).
 
     Returns:
-        True if `pattern` is the name or a module above it, or fully matches it.
+        True if `pattern` is the name, a module that contains it, or an expression that matches it.
 
     Raises:
         ValueError: If the pattern is no valid regular expression.
@@ -110,7 +110,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 class _Layout:
-    """Where each parameter of a model belongs, relative to its stacks."""
+    """The group of each parameter of a model, found from its stacks."""
 
     def __init__(self, model: nn.Module, stacks: Sequence[Stack]) -> None:
         self.stacks = stacks
@@ -121,7 +121,7 @@ class _Layout:
         self.head_owners = self._above_base(model)
 
     def _unit(self, name: str) -> tuple[str, str]:
-        """The outermost module around a parameter that holds no stack, and that module's owner."""
+        """The outermost module around a parameter that contains no stack, and its parent."""
         names = prefixes(name)
         end = next(i for i, prefix in enumerate(names) if prefix not in self.around)
         return names[end], names[end - 1]
@@ -130,7 +130,7 @@ class _Layout:
         return [i for i, stack in enumerate(self.stacks) if is_under(stack.path, owner)]
 
     def _pretrained(self, name: str) -> bool:
-        """Whether a module of transformers holds it."""
+        """Whether it is inside a module of transformers."""
         return any(isinstance(self.modules.get(n), PreTrainedModel) for n in prefixes(name))
 
     def _above_base(self, model: nn.Module) -> set[str]:
@@ -157,7 +157,7 @@ class _Layout:
         return owners
 
     def place(self, name: str) -> _Place:
-        """Where one parameter belongs."""
+        """The group of one parameter."""
         unit, owner = self._unit(name)
         own = unit.rpartition(".")[2]
         if owner in self.lists:
@@ -181,7 +181,7 @@ class _Layout:
         return self._in_tower(unit, own, scope)
 
     def _twin(self, unit: str, scope: list[int]) -> bool:
-        """Whether a list has one member for each layer, run through together with it."""
+        """Whether a list has one member for each layer, which runs together with it."""
         stack, module = self.stacks[scope[0]], self.modules.get(unit)
         return (
             len(scope) == 1
@@ -191,7 +191,7 @@ class _Layout:
         )
 
     def _between(self, unit: str, own: str, scope: list[int]) -> _Place:
-        """A module that stands beside several towers."""
+        """A module beside several towers."""
         if unit not in self.modules or _HEAD.fullmatch(own) or own == "head":
             return self._head()
         below = [i for i in scope if self.order[self.stacks[i].path] < self.order[unit]]
@@ -249,14 +249,14 @@ def layer_groups(model: nn.Module, groups: Groups | None = None) -> list[LayerGr
     """The trainable parameters of a model, divided into layer groups from bottom to top.
 
     Each trainable parameter is in exactly one group. A tied weight counts once, under its first
-    name, in the lowest group it has a place in: a head tied to the embeddings is embeddings.
-    Embeddings that towers share have the level of the first tower's own. What stands above a
-    tower's layers (a pooler, a projection) goes with its top layer, and what stands between towers
-    (a multi-modal projector) is a group of its own. Frozen parameters are in no group, and
-    a group that would be empty is left out.
+    name, in the lowest of its groups: a head that is tied to the embeddings belongs to them.
+    Embeddings that several towers share have the level of those of the first tower. Modules above
+    a tower's layers (a pooler, a projection) belong to its top layer, and modules between towers
+    (a multi-modal projector) are a group of their own. Frozen parameters are in no group, and
+    empty groups are left out.
 
     Args:
-        model: Any model; the adapters of a PEFT model stand in the group of their layer.
+        model: Any model; the adapters of a PEFT model are in the group of their layer.
         groups: None to find the groups, or the groups from bottom to top: a mapping from a group's
             name to a pattern or several (see `matches`), or a sequence of patterns, of lists of
             patterns or of `LayerGroup`s. Each has its own level.
@@ -265,8 +265,8 @@ def layer_groups(model: nn.Module, groups: Groups | None = None) -> list[LayerGr
         The groups, bottom first.
 
     Raises:
-        ValueError: If nothing is trainable, no stack of layers is found, or `groups` are not a
-            division of the trainable parameters.
+        ValueError: If nothing is trainable, no stack of layers is found, or not every trainable
+            parameter is in exactly one of `groups`.
 
     Example:
         >>> from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -326,31 +326,31 @@ def _few(names: Sequence[str], number: int = 5) -> str:
 
 
 def _given_groups(model: nn.Module, trainable: list[str], groups: Groups) -> list[LayerGroup]:
-    """The user's groups, checked to be a division of the trainable parameters."""
-    made, holder = [], dict[str, str]()
+    """The user's groups, which must contain each trainable parameter exactly once."""
+    found, group_of = [], dict[str, str]()
     for level, (name, patterns, kind) in enumerate(_entries(groups)):
-        held = [p for p in trainable if any(matches(pattern, p) for pattern in patterns)]
+        members = [p for p in trainable if any(matches(pattern, p) for pattern in patterns)]
         for pattern in patterns:
             if not any(matches(pattern, p) for p in trainable):
                 raise ValueError(_matches_nothing(model, name, pattern))
-        if twice := [p for p in held if p in holder]:
+        if twice := [p for p in members if p in group_of]:
             raise ValueError(
-                f"The groups {holder[twice[0]]!r} and {name!r} both hold {_few(twice, 1)}: "
+                f"The groups {group_of[twice[0]]!r} and {name!r} both hold {_few(twice, 1)}: "
                 "expected each trainable parameter in one group. Make the patterns disjoint."
             )
-        holder.update(dict.fromkeys(held, name))
-        made.append(LayerGroup(name, tuple(held), kind, "", level))
-    if strays := [p for p in trainable if p not in holder]:
+        group_of.update(dict.fromkeys(members, name))
+        found.append(LayerGroup(name, tuple(members), kind, "", level))
+    if strays := [p for p in trainable if p not in group_of]:
         raise ValueError(
             f"{len(strays)} of {len(trainable)} trainable parameters are in no group: "
             f"{_few(strays)}. Expected the groups to cover all: add them to a group, or freeze "
             "them with requires_grad=False if they are not to learn."
         )
-    return made
+    return found
 
 
 def _entries(groups: Groups) -> list[tuple[str, Sequence[str], Kind]]:
-    """Name, patterns and kind of each group given."""
+    """Name, patterns and kind of each of the user's groups."""
     if isinstance(groups, str) or not groups:
         raise ValueError(
             f"groups={groups!r}: expected a mapping from names to patterns, or a sequence of "
@@ -375,23 +375,23 @@ def _entries(groups: Groups) -> list[tuple[str, Sequence[str], Kind]]:
 
 
 def _kind_named(name: str) -> Kind:
-    """The kind of a group that has the name of a found one."""
+    """The kind of a group, from its name."""
     own = re.sub(r"(^|\.)layer\.\d+$", ".layer", name).rpartition(".")[2]
     return cast(Kind, own) if own in ("embeddings", "layer", "norm", "head") else "other"
 
 
 def _matches_nothing(model: nn.Module, group: str, pattern: str) -> str:
-    """What to say of a pattern that no trainable parameter matches."""
+    """The message about a pattern that matches no trainable parameter."""
     message = f"In the group {group!r}, the pattern {pattern!r} matches no trainable parameter: "
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if frozen := [name for name in every if matches(pattern, name)]:
         message += f"{_few(frozen, 3)} are frozen (requires_grad=False)"
         if hasattr(model, "peft_config"):
             return message + (
-                ". They are base weights, which the adapter checkpoint does not hold: to train "
+                ". They are base weights, which the adapter checkpoint does not contain: to train "
                 "them, name their module in `modules_to_save=[...]` of the PEFT config."
             )
-        return message + ". Unfreeze them before the groups are made, or leave the pattern out."
+        return message + ". Unfreeze them before the groups are built, or leave the pattern out."
     known = [name for name, _ in model.named_modules() if name] + every
     near = difflib.get_close_matches(pattern, known, n=5, cutoff=0.3)
     return message + (

@@ -1,4 +1,4 @@
-"""What a model predicts: the one table of Hugging Face's heads, by the endings of class names."""
+"""The heads of Hugging Face models, in one table by the endings of class names."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ HeadName = Literal[
 
 
 class HeadClasses(NamedTuple):
-    """The classes of a head.
+    """The classes of models with a head.
 
     Attributes:
-        endings: How the names of its models' classes end.
-        auto_class: The class of transformers that loads such a model.
+        endings: Endings of the names of these classes.
+        auto_class: The Auto class of transformers that loads these models.
     """
 
     endings: tuple[str, ...]
@@ -61,7 +61,7 @@ HEADS: dict[HeadName, HeadClasses] = {
 
 
 def has_head(model: nn.Module, *heads: HeadName) -> bool:
-    """Whether a model, or the class that a user derived it from, has one of these heads.
+    """Whether a model, or the class that it is derived from, has one of these heads.
 
     Example:
         >>> from transformers import BertConfig, BertForMaskedLM

@@ -1,4 +1,4 @@
-"""Names of models and data: folders, or ids on the hub."""
+"""Names of models and datasets: folders, or ids on the Hub."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 
 def check_hub_name(name: str | os.PathLike[str]) -> None:
-    """Refuse a name that is neither a folder nor can be an id on the hub.
+    """Refuse a name that is neither a folder nor a valid id on the Hub.
 
-    The hub's own message is about the characters of an id, which a wrong path is not.
+    The Hub's own message is about the characters of an id, which does not help with a wrong path.
 
     Raises:
-        ValueError: Saying where the folder was looked for.
+        ValueError: If it is neither; names the folder in which it was looked for.
     """
     path = Path(name)
     if path.is_dir():
         return
     if path.is_file():
         raise ValueError(
-            f"{name} is a file; a model is named by the folder that save_pretrained made, or by "
-            "its id on the hub."
+            f"{name} is a file. Name a model by the folder that save_pretrained wrote, or by "
+            "its id on the Hub."
         )
     try:
         validate_repo_id(str(name))
     except HFValidationError as error:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise ValueError(
-            f"There is no folder {name}{where}, and it is no id on the hub either (these look like "
-            "'name' or 'organisation/name'). Is the path right?"
+            f"There is no folder {name}{where}, and it is not a valid id on the Hub either ('name' "
+            "or 'organisation/name'). Check the path."
         ) from error

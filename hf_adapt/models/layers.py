@@ -23,8 +23,8 @@ class Stack:
 
     Args:
         path: Module name of the list, such as `"bert.encoder.layer"`.
-        tower: `""` if the model has one stack, else a short name that tells its stacks apart, such
-            as `"encoder"` and `"decoder"`.
+        tower: `""` if the model has one stack, else a short name that is unique among its stacks,
+            such as `"encoder"` and `"decoder"`.
         layers: Module names of the layers, bottom first.
     """
 
@@ -34,7 +34,7 @@ class Stack:
 
 
 def is_under(name: str, module: str) -> bool:
-    """Whether a name is that of a module or of something inside it."""
+    """Whether a name is that of a module, or of a parameter or module inside it."""
     return not module or name == module or name.startswith(f"{module}.")
 
 
@@ -59,7 +59,7 @@ def _classes(layers: nn.Module) -> set[type[nn.Module]]:
 
 
 def is_checkpointed(layers: nn.Module) -> bool:
-    """Whether the members of a list are layers that gradient checkpointing knows."""
+    """Whether the members of a list are `GradientCheckpointingLayer`s."""
     return all(issubclass(cls, GradientCheckpointingLayer) for cls in _classes(layers))
 
 
@@ -67,12 +67,12 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     """The model's towers of layers, in the order of registration.
 
     A stack is an outermost `ModuleList` (or `Sequential`) of `GradientCheckpointingLayer`s or, in
-    a base model that has none, of at least two modules of one class: a stage is a layer. ALBERT,
-    whose depth shares one set of weights, is a stack of one layer. Frozen stacks count, so that
-    the names do not depend on what is frozen.
+    a base model that has none, of at least two modules of one class: a stage counts as a layer.
+    ALBERT, whose layers share their weights, is a stack of one layer. Frozen stacks count, so the
+    names do not depend on what is frozen.
 
     Args:
-        model: Any model; a PEFT model is looked through.
+        model: Any model, including PEFT models.
 
     Returns:
         The stacks; empty if there is none.
@@ -124,7 +124,7 @@ def _towers(paths: Sequence[str], lists: Mapping[str, _List]) -> list[str]:
 
 
 def _parts_without(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The base models that hold none of the stacks found; a head is no base model."""
+    """The base models that contain none of the stacks found; a head is not a base model."""
     names = {id(module): name for name, module in modules.items()}
     bases = {
         name: names.get(id(module.base_model), name)
@@ -145,7 +145,7 @@ def _parts_without(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> li
 
 
 def _without_twins(paths: Sequence[str], lists: Mapping[str, _List]) -> list[str]:
-    """One list of those that stand side by side and are run through together (XLM, SegFormer)."""
+    """One of several lists that are side by side and run together (XLM, SegFormer)."""
     first: dict[object, str] = {}
     for path in paths:
         parent, _, own = path.rpartition(".")
@@ -155,7 +155,7 @@ def _without_twins(paths: Sequence[str], lists: Mapping[str, _List]) -> list[str
 
 
 def _tower_names(paths: Sequence[str]) -> dict[str, str]:
-    """Short names that tell the paths apart: their first parts that differ."""
+    """Short unique names of the paths: their first parts that differ."""
     if len(paths) == 1:
         return {paths[0]: ""}
     parts = {path: path.split(".") for path in paths}

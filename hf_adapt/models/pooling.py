@@ -1,4 +1,4 @@
-"""One feature per row (or per token) of a hidden state."""
+"""Pooling of a hidden state to one feature per row, or per token."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def resolve_pooling(pooling: Pooling, model: nn.Module) -> Pooling:
 
 
 def without_virtual_tokens(hidden: torch.Tensor, length: int, model: nn.Module) -> torch.Tensor:
-    """A hidden state at the rows' own tokens, without those of a learned prompt before them.
+    """A hidden state without the virtual tokens of a learned prompt.
 
     Args:
         hidden: (B, T, D); (B, V + T, D) under PEFT's prompt tuning and p-tuning.
-        length: Number of the rows' own tokens, T.
-        model: The model, asked for V.
+        length: Number of real tokens, T.
+        model: The model, whose PEFT configuration gives V.
 
     Shape:
         - output: (B, T, D).
@@ -47,13 +47,13 @@ def without_virtual_tokens(hidden: torch.Tensor, length: int, model: nn.Module) 
 def token_mask(
     hidden: torch.Tensor, attention_mask: torch.Tensor | None, model: nn.Module
 ) -> torch.Tensor:
-    """Which positions of a hidden state are real, as (B, T) bool.
+    """The positions of a hidden state that are not padding, as (B, T) bool.
 
     Args:
         hidden: (B, T, D).
         attention_mask: (B, T) with 1 on real positions, or None if all are; for an audio model
             (B, samples), reduced to frames by the model's own rule.
-        model: The model, asked for that rule.
+        model: The model, which has that rule.
 
     Raises:
         ValueError: If the mask does not fit the hidden state.
@@ -73,12 +73,12 @@ def token_mask(
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """Make one feature per row (or per token) of a hidden state, in float32.
+    """Pool a hidden state to one feature per row, or per token, in float32.
 
     Args:
-        hidden: (B, T, D); (B, D) is taken as pooled already, (B, C, H, W) as a feature map,
-            which is averaged over H and W.
-        mask: (B, T) bool, true on real positions. Padding on either side is honoured.
+        hidden: (B, T, D). (B, D) is pooled already; (B, C, H, W) is a feature map, which is
+            averaged over H and W.
+        mask: (B, T) bool, true on real positions. Padding may be on either side.
         pooling: `"mean"`, `"cls"` (first real token), `"last"` (last real token), `"tokens"`, or
             a callable `(hidden, mask) -> (B, D)`.
 

@@ -1,4 +1,4 @@
-"""A forward beside the training that leaves nothing behind."""
+"""Contexts that restore random states and the state of a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
-"""What a forward may add to; types of others, such as a model's outputs, may allow no change."""
+"""Containers that a forward may change in place; other types may not allow it."""
 
 KEPT = (bool, int, float, str, type(None), torch.Tensor, tuple, frozenset, np.ndarray)
-"""Attributes of a module that a forward may change: its mode, counters, lengths, cached tensors."""
+"""Types of attributes that a forward may change: modes, counters, lengths, cached tensors."""
 
 INTERNAL = vars(nn.Module()).keys() - {"training"}
 """Attributes in which torch keeps parameters, buffers, submodules and hooks."""
@@ -26,10 +26,10 @@ INTERNAL = vars(nn.Module()).keys() - {"training"}
 
 @contextmanager
 def preserved_random_state(seed: int | None = None) -> Iterator[None]:
-    """Give Python, NumPy and torch their random states back afterwards.
+    """Restore the random states of Python, NumPy and torch afterwards.
 
     Args:
-        seed: Seed torch with it inside.
+        seed: Seed of torch inside the context; None to leave its state as it is.
     """
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -47,14 +47,13 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore a model's modes, buffers and counters afterwards, and the random state.
 
-    A forward may change more than batch statistics, also in evaluation mode: count its calls, grow
-    a table of positions and remember its length, append to a list. What is put back is put back
-    together, so that a buffer and the attribute that describes it go on belonging together. A
-    module that builds its parameters or submodules in the forward keeps them, and so all the rest
-    that it says of itself but its mode.
+    A forward may change more than batch statistics, even in evaluation mode: count its calls, grow
+    a table of positions and store its length, append to a list. All of this is restored together,
+    so that a buffer and the attribute that describes it stay consistent. A module that builds its
+    parameters or submodules in the forward keeps them, and everything else except its mode.
 
     Args:
-        model: Its parameters are left alone.
+        model: The model; its parameters are not restored.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -65,19 +64,19 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    kept = [_Kept(module) for module in modules if not _is_unbuilt(module)]
+    states = [_ModuleState(module) for module in modules if not _is_unbuilt(module)]
     try:
         with preserved_random_state():
             yield
     finally:
-        for state in kept:
+        for state in states:
             state.restore()
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
 
 
-class _Kept:
-    """What a module was, apart from its parameters and submodules."""
+class _ModuleState:
+    """The state of a module, except its parameters and submodules."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -92,7 +91,7 @@ class _Kept:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put it all back, each into the same object, unless the module has built submodules."""
+        """Restore everything in the same objects, unless the module has built submodules."""
         if self.module._modules != self.submodules:
             return
         for tensor, before in self.tensors:
@@ -122,7 +121,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_unbuilt(module: nn.Module) -> bool:
-    """Whether the first forward gives it its sizes, as torch's lazy layers."""
+    """Whether the first forward determines its sizes, as in torch's lazy layers."""
     own = (*module._parameters.values(), *module._buffers.values())
     return any(tensor is not None and is_lazy(tensor) for tensor in own)
 
@@ -132,6 +131,6 @@ def _has_values(tensor: Any) -> bool:
 
 
 def _is_writeable(array: Any) -> bool:
-    """Whether a forward can change it; a mapped file, which may be large, is left alone."""
+    """Whether a forward can change it; memory-mapped files, which may be large, are not copied."""
     is_array = isinstance(array, np.ndarray) and not isinstance(array, np.memmap)
     return is_array and bool(array.flags.writeable)

@@ -1,4 +1,4 @@
-"""What a Hugging Face model consists of: its base model, its encoder, its modules by name."""
+"""The base model, the encoder and the feature module of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def unwrapped_base(model: nn.Module) -> nn.Module:
 
 
 def is_a(model: nn.Module, endings: tuple[str, ...]) -> bool:
-    """Whether the model is of a class, or of a user's subclass of one, named with an ending."""
+    """Whether the name of the model's class, or of a base class, has one of these endings."""
     return any(cls.__name__.endswith(endings) for cls in type(unwrapped_base(model)).__mro__)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether an encoder reads the text and a decoder answers."""
+    """Whether the model has an encoder and a decoder."""
     return bool(
         getattr(getattr(unwrapped_base(model), "config", None), "is_encoder_decoder", False)
     )
 
 
 def find_encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder; None for other models, or if it shows none."""
+    """The encoder of an encoder-decoder; None for other models, or if there is no access to it."""
     base = unwrapped_base(model)
     if is_encoder_decoder(base):
         # Some heads of transformers 4.57 do not pass it on.
@@ -39,17 +39,17 @@ def find_encoder(model: nn.Module) -> nn.Module | None:
 
 
 def reader_of(model: nn.Module) -> nn.Module:
-    """What reads the text: the encoder of an encoder-decoder, else the model itself.
+    """The module that reads the text: the encoder of an encoder-decoder, else the model itself.
 
     Raises:
-        ValueError: If an encoder-decoder shows no encoder.
+        ValueError: If an encoder-decoder gives no access to its encoder.
     """
     base = unwrapped_base(model)
     if not is_encoder_decoder(base):
         return base
     if (encoder := find_encoder(base)) is not None:
         return encoder
-    raise ValueError(f"{type(base).__name__} is an encoder-decoder and shows no encoder.")
+    raise ValueError(f"{type(base).__name__} is an encoder-decoder without get_encoder().")
 
 
 def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Module:
@@ -65,7 +65,7 @@ def find_feature_module(model: nn.Module, feature_layer: str | None) -> nn.Modul
         The module to hook.
 
     Raises:
-        ValueError: If there is no module of that name (near names are listed), or no default.
+        ValueError: If there is no module of that name (similar names are listed), or no default.
     """
     base = unwrapped_base(model)
     if feature_layer is not None:

@@ -1,4 +1,4 @@
-"""What a phase costs: predicted time and memory of a step, relative to full fine-tuning."""
+"""The cost of a phase: predicted time and memory of a step, relative to full fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_adapt.models.groups import LayerGroup
 from hf_adapt.models.structure import unwrapped_base
 
 WEIGHT, GRADIENT, MOMENTS = 1.0, 1.0, 2.0
-"""Numbers held per parameter: its value, its gradient, AdamW's two moments."""
+"""Numbers stored per parameter: its value, its gradient, AdamW's two moments."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class GroupCost:
     """The size of a layer group.
 
     Attributes:
-        level: Its place from the bottom.
-        parameters: Its trainable parameters.
-        frozen: Parameters beside them that never train (under adapters).
-        work: Multiplications per token of its forward, in parameters: the weights of matrix
-            products, also those that do not train (under adapters); embeddings only look up.
-        trained_work: The part of `work` whose weights can train.
+        level: The level of the group; 0 is the bottom.
+        parameters: Number of trainable parameters.
+        frozen: Number of parameters beside them that never train (under adapters).
+        work: Multiplications per token of the forward: the number of weights in matrix products,
+            including those that never train (under adapters), but not of embedding look-ups.
+        trained_work: The share of `work` whose weights can train.
     """
 
     level: int
@@ -36,14 +36,13 @@ class GroupCost:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """A step of a phase, relative to one in which every group trains.
+    """The cost of a step, relative to a step in which every group trains.
 
     Attributes:
-        parameters: How many parameters train.
-        time: Forward and backward; the head-to-bottom part of the backward ends at the lowest
-            group that trains.
-        memory: Weights, gradients and AdamW's moments.
-        activations: What the forward keeps for the backward.
+        parameters: Number of parameters that train.
+        time: Time of forward and backward; the backward ends at the lowest group that trains.
+        memory: Memory of weights, gradients and AdamW's moments.
+        activations: Activations that the forward stores for the backward.
     """
 
     parameters: int
@@ -55,7 +54,7 @@ class PhaseCost:
 def group_costs(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, GroupCost]:
     """Measure the groups of a model, from the shapes of its weights alone.
 
-    Frozen weights are counted to the group whose module they lie in, or to the bottom.
+    Frozen weights count towards the group in whose module they are, or else the bottom group.
     """
     parameters = dict(model.named_parameters())
     lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -64,17 +63,17 @@ def group_costs(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, Gro
     trained = dict(work)
     sizes = {group.name: 0 for group in groups}
     frozen = dict(sizes)
-    place: dict[str, str] = {}  # module path -> the group of the nearest trainable parameter in it
+    nearest: dict[str, str] = {}  # module path -> group of a trainable parameter in it
     for name, group in group_of.items():
         parts = name.split(".")
         for i in range(len(parts) - 1, 0, -1):
-            place.setdefault(".".join(parts[:i]), group)
+            nearest.setdefault(".".join(parts[:i]), group)
     for name, parameter in parameters.items():
         owner = group_of.get(name)
         if owner is None:
             parts = name.split(".")
             paths = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
-            owner = next((place[path] for path in paths if path in place), groups[0].name)
+            owner = next((nearest[path] for path in paths if path in nearest), groups[0].name)
         products = parameter.numel() if parameter.ndim >= 2 and id(parameter) not in lookups else 0
         work[owner] += products
         if name in group_of:
@@ -86,7 +85,7 @@ def group_costs(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, Gro
     output = getattr(base, "get_output_embeddings", lambda: None)()
     weight = getattr(output, "weight", None)
     if weight is not None and id(weight) in lookups:
-        work[groups[-1].name] += weight.numel()  # a tied output layer multiplies after all
+        work[groups[-1].name] += weight.numel()  # a tied output layer is a matrix product
     return {
         group.name: GroupCost(
             group.level,

@@ -1,4 +1,4 @@
-"""When each layer group trains: moments, phases, and the timeline they make of a run."""
+"""Moments, phases, and the timeline that they form in a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MOMENT = re.compile(
 
 @dataclass(frozen=True)
 class Moment:
-    """A point in training: an optimizer step, a share of the run, an epoch, or "on a plateau".
+    """A point in training: an optimizer step, a percentage of the run, an epoch, or a plateau.
 
     Attributes:
-        amount: How many of the unit have passed; 0 for a plateau.
+        amount: Number of units that have passed; 0 for a plateau.
         unit: `"step"`, `"percent"`, `"epoch"` or `"plateau"`.
     """
 
@@ -30,13 +30,13 @@ class Moment:
 
     @classmethod
     def parse(cls, value: int | str | Moment) -> Moment:
-        """Read a moment as a person writes it.
+        """Read a moment from a number or text.
 
         Args:
             value: `120` (optimizer steps), `"25%"`, `"1.5 epochs"`, `"120 steps"` or `"plateau"`.
 
         Raises:
-            ValueError: If it is none of these.
+            ValueError: If the value is none of these.
 
         Example:
             >>> Moment.parse("25%")
@@ -76,27 +76,27 @@ class Moment:
 
 @dataclass(frozen=True)
 class Clock:
-    """How long a run is.
+    """The length of a run.
 
     Attributes:
-        max_steps: Its optimizer steps.
-        steps_per_epoch: Optimizer steps of an epoch, or None where that is unknown (a stream).
+        max_steps: Optimizer steps of the run.
+        steps_per_epoch: Optimizer steps of an epoch, or None if that is unknown (a stream).
     """
 
     max_steps: int
     steps_per_epoch: float | None = None
 
     def knows(self, moment: Moment) -> bool:
-        """Whether the step of a moment can be told before it comes."""
+        """Whether the step of a moment is known in advance."""
         if moment.unit == "plateau":
             return False
         return moment.unit != "epoch" or self.steps_per_epoch is not None
 
     def step_of(self, moment: Moment) -> int:
-        """The optimizer step at which a moment lies.
+        """The optimizer step of a moment.
 
         Raises:
-            ValueError: If it lies beyond the last step, or is in epochs of unknown length.
+            ValueError: If it is after the last step, or in epochs of unknown length.
         """
         if moment.unit == "percent":
             # The nearest step, always before the end. The small summand lets a share that was
@@ -128,12 +128,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class Phase:
-    r"""From a moment on, exactly these groups train.
+    r"""The groups that train from a moment on.
 
     Args:
-        at: When it starts: a step (120), `"25%"`, `"1.5 epochs"` or `"plateau"`.
+        at: When the phase starts: a step (120), `"25%"`, `"1.5 epochs"` or `"plateau"`.
         train: Names of groups, or regular expressions that match them whole.
-        where: What errors about it begin with: the file and line that it was read from.
+        where: Prefix of error messages: the file and line that the phase was read from.
 
     Example:
         >>> Phase(0, ["head"]), str(Phase("25%", ["head", r"layer\..*"]).at)
@@ -154,7 +154,7 @@ class Timeline:
     """Which groups train at which step: a pure function of `global_step`.
 
     Args:
-        starts: The first step of each phase, not falling.
+        starts: The first step of each phase, in ascending order.
         trained: The groups of each phase.
     """
 
@@ -163,7 +163,7 @@ class Timeline:
         self.trained = list(trained)
 
     def index(self, step: int) -> int:
-        """The number of the phase that `step` lies in; of several that start at once, the last."""
+        """The number of the phase at `step`; if several start at the same step, the last."""
         return bisect_right(self.starts, step) - 1
 
     def at(self, step: int) -> frozenset[str]:
@@ -171,11 +171,11 @@ class Timeline:
         return self.trained[self.index(step)]
 
     def since(self, group: str, step: int) -> int:
-        """The first step of the unbroken stretch in which a group that trains now has trained."""
+        """The step since which a group that trains at `step` has trained without interruption."""
         index = self.index(step)
         first = self.starts[index]
         while index >= 0:
-            # A phase that another starts together with never ran.
+            # A phase never ran if the next one starts at the same step.
             shadowed = index + 1 < len(self.starts) and self.starts[index + 1] == self.starts[index]
             if not shadowed and group not in self.trained[index]:
                 break

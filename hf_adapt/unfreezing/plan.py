@@ -1,4 +1,4 @@
-"""A plan of a run's phases: to print, to save as YAML, to edit, and to give back."""
+"""A plan of a run's phases: to print, save as YAML, edit and pass to the callback."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from hf_adapt.models.groups import LayerGroup, layer_groups
 from hf_adapt.unfreezing.costs import GroupCost, PhaseCost, phase_cost
 from hf_adapt.unfreezing.phases import Clock, Phase, Timeline
 from hf_adapt.unfreezing.plan_file import PLATEAU_KEYS, read_plan_file
-from hf_adapt.unfreezing.schedules import Plateau, select
+from hf_adapt.unfreezing.plateau import Plateau
+from hf_adapt.unfreezing.schedules import select
 
 
 @dataclass
 class UnfreezingPlan:
-    """Which layer groups train when, and with which share of the learning rate.
+    """Which layer groups train when, and with which learning-rate multipliers.
 
-    Made by `unfreezing_plan`, or read from a file; given to `GradualUnfreezingCallback`.
+    `unfreezing_plan` returns one, `load` reads one from a file, `GradualUnfreezingCallback` takes
+    one.
 
     Attributes:
         groups: Names of the layer groups, bottom first, each with the patterns (names of modules
             or parameters, or regular expressions) of its parameters.
-        phases: What trains from when on.
-        rates: Factors on the learning rate; a group that is not named has 1.
-        rewarm_steps: Steps over which the rate of a newly unfrozen group rises.
+        phases: The groups that train, and from when on.
+        lr_multipliers: Learning-rate multipliers of groups; a group that is not named has 1.
+        rewarm_steps: Steps over which the learning rate of a newly unfrozen group rises.
         plateau: The rule that starts the phases at `"plateau"`.
-        clock: How long the run is, where that is known: only for printing.
-        costs: Sizes of the groups: only for printing.
-        path: The file that it was read from, for errors.
+        clock: The length of the run, if it is known; used only to print the plan.
+        costs: The sizes of the groups; used only to print the plan.
+        path: The file that the plan was read from, for error messages.
     """
 
     groups: dict[str, tuple[str, ...]]
     phases: list[Phase]
-    rates: dict[str, float] = field(default_factory=dict)
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
     rewarm_steps: int = 0
     plateau: Plateau | None = None
     clock: Clock | None = None
@@ -48,10 +50,10 @@ class UnfreezingPlan:
     # ---- bound to a model and a run ----
 
     def bind(self, model: nn.Module) -> list[LayerGroup]:
-        """The groups as they are in a model.
+        """Find the plan's groups in a model.
 
         Raises:
-            ValueError: If they overlap, match nothing, or leave trainable parameters out.
+            ValueError: If groups overlap, match nothing, or leave out trainable parameters.
         """
         try:
             return layer_groups(model, self.groups)
@@ -64,7 +66,7 @@ class UnfreezingPlan:
         """The groups that each phase trains.
 
         Raises:
-            ValueError: If the schedule is empty or a phase trains nothing or starts wrongly.
+            ValueError: If the plan has no phase, or a phase trains nothing or starts too late.
         """
         if not self.phases:
             raise ValueError("The schedule is empty: a plan needs at least one phase, at step 0.")
@@ -80,7 +82,7 @@ class UnfreezingPlan:
             raise ValueError(
                 f"{self.phases[late].where}The phase at {self.phases[late].at} comes after one "
                 "that waits for a plateau, which may come later or never. Let all phases after a "
-                "plateau wait for one, too."
+                "plateau wait for one as well."
             )
         if self.plateau is None and any(waiting):
             raise ValueError(
@@ -101,11 +103,11 @@ class UnfreezingPlan:
 
         Args:
             groups: The groups of the model.
-            clock: How long the run is.
-            plateau_steps: The steps of the plateaus met so far.
+            clock: The length of the run.
+            plateau_steps: The steps of the plateaus so far.
 
         Raises:
-            ValueError: If a phase lies beyond the last step or before the one above it.
+            ValueError: If a phase starts after the last step, or before the phase listed above it.
         """
         trained = self.trained(groups)
         starts: list[int] = []
@@ -128,10 +130,10 @@ class UnfreezingPlan:
             starts.append(start)
         return Timeline(starts, trained[: len(starts)])
 
-    # ---- to look at ----
+    # ---- printed ----
 
     def phase_costs(self) -> list[PhaseCost] | None:
-        """The predicted cost of each phase, where the model's sizes are known."""
+        """The predicted cost of each phase; None if the sizes of the groups are unknown."""
         if self.costs is None:
             return None
         names = [LayerGroup(n, (), "other", "", c.level) for n, c in self.costs.items()]
@@ -164,12 +166,12 @@ class UnfreezingPlan:
         notes = []
         if costs is not None:
             notes.append(
-                "time, memory (weights, gradients, AdamW's moments) and kept activations of a "
+                "time, memory (weights, gradients, AdamW's moments) and stored activations of a "
                 "step: predicted, relative to training every group"
             )
-        if set(self.rates.values()) - {1.0}:
-            shown = ", ".join(f"{name} {rate:.3g}" for name, rate in self.rates.items())
-            notes.append(f"learning-rate factors: {shown}")
+        if set(self.lr_multipliers.values()) - {1.0}:
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in self.lr_multipliers.items())
+            notes.append(f"learning-rate multipliers: {shown}")
         if self.rewarm_steps:
             notes.append(f"a newly unfrozen group warms up over {self.rewarm_steps} steps")
         if self.plateau is not None:
@@ -179,10 +181,10 @@ class UnfreezingPlan:
             )
         return "\n".join([table, *notes])
 
-    # ---- to save and to read ----
+    # ---- saved ----
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as YAML, for a person to edit.
+        """Write the plan to a YAML file, which can be edited.
 
         Args:
             path: The file; it is replaced if it exists.
@@ -197,8 +199,10 @@ class UnfreezingPlan:
             phases.append({"at": at, "add" if grows else "train": named})
             before = phase.train
         content["phases"] = phases
-        if self.rates:
-            content["rates"] = {k: float(f"{v:.12g}") for k, v in self.rates.items()}
+        if self.lr_multipliers:
+            content["lr_multipliers"] = {
+                k: float(f"{v:.12g}") for k, v in self.lr_multipliers.items()
+            }
         if self.rewarm_steps:
             content["rewarm_steps"] = self.rewarm_steps
         if self.plateau is not None:
@@ -212,17 +216,17 @@ class UnfreezingPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> UnfreezingPlan:
-        """Read a plan that `save` wrote and a person may have edited.
+        """Read a plan that `save` wrote and that may have been edited.
 
         Raises:
-            ValueError: If a key or value is wrong; names the line and, for a key, a near one.
+            ValueError: If a key or value is wrong; the message names the line and similar keys.
             FileNotFoundError: If there is no such file.
         """
         content = read_plan_file(path)
         return cls(
             groups=content["groups"],
             phases=content["phases"],
-            rates=content.get("rates", {}),
+            lr_multipliers=content.get("lr_multipliers", {}),
             rewarm_steps=content.get("rewarm_steps", 0),
             plateau=content.get("plateau"),
             path=path,
@@ -230,11 +234,11 @@ class UnfreezingPlan:
 
 
 def group_patterns(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, tuple[str, ...]]:
-    """Each group as few module or parameter names: a module whose parameters it has all is one.
+    """Each group as few names as possible: a module stands for all its parameters.
 
     Args:
-        model: The model that the groups were found in.
-        groups: Its groups.
+        model: The model.
+        groups: Its layer groups.
     """
     group_of = {name: group.name for group in groups for name in group.parameters}
     inside: dict[str, set[str]] = {}
@@ -243,7 +247,7 @@ def group_patterns(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, 
         for i in range(1, len(parts) + 1):
             inside.setdefault(".".join(parts[:i]), set()).add(group)
     patterns: dict[str, list[str]] = {group.name: [] for group in groups}
-    for path, owners in inside.items():  # a module comes before what it holds
+    for path, owners in inside.items():  # a module comes before its submodules
         parent = path.rpartition(".")[0]
         if len(owners) == 1 and (not parent or len(inside[parent]) > 1):
             patterns[next(iter(owners))].append(path)
@@ -251,15 +255,15 @@ def group_patterns(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, 
 
 
 HEADER = """\
-# Which layer groups train when. Edit, and give back: GradualUnfreezingCallback("this file").
-# at:    a step (120), a share of the run ("25%"), epochs ("1.5 epochs") or "plateau"
-# train: the groups of the phase; add: these besides those of the phase before
-# rates: factors on the learning rate
+# Which layer groups train when. Edit this file and use it: GradualUnfreezingCallback("this file").
+# at: a step (120), a percentage of the run ("25%"), epochs ("1.5 epochs") or "plateau"
+# train: the groups of the phase; add: further groups besides those of the phase before
+# lr_multipliers: what the learning rate of a group is multiplied by
 """
 
 
 class _FlowLists(yaml.SafeDumper):
-    """Lists on one line; mappings one key a line."""
+    """Lists on one line, mappings with one key per line."""
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
         plain = all(not isinstance(item, Mapping) for item in sequence)
@@ -267,9 +271,9 @@ class _FlowLists(yaml.SafeDumper):
 
 
 def _shortened(patterns: Sequence[str], names: Sequence[str]) -> str:
-    """The groups of a phase in few words."""
+    """A short form of a list of groups."""
     found = [n for n in names if n in patterns]
-    if len(found) != len(patterns):  # regular expressions are short already
+    if len(found) != len(patterns):  # it has regular expressions, which are short already
         return ", ".join(patterns)
     if len(found) == len(names) > 1:
         return "everything"

@@ -1,4 +1,4 @@
-"""Reading a plan's YAML file, with errors that name the line."""
+"""The YAML file of a plan, read with errors that name the line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import yaml
 
 from hf_adapt.unfreezing.phases import Phase
-from hf_adapt.unfreezing.schedules import Plateau
+from hf_adapt.unfreezing.plateau import Plateau
 
-KEYS = ("groups", "phases", "rates", "rewarm_steps", "plateau")
+KEYS = ("groups", "phases", "lr_multipliers", "rewarm_steps", "plateau")
 PHASE_KEYS = ("at", "train", "add")
 PLATEAU_KEYS = ("metric", "patience", "min_delta", "greater_is_better")
 
@@ -23,8 +23,8 @@ def read_plan_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and check a plan.
 
     Returns:
-        The file's keys: `groups` (name to patterns), `phases` (a list of `Phase`), and where they
-        are given `rates`, `rewarm_steps` and `plateau`.
+        The file's content by key: `groups` (name to patterns), `phases` (a list of `Phase`) and, if
+        the file has them, `lr_multipliers`, `rewarm_steps` and `plateau`.
 
     Raises:
         ValueError: If something is wrong; the message starts with the file and the line.
@@ -32,14 +32,14 @@ def read_plan_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"There is no plan file {path}. Write one with unfreezing_plan(model, args).save(…); "
-            "a schedule is passed as an object: LPFT(), Surgical('layer.0'), RandomLayers()."
+            f"There is no plan file {path}. Write one with unfreezing_plan(model, args).save(…). "
+            "Schedules are passed as objects: LPFT(), Surgical('layer.0'), RandomLayers()."
         )
     return _Reader(Path(path)).read()
 
 
 class _Reader:
-    """Walks the nodes of the document, which know their lines."""
+    """Reads the nodes of the document, which have line numbers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,7 +68,7 @@ class _Reader:
         readers: dict[str, Callable[[yaml.Node], Any]] = {
             "groups": self.groups,
             "phases": self.phases,
-            "rates": self.rates,
+            "lr_multipliers": self.lr_multipliers,
             "rewarm_steps": lambda node: self.number(node, int, "a whole number of steps"),
             "plateau": self.plateau,
         }
@@ -78,9 +78,9 @@ class _Reader:
             for key, value in self.mapping(item).items():
                 if key != "at":
                     self.check_groups(value, known)
-        for group in content.get("rates", {}):
+        for group in content.get("lr_multipliers", {}):
             if group not in known:
-                self.unknown(self.key_nodes(nodes["rates"])[group], "group", group, known)
+                self.unknown(self.key_nodes(nodes["lr_multipliers"])[group], "group", group, known)
         return content
 
     # ---- the parts of a plan ----
@@ -108,7 +108,7 @@ class _Reader:
                 self.fail(
                     keys["at"],
                     "the phase before waits for a plateau, which may come later or never: write "
-                    "`at: plateau` here, too.",
+                    "`at: plateau` here as well.",
                 )
             try:
                 phases.append(Phase(self.value(keys["at"]), trained, self.where(keys["at"])))
@@ -116,11 +116,10 @@ class _Reader:
                 self.fail(keys["at"], str(error))
         return phases
 
-    def rates(self, node: yaml.Node) -> dict[str, float]:
-        rates = {}
-        for name, value in self.mapping(node).items():
-            rates[name] = float(self.number(value, (int, float), "a factor of 0 or more"))
-        return rates
+    def lr_multipliers(self, node: yaml.Node) -> dict[str, float]:
+        kind = (int, float)
+        nodes = self.mapping(node)
+        return {k: float(self.number(v, kind, "a factor of 0 or more")) for k, v in nodes.items()}
 
     def plateau(self, node: yaml.Node) -> Plateau:
         keys = self.mapping(node, PLATEAU_KEYS, "the plateau rule")

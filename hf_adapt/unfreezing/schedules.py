@@ -1,9 +1,8 @@
-"""Schedules: in which order, and when, layer groups train."""
+"""Schedules: when, and in which order, layer groups train."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import random
 import re
 from abc import ABC, abstractmethod
@@ -15,18 +14,18 @@ from hf_adapt.models.groups import LayerGroup
 from hf_adapt.unfreezing.phases import Clock, Moment, Phase
 
 Direction = Literal["top_down", "bottom_up"] | Sequence[str | Sequence[str]]
-"""`"top_down"`, `"bottom_up"`, or the order itself: one entry (pattern or patterns) per phase."""
+"""`"top_down"`, `"bottom_up"`, or the order itself: one pattern or list of patterns per phase."""
 
 
 def select(patterns: str | Iterable[str], groups: Sequence[LayerGroup]) -> list[str]:
-    """The names of the groups that patterns choose, bottom first.
+    """The names of the groups that patterns match, bottom first.
 
     Args:
         patterns: Names of groups, or regular expressions that match a name whole.
         groups: The model's groups.
 
     Raises:
-        ValueError: If a pattern chooses nothing (near names are shown) or is no expression.
+        ValueError: If a pattern matches no group (similar names are shown) or is invalid.
     """
     names = [group.name for group in groups]
     chosen: set[str] = set()
@@ -57,15 +56,19 @@ class UnfreezingSchedule(ABC):
 
         Args:
             groups: The model's groups, bottom first.
-            clock: How long the run is, where that is known.
-            seed: The run's seed, for schedules that draw.
+            clock: The length of the run, if it is known.
+            seed: The run's seed, for schedules that draw random groups.
         """
 
 
-def _ordered(
+def ordered_groups(
     groups: Sequence[LayerGroup], direction: Direction, until: str | None
 ) -> list[list[str]]:
-    """What each phase adds, first phase first."""
+    """The groups that each phase adds, first phase first.
+
+    Raises:
+        ValueError: If the direction is unknown, or a group is named twice or not at all.
+    """
     if isinstance(direction, str):
         if direction not in ("top_down", "bottom_up"):
             raise ValueError(
@@ -79,7 +82,7 @@ def _ordered(
         names = [name for entry in order for name in entry]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"The order names {', '.join(twice)} twice; each trains from one on.")
+            raise ValueError(f"The order names {', '.join(twice)} twice; name each group once.")
     if until is not None:
         last = select(until, groups)
         ends = [i for i, entry in enumerate(order) if set(entry) & set(last)]
@@ -89,8 +92,8 @@ def _ordered(
     return order
 
 
-def _grown(order: Sequence[Sequence[str]], moments: Sequence[Moment]) -> list[Phase]:
-    """Phases of which each trains all that came before, too."""
+def cumulative_phases(order: Sequence[Sequence[str]], moments: Sequence[Moment]) -> list[Phase]:
+    """Phases, each of which also trains the groups of those before it."""
     trained: list[str] = []
     phases = []
     for added, moment in zip(order, moments, strict=True):
@@ -108,13 +111,13 @@ class Gradual(UnfreezingSchedule):
         section 3.3, arXiv:1801.06146.
 
     Args:
-        every_steps: Optimizer steps of a phase. By default the phases are spread evenly.
-        every_epochs: Epochs of a phase, fractions allowed.
+        every_steps: Optimizer steps of each phase. By default the phases are spread evenly.
+        every_epochs: Epochs of each phase, fractions allowed.
         direction: `"top_down"` (head first), `"bottom_up"`, or the order as a list of groups.
-        until: The last group to be unfrozen; what comes after it stays frozen.
+        until: The last group to be unfrozen; the groups after it stay frozen.
 
     Raises:
-        ValueError: If both intervals are given or one is not positive.
+        ValueError: If both intervals are given, or one is not positive.
 
     Example:
         >>> Gradual(every_steps=100, until=r"layer\.8").every_steps
@@ -140,7 +143,7 @@ class Gradual(UnfreezingSchedule):
         self, groups: Sequence[LayerGroup], clock: Clock | None = None, seed: int = 0
     ) -> list[Phase]:
         """One phase per level of groups."""
-        order = _ordered(groups, self.direction, self.until)
+        order = ordered_groups(groups, self.direction, self.until)
         numbers = range(len(order))
         if self.every_steps is not None:
             moments = [Moment(i * int(self.every_steps)) for i in numbers]
@@ -148,70 +151,20 @@ class Gradual(UnfreezingSchedule):
             moments = [Moment(0), *(Moment(i * self.every_epochs, "epoch") for i in numbers[1:])]
         else:
             moments = [Moment(0), *(Moment(100 * i / len(order), "percent") for i in numbers[1:])]
-        return _grown(order, moments)
-
-
-@dataclass(frozen=True)
-class Plateau(UnfreezingSchedule):
-    """Add a group whenever a metric has stopped getting better.
-
-    The steps of the transitions are kept in the checkpoint, so that a resumed run repeats them.
-    Choose a metric of source data: no target label may choose.
-
-    Args:
-        metric: Name of the metric, as evaluation logs it.
-        patience: Evaluations without an improvement before the next group is added.
-        min_delta: By how much a value must be better to count.
-        greater_is_better: By default False where the name ends in "loss", else True.
-        direction: As in `Gradual`.
-        until: As in `Gradual`.
-    """
-
-    metric: str = "eval_loss"
-    patience: int = 1
-    min_delta: float = 0.0
-    greater_is_better: bool | None = None
-    direction: Direction = "top_down"
-    until: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.patience < 1 or self.min_delta < 0:
-            raise ValueError(
-                f"Plateau(patience={self.patience}, min_delta={self.min_delta}): expected "
-                "patience >= 1 and min_delta >= 0."
-            )
-
-    def phases(
-        self, groups: Sequence[LayerGroup], clock: Clock | None = None, seed: int = 0
-    ) -> list[Phase]:
-        """One phase per level of groups; all but the first wait for the plateau."""
-        order = _ordered(groups, self.direction, self.until)
-        waiting = [Moment(0, "plateau")] * (len(order) - 1)
-        return _grown(order, [Moment(0), *waiting])
-
-    def improved(self, value: float, best: float | None) -> bool:
-        """Whether a value is better than the best so far."""
-        if not math.isfinite(value):
-            return False
-        if best is None:
-            return True
-        greater = self.greater_is_better
-        if greater is None:
-            greater = not self.metric.endswith("loss")
-        return value > best + self.min_delta if greater else value < best - self.min_delta
+        return cumulative_phases(order, moments)
 
 
 @dataclass(frozen=True)
 class LPFT(UnfreezingSchedule):
-    """Linear probing, then fine-tuning: the head alone, then everything.
+    """Linear probing, then fine-tuning: the head alone, then all groups.
 
     Reference:
         Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
         Out-of-Distribution", arXiv:2202.10054.
 
     Args:
-        switch: When everything starts to train: `"50%"`, a step, or epochs.
-        head: Which groups are the head.
+        switch: When all groups start to train: `"50%"`, a step, or epochs.
+        head: The groups of the head, as a name or regular expression.
     """
 
     switch: int | str | Moment = "50%"
@@ -229,7 +182,7 @@ class LPFT(UnfreezingSchedule):
 
 @dataclass(frozen=True, init=False)
 class Surgical(UnfreezingSchedule):
-    """Train one block (or a few) and nothing else.
+    """Train one block, or a few, and nothing else.
 
     Reference:
         Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts",
@@ -275,18 +228,18 @@ class FreezeOnly(UnfreezingSchedule):
 
 @dataclass(frozen=True)
 class RandomLayers(UnfreezingSchedule):
-    """In each interval train a few layers drawn at random, besides the groups that always train.
+    """Train a few random layers in each interval, besides the groups that always train.
 
     Reference:
         Pan et al. 2024, "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
         Model Fine-Tuning", Algorithm 1, arXiv:2403.17919. Deviation: the optimizer keeps the
-        moments of a layer that rests, as a Trainer's optimizer does.
+        moments of the layers that do not train, as a Trainer's optimizer does.
 
     Args:
-        num_layers: Layers that train in an interval.
-        every_steps: Optimizer steps of an interval.
+        num_layers: Layers that train in each interval.
+        every_steps: Optimizer steps of each interval.
         always: Groups that always train; by default all that are not layers (embeddings, head).
-        seed: Of the draw; by default the run's.
+        seed: Seed of the draw; by default the run's.
 
     Raises:
         ValueError: If a number is not positive.
@@ -318,15 +271,15 @@ class RandomLayers(UnfreezingSchedule):
             always = select(self.always, groups)
         else:
             always = [g.name for g in groups if g.kind != "layer"]
-        free = [name for name in layers if name not in always]
-        if len(free) < self.num_layers:
+        candidates = [name for name in layers if name not in always]
+        if len(candidates) < self.num_layers:
             raise ValueError(
-                f"RandomLayers(num_layers={self.num_layers}) can draw from {len(free)} layers "
-                f"only: {', '.join(free) or 'none'}."
+                f"RandomLayers(num_layers={self.num_layers}) can draw from {len(candidates)} "
+                f"layers only: {', '.join(candidates) or 'none'}."
             )
         draw = random.Random(seed if self.seed is None else self.seed)
         phases = []
         for start in range(0, clock.max_steps, self.every_steps):
-            chosen = {*always, *draw.sample(free, self.num_layers)}
+            chosen = {*always, *draw.sample(candidates, self.num_layers)}
             phases.append(Phase(start, [g.name for g in groups if g.name in chosen]))
         return phases

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.gradcheck import GradcheckError
 
-from hf_adapt import DANN, DomainAdversarialCallback, linear_ramp
+from hf_adapt import DANN, DomainAdversarialCallback
 from hf_adapt.alignment import DomainDiscriminator, dann_loss, reverse_gradient
+from hf_adapt.engine.progress import linear_ramp
 
 # ---- dann_loss ----
 
@@ -171,7 +172,7 @@ def test_lambda_follows_the_paper(progress, value):
 
 def test_lambda_is_weight_times_ramp():
     assert DANN(weight=0.3, ramp=None).lambda_at(0.0) == 0.3
-    both = DANN(weight=lambda p: 1 - p, ramp=linear_ramp(0.0, 0.5))
+    both = DANN(weight=lambda p: 1 - p, ramp=linear_ramp(end_progress=0.5))
     assert both.lambda_at(0.25) == pytest.approx(0.75 * 0.5)
     # λ acts in the reversal; the discriminator's own loss is never scaled.
     assert DANN(weight=0.3).term_weight(0.0) == DANN(weight=0.3).term_weight(1.0) == 1.0

@@ -7,13 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from hf_adapt import (
-    CachedTeacher,
-    DistillationTrainer,
-    HiddenStates,
-    ModelTeacher,
-    SelfTeacher,
-)
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import CachedTeacher, HiddenStates, ModelTeacher, SelfTeacher
 from tests.helpers.distributed import quiet_arguments, save_results
 from tests.helpers.heads import CASES
 from tests.helpers.trainers import GradientRecorder

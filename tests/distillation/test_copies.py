@@ -13,7 +13,8 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from transformers import Trainer
 
-from hf_adapt import AdaptationCallback, Distillation, ModelTeacher, SelfTeacher
+from hf_adapt import AdaptationCallback, Distillation
+from hf_adapt.distillation import ModelTeacher, SelfTeacher
 from tests.helpers.data import collate, rows
 from tests.helpers.libraries import SFT_DATA, sft
 from tests.helpers.models import bert

@@ -9,15 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer
 
-from hf_adapt import (
-    DANN,
-    AdaptationCallback,
-    Distillation,
-    DistillationTrainer,
-    GradualUnfreezing,
-    adapt,
-    linear_ramp,
-)
+from hf_adapt import DANN, AdaptationCallback, Distillation, DistillationTrainer, adapt
+from hf_adapt.engine.progress import linear_ramp
+from hf_adapt.unfreezing import GradualUnfreezing
 from tests.helpers.data import collate, rows
 from tests.helpers.heads import CASES, Case
 from tests.helpers.models import FIVE, bert, llama

@@ -8,13 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import BertForSequenceClassification
 
-from hf_adapt import (
-    AttentionMaps,
-    Contrastive,
-    DistillationTrainer,
-    HiddenStates,
-    SelfAttentionRelations,
-)
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import AttentionMaps, Contrastive, HiddenStates, SelfAttentionRelations
 from hf_adapt.distillation.attention import attention_distance, relation_divergence
 from hf_adapt.distillation.contrastive import contrastive_loss
 from hf_adapt.distillation.features import layer_pairs
@@ -397,5 +392,5 @@ def test_projections_are_found(name: str) -> None:
     layer = dict(model.named_modules())[stack.layers[0]]
     found = attention_projections(layer, ("query", "key", "value"))
     assert len(found) == (1 if name == "gpt2" else 3)
-    with pytest.raises(ValueError, match="cannot be told from"):
+    with pytest.raises(ValueError, match="cannot be derived from"):
         attention_projections(torch.nn.Linear(2, 2), ("query",))

@@ -9,8 +9,9 @@ import pytest
 from transformers import DataCollatorWithPadding
 from typer.testing import CliRunner
 
-from hf_adapt import CachedTeacher, DistillationTrainer
+from hf_adapt import DistillationTrainer
 from hf_adapt.cli import app
+from hf_adapt.distillation import CachedTeacher
 from hf_adapt.distillation.cache_filling import fill_cache
 from tests.helpers.data import rows
 from tests.helpers.distillation import texts, tokenizer
@@ -57,14 +58,14 @@ def test_a_cache_made_beforehand_serves_training(
     command += ["--output", str(tmp_path / "cache"), "--batch-size", "5", *more]
     done = RUNNER.invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert "12 rows, 12 of them asked now" in done.output
+    assert "12 rows, 12 of them computed now" in done.output
     gradients = train(tmp_path, CachedTeacher(tmp_path / "cache"))
     if top_k is None:
         online = train(tmp_path, bert(seed=1))
         for one, other in zip(gradients, online, strict=True):
             assert (one - other).norm() <= 1e-6 * other.norm()
     again = RUNNER.invoke(app, command)
-    assert "12 rows, 0 of them asked now" in again.output
+    assert "12 rows, 0 of them computed now" in again.output
 
 
 def test_labels_that_are_texts_are_left_out(teacher_folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_adapt import CachedTeacher, DistillationTrainer, HiddenStates
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import CachedTeacher, HiddenStates
 from tests.helpers.heads import CASES
 from tests.helpers.trainers import (
     GradientRecorder,
@@ -120,7 +121,7 @@ def test_an_eight_bit_teacher_stays_where_it_is(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="8-bit weights need bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    from hf_adapt import ModelTeacher
+    from hf_adapt.distillation import ModelTeacher
 
     CASES["llama"].model(1).save_pretrained(tmp_path / "teacher")
     teacher = ModelTeacher(

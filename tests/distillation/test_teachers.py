@@ -10,13 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertForSequenceClassification, TrainerCallback
 
-from hf_adapt import (
-    CachedTeacher,
-    DistillationTrainer,
-    HiddenStates,
-    ModelTeacher,
-    SelfTeacher,
-)
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import CachedTeacher, HiddenStates, ModelTeacher, SelfTeacher
 from hf_adapt.distillation.cache_filling import fill_cache
 from hf_adapt.distillation.divergences import forward_kl
 from hf_adapt.distillation.fingerprints import teacher_fingerprint

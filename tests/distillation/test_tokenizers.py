@@ -15,13 +15,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from hf_adapt import (
-    CachedTeacher,
-    Contrastive,
-    DistillationArguments,
-    DistillationTrainer,
-    HiddenStates,
-)
+from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import CachedTeacher, Contrastive, DistillationArguments, HiddenStates
 from hf_adapt.distillation.checks import num_positions
 from hf_adapt.distillation.texts import missing_cells
 from hf_adapt.distillation.tokenizers import Retokenizer, universal_logit_distance

@@ -16,13 +16,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_adapt import (
-    CachedTeacher,
-    Distillation,
-    DistillationArguments,
-    DistillationTrainer,
-    InformationMaximization,
-)
+from hf_adapt import Distillation, DistillationTrainer, InformationMaximization
+from hf_adapt.distillation import CachedTeacher, DistillationArguments
 from tests.helpers.data import collate, rows
 from tests.helpers.distillation import make
 from tests.helpers.heads import CASES

@@ -19,14 +19,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from hf_adapt import (
-    CachedTeacher,
-    Distillation,
-    DistillationArguments,
-    DistillationTrainer,
-    ModelTeacher,
-    SelfTeacher,
-)
+from hf_adapt import Distillation, DistillationTrainer
+from hf_adapt.distillation import CachedTeacher, DistillationArguments, ModelTeacher, SelfTeacher
 from hf_adapt.distillation.fingerprints import item_keys
 from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows

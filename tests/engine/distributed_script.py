@@ -10,14 +10,8 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_adapt import (
-    DANN,
-    MMD,
-    GradualUnfreezing,
-    InformationMaximization,
-    RandomLayers,
-    adapt,
-)
+from hf_adapt import DANN, MMD, InformationMaximization, adapt
+from hf_adapt.unfreezing import GradualUnfreezing, RandomLayers
 from tests.helpers.data import collate, rows
 from tests.helpers.distributed import quiet_arguments, save_results
 from tests.helpers.models import bert

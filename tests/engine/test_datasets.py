@@ -16,13 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
-from hf_adapt import (
-    MMD,
-    AdaptationCallback,
-    GradualUnfreezing,
-    adapt,
-)
+from hf_adapt import MMD, AdaptationCallback, adapt
 from hf_adapt.engine.streams import Stream
+from hf_adapt.unfreezing import GradualUnfreezing
 from tests.helpers import toy
 from tests.helpers.data import MapStyle, RowStream, collate, rows
 from tests.helpers.models import bert, llama

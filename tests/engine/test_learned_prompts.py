@@ -14,7 +14,8 @@ from peft import (
 )
 from transformers import Trainer
 
-from hf_adapt import DANN, MMD, AdaptationCallback, Distillation, HiddenStates, Objective
+from hf_adapt import DANN, MMD, AdaptationCallback, Distillation, Objective
+from hf_adapt.distillation import HiddenStates
 from hf_adapt.engine.streams import Stream
 from hf_adapt.models.pooling import pool
 from tests.helpers.data import collate, rows

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from hf_adapt import dann_ramp, linear_ramp
-from hf_adapt.engine.progress import value_at
+from hf_adapt.engine.progress import dann_ramp, linear_ramp, value_at
 
 
 @pytest.mark.parametrize(
@@ -31,21 +30,30 @@ def test_dann_ramp_refuses_gamma(gamma):
 
 
 def test_linear_ramp_is_a_line_and_flat_outside():
-    ramp = linear_ramp(0.2, 0.6)
+    ramp = linear_ramp(start_progress=0.2, end_progress=0.6)
     given = [0.0, 0.2, 0.3, 0.4, 0.6, 0.9, 1.0]
     assert [ramp(p) for p in given] == pytest.approx([0, 0, 0.25, 0.5, 1, 1, 1])
     assert [linear_ramp()(p) for p in (0.0, 0.3, 1.0)] == [0.0, 0.3, 1.0]
 
 
-@pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.6, 0.2), (-0.1, 0.5), (0.1, math.nan)])
+@pytest.mark.parametrize(
+    ("start", "end"), [(0.5, 0.5), (0.6, 0.2), (-0.1, 0.5), (0.1, math.nan), (0, 100)]
+)
 def test_linear_ramp_refuses_what_is_no_interval(start, end):
-    with pytest.raises(ValueError, match="needs 0 <= start < end, got"):
-        linear_ramp(start, end)
+    with pytest.raises(ValueError, match="needs 0 <= start_progress < end_progress <= 1"):
+        linear_ramp(start_progress=start, end_progress=end)
+
+
+def test_linear_ramp_reaches_its_values_exactly():
+    ramp = linear_ramp(start_value=0.3, end_value=0.1, end_progress=0.7)
+    assert (ramp(0.0), ramp(0.7), ramp(1.0)) == (0.3, 0.1, 0.1)
+    assert ramp(0.35) == pytest.approx(0.2)
+    assert linear_ramp(end_value=0.5)(1.0) == 0.5
 
 
 def test_schedules_hold_no_state():
     """The same progress gives the same value in any order: resuming needs nothing."""
-    for ramp in (dann_ramp(), linear_ramp(0.1, 0.9)):
+    for ramp in (dann_ramp(), linear_ramp(start_progress=0.1, end_progress=0.9)):
         forth = [ramp(step / 10) for step in range(11)]
         back = [ramp(step / 10) for step in reversed(range(11))]
         assert forth == back[::-1]

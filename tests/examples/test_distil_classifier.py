@@ -1,28 +1,15 @@
 """The distillation of classifiers, run as a person runs it: tiny data, tiny models, no network."""
 
 import json
-import sys
-from pathlib import Path
 
 import datasets
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import distil_classifier as example
 import domain_data
+import pytest
 import teacher_assistant
+import torch
 
 from tests.helpers.word_classifier import WORDS, save_tiny_model
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost time on a model this small, with other tests running beside it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -97,9 +84,7 @@ def test_the_teacher_of_the_example_is_a_logistic_regression_on_its_sentences(co
             return super().fit(sentences, labels)
 
     monkeypatch.setattr(example, "GridSearchCV", RememberedSearch)
-    script, _ = example.HfArgumentParser(
-        (example.ExampleArguments, example.TrainingArguments)
-    ).parse_args_into_dataclasses(command)
+    script, *_ = example.parse(example.ExampleArguments, None, command)
     data = example.load(script, 0)
     model, tokenizer, found = example.make_teacher(script, data)
     ((search, sentences),) = searches

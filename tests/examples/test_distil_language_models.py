@@ -1,33 +1,20 @@
 """The distillation of language models, run as a person runs it: tiny models, no network."""
 
 import json
-import sys
-from pathlib import Path
 
 import datasets
+import distil_causal_lm
 import pytest
+import sequence_level_distillation
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import distil_causal_lm
-import sequence_level_distillation
-
 from tests.helpers.word_classifier import WORDS
 
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 15)) for i in range(1, 30)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost time on a model this small, with other tests running beside it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

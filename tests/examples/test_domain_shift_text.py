@@ -1,30 +1,16 @@
 """The demo, run as a person runs it, on tiny data and a tiny model, without a network."""
 
 import json
-import sys
-from pathlib import Path
 
 import datasets
+import domain_shift_text as demo
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import Trainer
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import domain_shift_text as demo
 
 from tests.helpers.word_classifier import WORDS, save_tiny_model
 
 RESULTS = ("results.json", "table.md", "target_accuracy.png")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost time on a model this small, with other tests running beside it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

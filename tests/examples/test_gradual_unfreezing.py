@@ -1,15 +1,11 @@
 """The example, run as a person runs it, on tiny data and a tiny model, without a network."""
 
 import json
-import sys
-from pathlib import Path
 
 import datasets
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import domain_data
 import gradual_unfreezing as example
+import pytest
 
 from tests.helpers.word_classifier import WORDS, save_tiny_model
 

@@ -1,30 +1,18 @@
 """The example of knowledge injection, run as a person runs it: tiny data, a tiny WordNet."""
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import domain_data
 import knowledge_injection as example
+import pytest
+import torch
 
 from tests.helpers.word_classifier import WORDS, save_tiny_model
 
 ADJECTIVES = {"good": 100, "bad": 200, "fine": 300, "poor": 400}
 NOUNS = {"film": 100, "phone": 200, "battery": 300, "plot": 400}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost time on a model this small, with other tests running beside it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_wordnet(folder: Path) -> str:

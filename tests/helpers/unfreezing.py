@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import layer_groups
+from hf_adapt.unfreezing import layer_groups
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, weights

@@ -13,36 +13,38 @@ Outcomes = Mapping[tuple[str, str], str]
 
 HEAD = """# Official scripts with one line added
 
-Whether the example scripts of transformers, TRL and sentence-transformers train with each \
-capability of hf_adapt. The scripts are shortened ([tests/scripts](../tests/scripts)): the models \
-are tiny and the rows made up, but the data preparation, the collator, the metrics and the Trainer \
-are those of the original. One line is added to each: `trainer.add_callback(…)`.
+This page shows which example scripts of transformers, TRL and sentence-transformers train \
+with which capability of hf_adapt. The scripts are shortened \
+([tests/scripts](../tests/scripts)): the models are tiny and the rows are artificial, but \
+the data preparation, the collator, the metrics and the Trainer are those of the original. \
+One line is added to each: `trainer.add_callback(…)`.
 
-- **works**: the run trains, the saved model loads with plain `from_pretrained` without a missing \
-weight, and a run that is interrupted and resumed equals the uninterrupted one bit for bit.
-- **with an option**: the line is refused before training with the advice to set this option, and \
-works with it.
-- **no**: the line is refused before training, with the words below the table.
+- **works**: the run trains, the saved model loads with plain `from_pretrained` without a \
+missing weight, and a run that is interrupted and resumed equals the uninterrupted one bit \
+for bit.
+- **with an option**: the line is refused before training with the advice to set this \
+option, and it works with the option.
+- **no**: the line is refused before training, with the message below the table.
 
-`make script-table` makes this page again, and a test compares it with what the scripts do.
+`make script-table` generates this page, and a test compares it with what the scripts do.
 
 """
 
 FOOT = """
-¹ The plain Trainer does not resume this script bit for bit either. `run_mlm`: the collator draws \
-its masks when a batch is made, and the batch after a checkpoint is made before it. \
-`run_image_classification`: transformers 5.24 saves a ViT under other names than its Trainer \
-loads, and starts again with new layers.
+¹ The plain Trainer does not resume this script bit for bit either. `run_mlm`: the collator \
+draws its masks when it builds a batch, and the batch after a checkpoint is built before it.\
+ `run_image_classification`: transformers 5.24 saves a ViT under other names than its \
+Trainer loads, and starts again with new layers.
 
-What is particular to some of them:
+Notes on some of them:
 
 - **Multiple choice**: each choice of a row is a row of features.
-- **SentenceTransformerTrainer**: the loss sees source rows alone, and the features are those of \
-the first text column. Cached losses run the model without gradients, so the features take one \
-more forward of the source rows, and memory for a whole micro-batch.
+- **SentenceTransformerTrainer**: the loss sees source rows alone, and the features are \
+those of the first text column. Cached losses run the model without gradients, so the \
+features need one more forward of the source rows, and the memory of a whole micro-batch.
 - **CrossEncoderTrainer**: the features are those of pairs of the first two text columns.
-- **DPO and reward training**: adapt the model to the target first (with `SFTTrainer`), and train \
-on the preferences then.
+- **DPO and reward training**: adapt the model to the target first (with `SFTTrainer`), and \
+train on the preferences afterwards.
 
 Refusals:
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from hf_adapt import KnowledgeGraph
+from hf_adapt.knowledge import KnowledgeGraph
 from tests.helpers.data import words
 from tests.helpers.tokenizers import BERT_SPECIAL, chat_template, word_tokenizer
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_adapt import MMD, AdaptationCallback, GradualUnfreezingCallback, Phase
+from hf_adapt import MMD, AdaptationCallback, GradualUnfreezingCallback
 from hf_adapt.engine.streams import Stream
+from hf_adapt.unfreezing import Phase
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments

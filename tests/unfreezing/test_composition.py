@@ -9,12 +9,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import (
-    FreezeOnly,
-    GradualUnfreezingCallback,
-    Phase,
-)
-from hf_adapt.unfreezing.freezing import INPUT_GRADIENT_HOOKS
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.unfreezing import FreezeOnly, Phase
+from hf_adapt.unfreezing.freezer import INPUT_GRADIENT_HOOKS
 from tests.helpers.models import FIVE, bert
 from tests.helpers.trainers import (
     arguments,

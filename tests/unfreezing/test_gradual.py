@@ -6,10 +6,8 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from hf_adapt import (
-    GradualUnfreezingCallback,
-    RandomLayers,
-)
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.unfreezing import RandomLayers
 from tests.helpers.models import bert, llama
 from tests.helpers.trainers import (
     GradientRecorder,

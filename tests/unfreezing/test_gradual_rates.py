@@ -7,16 +7,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import (
-    DANN,
-    LPFT,
-    FreezeOnly,
-    GradualUnfreezing,
-    GradualUnfreezingCallback,
-    Surgical,
-    adapt,
-    slanted_triangular,
-)
+from hf_adapt import DANN, GradualUnfreezingCallback, adapt
+from hf_adapt.engine.progress import slanted_triangular
+from hf_adapt.unfreezing import LPFT, FreezeOnly, GradualUnfreezing, Surgical
 from tests.helpers.data import collate, rows
 from tests.helpers.models import FIVE, bert
 from tests.helpers.trainers import (
@@ -59,7 +52,7 @@ def test_the_slanted_triangle_takes_the_place_of_the_schedule(tmp_path: Path) ->
     trainer = make(tmp_path, learning_rate=1e-3, warmup_steps=3, lr_scheduler_type="cosine")
     dann = DANN(hidden_sizes=(4,), learning_rate=0.01)
     adapt(trainer, dann, target_dataset=rows(8, 2, None, low=20))
-    trainer.add_callback(GradualUnfreezingCallback(Surgical("layer.0"), rate_schedule=rate))
+    trainer.add_callback(GradualUnfreezingCallback(Surgical("layer.0"), lr_schedule=rate))
     trainer.train()
     for step in range(STEPS):
         entry = trainer.state.log_history[step]
@@ -84,7 +77,7 @@ def test_two_schedules_are_refused(tmp_path: Path) -> None:
         data_collator=collate,
         optimizers=(optimizer, scheduler),
     )
-    trainer.add_callback(GradualUnfreezingCallback(rate_schedule=slanted_triangular()))
+    trainer.add_callback(GradualUnfreezingCallback(lr_schedule=slanted_triangular()))
     with pytest.raises(ValueError, match="a run has one"):
         trainer.train()
 

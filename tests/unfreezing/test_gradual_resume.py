@@ -5,13 +5,8 @@ from typing import Any
 
 import pytest
 
-from hf_adapt import (
-    DANN,
-    GradualUnfreezingCallback,
-    Plateau,
-    RandomLayers,
-    adapt,
-)
+from hf_adapt import DANN, GradualUnfreezingCallback, adapt
+from hf_adapt.unfreezing import Plateau, RandomLayers
 from tests.helpers.data import rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import (

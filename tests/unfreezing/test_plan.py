@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaForCausalLM, Trainer
 from typer.testing import CliRunner
 
-from hf_adapt import (
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.cli import app
+from hf_adapt.unfreezing import (
     LPFT,
-    GradualUnfreezingCallback,
     Phase,
     Plateau,
     RandomLayers,
@@ -19,7 +20,6 @@ from hf_adapt import (
     layer_groups,
     unfreezing_plan,
 )
-from hf_adapt.cli import app
 from hf_adapt.unfreezing.costs import group_costs, phase_cost
 from hf_adapt.unfreezing.phases import Clock
 from hf_adapt.unfreezing.plan import group_patterns
@@ -124,7 +124,7 @@ def test_a_plan_survives_its_file(kind: str, build: Any, tmp_path: Path) -> None
     groups = loaded.bind(model)
     assert loaded.trained(groups) == plan.trained(groups)
     assert [str(p.at) for p in loaded.phases] == [str(p.at) for p in plan.phases]
-    assert loaded.rates == pytest.approx(plan.rates)
+    assert loaded.lr_multipliers == pytest.approx(plan.lr_multipliers)
     assert loaded.rewarm_steps == plan.rewarm_steps
     rules = [
         p.plateau and (p.plateau.metric, p.plateau.patience, p.plateau.min_delta)
@@ -137,8 +137,8 @@ def test_small_rates_survive_the_file(tmp_path: Path) -> None:
     plan = unfreezing_plan(bert(num_hidden_layers=24), layer_decay=1 / 2.6)
     plan.save(tmp_path / "plan.yaml")
     loaded = UnfreezingPlan.load(tmp_path / "plan.yaml")
-    assert min(plan.rates.values()) < 1e-10
-    assert loaded.rates == pytest.approx(plan.rates, rel=1e-9, abs=0.0)
+    assert min(plan.lr_multipliers.values()) < 1e-10
+    assert loaded.lr_multipliers == pytest.approx(plan.lr_multipliers, rel=1e-9, abs=0.0)
 
 
 def test_memory_counts_the_weights_under_adapters() -> None:
@@ -180,6 +180,7 @@ def test_a_plan_and_options_contradict() -> None:
         GradualUnfreezingCallback(plan, layer_decay=0.5)
 
 
+KEY = "lr_multipliers:\n"
 GOOD = """\
 groups:
   embeddings: [bert.embeddings]
@@ -190,7 +191,7 @@ phases:
   train: [head]
 - at: 50%
   add: [layers]
-rates:
+lr_multipliers:
   layers: 0.5
 """
 
@@ -198,7 +199,7 @@ rates:
 def test_the_good_file_is_good(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(GOOD)
     plan = UnfreezingPlan.load(tmp_path / "plan.yaml")
-    assert plan.phases[1].train == ("layers", "head") and plan.rates == {"layers": 0.5}
+    assert plan.phases[1].train == ("layers", "head") and plan.lr_multipliers == {"layers": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -216,12 +217,12 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
         ("- at: 0\n  train", "- at: 0\n  add", 6, "the first phase has nothing to `add:` to"),
         ("- at: 0\n  train: [head]", "- at: 0", 6, "a phase needs `at:` and one of"),
         ("train: [head]", "train: {head: 1}", 7, "expected a name or a list of names"),
-        ("rates:\n", "rewarm_steps: many\nrates:\n", 10, "expected a whole number of steps"),
-        ("rates:\n", "plateau: {patiense: 2}\nrates:\n", 10, "Did you mean 'patience'"),
-        ("rates:\n", "plateau: {metric: 5}\nrates:\n", 10, "expected the name of a metric, got 5"),
-        ("rates:\n", "plateau: {greater_is_better: 'no'}\nrates:\n", 10, "expected true, false"),
+        (KEY, f"rewarm_steps: many\n{KEY}", 10, "expected a whole number of steps"),
+        (KEY, f"plateau: {{patiense: 2}}\n{KEY}", 10, "Did you mean 'patience'"),
+        (KEY, f"plateau: {{metric: 5}}\n{KEY}", 10, "expected the name of a metric, got 5"),
+        (KEY, f"plateau: {{greater_is_better: 'no'}}\n{KEY}", 10, "expected true, false"),
         ("at: 50%\n", "at: plateau\n  add: [layers]\n- at: 60%\n", 10, "the phase before waits"),
-        ("rates:\n", "plateau: {patience: 0}\nrates:\n", 10, "patience >= 1"),
+        (KEY, f"plateau: {{patience: 0}}\n{KEY}", 10, "patience >= 1"),
         ("  head: [classifier]", "  layers: [classifier]", 4, "'layers' stands here twice"),
         ("groups:\n", "groups: [\n", None, "this is not YAML"),
     ],
@@ -276,7 +277,11 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "step 20 (25% of the run)" in done.output
-    assert UnfreezingPlan.load(out).rates == {"embeddings": 0.125, "layer.0": 0.25, "layer.1": 0.5}
+    assert UnfreezingPlan.load(out).lr_multipliers == {
+        "embeddings": 0.125,
+        "layer.0": 0.25,
+        "layer.1": 0.5,
+    }
     assert len(trained_with(out, tmp_path)) > 0
 
 
@@ -353,7 +358,7 @@ def test_where_a_plan_was_read_from_is_no_part_of_it(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD)
     plan = UnfreezingPlan.load(path)
-    assert plan == UnfreezingPlan(plan.groups, plan.phases, plan.rates)
+    assert plan == UnfreezingPlan(plan.groups, plan.phases, plan.lr_multipliers)
     assert str(path) not in repr(plan)
     plan.phases.append(Phase("70%", "head"))  # edited since, whose line is unknown
     plan.phases.append(Phase("60%", "head"))

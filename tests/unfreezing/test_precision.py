@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_adapt import FreezeOnly, GradualUnfreezingCallback, RandomLayers
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.unfreezing import FreezeOnly, RandomLayers
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import ScaledTrainer, arguments, needs_cuda, weights

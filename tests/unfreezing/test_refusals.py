@@ -6,14 +6,8 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-from hf_adapt import (
-    LPFT,
-    GradualUnfreezing,
-    GradualUnfreezingCallback,
-    Phase,
-    Surgical,
-    adapt,
-)
+from hf_adapt import GradualUnfreezingCallback, adapt
+from hf_adapt.unfreezing import LPFT, GradualUnfreezing, Phase, Surgical
 from tests.helpers.models import bert
 from tests.helpers.unfreezing import Watch, make
 
@@ -53,7 +47,7 @@ def test_a_parameter_missing_from_the_optimizer_is_named(tmp_path: Path) -> None
         (lambda: GradualUnfreezingCallback(groups={"a": "bert"}), r"in no group: 'classifier"),
         (lambda: GradualUnfreezingCallback(groups={"a": "bret"}), "matches no"),
         (
-            lambda: GradualUnfreezingCallback(Surgical("layer.0"), rates={"layer.0": 0.0}),
+            lambda: GradualUnfreezingCallback(Surgical("layer.0"), lr_multipliers={"layer.0": 0.0}),
             "nothing would learn",
         ),
     ],

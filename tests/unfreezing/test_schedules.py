@@ -1,7 +1,15 @@
 import pytest
 
-from hf_adapt import LPFT, FreezeOnly, Phase, Plateau, RandomLayers, Surgical
-from hf_adapt.unfreezing import Gradual, LayerGroup
+from hf_adapt.unfreezing import (
+    LPFT,
+    FreezeOnly,
+    Gradual,
+    LayerGroup,
+    Phase,
+    Plateau,
+    RandomLayers,
+    Surgical,
+)
 from hf_adapt.unfreezing.phases import Clock
 from hf_adapt.unfreezing.schedules import select
 

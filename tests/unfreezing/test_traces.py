@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from hf_adapt import (
-    LPFT,
-    GradualUnfreezingCallback,
-)
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.unfreezing import LPFT
 from tests.helpers.models import FIVE, bert
 from tests.helpers.unfreezing import STEPS, Watch, make
 

@@ -13,7 +13,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_adapt import GradualUnfreezingCallback, layer_groups
+from hf_adapt import GradualUnfreezingCallback
+from hf_adapt.unfreezing import layer_groups
 from tests.helpers.data import chats, collate, rows, texts
 from tests.helpers.libraries import sentence_trainer, sft
 from tests.helpers.models import bert, t5_config, vit_config

@@ -107,7 +107,7 @@ graph of {graph.num_entities:,} entities says of those in the text (fingerprint
 those that were evaluated. With it:
 
 ```python
-from hf_adapt import load_knowledge_model
+from hf_adapt.knowledge import load_knowledge_model
 
 model = load_knowledge_model("path/of/this/folder")
 ```

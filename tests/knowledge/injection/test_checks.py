@@ -14,7 +14,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from hf_adapt import DANN, Distillation, SelfTeacher, adapt
+from hf_adapt import DANN, Distillation, adapt
+from hf_adapt.distillation import SelfTeacher
 from hf_adapt.knowledge import KnowledgeCallback, KnowledgeInjection, KnowledgeTrainer
 from hf_adapt.knowledge.injection.batching import KnowledgeBatcher
 from tests.helpers import toy

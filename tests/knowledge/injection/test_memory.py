@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-from hf_adapt import GradualUnfreezing, adapt
+from hf_adapt import adapt
 from hf_adapt.knowledge import (
     load_knowledge_model,
 )
+from hf_adapt.unfreezing import GradualUnfreezing
 from tests.helpers import toy
 from tests.helpers.injectors import injection, trained, trainer
 

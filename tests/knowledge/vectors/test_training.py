@@ -30,7 +30,6 @@ def folder_of(name: str) -> Path:
 KNOWN = [
     # The other models: benchmarks/link_prediction.py.
     ("umls", "ComplEx", 0.645, 0.871),
-    pytest.param("kinships", "ComplEx", 0.705, 0.948, marks=pytest.mark.slow),
     ("nations", "ComplEx", 0.535, 0.985),
 ]
 

@@ -2,14 +2,15 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hf_adapt import layer_groups, slanted_triangular
+from hf_adapt.engine.progress import slanted_triangular
 from hf_adapt.engine.rates import DividedGroups
-from hf_adapt.unfreezing.rates import (
+from hf_adapt.unfreezing import layer_groups
+from hf_adapt.unfreezing.lr_multipliers import (
     depths,
-    group_rates,
-    importance_factor,
-    importance_of,
-    rewarm_factor,
+    group_importance,
+    group_multipliers,
+    importance_multiplier,
+    rewarm_multiplier,
 )
 from tests.helpers.models import bert
 
@@ -17,7 +18,7 @@ from tests.helpers.models import bert
 def test_decay_is_counted_from_the_head():
     """ULMFiT: the head has the full rate, each level below 1 / 2.6 of the one above."""
     groups = layer_groups(bert(num_hidden_layers=3))
-    rates = group_rates(groups, layer_decay=1 / 2.6)
+    rates = group_multipliers(groups, layer_decay=1 / 2.6)
     assert rates == pytest.approx(
         {"layer.2": 2.6**-1, "layer.1": 2.6**-2, "layer.0": 2.6**-3, "embeddings": 2.6**-4}
     )
@@ -41,7 +42,7 @@ def test_each_tower_decays_from_its_own_top():
 
 def test_rates_by_name_take_the_place_of_the_decayed_ones():
     groups = layer_groups(bert(num_hidden_layers=3))
-    rates = group_rates(groups, 0.5, {r"layer\..*": 0.1, "layer.1": 3.0})
+    rates = group_multipliers(groups, 0.5, {r"layer\..*": 0.1, "layer.1": 3.0})
     assert rates == {"embeddings": 0.0625, "layer.0": 0.1, "layer.1": 3.0, "layer.2": 0.1}
 
 
@@ -50,28 +51,28 @@ def test_rates_by_name_take_the_place_of_the_decayed_ones():
     [
         ({"layer_decay": 0.0}, "layer_decay=0.0: expected"),
         ({"layer_decay": 1.1}, "layer_decay=1.1: expected"),
-        ({"rates": {"head": -1.0}}, r"rates\['head'\]=-1.0"),
-        ({"rates": {"haed": 1.0}}, "Did you mean 'head'"),
+        ({"lr_multipliers": {"head": -1.0}}, r"lr_multipliers\['head'\]=-1.0"),
+        ({"lr_multipliers": {"haed": 1.0}}, "Did you mean 'head'"),
     ],
 )
 def test_bad_rates_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        group_rates(layer_groups(bert()), **options)
+        group_multipliers(layer_groups(bert()), **options)
 
 
 def test_importance_takes_from_the_rate():
     groups = layer_groups(bert())
-    assert importance_of(groups, {r"layer\..*": 0.25}) == {"layer.0": 0.25, "layer.1": 0.25}
-    assert importance_factor(0.25, 0.0) == 0.75
-    assert importance_factor(lambda progress: 1 - progress, 0.5) == 0.5
-    assert importance_factor(lambda progress: 3.0, 0.5) == 0.0
+    assert group_importance(groups, {r"layer\..*": 0.25}) == {"layer.0": 0.25, "layer.1": 0.25}
+    assert importance_multiplier(0.25, 0.0) == 0.75
+    assert importance_multiplier(lambda progress: 1 - progress, 0.5) == 0.5
+    assert importance_multiplier(lambda progress: 3.0, 0.5) == 0.0
     with pytest.raises(ValueError, match=r"expected 0 .* to 1"):
-        importance_of(groups, {"head": 1.5})
+        group_importance(groups, {"head": 1.5})
 
 
 def test_a_newly_unfrozen_group_warms_up():
-    assert [rewarm_factor(s, 10, 5) for s in (10, 11, 14, 15, 99)] == [0.2, 0.4, 1.0, 1.0, 1.0]
-    assert rewarm_factor(0, 0, 5) == 1.0, "what trains from the start has the run's own warm-up"
+    assert [rewarm_multiplier(s, 10, 5) for s in (10, 11, 14, 15, 99)] == [0.2, 0.4, 1.0, 1.0, 1.0]
+    assert rewarm_multiplier(0, 0, 5) == 1.0, "what trains from the start has the run's own warm-up"
 
 
 @pytest.mark.parametrize("total", [40, 200])

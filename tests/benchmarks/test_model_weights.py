@@ -1,16 +1,12 @@
 """The conversion of the published 4-bit files, on a file of a few bytes made here."""
 
 import struct
-import sys
-from pathlib import Path
 
+import model_weights
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import model_weights
 
 HIDDEN, INNER, POSITIONS = 32, 64, 8
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁good", "▁film", "▁", "s", "fi"]

@@ -11,10 +11,8 @@ import zipfile
 from pathlib import Path
 
 import datasets
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import domain_data
+import pytest
 from domain_data import DataError, Dataset, DatasetDict, fetch, load_pair, split_rows
 
 

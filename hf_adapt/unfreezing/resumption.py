@@ -1,4 +1,4 @@
-"""Resuming with another number of steps, which moves phases that start at a share of the run."""
+"""A resumed run with another number of steps, in which phases at a percentage start later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def warn_of_moved_phases(
     trainer: Trainer, plan: UnfreezingPlan, groups: Sequence[LayerGroup], clock: Clock
 ) -> None:
-    """Say which groups a longer run freezes again.
+    """Warn of groups that a longer run freezes again.
 
     Args:
         trainer: The Trainer, with the state of its checkpoint.
@@ -38,17 +38,17 @@ def warn_of_moved_phases(
     before = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).max_steps
     try:
         earlier = plan.timeline(groups, replace(clock, max_steps=before))
-    except ValueError:  # a phase of another schedule, beyond the end of that run
+    except ValueError:  # a phase of another schedule, after the end of that run
         return
     trained = earlier.at(min(step, before - 1))
     frozen_again = trained - plan.timeline(groups, clock).at(step)
     if frozen_again:
         names = ", ".join(g.name for g in reversed(groups) if g.name in frozen_again)
         logger.warning(
-            "The run resumes at step %d of %d, and its checkpoint is of a run of %d steps. Phases "
-            "that start at a share of the run come later in a longer one, which freezes %s again. "
-            "To leave phases where they were, give them in steps or epochs: every_steps= or "
-            "every_epochs=, Phase(120, ...), `at: 120` in a plan's file.",
+            "The run resumes at step %d of %d, from a checkpoint of a run of %d steps. Phases that "
+            "start at a percentage of the run start later in a longer run, which freezes %s again. "
+            "To keep phases where they were, give them in steps or epochs: every_steps= or "
+            "every_epochs=, Phase(120, ...), or `at: 120` in a plan's file.",
             step,
             clock.max_steps,
             before,

@@ -1,4 +1,4 @@
-"""Freezing that is exact: no bit of a frozen part moves, and its backward is not computed."""
+"""Exact freezing: frozen parameters do not change by a bit, and their backward is not computed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Freezer:
     Args:
         model: The unwrapped model, as the optimizer knows it.
         parameters: The scheduled parameters, by name.
-        dropout: Whether dropout in frozen parts stays live.
-        batch_norm: Whether batch norm in frozen parts normalises by its running statistics and
-            leaves them alone.
+        dropout: Whether dropout in frozen modules stays active.
+        batch_norm: Whether batch norm in frozen modules uses its running statistics and does not
+            update them.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Freezer:
         self._hooks: list[tuple[nn.Module, int, Any]] = []
 
     def train_only(self, names: frozenset[str]) -> None:
-        """Let exactly these parameters train.
+        """Train exactly these parameters; call it between optimizer steps.
 
-        A gradient left behind would be taken for one of this step by decay and momentum, so a
-        frozen parameter has none. Only for between optimizer steps.
+        The gradient of a frozen parameter is deleted: weight decay and momentum would use it as if
+        it belonged to this step.
         """
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -68,23 +68,23 @@ class Freezer:
         ]
 
     def _frozen_modules(self) -> list[nn.Module]:
-        """The outermost modules of which nothing trains.
+        """The outermost modules without trainable parameters.
 
-        Inside a layer that trains, base weights under adapters are no frozen part: the dropout
-        beside them belongs to what trains.
+        Inside a layer that trains, base weights under adapters do not count: the dropout beside
+        them belongs to the adapters.
         """
         scheduled = {id(p) for p in self.parameters.values()}
         found: list[nn.Module] = []
 
         def visit(module: nn.Module, in_layer: bool) -> None:
-            held = list(module.parameters())
-            if not held:
+            parameters = list(module.parameters())
+            if not parameters:
                 return
-            if any(p.requires_grad for p in held):
+            if any(p.requires_grad for p in parameters):
                 in_layer = in_layer or module in self._layers
                 for child in module.children():
                     visit(child, in_layer)
-            elif not in_layer or any(id(p) in scheduled for p in held):
+            elif not in_layer or any(id(p) in scheduled for p in parameters):
                 found.append(module)
 
         visit(self.model, False)
@@ -105,14 +105,14 @@ class Freezer:
         return found
 
     def before_forward(self) -> None:
-        """Set the mode of frozen modules; the Trainer puts all in training mode for each batch."""
+        """Set the mode of frozen modules; the Trainer sets training mode for each batch."""
         for module in self._in_eval:
             module.training = False
 
     def drop_input_gradients(self) -> None:
-        """Take off the hooks that give the embeddings' output a gradient.
+        """Remove the hooks that give the embeddings' output a gradient.
 
-        Reentrant gradient checkpointing alone needs them; with them, the backward recomputes every
+        Only reentrant gradient checkpointing needs them. With them, the backward recomputes every
         frozen layer for a gradient that nothing uses.
         """
         for module in self.model.modules():
@@ -122,12 +122,12 @@ class Freezer:
                     del module._forward_hooks[key]
 
     def undo(self) -> None:
-        """Leave every scheduled parameter trainable and every module as the Trainer made it."""
+        """Make every scheduled parameter trainable and restore modes and hooks."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         for module in self._in_eval:
             module.training = self.model.training
         self._in_eval = []
         for module, key, hook in self._hooks:
-            module._forward_hooks[key] = hook  # under its own key, so its handle removes it still
+            module._forward_hooks[key] = hook  # under its key, by which its handle removes it
         self._hooks = []

@@ -1,0 +1,133 @@
+"""What the examples make of their numbers: means over seeds, tables, pictures and files."""
+
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from measure import markdown, versions
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+GREY, BLUE, ORANGE = "#9aa5b1", "#2a78c2", "#c25d2a"
+
+Score = Mapping[str, float | None]  # mean and sd over seeds; a single run has no sd
+
+
+def installed() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return versions("hf-adapt", "transformers", "torch", "datasets", "accelerate", "scikit-learn")
+
+
+# ---------------------------------------------------------------- numbers
+def summarize(
+    runs: Iterable[Mapping[str, Any]], methods: Iterable[str], names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Mean and standard deviation over seeds of each named value, for the methods that were run."""
+    summary = {}
+    for method in methods:
+        if own := [run for run in runs if run["method"] == method]:
+            summary[method] = {name: score([run[name] for run in own]) for name in names}
+    return summary
+
+
+def score(values: Sequence[float]) -> Score:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "sd": deviation}
+
+
+def percent(score: Score) -> str:
+    """A cell of a table."""
+    mean = f"{100 * score['mean']:.1f}"
+    return mean if score["sd"] is None else f"{mean} ± {100 * score['sd']:.1f}"
+
+
+# ---------------------------------------------------------------- pictures
+def grouped_bars(
+    axes: Axes,
+    ticks: Sequence[str],
+    series: Mapping[str, Sequence[Score]],
+    colours: Sequence[str] = (GREY, BLUE),
+    scale: float = 100,
+    **style: Any,
+) -> list[Any]:
+    """Two bars side by side for each tick; return matplotlib's two containers of bars."""
+    containers = []
+    for offset, ((label, scores), colour) in enumerate(zip(series.items(), colours, strict=False)):
+        repeated = any(score["sd"] is not None for score in scores)
+        containers.append(
+            axes.bar(
+                [i + 0.4 * offset for i in range(len(scores))],
+                [scale * score["mean"] for score in scores],
+                yerr=[scale * (score["sd"] or 0) for score in scores] if repeated else None,
+                width=0.38,
+                capsize=3,
+                color=colour,
+                label=label,
+            )
+        )
+    axes.set_xticks([i + 0.2 for i in range(len(ticks))], ticks, **style)
+    return containers
+
+
+# ---------------------------------------------------------------- files
+def write(path: Path, text: str) -> None:
+    """Write a whole file or none, so that an interrupted run leaves nothing half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def report(
+    rows: Sequence[Sequence[str]],
+    legend: str,
+    document: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    output_dir: Path,
+    console: Console,
+    title: str | None = None,
+) -> None:
+    """Print a table; write it, the numbers and the pictures.
+
+    Args:
+        rows: The table's cells, head first.
+        legend: What is printed below the table.
+        document: What results.json holds beside the command and the versions.
+        figures: Pictures by file name.
+        output_dir: Folder for all of it.
+        console: Where the table is printed.
+        title: What is printed above the table.
+    """
+    table = Table(
+        title=title,
+        caption=legend,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,  # all columns fit in 80 characters
+        collapse_padding=True,
+    )
+    for heading, first in zip(*rows[:2], strict=True):
+        justify = "left" if first[0].isalpha() else "right"
+        table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+    about = {"command": shlex.join(["python", *sys.argv]), "versions": installed()}
+    write(output_dir / "results.json", json.dumps({**about, **document}, indent=2))
+    above = f"{title}\n\n" if title else ""
+    write(output_dir / "table.md", f"{above}{markdown(rows)}\n\n{legend}\n")
+    for name, figure in figures.items():
+        part = output_dir / f"{name}.part"
+        figure.savefig(part, dpi=150, format="png")
+        os.replace(part, output_dir / name)
+    for name in ("results.json", "table.md", *figures):
+        console.print(f"wrote {output_dir / name}", soft_wrap=True, highlight=False)

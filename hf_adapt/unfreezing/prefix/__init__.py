@@ -1,0 +1,1 @@
+"""The frozen lower layers of a model, computed once per example."""

@@ -1,0 +1,6 @@
+"""The benchmarks are scripts beside the package, which import each other as neighbours."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
