@@ -19,14 +19,10 @@ FLOORS = (
 )
 EXCEPTIONS = {
     ("hf_adapt.cli", "hf_adapt"): "--version prints the version of the package",
-    ("hf_adapt.distillation", "hf_adapt.evaluation.distillation"): (
-        "functions on arrays that import nothing themselves: an evaluation during training and one "
-        "after it compute the same metrics"
-    ),
 }
 """Pairs of (folder or module, module that it may import from a floor above), with the reason."""
 
-CIRCLES = ("hf_adapt.distillation", "hf_adapt.knowledge")
+CIRCLES = ("hf_adapt.knowledge",)
 """Folders in which modules still import each other in a circle: to be emptied."""
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_adapt.distillation.teachers import Teacher, on_device_of
+from hf_adapt.distillation.placement import on_device_of
+from hf_adapt.distillation.teachers import Teacher
 from hf_adapt.models.copies import copied
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import transformers
 from torch import nn
 
 from hf_adapt.distillation.fingerprints import sampled_fingerprint
+from hf_adapt.distillation.placement import may_be_moved, on_device_of, sharded_teacher
 from hf_adapt.engine.columns import named_inputs
 from hf_adapt.models.copies import bind_to_itself
 from hf_adapt.models.heads import HEADS, has_head
@@ -154,8 +154,8 @@ class ModelTeacher(Teacher):
         assert self.module is not None
         if self.shard:
             if not self._is_sharded:
-                self.module, self._is_sharded = _sharded(trainer, self.module), True
-        elif _may_be_moved(self.module):
+                self.module, self._is_sharded = sharded_teacher(trainer, self.module), True
+        elif may_be_moved(self.module):
             self.module.to(trainer.args.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,50 +266,3 @@ def load_teacher(name: str, student: nn.Module, options: Mapping[str, Any]) -> n
 def _name_of(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     return str(getattr(config, "_name_or_path", "") or type(model).__name__)
-
-
-def on_device_of(weight: torch.Tensor | None, value: Any) -> Any:
-    """A tensor on the device of a weight, and in its dtype if it is floating-point."""
-    if weight is None or not isinstance(value, torch.Tensor):
-        return value
-    return value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-
-
-def _may_be_moved(model: nn.Module) -> bool:
-    """Whether the model may be moved: not one on several devices or in 8 bits."""
-    spread = getattr(model, "hf_device_map", None) or {}
-    return len(set(spread.values())) <= 1 and getattr(model, "hf_quantizer", None) is None
-
-
-def _sharded(trainer: Trainer, model: nn.Module) -> nn.Module:
-    """The teacher, sharded as the student is."""
-    accelerator = trainer.accelerator
-    if trainer.is_deepspeed_enabled:
-        import deepspeed  # type: ignore[import-not-found]
-
-        config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
-        # An engine without an optimizer knows two stages: everything, or nothing sharded.
-        if config["zero_optimization"]["stage"] != 3:
-            config["zero_optimization"]["stage"] = 0
-        for key in ("optimizer", "scheduler"):
-            config.pop(key, None)
-        engine, *_ = deepspeed.initialize(model=model, config=config)
-        sharded: nn.Module = engine.eval()
-        return sharded
-    if trainer.is_fsdp_enabled:
-        from torch.distributed.fsdp import fully_shard
-
-        from hf_adapt.models.layers import find_stacks
-
-        modules = dict(model.named_modules())
-        for stack in find_stacks(model):
-            for layer in stack.layers:
-                fully_shard(modules[layer])
-        model.to(trainer.args.device)
-        # Embeddings and head stay whole: losses without whole logits read the head's weight.
-        fully_shard(model, reshard_after_forward=False)
-        return model
-    raise ValueError(
-        "ModelTeacher(shard=True) shards the teacher as the student is, but this run uses neither "
-        "FSDP nor DeepSpeed. Drop it, or pass device_map='auto' to spread the teacher."
-    )

@@ -20,6 +20,12 @@ from hf_adapt.distillation.divergences import (
     named_divergence,
 )
 from hf_adapt.distillation.language_models.block_losses import SCRATCH, BlockLoss
+from hf_adapt.distillation.language_models.checks import (
+    check_classes,
+    check_head,
+    check_tokens,
+    require,
+)
 
 IGNORED = -100
 _MM_INTO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
@@ -262,54 +268,6 @@ def _groups(hidden: Tensor, labels: Tensor | None, kd_mask: Tensor | None) -> li
     return [*groups, _Group(rows, None, True)] if len(rows) else groups
 
 
-def _require(holds: bool, expected: str, got: object, fix: str) -> None:
-    if not holds:
-        raise ValueError(f"chunked_distillation_loss expects {expected}, got {got}. {fix}")
-
-
-def _check_head(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _require(
-        hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1],
-        f"{whose}_hidden (N, H) and {whose}_weight (V, H) with the same H",
-        f"{tuple(hidden.shape)} and {tuple(weight.shape)}",
-        "Flatten batch and sequence, and pass the output projection's weight as it is.",
-    )
-    _require(
-        bias is None or bias.shape == weight.shape[:1],
-        f"{whose}_bias of shape ({len(weight)},), one value for each class of its weight",
-        None if bias is None else tuple(bias.shape),
-        "Pass the bias of the same output projection.",
-    )
-
-
-def _check_tokens(number: int, **tokens: Tensor | None) -> None:
-    for name, value in tokens.items():
-        _require(
-            value is None or value.shape[: 2 - (name == "teacher_hidden")] == (number,),
-            f"{name} of {number} rows, one for each of student_hidden",
-            None if value is None else tuple(value.shape),
-            "Both models must read the same tokens; shift and flatten all of them alike.",
-        )
-    mask = tokens["kd_mask"]
-    got = None if mask is None else mask.dtype
-    _require(got in (None, torch.bool), "kd_mask of torch.bool", got, "Pass kd_mask != 0.")
-
-
-def _check_classes(student: int, teacher: int, vocabulary: int | None) -> None:
-    _require(
-        vocabulary is not None or student == teacher,
-        "student_weight and teacher_weight of the same number of classes",
-        f"{student} and {teacher}",
-        "If a head is padded, pass vocabulary=, the number of classes that both have in common.",
-    )
-    _require(
-        vocabulary is None or 1 <= vocabulary <= min(student, teacher),
-        f"vocabulary between 1 and {min(student, teacher)}, the classes of the smaller head",
-        vocabulary,
-        "Pass the size of the tokenizer that both models share.",
-    )
-
-
 def chunked_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -383,17 +341,15 @@ def chunked_distillation_loss(
         >>> hidden.grad.tolist()[1]
         [0.0, 0.0, 0.0, 0.0]
     """
-    _check_head("student", student_hidden, student_weight, student_bias)
-    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
-    _check_tokens(
-        len(student_hidden), teacher_hidden=teacher_hidden, labels=labels, kd_mask=kd_mask
-    )
+    check_head("student", student_hidden, student_weight, student_bias)
+    check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    check_tokens(len(student_hidden), teacher_hidden=teacher_hidden, labels=labels, kd_mask=kd_mask)
     sizes = len(student_weight), len(teacher_weight)
-    _check_classes(*sizes, vocabulary)
+    check_classes(*sizes, vocabulary)
     limits = _CPU_LIMITS if student_hidden.device.type == "cpu" else _DEVICE_LIMITS
     budget = limits.budget if byte_budget is None else byte_budget
-    _require(temperature > 0, "temperature above 0", temperature, "1 leaves logits as they are.")
-    _require(budget > 0, "byte_budget above 0", budget, "Leave it out for the default.")
+    require(temperature > 0, "temperature above 0", temperature, "1 leaves logits as they are.")
+    require(budget > 0, "byte_budget above 0", budget, "Leave it out for the default.")
     inputs = student_hidden, student_weight, student_bias
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
     dtype = torch.promote_types(student_hidden.dtype, teacher_hidden.dtype)
