@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_adapt.models.groups import LayerGroup
+from hf_adapt.models.layers import prefixes
 from hf_adapt.models.structure import unwrapped_base
 
 WEIGHT, GRADIENT, MOMENTS = 1.0, 1.0, 2.0
@@ -65,15 +66,13 @@ def group_costs(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, Gro
     frozen = dict(sizes)
     nearest: dict[str, str] = {}  # module path -> group of a trainable parameter in it
     for name, group in group_of.items():
-        parts = name.split(".")
-        for i in range(len(parts) - 1, 0, -1):
-            nearest.setdefault(".".join(parts[:i]), group)
+        for path in prefixes(name)[1:-1]:
+            nearest.setdefault(path, group)
     for name, parameter in parameters.items():
         owner = group_of.get(name)
         if owner is None:
-            parts = name.split(".")
-            paths = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
-            owner = next((nearest[path] for path in paths if path in nearest), groups[0].name)
+            paths = [path for path in prefixes(name)[1:-1] if path in nearest]
+            owner = nearest[paths[-1]] if paths else groups[0].name
         products = parameter.numel() if parameter.ndim >= 2 and id(parameter) not in lookups else 0
         work[owner] += products
         if name in group_of:

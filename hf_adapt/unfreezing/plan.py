@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 from hf_adapt.models.groups import LayerGroup, layer_groups
+from hf_adapt.models.layers import prefixes
 from hf_adapt.unfreezing.costs import GroupCost, PhaseCost, phase_cost
 from hf_adapt.unfreezing.phases import Clock, Phase, Timeline
 from hf_adapt.unfreezing.plan_file import PLATEAU_KEYS, read_plan_file
@@ -243,9 +244,8 @@ def group_patterns(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, 
     group_of = {name: group.name for group in groups for name in group.parameters}
     inside: dict[str, set[str]] = {}
     for name, group in group_of.items():
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            inside.setdefault(".".join(parts[:i]), set()).add(group)
+        for path in prefixes(name)[1:]:
+            inside.setdefault(path, set()).add(group)
     patterns: dict[str, list[str]] = {group.name: [] for group in groups}
     for path, owners in inside.items():  # a module comes before its submodules
         parent = path.rpartition(".")[0]

@@ -1,16 +1,18 @@
-"""What a graph holds: strings in tables, the rest in arrays."""
+"""The content of a graph, in Arrow and numpy arrays."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_adapt.knowledge.strings import CHUNK, StringTable
+from hf_adapt.storage.string_table import CHUNK, StringTable
 
 Ids = npt.NDArray[np.int64]
 
@@ -20,92 +22,78 @@ class Content:
     """The arrays of a graph.
 
     Args:
-        keys: Of the entities, each once.
-        relations: The names of the relations, each once.
-        triples: Head, relation, tail, sorted, each once; int32, (T, 3).
-        names: Of all entities, those of one entity together; None if there are none.
-        name_offsets: Where the names of each entity begin, and where the last end.
-        priors: How likely each name means its entity, float32; None if that is not known.
-        descriptions: One for each entity, empty where there is none; None if there are none.
+        keys: The keys of the entities, each once.
+        relations: Arrow strings: the names of the relations, each once.
+        triples: Head, relation and tail, sorted, each triple once; int32, (T, 3).
+        names: Arrow lists of strings: the names of each entity; None if there are none.
+        priors: Arrow lists: how likely each name means its entity; None if that is not known.
+        descriptions: Arrow strings, empty where there is none; None if there are none.
     """
 
     keys: StringTable
-    relations: StringTable
+    relations: Any
     triples: npt.NDArray[np.int32]
-    names: StringTable | None = None
-    name_offsets: Ids | None = None
-    priors: npt.NDArray[np.float32] | None = None
-    descriptions: StringTable | None = None
+    names: Any = None
+    priors: Any = None
+    descriptions: Any = None
 
-    def label_of(self, entity: int) -> str:
-        """The first name, else the key."""
-        if self.names is not None and self.name_offsets is not None:
-            first, last = self.name_offsets[entity : entity + 2]
-            if last > first:
-                return self.names[int(first)]
-        return self.keys[entity]
+    def arrays(self) -> dict[str, Any]:
+        """Return the content as Arrow arrays by name; what the graph does not have is left out."""
+        flat = pa.array(np.ascontiguousarray(self.triples).reshape(-1))
+        triples = pa.FixedSizeListArray.from_arrays(flat, 3)
+        arrays = {"keys": self.keys.array, "relations": self.relations, "triples": triples}
+        rest = {"names": self.names, "priors": self.priors, "descriptions": self.descriptions}
+        return arrays | {name: array for name, array in rest.items() if array is not None}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> Content:
+        """Restore the content from what `arrays` returned, without copying it."""
+        triples = arrays["triples"].values.to_numpy().reshape(-1, 3)
+        return cls(**{**arrays, "keys": StringTable(arrays["keys"]), "triples": triples})
 
     def names_of(self, entity: int) -> list[str]:
-        """All the names, else the key."""
-        if self.names is not None and self.name_offsets is not None:
-            first, last = self.name_offsets[entity : entity + 2]
-            if last > first:
-                return self.names[int(first) : int(last)]
-        return [self.keys[entity]]
+        """Return all names of an entity, else its key."""
+        return (self.names is not None and self.names[entity].as_py()) or [self.keys[entity]]
 
     def surfaces(self) -> Iterator[tuple[str, int, float]]:
-        """Every (name, entity, prior), or (key, entity, 1) of an entity without names."""
+        """Iterate over (name, entity, prior), or (key, entity, 1) for entities without names."""
         for first in range(0, len(self.keys), CHUNK):
-            last = min(first + CHUNK, len(self.keys))
-            keys = self.keys[first:last]
-            if self.names is None or self.name_offsets is None:
-                for entity, key in enumerate(keys, first):
-                    yield key, entity, 1.0
+            keys = self.keys[first : first + CHUNK]
+            if self.names is None:
+                yield from ((key, entity, 1.0) for entity, key in enumerate(keys, first))
                 continue
-            offsets = self.name_offsets[first : last + 1].tolist()
+            # Flat, as Arrow makes Python lists of lists slowly.
+            offsets = self.names.offsets[first : first + len(keys) + 1].to_pylist()
             start, end = offsets[0], offsets[-1]
-            names = self.names[start:end]
-            priors = self.priors[start:end].tolist() if self.priors is not None else None
-            for entity, key, begin, stop in zip(
-                range(first, last), keys, offsets[:-1], offsets[1:], strict=True
-            ):
+            names = self.names.values[start:end].to_pylist()
+            weights = [1.0] * len(names)
+            if self.priors is not None:
+                weights = self.priors.values[start:end].to_pylist()
+            for entity, key in enumerate(keys, first):
+                begin, stop = offsets[entity - first] - start, offsets[entity - first + 1] - start
                 if begin == stop:
                     yield key, entity, 1.0
-                for i in range(begin - start, stop - start):
-                    yield names[i], entity, 1.0 if priors is None else priors[i]
+                for i in range(begin, stop):
+                    yield names[i], entity, weights[i]
 
     def near(self, key: str) -> str:
-        """What could be meant by a key that is not here, as a sentence."""
-        if with_name := self._with_name(key):
-            return f"It is a name of {', '.join(map(repr, with_name))}."
+        """Return a sentence on what an unknown key may mean."""
+        if self.names is not None:
+            rows = pc.indices_nonzero(pc.equal(self.names.flatten(), key))[:5]
+            owners = pc.list_parent_indices(self.names).take(rows).to_pylist()
+            if owners:
+                return f"It is a name of {', '.join(repr(self.keys[entity]) for entity in owners)}."
         # All of a large graph would take minutes: there, those that begin alike.
         several = list(self.keys) if len(self.keys) <= 20_000 else self.keys.around(key, 2_000)
         near = difflib.get_close_matches(key, several, n=5, cutoff=0.5)
         return f"Near keys: {', '.join(map(repr, near)) or 'none'}."
 
-    def _with_name(self, name: str) -> list[str]:
-        """Keys of the first entities that have this name."""
-        if self.names is None or self.name_offsets is None:
-            return []
-        places = pc.indices_nonzero(pc.equal(self.names.arrow(), name)).to_numpy()[:5]
-        found = np.searchsorted(self.name_offsets, places, side="right") - 1
-        return [self.keys[int(entity)] for entity in found]
-
     def part(self, keep: npt.NDArray[np.bool_]) -> Content:
-        """Some of the entities, numbered anew in their old order, and the triples among them."""
+        """Return some of the entities, renumbered in their order, and the triples among them."""
         entities = np.flatnonzero(keep)
         number = np.cumsum(keep, dtype=np.int32) - 1
-        triples = self.triples
-        triples = triples[keep[triples[:, 0]] & keep[triples[:, 2]]]
-        triples = np.stack([number[triples[:, 0]], triples[:, 1], number[triples[:, 2]]], axis=1)
-        names, offsets, priors = self.names, self.name_offsets, self.priors
-        if names is not None and offsets is not None:
-            counts = np.diff(offsets)
-            rows = np.flatnonzero(np.repeat(keep, counts))
-            names = names.take(rows)
-            priors = None if priors is None else priors[rows]
-            offsets = np.concatenate([[0], np.cumsum(counts[entities])])
-        descriptions = self.descriptions
-        descriptions = None if descriptions is None else descriptions.take(entities)
-        keys = self.keys.take(entities)
-        return Content(keys, self.relations, triples, names, offsets, priors, descriptions)
+        rows = self.triples[keep[self.triples[:, 0]] & keep[self.triples[:, 2]]]
+        triples = np.stack([number[rows[:, 0]], rows[:, 1], number[rows[:, 2]]], axis=1)
+        optional = (self.names, self.priors, self.descriptions)
+        taken = (None if array is None else array.take(pa.array(entities)) for array in optional)
+        return Content(self.keys.take(entities), self.relations, triples, *taken)

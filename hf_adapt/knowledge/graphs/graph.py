@@ -1,4 +1,4 @@
-"""A knowledge graph in arrays: entities with names and descriptions, and the triples among them."""
+"""Knowledge graphs: entities with names and descriptions, and the triples among them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
-from hf_adapt.knowledge import storing
 from hf_adapt.knowledge.graphs import networkx_graph, obo, rdf, wordnet
-from hf_adapt.knowledge.graphs.building import NameSource, build, pairs_of
+from hf_adapt.knowledge.graphs.builder import NameSource, build, pairs_of
 from hf_adapt.knowledge.graphs.content import Content, Ids
 from hf_adapt.knowledge.graphs.links import Direction, Links, Neighbours
 from hf_adapt.knowledge.graphs.triples import read_triples
+from hf_adapt.storage.fingerprint import fingerprint
+from hf_adapt.storage.folder import read_folder, write_folder
 
-FORMAT = 1
+FORMAT = 2
 
 
 class UnknownEntityError(KeyError):
-    """No entity has this key."""
+    """Raised if no entity has a key."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would show it quoted
@@ -31,9 +33,9 @@ class UnknownEntityError(KeyError):
 class KnowledgeGraph:
     """Entities with names and descriptions, and the triples among them, in arrays.
 
-    Made by one of the `from_` methods. Entities and relations are numbered from 0. All is held in
-    arrays, memory-mapped after [`load`]: a million entities with names and five million triples
-    take about 150 MB.
+    Created by one of the `from_` methods. Entities and relations are numbered from 0. The arrays
+    are memory-mapped after [`load`]: a million entities with names and five million triples take
+    about 150 MB.
 
     Args:
         content: The arrays.
@@ -53,7 +55,7 @@ class KnowledgeGraph:
     def __init__(self, content: Content) -> None:
         self._content = content
         self._folder: Path | None = None
-        self.relations: list[str] = list(content.relations)
+        self.relations: list[str] = content.relations.to_pylist()
 
     # ---- where it comes from ----
 
@@ -69,19 +71,17 @@ class KnowledgeGraph:
         descriptions: NameSource | None = None,
         separator: str | None = None,
     ) -> KnowledgeGraph:
-        """From a file, a table or a list of (head, relation, tail).
+        """Create it from a file, a table or a list of (head, relation, tail).
 
         Entities are numbered in the order in which rows first name them, relations likewise.
-        White space around a text is cut off, triples that are there twice count once, and nothing
-        is taken for a missing value: the gene `NA` is an entity. A cell that is missing (None, NaN)
-        is an error with its row; missing names and descriptions of a mapping are left out, and
-        the log has their number.
+        White space around a text is cut off, and triples that are there twice count once. No text
+        is taken for a missing value: the gene `NA` is an entity.
 
         Args:
             triples: The path of a csv, tsv (both also `.gz`) or parquet file, a
                 `datasets.Dataset`, a pandas DataFrame (or another Arrow table), a mapping of
-                columns, or any iterable of (head, relation, tail). A text file needs no header
-                line if it has three columns.
+                columns, or any iterable of (head, relation, tail). A text file with exactly three
+                columns needs no header.
             head: The column of heads.
             relation: The column of relations.
             tail: The column of tails.
@@ -89,11 +89,13 @@ class KnowledgeGraph:
                 file of (entity, name). The first name is the label. Entities with a name and no
                 triple are kept, without neighbours.
             descriptions: Of entities, one each: a mapping, or a file of (entity, description).
-            separator: Between the cells of text files, where the ending does not say it.
+                Missing values (None, NaN) of a mapping are left out and counted in the log.
+            separator: Between the cells of text files, if their ending does not say it.
 
         Raises:
-            ValueError: If lines are malformed (with their numbers), there is no triple, or a
-                description is of an unknown entity or is there twice and differs.
+            ValueError: If lines or rows are malformed or have missing cells (with their numbers),
+                there is no triple, or a description is of an unknown entity or is there twice and
+                differs.
 
         Example:
             >>> graph = KnowledgeGraph.from_triples(
@@ -127,26 +129,26 @@ class KnowledgeGraph:
         language: str | None = "en",
         malformed: rdf.Malformity = "error",
     ) -> KnowledgeGraph:
-        """From Turtle, N-Triples, RDF/XML or OWL, through pyoxigraph or else rdflib.
+        """Create it from Turtle, N-Triples, RDF/XML or OWL, parsed by pyoxigraph.
 
         Keys are IRIs. RDF has no order, so entities and relations are numbered in the order of
         their IRIs. An OWL restriction (`A subClassOf [onProperty r; someValuesFrom B]`) becomes
-        the triple (A, r, B). Other blank nodes, other literals and declarations such as
-        `A rdf:type owl:Class` are left out, and so are entities that are `owl:deprecated`.
+        the triple (A, r, B). Other blank nodes, other literals, declarations such as
+        `A rdf:type owl:Class`, and entities that are `owl:deprecated` are left out.
 
         Args:
             path: The file; `.gz` is decompressed.
-            format: `"turtle"`, `"ntriples"` or `"xml"`; by the file's ending where it is None.
-            label_predicates: IRIs of what an entity is called; the first found is its label.
+            format: `"turtle"`, `"ntriples"` or `"xml"`; by the file's ending if it is None.
+            label_predicates: IRIs of an entity's label; the first that is found counts.
             alias_predicates: IRIs of its other names; broad synonyms are not among them.
-            description_predicates: IRIs of its description; the first found counts.
-            language: Texts of this language, or of none, count; all where it is None.
+            description_predicates: IRIs of its description; the first that is found counts.
+            language: Texts of this language, or of none, count; all texts if it is None.
             malformed: `"error"`, or `"skip"` to leave out statements that cannot be read, such as
-                one with a bad IRI in a dump, and log their number (with pyoxigraph). An open
+                one with a bad IRI in a dump, and log their number. An open
                 quotation costs one line in N-Triples; in Turtle and XML it is always an error.
 
         Raises:
-            ImportError: If neither library is installed.
+            ImportError: If pyoxigraph is not installed.
             ValueError: If the file is malformed, or holds no triple between entities.
         """
         predicates = label_predicates, alias_predicates, description_predicates
@@ -154,9 +156,9 @@ class KnowledgeGraph:
 
     @classmethod
     def from_obo(cls, path: str | Path) -> KnowledgeGraph:
-        """From an OBO file: terms, names, synonyms, definitions, `is_a` and `relationship`.
+        """Create it from an OBO file: terms, synonyms, definitions, `is_a` and `relationship`.
 
-        Obsolete terms and what points to them are left out, and so are broad synonyms, which mean
+        Obsolete terms with the edges to them are left out, and so are broad synonyms, which mean
         more than their term. An alternative id (`alt_id`) stands for its term. An id that is no
         term of the file, as of another ontology, is kept with the id as its name; the log has the
         number of these. The tags of OBO 1.0 (`exact_synonym:` …) are read too.
@@ -178,9 +180,10 @@ class KnowledgeGraph:
         name: str = "name",
         description: str = "description",
     ) -> KnowledgeGraph:
-        """From a networkx graph, directed or not, with one edge or several between two nodes.
+        """Create it from a networkx graph, directed or not, with or without parallel edges.
 
         An edge of an undirected graph becomes one triple, from the node that was added first.
+        Missing names and descriptions (None, NaN) are left out and counted in the log.
 
         Args:
             graph: Its nodes become keys by `str`; nodes without edges are kept.
@@ -190,15 +193,14 @@ class KnowledgeGraph:
             description: The node attribute with the description.
 
         Raises:
-            ValueError: If two nodes have the same text, a node or a relation is missing (None,
-                NaN), or there is no edge. Missing names and descriptions are left out, and
-                the log has their number.
+            ValueError: If two nodes have the same text, a node or a relation is missing, or there
+                is no edge.
         """
         return cls(networkx_graph.read(graph, relation, name, description))
 
     @classmethod
     def from_wordnet(cls, path: str | Path) -> KnowledgeGraph:
-        """From the files of WordNet 3.0 or 3.1: synsets, their lemmas, glosses and pointers.
+        """Create it from the files of WordNet 3.0 or 3.1: synsets, lemmas, glosses and pointers.
 
         Keys are such as `dog.n.02086723`: the first lemma, the part of speech (n, v, a, r) and the
         place in its file. Pointers between two words are kept between their synsets. The prior of
@@ -222,17 +224,17 @@ class KnowledgeGraph:
 
     @property
     def num_entities(self) -> int:
-        """How many entities there are, with or without triples."""
+        """The number of entities, with or without triples."""
         return len(self._content.keys)
 
     @property
     def num_relations(self) -> int:
-        """How many relations there are, not counting their inverses."""
+        """The number of relations, without their inverses."""
         return len(self.relations)
 
     @property
     def num_triples(self) -> int:
-        """How many triples there are, each counted once."""
+        """The number of triples, each counted once."""
         return len(self._content.triples)
 
     def __len__(self) -> int:
@@ -252,11 +254,11 @@ class KnowledgeGraph:
         return view
 
     def key(self, entity: int) -> str:
-        """What the entity is called in its source, and by no other."""
+        """Return the unique name of an entity in its source."""
         return self._content.keys[self._checked(entity)]
 
     def entity(self, key: str) -> int:
-        """The number of the entity with this key.
+        """Return the number of the entity with this key.
 
         Raises:
             UnknownEntityError: A KeyError that lists near keys.
@@ -270,7 +272,7 @@ class KnowledgeGraph:
         return entity
 
     def entities(self, keys: Any) -> Ids:
-        """The numbers of the entities with these keys, -1 for those that are not here."""
+        """Return the numbers of the entities with these keys, -1 for unknown keys."""
         return self._content.keys.find_all(keys)
 
     def _checked(self, entity: int) -> int:
@@ -282,23 +284,23 @@ class KnowledgeGraph:
         return int(entity)
 
     def label(self, entity: int) -> str:
-        """The entity's first name, else its key."""
-        return self._content.label_of(self._checked(entity))
+        """Return the entity's first name, else its key."""
+        return self.names(entity)[0]
 
     def names(self, entity: int) -> list[str]:
-        """What the entity is called in text: its names, the label first, else its key."""
+        """Return the entity's names in texts, the label first; its key if it has none."""
         return self._content.names_of(self._checked(entity))
 
     def description(self, entity: int) -> str | None:
-        """What the entity is, in words, or None."""
+        """Return the entity's description, or None."""
         entity = self._checked(entity)
         descriptions = self._content.descriptions
-        return (descriptions[entity] or None) if descriptions is not None else None
+        return None if descriptions is None else descriptions[entity].as_py() or None
 
     def surfaces(self) -> Iterator[tuple[str, int, float]]:
-        """Every (name, entity, prior): how text may call an entity, and how likely it then is.
+        """Iterate over (name, entity, prior): how likely a text means the entity by the name.
 
-        An entity without names gives its key. The prior is 1 where the source does not know it.
+        An entity without names gives its key. The prior is 1 if the source does not know it.
         """
         return self._content.surfaces()
 
@@ -315,14 +317,14 @@ class KnowledgeGraph:
         direction: Direction = "both",
         limit: int | None = None,
     ) -> Neighbours:
-        """What is linked to an entity, always in the same order: first out, then in.
+        """Return what is linked to an entity, in a fixed order: outgoing edges first.
 
         Args:
             entity: Its number.
-            relation: Only by this relation: its name or number; the number of an inverse asks for
-                edges that come in.
+            relation: Only edges of this relation, by name or number; the number of an inverse
+                asks for edges that come in.
             direction: `"out"` for triples of which the entity is the head, `"in"` for the tail.
-            limit: At most so many.
+            limit: The maximum number of neighbours.
 
         Raises:
             ValueError: If the relation or the direction is unknown.
@@ -356,10 +358,10 @@ class KnowledgeGraph:
         return int(relation)
 
     def subgraph(self, entities: Iterable[int | str], hops: int = 1) -> KnowledgeGraph:
-        """The entities within some steps of these, and all the triples among them.
+        """Return the entities within some steps of these, and all triples among them.
 
-        Entities are numbered anew, in their old order, and keep keys, names and descriptions;
-        relations keep their numbers.
+        Entities are renumbered in their order, and keep keys, names and descriptions; relations
+        keep their numbers.
 
         Args:
             entities: Numbers or keys.
@@ -374,16 +376,16 @@ class KnowledgeGraph:
         return KnowledgeGraph(self._content.part(self._links.within(given, hops)))
 
     def statistics(self) -> dict[str, float]:
-        """Counts of what it holds, and how its entities are linked."""
+        """Return the numbers of entities, relations, triples, names and links."""
         content, degrees = self._content, self._links.degrees()
         described = 0
         if content.descriptions is not None:
-            described = int(np.count_nonzero(np.diff(content.descriptions.offsets)))
+            described = pc.sum(pc.not_equal(content.descriptions, "")).as_py()
         return {
             "entities": self.num_entities,
             "relations": self.num_relations,
             "triples": self.num_triples,
-            "names": len(content.names) if content.names is not None else 0,
+            "names": len(content.names.flatten()) if content.names is not None else 0,
             "described": described,
             "isolated": int(np.count_nonzero(degrees == 0)),
             "mean_degree": float(degrees.mean()) if len(degrees) else 0.0,
@@ -391,7 +393,7 @@ class KnowledgeGraph:
         }
 
     def describe(self) -> str:
-        """The statistics and the most frequent relations, to print."""
+        """Return the statistics and the most frequent relations as text."""
         counts = np.bincount(self._content.triples[:, 1], minlength=self.num_relations)
         often = np.argsort(-counts, kind="stable")[:10]
         numbers = [f"{name:>12}  {value:,.6g}" for name, value in self.statistics().items()]
@@ -399,56 +401,56 @@ class KnowledgeGraph:
         frequent = [f"{counts[r]:>12,}  {self.relations[r]}" for r in often]
         return "\n".join([*numbers, "most frequent relations:", *frequent])
 
-    # ---- kept ----
+    # ---- on disk ----
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that it holds, the same on every machine and after saving.
+        """A hash of the whole content, the same on every machine and after saving.
 
-        Two graphs with the same triples in another order number their entities otherwise: they
-        differ, as vectors of one do not fit the other.
+        Two graphs with the same triples in another order number their entities differently: they
+        differ, because vectors of one do not fit the other.
         """
-        return storing.fingerprint(storing.to_arrays(self._content))
+        return fingerprint(self._content.arrays())
 
     def save(self, folder: str | Path) -> None:
-        """Write the graph into a folder; an earlier one there is good until the new one is whole.
+        """Write the graph into a folder; an earlier one stays valid until this one is complete.
+
+        The content is written as files in the Arrow IPC format.
 
         Args:
-            folder: Made if missing. Its other files are left alone.
+            folder: Created if missing. Its other files are left alone.
         """
         folder = Path(folder)
         if self._folder is not None and folder.resolve() == self._folder:
             return  # it was loaded from there
         about = {"fingerprint": self.fingerprint, "statistics": self.statistics()}
-        arrays = storing.to_arrays(self._content)
-        storing.write_folder(folder, "knowledge_graph", FORMAT, arrays, about)
+        write_folder(folder, "knowledge_graph", FORMAT, self._content.arrays(), about)
 
     @classmethod
     def load(cls, folder: str | Path, *, verify: bool = False) -> KnowledgeGraph:
-        """A graph that was saved, memory-mapped: what is not looked at is not read.
+        """Load a saved graph, memory-mapped: what is not used is not read.
 
         Args:
-            folder: That was saved to.
-            verify: Also read all of it and compare its hash.
+            folder: The folder that was passed to `save`.
+            verify: Also read everything and compare its hash.
 
         Raises:
             FileNotFoundError: If the folder holds no graph.
-            ValueError: If it is damaged, or of a newer format.
+            ValueError: If it is damaged, or has another format.
         """
         made_by = "KnowledgeGraph.save(folder)"
-        about, arrays = storing.read_folder(folder, "knowledge_graph", FORMAT, made_by)
-        missing = {"keys.blob", "relations.blob", "triples"} - set(arrays)
-        if missing or not isinstance(about.get("fingerprint"), str):
-            raise ValueError(f"{folder} is damaged: its description is not whole. Save anew.")
-        if verify and storing.fingerprint(arrays) != about["fingerprint"]:
-            raise ValueError(f"{folder} is damaged: its content has changed. Save the graph anew.")
-        graph = cls(storing.from_arrays(arrays))
+        about, arrays = read_folder(folder, "knowledge_graph", FORMAT, made_by)
+        if not {"keys", "relations", "triples"} <= set(arrays) or "fingerprint" not in about:
+            raise ValueError(f"{folder} is damaged: its description is incomplete. Save again.")
+        if verify and fingerprint(arrays) != about["fingerprint"]:
+            raise ValueError(f"{folder} is damaged: its content has changed. Save the graph again.")
+        graph = cls(Content.from_arrays(arrays))
         graph._folder = Path(folder).resolve()
         graph.__dict__["fingerprint"] = about["fingerprint"]
         return graph
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A graph that was loaded is opened again by its folder, never copied into a pickle."""
+        """Pickle a loaded graph as its folder, which is opened again, instead of its content."""
         if self._folder is not None:
             return _open_again, (str(self._folder), self.fingerprint)
         return KnowledgeGraph, (self._content,)

@@ -1,4 +1,4 @@
-"""Which triples an entity is in, found without a search."""
+"""The triples of each entity, found without a search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Direction = Literal["out", "in", "both"]
 class Neighbours(NamedTuple):
     """What an entity is linked to: `entities[i]` by `relations[i]`.
 
-    For an edge that comes in, the relation is its own number plus the graph's `num_relations`.
+    The relation of an edge that comes in is its number plus the graph's `num_relations`.
     """
 
     relations: Ids
@@ -24,11 +24,11 @@ class Neighbours(NamedTuple):
 
 
 class Links:
-    """Triples by their head and by their tail; what is by the tail is made when asked for.
+    """Triples by their head and by their tail; the order by tail is made when it is first needed.
 
     Args:
         triples: Sorted by head, (T, 3).
-        num_entities: Number of rows.
+        num_entities: Number of entities.
         num_relations: What is added to the relation of an edge that comes in.
     """
 
@@ -41,24 +41,26 @@ class Links:
     @cached_property
     def _outgoing(self) -> Ids:
         """Where the triples of each head begin."""
-        return self._starts(self.triples[:, 0])
+        return self._starts(0)
 
     @cached_property
     def _incoming(self) -> tuple[Ids, npt.NDArray[np.int32]]:
-        """An order by tail, and where the triples of each tail begin in it."""
-        tails = self.triples[:, 2]
+        """Where the triples of each tail begin in an order by tail, and that order."""
         # Stable: those of one tail stay in the order of their heads.
-        return self._starts(tails), np.argsort(tails, kind="stable").astype(np.int32)
+        return self._starts(2), np.argsort(self.triples[:, 2], kind="stable").astype(np.int32)
 
-    def _starts(self, entities: npt.NDArray[np.int32]) -> Ids:
+    def _starts(self, column: int) -> Ids:
         starts = np.zeros(self.num_entities + 1, np.int64)
-        np.cumsum(np.bincount(entities, minlength=self.num_entities), out=starts[1:])
+        np.cumsum(self._counts(column), out=starts[1:])
         return starts
+
+    def _counts(self, column: int) -> Ids:
+        return np.bincount(self.triples[:, column], minlength=self.num_entities)
 
     def of(
         self, entity: int, relation: int | None, direction: Direction, limit: int | None
     ) -> Neighbours:
-        """What an entity is linked to, those it points to first."""
+        """Return what an entity is linked to, outgoing edges first."""
         parts = []
         if direction != "in":
             first, last = self._outgoing[entity : entity + 2]
@@ -78,7 +80,7 @@ class Links:
         return Neighbours(found[:, 0].copy(), found[:, 1].copy())
 
     def within(self, entities: list[int], hops: int) -> npt.NDArray[np.bool_]:
-        """Which entities are at most so many edges away from these, in either direction."""
+        """Return which entities are at most `hops` edges away, in either direction."""
         heads, tails = self.triples[:, 0], self.triples[:, 2]
         keep = np.zeros(self.num_entities, bool)
         keep[entities] = True
@@ -90,6 +92,5 @@ class Links:
         return keep
 
     def degrees(self) -> Ids:
-        """In how many triples each entity is."""
-        counts = np.bincount(self.triples[:, 0], minlength=self.num_entities)
-        return counts + np.bincount(self.triples[:, 2], minlength=self.num_entities)
+        """Return the number of triples of each entity."""
+        return self._counts(0) + self._counts(2)

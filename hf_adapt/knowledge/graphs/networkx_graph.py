@@ -7,13 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from hf_adapt.knowledge.graphs.building import build, pairs_of
+from hf_adapt.knowledge.graphs.builder import build, pairs_of
 from hf_adapt.knowledge.graphs.content import Content
 from hf_adapt.knowledge.graphs.triples import is_missing, read_triples
 
 
 def read(graph: Any, relation: str, name: str, description: str) -> Content:
-    """The arrays of a networkx graph; see [`KnowledgeGraph.from_networkx`]."""
+    """Read the arrays of a networkx graph; see [`KnowledgeGraph.from_networkx`]."""
     if not hasattr(graph, "nodes") or not hasattr(graph, "edges"):
         raise TypeError(f"Expected a networkx graph, got a {type(graph).__name__}.")
     keys: dict[str, Any] = {}
@@ -28,31 +28,27 @@ def read(graph: Any, relation: str, name: str, description: str) -> Content:
                 f"The nodes {other!r} and {node!r} would have one key, {str(node)!r}. Give them "
                 "different texts: networkx.relabel_nodes(graph, {…})."
             )
-    if graph.is_multigraph():
-        edges = (
-            (u, data.get(relation, key if isinstance(key, str) else "related_to"), v)
-            for u, v, key, data in graph.edges(keys=True, data=True)
-        )
-    else:
-        edges = ((u, data.get(relation, "related_to"), v) for u, v, data in graph.edges(data=True))
-
-    def triples() -> Iterator[tuple[str, Any, str]]:
-        for u, kind, v in edges:
-            if is_missing(kind):
-                raise ValueError(
-                    f"The edge from {u!r} to {v!r} has {relation}={kind!r}. Give it a relation, or "
-                    "delete the attribute: then it is 'related_to'."
-                )
-            yield str(u), kind, str(v)
 
     def texts(attribute: str) -> dict[str, Any]:
         found = ((str(node), data.get(attribute, "")) for node, data in graph.nodes(data=True))
         return {key: value for key, value in found if not isinstance(value, str) or value}
 
     return build(
-        read_triples(triples(), ("head", "relation", "tail")),
+        read_triples(_triples(graph, relation), ("head", "relation", "tail")),
         pairs_of(texts(name), "name", given_as=f"The node attribute {name!r}"),
         pairs_of(texts(description), "description", given_as=f"The node attribute {description!r}"),
         isolated=pa.array(keys, pa.large_string()),
         source="The networkx graph",
     )
+
+
+def _triples(graph: Any, relation: str) -> Iterator[tuple[str, Any, str]]:
+    options = {"keys": True} if graph.is_multigraph() else {}
+    for head, tail, *key, data in graph.edges(data=True, **options):
+        default = key[0] if key and isinstance(key[0], str) else "related_to"
+        if is_missing(kind := data.get(relation, default)):
+            raise ValueError(
+                f"The edge from {head!r} to {tail!r} has {relation}={kind!r}. Give it a relation, "
+                "or delete the attribute: then it is 'related_to'."
+            )
+        yield str(head), kind, str(tail)

@@ -1,4 +1,8 @@
-"""Terms of an ontology in the OBO format."""
+"""Terms of an ontology in the OBO format.
+
+Read here rather than by obonet, which takes longer (HPO: 1.4 s against 0.9 s with building the
+graph), names no line of a malformed file and does not see duplicate ids or a missing id.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from hf_adapt.knowledge.graphs.building import build, pairs_of
+from hf_adapt.knowledge.graphs.builder import build, pairs_of
 from hf_adapt.knowledge.graphs.content import Content
 from hf_adapt.knowledge.graphs.text_files import Malformed, counted, text_lines
 from hf_adapt.knowledge.graphs.triples import read_triples
 
 logger = logging.getLogger(__name__)
 
-QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
-ESCAPED = re.compile(r"\\(.)")
-SCOPES = ("exact", "narrow", "related", "broad")
-SYNONYMS = {"synonym": "", **{f"{scope}_synonym": scope for scope in SCOPES}}  # OBO 1.0 has four
+QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(\w*)')
+SYNONYMS = ("synonym", "exact_synonym", "narrow_synonym", "related_synonym", "broad_synonym")
 BLANKS = {"n": "\n", "W": " ", "t": "\t"}
 
 
@@ -36,9 +38,46 @@ class _Term:
     edges: list[tuple[str, str]] = field(default_factory=list)
     obsolete: bool = False
 
+    def set(self, tag: str, value: str) -> str | None:
+        """Set what a line says; return what is wrong with it, if anything."""
+        if tag == "name":
+            self.name = _plain(value).strip()
+            return None if self.name else "the name is empty"
+        if tag == "def" or tag in SYNONYMS:
+            quoted = QUOTED.match(value)
+            if quoted is None:
+                return f'expected {tag}: "text" in quotation marks, got {value[:60]!r}'
+            text, scope = _plain(quoted[1]).strip(), quoted[2].lower()
+            if tag == "def":
+                self.definition = text
+            elif "broad" in (scope, tag.partition("_")[0]):
+                self.num_broad += 1
+            elif text:
+                self.synonyms.append(text)
+            return None
+        # ` ! ` begins a comment, and `{…}` at the end holds qualifiers.
+        words = re.sub(r"\s*\{[^{}]*\}\s*$", "", re.split(r"\s+!\s", value)[0]).split()
+        if len(words) < 1 + (tag == "relationship"):
+            ids = "relation id" if tag == "relationship" else "id"
+            return f"expected {tag}: {ids}, got {value[:60]!r}"
+        if tag == "id":
+            self.key = words[0]
+        elif tag == "alt_id":
+            self.alternatives.append(words[0])
+        elif tag == "is_obsolete":
+            self.obsolete = words[0] == "true"
+        elif tag == "is_a":
+            self.edges.append(("is_a", words[0]))
+        else:
+            self.edges.append((words[0], words[1]))
+        return None
+
+
+TAGS = {*SYNONYMS, "name", "def", "id", "alt_id", "is_obsolete", "is_a", "relationship"}
+
 
 def read(path: Path) -> Content:
-    """The arrays of an OBO file; see [`KnowledgeGraph.from_obo`]."""
+    """Read the arrays of an OBO file; see [`KnowledgeGraph.from_obo`]."""
     bad = Malformed(path)
     terms: dict[str, _Term] = {}
     for term in _terms(path, bad):
@@ -48,12 +87,22 @@ def read(path: Path) -> Content:
             bad.add(term.line, f"the id {term.key} was given in line {other.line:,} already")
     bad.raise_if_any("See the OBO format: a line is `tag: value`, and each term has an id.")
     kept = [term for term in terms.values() if not term.obsolete]
-    names = {t.key: [t.name, *t.synonyms] if t.name else t.synonyms for t in kept}
     edges = list(_edges(terms, kept))
-    _report(path, terms, kept, edges)
+    if broad := sum(term.num_broad for term in kept):
+        number = counted(broad, "broad synonym")
+        logger.info("%s: left out %s, broader in meaning than the term.", path, number)
+    if unknown := dict.fromkeys(tail for _, _, tail in edges if tail not in terms):
+        logger.warning(
+            "%s: edges point to %s without a term in it, such as %s. An entity is kept for each, "
+            "with the id as its name.",
+            path,
+            counted(len(unknown), "id"),
+            next(iter(unknown)),
+        )
+    names = {t.key: [t.name] * bool(t.name) + t.synonyms for t in kept if t.name or t.synonyms}
     return build(
         read_triples(edges, ("head", "relation", "tail")),
-        pairs_of({key: texts for key, texts in names.items() if texts}, "name"),
+        pairs_of(names, "name"),
         pairs_of({t.key: t.definition for t in kept if t.definition}, "description"),
         isolated=pa.array([term.key for term in kept], pa.large_string()),
         source=str(path),
@@ -67,27 +116,8 @@ def _edges(terms: dict[str, _Term], kept: list[_Term]) -> Iterator[tuple[str, st
         for relation, tail in term.edges:
             if tail in terms and not terms[tail].obsolete:
                 yield term.key, relation, tail
-            elif tail in merged:
-                yield term.key, relation, merged[tail]
-            elif tail not in terms:
-                yield term.key, relation, tail
-
-
-def _report(
-    path: Path, terms: dict[str, _Term], kept: list[_Term], edges: list[tuple[str, str, str]]
-) -> None:
-    """Log what was left out, and edges to ids that are no terms."""
-    if broad := sum(term.num_broad for term in kept):
-        number = counted(broad, "broad synonym")
-        logger.info("%s: left out %s, broader in meaning than the term.", path, number)
-    if unknown := dict.fromkeys(tail for _, _, tail in edges if tail not in terms):
-        logger.warning(
-            "%s: edges point to %s without a term in it, such as %s. An entity is kept for each, "
-            "with the id as its name.",
-            path,
-            counted(len(unknown), "id"),
-            next(iter(unknown)),
-        )
+            elif tail in merged or tail not in terms:
+                yield term.key, relation, merged.get(tail, tail)
 
 
 def _terms(path: Path, bad: Malformed) -> Iterator[_Term]:
@@ -105,51 +135,11 @@ def _terms(path: Path, bad: Malformed) -> Iterator[_Term]:
             bad.add(number, f"expected `tag: value`, got {line[:60]!r}")
         elif term is not None:
             tag, _, value = line.partition(":")
-            if problem := _set(term, tag.strip(), value.strip()):
+            if tag.strip() in TAGS and (problem := term.set(tag.strip(), value.strip())):
                 bad.add(number, problem)
     if term is not None:
         yield term
 
 
-def _set(term: _Term, tag: str, value: str) -> str | None:
-    """Put what a line says into its term; what is wrong with it, if anything."""
-    if tag == "def" or tag in SYNONYMS:
-        quoted = QUOTED.match(value)
-        if quoted is None:
-            return f'expected {tag}: "text" in quotation marks, got {value[:60]!r}'
-        text = _plain(quoted[1]).strip()
-        if tag == "def":
-            term.definition = text
-        elif (SYNONYMS[tag] or _scope(value[quoted.end() :])) == "broad":
-            term.num_broad += 1
-        elif text:
-            term.synonyms.append(text)
-        return None
-    if tag not in ("id", "alt_id", "name", "is_a", "relationship", "is_obsolete"):
-        return None
-    # ` ! ` begins a comment, `{…}` at the end holds qualifiers; a name may have both in its text.
-    words = re.sub(r"\s*\{[^{}]*\}\s*$", "", re.split(r"\s+!\s", value)[0]).split()
-    expected = 2 if tag == "relationship" else 1
-    if tag == "name":
-        term.name = _plain(value).strip()
-        return None if term.name else "the name is empty"
-    if len(words) < expected:
-        return f"expected {tag}: {'relation id' if expected == 2 else 'id'}, got {value[:60]!r}"
-    if tag == "id":
-        term.key = words[0]
-    elif tag == "alt_id":
-        term.alternatives.append(words[0])
-    elif tag == "is_obsolete":
-        term.obsolete = words[0] == "true"
-    else:
-        term.edges.append(("is_a", words[0]) if tag == "is_a" else (words[0], words[1]))
-    return None
-
-
-def _scope(rest: str) -> str:
-    """What follows the text of a synonym first: EXACT, NARROW, RELATED or BROAD."""
-    return (rest.split(maxsplit=1) or [""])[0].lower()
-
-
 def _plain(text: str) -> str:
-    return ESCAPED.sub(lambda match: BLANKS.get(match[1], match[1]), text)
+    return re.sub(r"\\(.)", lambda match: BLANKS.get(match[1], match[1]), text)

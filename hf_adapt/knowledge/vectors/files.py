@@ -1,32 +1,28 @@
-"""Tables of vectors in files of others: numpy, safetensors, word2vec text."""
+"""Tables of vectors in files of other programs: numpy, safetensors, word2vec text."""
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from safetensors import SafetensorError, safe_open
 
-from hf_adapt.knowledge.graphs.text_files import Malformed, counted, text_lines
-from hf_adapt.knowledge.strings import StringTable
-
-if TYPE_CHECKING:
-    from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.knowledge.graphs.text_files import SHOWN, Malformed, counted, text_lines
+from hf_adapt.storage.string_table import StringTable
 
 logger = logging.getLogger(__name__)
 
-FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": np.uint16}
-
 
 def read_npy(path: Path) -> npt.NDArray[Any]:
-    """The array of a .npy file, memory-mapped.
+    """Map the array of a .npy file into memory.
 
     Raises:
         ValueError: If it is not one, or not of floating numbers.
@@ -42,54 +38,40 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     return table
 
 
-def read_safetensors(path: Path, name: str | None) -> tuple[npt.NDArray[Any], bool]:
-    """A 2-D tensor of a .safetensors file, memory-mapped, and whether it is bfloat16.
-
-    Reference:
-        The format: 8 bytes with the header's length, a JSON header, the tensors' bytes.
+def read_safetensors(path: Path, name: str | None) -> torch.Tensor:
+    """Map a 2-D tensor of a .safetensors file into memory.
 
     Raises:
-        ValueError: If there is not exactly one, or none of this name.
+        ValueError: If the file does not have exactly one, or none of this name.
     """
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (struct.error, ValueError, MemoryError, OverflowError) as error:
+        with safe_open(path, "pt") as file:
+            about = {key: file.get_slice(key) for key in file.keys()}
+            shapes = {key: about[key].get_shape() for key in about}
+            tables = [key for key in about if len(shapes[key]) == 2] if name is None else [name]
+            if len(tables) != 1 or tables[0] not in about:
+                there = ", ".join(f"{key} {shapes[key]}" for key in list(about)[:8])
+                raise ValueError(
+                    f"{path}: expected one tensor of the shape (entities, dimension)"
+                    f"{'' if name is None else f' called {name!r}'}; its tensors are "
+                    f"{there or 'none'}. Pass name='...' with one of them."
+                )
+            if (kind := about[tables[0]].get_dtype()) not in ("F16", "F32", "F64", "BF16"):
+                raise ValueError(f"{path}: expected floating numbers in {tables[0]!r}, got {kind}.")
+            tensor: torch.Tensor = file.get_tensor(tables[0])
+    except SafetensorError as error:
         raise ValueError(f"{path} is not a whole .safetensors file: {error}.") from error
-    header.pop("__metadata__", None)
-    tables = [key for key, about in header.items() if len(about["shape"]) == 2]
-    chosen = name if name is not None else (tables[0] if len(tables) == 1 else None)
-    if chosen not in header:
-        there = [f"{key} {about['shape']}" for key, about in list(header.items())[:8]]
-        raise ValueError(
-            f"{path}: expected one tensor of the shape (entities, dimension)"
-            f"{'' if name is None else f' called {name!r}'}; its tensors are "
-            f"{', '.join(there) or 'none'}. Pass name='...' with one of them."
-        )
-    about = header[chosen]
-    if about["dtype"] not in FLOATS:
-        raise ValueError(f"{path}: expected floating numbers in {chosen!r}, got {about['dtype']}.")
-    try:
-        table = np.memmap(
-            path,
-            dtype=FLOATS[about["dtype"]],
-            mode="r",
-            offset=8 + length + about["data_offsets"][0],
-            shape=tuple(about["shape"]),
-        )
-    except ValueError as error:
-        raise ValueError(f"{path} is not a whole .safetensors file: {error}.") from error
-    return table, about["dtype"] == "BF16"
+    return tensor
 
 
 def read_text(
     path: Path, graph: KnowledgeGraph, missing: Literal["zero", "error"]
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """The vectors of a graph's entities in word2vec's text format, and how many were found.
+    """Read the vectors of a graph's entities in word2vec's text format; also how many were found.
 
     The file is read twice: for the words, and for the numbers of those that are wanted. So a file
-    of many more words than entities takes no more memory than the entities' vectors.
+    with many more words than entities takes no more memory than the entities' vectors. pyarrow's
+    reader cannot read it, because words may contain the space that separates the numbers.
 
     Raises:
         ValueError: If lines are malformed, or entities are missing and `missing` is `"error"`.
@@ -104,35 +86,25 @@ def read_text(
             counted(len(words), "vector"),
             f"{count:,}",
         )
-    keys, labels = words.find_all(_keys(graph)), words.find_all(_labels(graph))
-    spelled = words.find_all(pc.replace_substring(_labels(graph), " ", "_"))
-    rows = np.where(keys >= 0, keys, np.where(labels >= 0, labels, spelled))
-    found = int(np.count_nonzero(rows >= 0))
+    every = range(len(graph))
+    labels = pa.array(map(graph.label, every), pa.large_string())
+    rows = words.find_all(pa.array(map(graph.key, every), pa.large_string()))
+    for spelling in (labels, pc.replace_substring(labels, " ", "_")):
+        rows = np.where(rows >= 0, rows, words.find_all(spelling))
     _report(path, graph, rows, words, missing)
-    table = np.zeros((len(graph), dimension), np.float32)
-    order = np.argsort(rows, kind="stable")[len(graph) - found :]  # entities by their line
-    bad, place = Malformed(path), 0
-    for row, (number, _, numbers) in enumerate(_split(path, first, dimension)):
-        if place == found or row != rows[order[place]]:
-            continue
-        try:
-            vector = np.array(numbers.split(), np.float32)
-        except ValueError as error:
-            bad.add(number, str(error))
-            vector = np.zeros(dimension, np.float32)
-        while place < found and row == rows[order[place]]:  # several entities of one label
-            table[order[place]] = vector
-            place += 1
+    table, bad = np.zeros((len(graph), dimension), np.float32), Malformed(path)
+    found, owner = np.flatnonzero(rows >= 0), np.full(len(words), -1)
+    owner[rows[found[::-1]]] = found[::-1]  # of entities with one label the first
+    for entity, line in zip(owner.tolist(), _split(path, first, dimension), strict=True):
+        if entity >= 0:
+            try:
+                table[entity] = np.array(line[2].split(), np.float32)
+            except ValueError as error:
+                bad.add(line[0], str(error))
     bad.raise_if_any("A line is a word and its numbers, with spaces between.")
-    return table, found
-
-
-def _keys(graph: KnowledgeGraph) -> Any:
-    return pa.array((graph.key(i) for i in range(len(graph))), pa.large_string())
-
-
-def _labels(graph: KnowledgeGraph) -> Any:
-    return pa.array((graph.label(i) for i in range(len(graph))), pa.large_string())
+    twins = found[owner[rows[found]] != found]
+    table[twins] = table[owner[rows[twins]]]
+    return table, len(found)
 
 
 def _layout(path: Path) -> tuple[int, int, int]:
@@ -186,16 +158,18 @@ def _split(path: Path, first: int, dimension: int) -> Iterator[tuple[int, str, s
 def _words(path: Path, first: int, dimension: int) -> StringTable:
     """The words in the order of their lines; of one that is there again, the first counts."""
     words = StringTable.of(word.strip() for _, word, _ in _split(path, first, dimension))
-    blank = int(np.count_nonzero(np.diff(words.offsets) == 0))
+    blank = pc.sum(pc.equal(words.array, "")).as_py() or 0
     if blank:
-        number = counted(blank, "vector")
-        logger.warning("%s: left out %s whose word is blank.", path, number)
-    if again := len(words) - len(pc.unique(words.arrow())) - max(0, blank - 1):
-        repeated = np.flatnonzero(words.find_all(words.arrow()) != np.arange(len(words)))
-        shown = next(word for row in repeated.tolist() if (word := words[row]))
-        number = counted(again, "vector")
+        logger.warning("%s: left out %s whose word is blank.", path, counted(blank, "vector"))
+    again = np.flatnonzero(words.find_all(words.array) != np.arange(len(words)))
+    repeated = words.take(again).array
+    repeated = repeated.filter(pc.not_equal(repeated, ""))
+    if len(repeated):
         logger.warning(
-            "%s: left out %s whose word was there before, such as %r.", path, number, shown
+            "%s: left out %s whose word was there before, such as %r.",
+            path,
+            counted(len(repeated), "vector"),
+            repeated[0].as_py(),
         )
     return words
 
@@ -210,15 +184,15 @@ def _report(
     """Say how many entities were found; an error if none was, or `missing` does not allow it."""
     without = np.flatnonzero(rows < 0)
     found = len(rows) - len(without)
-    shown = ", ".join(repr(graph.key(int(entity))) for entity in without[:5])
+    shown = ", ".join(repr(graph.key(int(entity))) for entity in without[:SHOWN])
     if found == 0 or (missing == "error" and len(without)):
         raise ValueError(
             f"{path} has vectors of {found:,} of the graph's {len(rows):,} entities; without one "
-            f"are {shown}{' …' * (len(without) > 5)}. Its words must be the entities' keys or "
+            f"are {shown}{' …' * (len(without) > SHOWN)}. Its words must be the entities' keys or "
             "labels; missing='zero' gives those without one zeros."
         )
     logger.info("%s: vectors of %d of %d entities, the rest zero.", path, found, len(rows))
-    distinct = pc.unique(words.arrow())
+    distinct = pc.unique(words.array)
     num_words = len(distinct) - (pc.index(distinct, "").as_py() >= 0)
     if unknown := num_words - len(np.unique(rows[rows >= 0])):
         logger.warning("%s: %d of its %d words are no entity's.", path, unknown, num_words)

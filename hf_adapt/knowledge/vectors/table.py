@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
-from hf_adapt.knowledge import storing
-from hf_adapt.knowledge.vectors import files
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.knowledge.graphs.text_files import SHOWN
+from hf_adapt.knowledge.vectors.descriptions import encode_descriptions
+from hf_adapt.knowledge.vectors.files import read_npy, read_safetensors, read_text
+from hf_adapt.knowledge.vectors.training import train_vectors
+from hf_adapt.storage.fingerprint import fingerprint
+from hf_adapt.storage.folder import read_folder, write_folder
 
-if TYPE_CHECKING:
-    from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
-
-FORMAT = 1
-SHOWN = 5
+KIND, FORMAT, MADE_BY = "entity_vectors", 2, "EntityVectors.save(folder)"
 
 Table = npt.NDArray[Any]
 
 
 class EntityVectors:
-    """One vector for each entity of a graph; the rows of a batch are gathered by their numbers.
+    """One vector for each entity of a graph; a batch gathers the rows of its entities.
 
-    Made by one of the `from_` methods, [`train`] or [`load`]. A table that was read from a file
+    Created by one of the `from_` methods, [`train`] or [`load`]. A table that was read from a file
     stays memory-mapped: only the rows that are gathered are read, and a worker process opens the
-    file again instead of getting a copy. So a table of a million belongs in a file: `save` it and
-    `load` it.
+    file again instead of getting a copy. So save a table of a million vectors and load it.
 
     Args:
         table: (entities, dimension), floating; bfloat16 as uint16.
-        metadata: How it was made.
-        is_bfloat16: What the bits of a uint16 table mean.
-        order: Which row each entity has; row i for entity i where it is None.
+        metadata: How the vectors were made.
+        is_bfloat16: Whether a uint16 table has the bits of bfloat16.
+        order: The row of each entity; row i for entity i if it is None.
 
     Example:
         >>> vectors = EntityVectors.from_array(np.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -52,11 +53,13 @@ class EntityVectors:
         order: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self._table, self._order, self._is_bfloat16 = table, order, is_bfloat16
+        self._reopen: Callable[[], Table] | None = None
+        """Maps the table into memory again in another process; without it the table is copied."""
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @property
     def dimension(self) -> int:
-        """Numbers in a vector."""
+        """The number of dimensions of a vector."""
         return int(self._table.shape[1])
 
     def __len__(self) -> int:
@@ -67,10 +70,10 @@ class EntityVectors:
         return f"EntityVectors({len(self):,} entities, dimension {self.dimension}, by {how})"
 
     def gather(self, entities: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """The vectors of entities, zeros for -1.
+        """Return the vectors of entities, and zeros for -1.
 
         Args:
-            entities: Numbers, of any shape.
+            entities: Numbers of entities, of any shape.
 
         Shape:
             - entities: (...); output: (..., dimension) float32.
@@ -90,12 +93,10 @@ class EntityVectors:
                 f"Entities must be -1 (none) or 0 to {len(self) - 1}; got {int(flat.min())} to "
                 f"{int(flat.max())}. Were they linked with another graph?"
             )
-        none = flat < 0
-        rows = np.where(none, 0, flat)
         if len(self) == 0:
             return np.zeros((*entities.shape, self.dimension), np.float32)
-        found = self._rows(rows)
-        found[none] = 0.0
+        found = self._rows(np.maximum(flat, 0))
+        found[flat < 0] = 0.0
         return found.reshape(*entities.shape, self.dimension)
 
     def _rows(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -113,21 +114,18 @@ class EntityVectors:
     def from_array(
         cls, array: Any, graph: KnowledgeGraph | None = None, **metadata: Any
     ) -> EntityVectors:
-        """From an array or tensor whose row i is entity i.
+        """Create them from an array or tensor whose row i is entity i.
 
         Args:
-            array: (entities, dimension); kept as it is if it is float16 or float32.
+            array: (entities, dimension); kept as it is if it is float16, float32 or bfloat16.
             graph: Whose entities they are: their number is checked.
-            **metadata: How it was made, kept as `metadata`.
+            **metadata: How the vectors were made, kept as `metadata`.
 
         Raises:
             ValueError: If the shape is another, or values are not finite.
         """
         is_bfloat16 = isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16
-        if isinstance(array, torch.Tensor):
-            array = array.detach().cpu()
-            array = array.view(torch.uint16).numpy() if is_bfloat16 else array.numpy()
-        array = np.asanyarray(array)
+        array = _numpy(array) if isinstance(array, torch.Tensor) else np.asanyarray(array)
         if not is_bfloat16 and array.dtype not in (np.float16, np.float32):
             array = array.astype(np.float32)
         return cls._checked(
@@ -162,7 +160,7 @@ class EntityVectors:
             raise ValueError(
                 f"{source} has values that are not finite in {count:,} rows: {', '.join(shown)}"
                 f"{' …' * (count > SHOWN)}. They would make every loss NaN: set them to 0 or make "
-                "the vectors anew."
+                "the vectors again."
             )
         return vectors
 
@@ -175,18 +173,18 @@ class EntityVectors:
         name: str | None = None,
         missing: Literal["zero", "error"] = "zero",
     ) -> EntityVectors:
-        """From .npy, .safetensors, word2vec text, or a folder that was saved.
+        """Create them from .npy, .safetensors, word2vec text, or a folder of saved vectors.
 
         Args:
             path: A `.npy` or `.safetensors` file, whose row i is entity i and which stays
                 memory-mapped; text (`.txt`, `.vec`, also `.gz`) with a key and its vector on each
-                line, a first line with their numbers or without it; or a folder.
+                line, with or without a first line of their numbers; or a folder.
             graph: Whose entities they are. Words of a text file are compared with the entities'
                 keys, then with their labels (underscores may stand for spaces). Of a word that is
                 there twice the first counts, and blank words are left out, with a warning.
-            name: Of the tensor in a `.safetensors` file with several.
-            missing: What becomes of entities that a text file does not have: zeros, with their
-                number logged, or an error.
+            name: The tensor's name in a `.safetensors` file with several.
+            missing: What to do with entities that a text file does not have: `"zero"` sets them
+                to zeros and logs their number, `"error"` raises.
 
         Raises:
             ValueError: If the table has another number of rows than the graph has entities,
@@ -202,59 +200,64 @@ class EntityVectors:
             )
         metadata: dict[str, Any] = {"made_by": "file", "file": path.name}
         if path.suffix == ".npy":
-            table, is_bfloat16 = files.read_npy(path), False
+            reopen, is_bfloat16 = partial(read_npy, path.resolve()), False
         elif path.suffix == ".safetensors":
-            table, is_bfloat16 = files.read_safetensors(path, name)
+            is_bfloat16 = read_safetensors(path, name).dtype == torch.bfloat16
+            reopen = partial(_tensor, path.resolve(), name)
         else:
-            table, found = files.read_text(path, graph, missing)
-            is_bfloat16, metadata["found"] = False, found
-        return cls._checked(table, graph, metadata, is_bfloat16, str(path))
+            array, metadata["found"] = read_text(path, graph, missing)
+            return cls._checked(array, graph, metadata, False, str(path))
+        vectors = cls._checked(reopen(), graph, metadata, is_bfloat16, str(path))
+        vectors._reopen = reopen
+        return vectors
 
     @classmethod
     def train(cls, graph: KnowledgeGraph, model: str = "TransE", **options: Any) -> EntityVectors:
-        """Vectors that predict the graph's own triples, learned by PyKEEN.
+        """Learn vectors that predict the graph's own triples, with PyKEEN.
 
         Args:
-            graph: To learn.
+            graph: The graph to learn.
             model: `"TransE"`, `"DistMult"`, `"ComplEx"` or `"RotatE"`; the last two have
                 complex vectors, stored as their real and then their imaginary parts.
-            **options: As [`train_vectors`] takes them: dimension, num_epochs, learning_rate,
-                batch_size, seed, device, evaluation …; what it measures is in `metadata`.
+            **options: Those of [`train_vectors`]: dimension, num_epochs, learning_rate,
+                batch_size, seed, device, evaluation …; the results are in `metadata`.
 
         Raises:
             ImportError: If PyKEEN is not installed.
         """
-        from hf_adapt.knowledge.vectors.training import train_vectors
-
-        return train_vectors(graph, model, **options)
+        table, metadata = train_vectors(graph, model, **options)
+        return cls.from_array(table, graph, **metadata)
 
     @classmethod
     def from_descriptions(
-        cls, graph: KnowledgeGraph, model: Any, tokenizer: Any, **options: Any
+        cls, graph: KnowledgeGraph, model: torch.nn.Module, tokenizer: Any, **options: Any
     ) -> EntityVectors:
-        """What a model itself makes of each entity's "label: description".
+        """Encode "label: description" of each entity with the model itself.
 
         Args:
             graph: Whose entities they are.
-            model: Any transformers model, with or without a head; it is left as it was.
-            tokenizer: Its own.
-            **options: As [`encode_descriptions`] takes them: batch_size, max_length, pooling,
-                device.
+            model: Any transformers model; it is left as it was.
+            tokenizer: The model's own.
+            **options: Those of [`encode_descriptions`]: batch_size, max_length, pooling, device.
+
+        Example:
+            >>> vectors = EntityVectors.from_descriptions(graph, model, tokenizer)  # doctest: +SKIP
+            >>> vectors  # doctest: +SKIP
+            EntityVectors(117,791 entities, dimension 384, by descriptions)
         """
-        from hf_adapt.knowledge.vectors.describing import encode_descriptions
+        table, metadata = encode_descriptions(graph, model, tokenizer, **options)
+        return cls.from_array(table, graph, **metadata)
 
-        return encode_descriptions(graph, model, tokenizer, **options)
-
-    # ---- what becomes of them ----
+    # ---- what they are used for ----
 
     def shuffled(self, seed: int = 0) -> EntityVectors:
-        """The control: every entity has the vector of another one.
+        """Return the control: every entity has the vector of another one.
 
-        What a model gains with these it did not gain from the graph's facts. The table is shared,
+        What a model gains with these does not come from the graph's facts. The table is shared,
         not copied.
 
         Args:
-            seed: Of the permutation, which leaves no row in its place.
+            seed: The seed of the permutation, which leaves no row in its place.
         """
         permutation = np.random.default_rng(seed).permutation(len(self))
         order = np.empty(len(self), np.int64)
@@ -262,84 +265,113 @@ class EntityVectors:
         if self._order is not None:
             order = self._order[order]
         metadata = {**self.metadata, "shuffled": seed}
-        return EntityVectors(self._table, metadata, is_bfloat16=self._is_bfloat16, order=order)
+        vectors = EntityVectors(self._table, metadata, is_bfloat16=self._is_bfloat16, order=order)
+        vectors._reopen = self._reopen
+        return vectors
 
     def _blocks(self) -> Iterator[npt.NDArray[np.float32]]:
-        """All the vectors, some at a time."""
+        """All vectors, some at a time."""
         size = max(1, (1 << 22) // max(1, self.dimension * 4))
         for first in range(0, len(self), size):
             yield self._rows(np.arange(first, min(first + size, len(self))))
 
+    # ---- on disk ----
+
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all the vectors in the order of their entities."""
-        return storing.fingerprint(self._arrays())
+        """A hash of all vectors in the order of their entities."""
+        return fingerprint(self._arrays())
 
-    def _arrays(self) -> dict[str, Table]:
-        if self._order is None:
-            return {"table": self._table}
-        return {"table": self._table, "order": self._order}
+    def _arrays(self) -> dict[str, Any]:
+        table = np.ascontiguousarray(self._table, self._table.dtype.newbyteorder("="))
+        flat = pa.array(table.reshape(-1))
+        arrays = {"table": pa.FixedSizeListArray.from_arrays(flat, self.dimension)}
+        return arrays if self._order is None else {**arrays, "order": pa.array(self._order)}
 
     def save(self, folder: str | Path) -> None:
-        """Write them into a folder; earlier ones there are good until these are whole.
+        """Write them into a folder; earlier ones stay valid until these are complete.
 
         Args:
-            folder: Made if missing. Its other files are left alone.
+            folder: Created if missing. Its other files are left alone.
         """
         about = {
             "fingerprint": self.fingerprint,
             "metadata": self.metadata,
             "is_bfloat16": self._is_bfloat16,
         }
-        storing.write_folder(folder, "entity_vectors", FORMAT, self._arrays(), about)
+        write_folder(folder, KIND, FORMAT, self._arrays(), about)
 
     @classmethod
     def load(cls, folder: str | Path, graph: KnowledgeGraph | None = None) -> EntityVectors:
-        """Vectors that were saved, memory-mapped.
+        """Load saved vectors, memory-mapped.
 
         Args:
-            folder: That was saved to.
-            graph: Whose entities they are, to check that it is the one they were made for.
+            folder: The folder that was passed to `save`.
+            graph: Whose entities they are, to check that they were made for this graph.
 
         Raises:
             FileNotFoundError: If the folder holds no vectors.
-            ValueError: If it is damaged, of a newer format, or of another graph.
+            ValueError: If it is damaged, has another format, or is of another graph.
         """
-        made_by = "EntityVectors.save(folder)"
-        about, arrays = storing.read_folder(folder, "entity_vectors", FORMAT, made_by)
-        if "table" not in arrays or not isinstance(about.get("metadata"), dict):
-            raise ValueError(f"{folder} is damaged: its description is not whole. Save anew.")
+        about, arrays = read_folder(folder, KIND, FORMAT, MADE_BY)
+        if "table" not in arrays or not {"metadata", "fingerprint"} <= set(about):
+            raise ValueError(f"{folder} is damaged: its description is incomplete. Save again.")
         vectors = cls(
-            arrays["table"],
+            _matrix(arrays["table"]),
             about["metadata"],
             is_bfloat16=bool(about.get("is_bfloat16")),
-            order=arrays.get("order"),
+            order=arrays["order"].to_numpy() if "order" in arrays else None,
         )
+        vectors._reopen = partial(_saved, Path(folder).resolve(), about["fingerprint"])
         vectors.__dict__["fingerprint"] = about["fingerprint"]
         check_size(len(vectors), graph, str(folder))
         made_for = vectors.metadata.get("graph")
         if graph is not None and made_for not in (None, graph.fingerprint):
             raise ValueError(
                 f"{folder} holds vectors of another graph (fingerprint {made_for}) than this one "
-                f"({graph.fingerprint}): entities would get each other's vectors. Make them anew, "
+                f"({graph.fingerprint}): entities would get each other's vectors. Make them again, "
                 "or load the graph they were made for."
             )
         return vectors
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is memory-mapped goes by its path."""
-        return {
-            "metadata": self.metadata,
-            "bfloat16": self._is_bfloat16,
-            "table": _by_path(self._table),
-            "order": None if self._order is None else _by_path(self._order),
-        }
+        """Pickle a memory-mapped table as its path."""
+        return {**self.__dict__, "_table": self._table if self._reopen is None else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        table, order = (_from_path(state[name]) for name in ("table", "order"))
-        EntityVectors.__init__(
-            self, table, state["metadata"], is_bfloat16=state["bfloat16"], order=order
-        )
+        self.__dict__.update(state)
+        if self._reopen is None:
+            return
+        try:
+            self._table = self._reopen()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The file of the entity vectors is not as it was: {error} A process that gets "
+                "the vectors opens the same file; keep it where it is while they are used."
+            ) from error
+
+
+def _numpy(tensor: torch.Tensor) -> Table:
+    """The same memory; bfloat16, which numpy does not know, as uint16."""
+    tensor = tensor.detach().cpu()
+    return tensor.view(torch.uint16 if tensor.dtype == torch.bfloat16 else tensor.dtype).numpy()
+
+
+def _tensor(path: Path, name: str | None) -> Table:
+    return _numpy(read_safetensors(path, name))
+
+
+def _saved(folder: Path, expected: str) -> Table:
+    about, arrays = read_folder(folder, KIND, FORMAT, MADE_BY)
+    if about["fingerprint"] != expected:
+        raise ValueError(f"{folder} holds other vectors now.")
+    return _matrix(arrays["table"])
+
+
+def _matrix(array: Any) -> Table:
+    """The rows of an Arrow array of lists of one size, not copied."""
+    rows: Table = array.values.to_numpy().reshape(-1, array.type.list_size)
+    return rows
 
 
 def check_size(rows: int, graph: KnowledgeGraph | None, source: str) -> None:
@@ -350,32 +382,3 @@ def check_size(rows: int, graph: KnowledgeGraph | None, source: str) -> None:
             "for each, in their order. Make the table for this graph, or load the graph it was "
             "made for; a word2vec text file is matched by names instead."
         )
-
-
-class _Mapped(tuple[Any, ...]):
-    """Path, dtype, offset, shape of a memory map, in its pickle."""
-
-
-def _by_path(array: Table) -> Any:
-    base: Any = array
-    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
-        base = base.base
-    whole = isinstance(base, np.memmap) and base.filename is not None
-    if not whole or base.shape != array.shape or base.dtype != array.dtype:
-        return array
-    if base.base is not None and isinstance(base.base, np.memmap):
-        return np.array(array)  # a part of a map: its offset is that of the whole
-    return _Mapped((str(Path(base.filename).resolve()), base.dtype.str, base.offset, base.shape))
-
-
-def _from_path(state: Any) -> Any:
-    if not isinstance(state, _Mapped):
-        return state
-    path, dtype, offset, shape = state
-    try:
-        return np.memmap(path, dtype=np.dtype(dtype), mode="r", offset=offset, shape=shape)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The entity vectors' file {path} is not as it was: {error}. A process that gets the "
-            "vectors opens the same file; keep it where it is while they are used."
-        ) from error

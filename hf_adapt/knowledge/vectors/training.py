@@ -9,16 +9,15 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.graphs.triples import read_triples
-from hf_adapt.knowledge.vectors.table import EntityVectors
-
-if TYPE_CHECKING:
-    from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
+from hf_adapt.models.state import preserved_random_state
 
 MODELS = ("TransE", "DistMult", "ComplEx", "RotatE")
 METRICS = {
@@ -44,8 +43,8 @@ def train_vectors(
     evaluation: Any = None,
     known: Any = None,
     progress: bool = True,
-) -> EntityVectors:
-    """Vectors from which the graph's triples can be told from others.
+) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    """Learn vectors that tell the graph's triples from other triples.
 
     Inverse triples are added and the optimizer is Adam. The random state is left as it was.
 
@@ -95,7 +94,7 @@ def train_vectors(
         num_relations=graph.num_relations,
         create_inverse_triples=True,
     )
-    with _own_random_state(seed, place):
+    with _own_random_state(seed):
         learned = (
             _pykeen("models")
             .model_resolver.make(
@@ -141,9 +140,10 @@ def train_vectors(
         "seed": seed,
         "training_loop": training_loop,
         "loss": float(losses[-1]),
-        **({} if measured is None else {"link_prediction": measured}),
     }
-    return EntityVectors.from_array(table.float(), graph, **metadata)
+    if measured is not None:
+        metadata["link_prediction"] = measured
+    return table.float().cpu().numpy(), metadata
 
 
 def _pykeen(module: str) -> Any:
@@ -159,40 +159,34 @@ def _pykeen(module: str) -> Any:
 
 
 @contextmanager
-def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """PyKEEN draws from the three global generators; the run's own go on as if it had not."""
-    python, numpy = random.getstate(), np.random.get_state()
+def _own_random_state(seed: int) -> Iterator[None]:
+    """PyKEEN draws from the global generators; the run's own go on as if it had not."""
     gc.freeze()  # PyKEEN collects after every epoch; what was there before need not be walked
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
+    try:
+        with preserved_random_state(seed):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
             yield
-        finally:
-            gc.unfreeze()
-            random.setstate(python)
-            np.random.set_state(numpy)
+    finally:
+        gc.unfreeze()
 
 
 def _numbers(graph: KnowledgeGraph, triples: Any) -> torch.Tensor:
     """Triples by keys as the graph's numbers."""
-    if hasattr(triples, "fingerprint") and hasattr(triples, "relations"):  # a graph
-        other, triples = triples, []
-        for head, relation, tail in other.triples.tolist():
-            triples.append((other.key(head), other.relations[relation], other.key(tail)))
+    if isinstance(triples, KnowledgeGraph):
+        other, rows = triples, triples.triples.tolist()
+        triples = [(other.key(h), other.relations[r], other.key(t)) for h, r, t in rows]
     columns = read_triples(triples, ("head", "relation", "tail"))
     relations = {name: number for number, name in enumerate(graph.relations)}
-    of_relation = [relations.get(name, -1) for name in columns[1].values.to_pylist()]
-    found = [
-        graph.entities(columns[0].values)[columns[0].codes],
-        np.array(of_relation, np.int64)[columns[1].codes],
-        graph.entities(columns[2].values)[columns[2].codes],
-    ]
+    found = []
+    for i, column in enumerate(columns):
+        numbers = graph.entities(column.dictionary)
+        if i == 1:
+            numbers = np.array([relations.get(r, -1) for r in column.dictionary.to_pylist()])
+        found.append(numbers[column.indices.to_numpy()])
     numbers = np.stack(found, axis=1)
     if len(unknown := np.flatnonzero((numbers < 0).any(axis=1))):
-        row = int(unknown[0])
-        first = tuple(column.values[int(column.codes[row])].as_py() for column in columns)
+        first = tuple(column[int(unknown[0])].as_py() for column in columns)
         raise ValueError(
             f"{len(unknown):,} of {len(numbers):,} triples to evaluate have an entity or a "
             f"relation that the graph does not, the first {first}: nothing was learned of them. "

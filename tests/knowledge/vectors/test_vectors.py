@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.vectors.table import EntityVectors
+from tests.helpers.mapping import is_mapped
 from tests.helpers.models import bert
 
 KEYS = ["cat", "feline", "lion", "New York", "dodo"]
@@ -82,10 +83,10 @@ def test_npy_and_safetensors_stay_mapped(dtype: Any, tmp_path: Path) -> None:
     )
     for path in (tmp_path / "t.npy", tmp_path / "t.safetensors"):
         vectors = EntityVectors.from_file(path, graph())
-        assert isinstance(vectors._table, np.memmap) and vectors._table.dtype == dtype
+        assert is_mapped(vectors._table, path.name) and vectors._table.dtype == dtype
         assert np.array_equal(vectors.gather(np.arange(5)), table())
         copy = pickle.loads(pickle.dumps(vectors.shuffled()))
-        assert isinstance(copy._table, np.memmap)
+        assert is_mapped(copy._table, path.name)
         every = np.arange(5)
         assert np.array_equal(copy.gather(every), vectors.shuffled().gather(every))
 
@@ -239,7 +240,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         each.save(tmp_path)
         loaded = EntityVectors.load(tmp_path, graph())
         assert loaded.fingerprint == each.fingerprint and loaded.metadata == each.metadata
-        assert isinstance(loaded._table, np.memmap) and loaded._table.dtype == np.float16
+        assert is_mapped(loaded._table, "table.arrow") and loaded._table.dtype == np.float16
         assert np.array_equal(loaded.gather(np.arange(5)), each.gather(np.arange(5)))
         del loaded.__dict__["fingerprint"]
         assert loaded.fingerprint == each.fingerprint
@@ -262,16 +263,25 @@ def test_a_mapped_table_is_not_copied_into_a_pickle(tmp_path: Path) -> None:
     assert len(content) < 1_000
     code = (
         "import pickle, sys; v = pickle.load(sys.stdin.buffer); import numpy as np;"
-        "print(type(v._table).__name__, v.gather(np.array([7])).sum())"
+        "from tests.helpers.mapping import is_mapped;"
+        "print(is_mapped(v._table, 'table.arrow'), v.gather(np.array([7])).sum())"
     )
     found = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True)
-    kind, value = found.stdout.decode().split()
-    assert kind == "memmap" and float(value) == pytest.approx(
+    mapped, value = found.stdout.decode().split()
+    assert mapped == "True" and float(value) == pytest.approx(
         float(large[7].sum(dtype=np.float32)), rel=1e-4
     )
-    for file in tmp_path.glob("*/table.npy"):
+    for file in tmp_path.glob("*/table.arrow"):
         file.unlink()
     with pytest.raises(ValueError, match="is not as it was"):
+        pickle.loads(content)
+
+
+def test_a_folder_with_other_vectors_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    EntityVectors.from_array(table()).save(tmp_path)
+    content = pickle.dumps(EntityVectors.load(tmp_path))
+    EntityVectors.from_array(table() + 1).save(tmp_path)
+    with pytest.raises(ValueError, match=r"is not as it was: .* holds other vectors now"):
         pickle.loads(content)
 
 

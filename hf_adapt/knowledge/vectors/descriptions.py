@@ -1,24 +1,22 @@
-"""Entity vectors from a model's own encoding of what the entities are."""
+"""Entity vectors from a model's own encoding of the entities' descriptions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_adapt.knowledge.vectors.table import EntityVectors
+from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.models.capture import hidden_state
 from hf_adapt.models.pooling import Pooling, pool, token_mask
 from hf_adapt.models.state import preserved
 from hf_adapt.models.structure import find_feature_module, is_encoder_decoder, unwrapped_base
-
-if TYPE_CHECKING:
-    from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 
 
 def encode_descriptions(
@@ -31,39 +29,34 @@ def encode_descriptions(
     pooling: Pooling = "mean",
     device: str | torch.device | None = None,
     progress: bool = True,
-) -> EntityVectors:
-    """One vector for each entity: the model's hidden state of "label: description", pooled.
+) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    """Encode each entity as the model's hidden state of "label: description", pooled.
 
-    Knows no triples, but lies in the model's own space and needs no training. An entity without a
-    description has its label alone.
+    The vectors know no triples, but they lie in the model's own space and need no training. Of an
+    entity without a description, the label alone is encoded.
 
     Args:
         graph: Whose entities they are.
-        model: Any transformers model; its head is not run. It is left as it was: where it lies,
-            what is in training mode, its buffers, and the random state.
-        tokenizer: Its own; it needs no padding token.
-        batch_size: Texts at a time.
-        max_length: Tokens at most; the rest of a description is cut off.
+        model: Any transformers model; its head is not run. Its device, training mode, buffers and
+            the random state are left as they were.
+        tokenizer: The model's own; it needs no padding token.
+        batch_size: Number of texts at a time.
+        max_length: Number of tokens at most; the rest of a description is cut off.
         pooling: How one vector is made of the tokens, as the engine's `pool` does it.
-        device: Where to compute; where the model lies if it is None.
-        progress: Whether to show a bar.
+        device: Where to compute; where the model is if it is None.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The vectors and how they were made.
 
     Shape:
         - output: (entities, hidden size), float32.
-
-    Example:
-        >>> vectors = encode_descriptions(graph, model, tokenizer)  # doctest: +SKIP
-        >>> vectors  # doctest: +SKIP
-        EntityVectors(117,791 entities, dimension 384, by descriptions)
     """
-    texts = [
-        f"{graph.label(i)}: {description}"
-        if (description := graph.description(i))
-        else graph.label(i)
-        for i in range(len(graph))
-    ]
+    every = range(len(graph))
+    described = ((graph.label(entity), graph.description(entity)) for entity in every)
+    texts = [f"{label}: {text}" if text else label for label, text in described]
     order = np.argsort([-len(text) for text in texts], kind="stable")  # little padding
-    table: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    table = np.zeros((0, 0), np.float32)
     pad = tokenizer.pad_token_id or 0
     bar = tqdm(total=len(texts), desc="Encoding descriptions", disable=not progress)
     with _evaluating(model, device) as place, bar:
@@ -75,7 +68,7 @@ def encode_descriptions(
             ]
             hidden, mask = _hidden(module, model, ids, pad, place)
             pooled = pool(hidden, mask, "mean" if pooling == "auto" else pooling)
-            if table is None:
+            if not len(table):
                 table = np.zeros((len(texts), pooled.shape[-1]), np.float32)
             if pooled.ndim != 2 or len(pooled) != len(rows):
                 raise ValueError(
@@ -85,9 +78,12 @@ def encode_descriptions(
             table[rows] = pooled.cpu().numpy()
             bar.update(len(rows))
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    made = {"model": name or type(model).__name__, "max_length": max_length}
-    made["pooling"] = pooling if isinstance(pooling, str) else "callable"
-    return EntityVectors.from_array(table, graph, made_by="descriptions", **made)
+    return table, {
+        "made_by": "descriptions",
+        "model": name or type(model).__name__,
+        "max_length": max_length,
+        "pooling": pooling if isinstance(pooling, str) else "callable",
+    }
 
 
 def _reader(model: nn.Module) -> nn.Module:
