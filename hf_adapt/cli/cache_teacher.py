@@ -55,7 +55,7 @@ def cache_teacher(
 
     If it is interrupted, run the same command again: it continues where it stopped.
     """
-    from hf_adapt.distillation import filling
+    from hf_adapt.distillation import cache_filling, row_files
     from hf_adapt.distillation.cache import CachedTeacher
     from hf_adapt.distillation.checks import num_positions
     from hf_adapt.distillation.tokenizers import token_limit
@@ -65,19 +65,19 @@ def cache_teacher(
         columns = column_names(text_column or "text")
         chosen = _device(device)
         head = model_class(teacher, task)
-        rows, left_out = filling.with_texts(filling.read_rows(data, split, columns), columns)
+        rows, left_out = row_files.with_texts(row_files.read_rows(data, split, columns), columns)
         _say_left_out(left_out)
         words = _tokenizer(teacher, tokenizer)
         model = _teacher(teacher, head)
         cache = CachedTeacher(output, model, top_k, temperature, dtype)
         positions = num_positions(model)
         limit = max_length or token_limit(words, None)
-        whole, rows = rows, filling.tokenised(rows, words, columns, limit)
-        if not filling.is_tokenised(whole) and (longer := filling.longer_rows(rows, positions)):
+        whole, rows = rows, row_files.tokenised(rows, words, columns, limit)
+        if not row_files.is_tokenised(whole) and (longer := row_files.longer_rows(rows, positions)):
             assert positions is not None
-            rows = filling.tokenised(whole, words, columns, positions)
+            rows = row_files.tokenised(whole, words, columns, positions)
             _say_truncated(len(longer), positions)
-        filled = filling.fill_cache(cache, rows, words, batch_size=batch_size, device=chosen)
+        filled = cache_filling.fill_cache(cache, rows, words, batch_size=batch_size, device=chosen)
         with typer.progressbar(length=len(rows), label="Computing teacher predictions") as progress:
             done = 0
             for number in filled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from hf_adapt.engine.texts import column_names
 
 @dataclass
 class DistillationArguments:
-    """What a script reads with `HfArgumentParser` and gives to `DistillationTrainer`.
+    """The settings that `HfArgumentParser` reads and `DistillationTrainer` accepts.
 
     Example:
         >>> from transformers import HfArgumentParser
@@ -28,7 +29,7 @@ class DistillationArguments:
         default=None, metadata={"help": "Folder or hub id of the teacher."}
     )
     temperature: float = field(
-        default=2.0, metadata={"help": "Student's and teacher's logits are divided by it."}
+        default=2.0, metadata={"help": "Softmax temperature of student and teacher."}
     )
     kd_weight: float = field(
         default=0.5, metadata={"help": "Factor of the distillation term; 0 turns it off."}
@@ -37,7 +38,7 @@ class DistillationArguments:
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "How student and teacher are compared.",
+            "help": "Divergence of student and teacher.",
             "choices": list(DIVERGENCES),
         },
     )
@@ -45,7 +46,8 @@ class DistillationArguments:
         default=0.5, metadata={"help": "Weight of the teacher in --divergence jsd."}
     )
     teacher_dtype: str | None = field(
-        default=None, metadata={"help": "Of the teacher's weights: float32, bfloat16, float16."}
+        default=None,
+        metadata={"help": "dtype of the teacher's weights: float32, bfloat16, float16."},
     )
     teacher_device_map: str | None = field(
         default=None, metadata={"help": "How to spread the teacher over devices: 'auto'."}
@@ -54,10 +56,11 @@ class DistillationArguments:
         default=False, metadata={"help": "Shard the teacher as the student is (FSDP2, ZeRO-3)."}
     )
     teacher_cache: str | None = field(
-        default=None, metadata={"help": "Folder in which the teacher's predictions are kept."}
+        default=None, metadata={"help": "Folder in which the teacher's predictions are stored."}
     )
     teacher_top_k: int | None = field(
-        default=None, metadata={"help": "Keep only so many of the teacher's classes there."}
+        default=None,
+        metadata={"help": "Store only the k most likely of the teacher's classes there."},
     )
     text_column: list[str] | None = field(
         default=None,
@@ -78,6 +81,21 @@ class DistillationArguments:
             else self.divergence,
             "text_column": column_names(self.text_column) or None,
         }
+
+    def merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options, where single arguments that were given are no others.
+
+        Raises:
+            ValueError: If an argument contradicts the options.
+        """
+        options, defaults = self.options(), DistillationArguments().options()
+        for key, value in given.items():
+            if value not in (defaults[key], options[key]):
+                raise ValueError(
+                    f"{key}={value!r} and distillation_args with {key}={options[key]!r} "
+                    "contradict each other. Give it in one of them."
+                )
+        return options
 
     def build_teacher(self) -> Teacher | None:
         """The teacher that the arguments name, or None.

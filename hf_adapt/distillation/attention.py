@@ -1,4 +1,4 @@
-"""What a student may learn from its teacher's attention."""
+"""Losses on attention: relations of queries, keys and values, and attention maps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from hf_adapt.models.capture import Extract
 
 
 class SelfAttentionRelations(FeatureLoss):
-    """KL divergence between the relations of tokens that queries, keys and values span.
+    r"""KL divergence between the relations of tokens: the self-similarities of q, k and v.
 
-    It sees the outputs of the q/k/v projections, so SDPA and flash attention stay on, and needs no
-    equal sizes or numbers of heads. The last layer (or a late one of the teacher) is usually best:
+    .. math::
+        L = \frac{1}{R H} \sum_{r \in \{q, k, v\}} \sum_{h} \sum_i
+        KL\!\left(\sigma\!\left(\tfrac{t_{rh} t_{rh}^\top}{\sqrt{d}}\right)_i \,\middle\|\,
+        \sigma\!\left(\tfrac{s_{rh} s_{rh}^\top}{\sqrt{d}}\right)_i\right)
+
+    with R relations, H relation heads of size d and the softmax over the real tokens. It captures
+    the outputs of the q/k/v projections, so SDPA and flash attention stay on, and needs no equal
+    sizes or numbers of heads. Usually the best choice for a narrower student; [`HiddenStates`]
+    fits one that was started from the teacher's layers.
+
+    The last layer (or a late one of the teacher) is usually best:
     `layers={-1: -1}`, the default.
 
     Reference:
@@ -28,13 +37,13 @@ class SelfAttentionRelations(FeatureLoss):
 
     Args:
         weight: Factor within the distillation term, or a schedule of it.
-        layers: Which layers learn from which.
-        relations: Which of `"query"`, `"key"`, `"value"` with themselves.
+        layers: The pairs of layers: see [`layer_pairs`].
+        relations: Some of `"query"`, `"key"`, `"value"`, each with itself.
         num_heads: Number of relation heads, into which the projections are split again; must
             divide the sizes of both models' projections. MiniLMv2 uses 48 for BERT-base.
         layer_weights: Factor of each pair, numbers or schedules.
-        tower: Which stack of layers, where a model has several.
-        name: What it is logged as.
+        tower: The stack of layers, where a model has several.
+        name: Name in the logs.
 
     Raises:
         ValueError: If a relation is unknown.
@@ -65,14 +74,14 @@ class SelfAttentionRelations(FeatureLoss):
             )
         self.relations, self.num_heads = tuple(relations), num_heads
 
-    def taps(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
+    def captures(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """The projections, in the order of `relations`."""
         found = attention_projections(layer, self.relations)
         joint = {module for name, module in layer.named_modules() if is_joint(name)}
         return {module: self._chosen if module in joint else None for module in found}
 
     def _chosen(self, output: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The wanted ones of queries, keys and values that one projection gives."""
+        """The queries, keys and values in `relations`, of one projection's output."""
         parts = dict(zip(("query", "key", "value"), output.chunk(3, dim=-1), strict=True))
         return torch.cat([parts[name] for name in self.relations], dim=-1), None
 
@@ -91,11 +100,11 @@ class SelfAttentionRelations(FeatureLoss):
             total = total + values[mask].sum()
         return total / len(own)
 
-    def _split(self, seen: list[torch.Tensor]) -> list[torch.Tensor]:
-        """One tensor for each relation, also where one projection gave all of them."""
-        if len(seen) == len(self.relations):
-            return seen
-        return list(seen[0].chunk(len(self.relations), dim=-1))
+    def _split(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """One tensor for each relation, also where one projection computes all of them."""
+        if len(outputs) == len(self.relations):
+            return outputs
+        return list(outputs[0].chunk(len(self.relations), dim=-1))
 
 
 def relation_divergence(
@@ -137,7 +146,11 @@ def relation_divergence(
 
 
 class AttentionMaps(FeatureLoss):
-    """Distance of attention probabilities, where student and teacher have as many heads.
+    r"""Distance of attention probabilities, where student and teacher have as many heads.
+
+    .. math::
+        d_{kl} = \frac{1}{H} \sum_h \sum_j A^t_{hij} \log \frac{A^t_{hij}}{A^s_{hij}}, \quad
+        d_{mse} = \frac{1}{H T} \sum_h \sum_j (A^t_{hij} - A^s_{hij})^2
 
     Needs `attn_implementation="eager"` in both models, because fused attention never has the
     probabilities; [`SelfAttentionRelations`] does without.
@@ -149,11 +162,11 @@ class AttentionMaps(FeatureLoss):
 
     Args:
         weight: Factor within the distillation term, or a schedule of it.
-        layers: Which layers learn from which.
+        layers: The pairs of layers: see [`layer_pairs`].
         distance: `"kl"`: KL(teacher ‖ student) of each token's attention; `"mse"`.
         layer_weights: Factor of each pair, numbers or schedules.
-        tower: Which stack of layers, where a model has several.
-        name: What it is logged as.
+        tower: The stack of layers, where a model has several.
+        name: Name in the logs.
 
     Raises:
         ValueError: If `distance` is unknown.
@@ -181,7 +194,7 @@ class AttentionMaps(FeatureLoss):
         self.distance: Literal["kl", "mse"] = distance
 
     def setup(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Find the layers; refuse attention without probabilities."""
+        """Find the layers; refuse attention that computes no probabilities."""
         for model, whose in ((student, "student"), (teacher, "teacher")):
             found = getattr(getattr(model, "config", None), "_attn_implementation", None)
             if found not in ("eager", None):
@@ -192,8 +205,8 @@ class AttentionMaps(FeatureLoss):
                 )
         super().setup(student, teacher)
 
-    def taps(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
-        """The module that has the probabilities."""
+    def captures(self, layer: nn.Module) -> Mapping[nn.Module, Extract | None]:
+        """The module whose output holds the probabilities."""
         return attention_probabilities(layer)
 
     def pair_loss(

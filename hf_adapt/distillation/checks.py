@@ -1,13 +1,11 @@
-"""What is looked at before training: do student and teacher speak of the same things?"""
+"""Checks of a student and a teacher: labels, vocabularies, kinds of heads, lengths."""
 
 from __future__ import annotations
 
 import logging
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_adapt.distillation.divergences import (
@@ -17,17 +15,13 @@ from hf_adapt.distillation.divergences import (
     reverse_kl,
 )
 from hf_adapt.distillation.heads import Head
-from hf_adapt.engine.labels import IGNORED
 from hf_adapt.models.structure import unwrapped_base
-
-if TYPE_CHECKING:
-    from hf_adapt.engine.parts import Part
 
 logger = logging.getLogger(__name__)
 
 
 class Classes(NamedTuple):
-    """What a model predicts over.
+    """The classes that a model predicts.
 
     Attributes:
         names: Names of the labels, in their order.
@@ -39,7 +33,7 @@ class Classes(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module | None) -> Classes:
-        """What this model predicts over; nothing is known of None."""
+        """The classes of this model; unknown for None."""
         if model is None:
             return cls()
         base = unwrapped_base(model)
@@ -93,11 +87,11 @@ def check_labels(student: Classes, teacher: Classes) -> None:
 
 
 def shared_vocabulary(student: Classes, teacher: Classes, tokenizer: Any) -> int | None:
-    """How many classes to compare where one of two vocabularies is padded.
+    """The number of classes to compare where one of two vocabularies is padded.
 
     Args:
-        student: What the student predicts over.
-        teacher: What the teacher predicts over.
+        student: The student's classes.
+        teacher: The teacher's classes.
         tokenizer: The Trainer's processing class; its length says how much is padding.
 
     Returns:
@@ -137,7 +131,7 @@ def shared_vocabulary(student: Classes, teacher: Classes, tokenizer: Any) -> int
 
 
 def check_regression(student: nn.Module, head: Head, divergence: Divergence) -> None:
-    """Refuse to compare the numbers of a regression as if they were a distribution.
+    """Refuse to compare the outputs of a regression as if they were a distribution.
 
     Raises:
         ValueError: If the head is a regression's and the divergence is one of distributions.
@@ -162,14 +156,14 @@ KINDS = {
 
 
 def check_kinds(student: Head, teacher: nn.Module | None, labels: Any = None) -> None:
-    """Refuse a teacher whose outputs mean something else than the student's.
+    """Refuse a teacher whose outputs have another meaning than the student's.
 
-    One label or several are told apart by labels where the configuration does not say it.
+    Where the configuration has no `problem_type`, labels decide between one label and several.
 
     Args:
-        student: The student's head, as far as it is known.
-        teacher: Nothing is known of None.
-        labels: The labels of a batch, which decide what the student is.
+        student: The student's head.
+        teacher: The teacher, or None if it is unknown.
+        labels: The labels of a batch.
 
     Raises:
         ValueError: If one is a regression and the other is not, or one has several labels.
@@ -189,7 +183,7 @@ def check_kinds(student: Head, teacher: nn.Module | None, labels: Any = None) ->
 
 
 def num_positions(model: nn.Module | None) -> int | None:
-    """How many tokens a model takes, as far as its configuration says."""
+    """The number of positions in a model's configuration; None if there is no such limit."""
     config = None if model is None else _config(model)
     get_text_config = getattr(config, "get_text_config", None)
     config = get_text_config() if callable(get_text_config) else config
@@ -205,7 +199,7 @@ def num_positions(model: nn.Module | None) -> int | None:
 
 
 def check_sequence_length(student: nn.Module, teacher: nn.Module) -> None:
-    """Warn of a teacher that has fewer positions than its student."""
+    """Warn of a teacher with fewer positions than its student."""
     own, theirs = num_positions(student), num_positions(teacher)
     if own is not None and theirs is not None and theirs < own:
         logger.warning(
@@ -215,67 +209,3 @@ def check_sequence_length(student: nn.Module, teacher: nn.Module) -> None:
             own,
             theirs,
         )
-
-
-class TeacherSanity:
-    """Looks whether a teacher does better than guessing on the first labelled items.
-
-    Args:
-        name: How the teacher is called in the warning.
-        batches: Least number of micro-batches that are looked at.
-        items: Least number of labelled items. It is given up after 16 times `batches`.
-    """
-
-    def __init__(self, name: str, batches: int = 4, items: int = 16) -> None:
-        self.name, self.batches, self.items = name, batches, items
-        self.is_done = False
-        self._seen = 0
-        self._sum: torch.Tensor | None = None
-        self._count: torch.Tensor | None = None
-
-    def see(
-        self, head: Head, part: Part, mask: torch.Tensor, logits: torch.Tensor, progress: float
-    ) -> None:
-        """Add the teacher's own loss on a micro-batch; warn after the last."""
-        if self.is_done or head.kind in ("spans", "labels", "values") or progress > 0.5:
-            return
-        labels = part.inputs.get("labels")
-        if not isinstance(labels, torch.Tensor) or labels.shape[:1] != mask.shape[:1]:
-            return
-        chosen = labels[mask] if labels.shape == mask.shape else None
-        if head.kind == "rows" and labels.ndim == 1 and not labels.is_floating_point():
-            chosen = labels[mask]
-        if chosen is None or len(chosen) != len(logits) or chosen.is_floating_point():
-            return
-        fitting = chosen.to(logits.device).clamp(max=logits.shape[-1] - 1)
-        value = F.cross_entropy(
-            logits.detach().float(), fitting, ignore_index=IGNORED, reduction="sum"
-        )
-        self.add(value, chosen.ne(IGNORED).sum(), logits.shape[-1])
-
-    def add(self, loss: torch.Tensor, count: torch.Tensor, classes: int) -> None:
-        """Add the teacher's own loss on a micro-batch; warn after the last.
-
-        Args:
-            loss: Sum over the labelled items.
-            count: Their number.
-            classes: Number of classes.
-        """
-        self._seen += 1
-        self._sum = loss if self._sum is None else self._sum + loss
-        self._count = count if self._count is None else self._count + count
-        if self._seen < self.batches or int(self._count) < self.items:
-            self.is_done = self._seen >= 16 * self.batches
-            return
-        self.is_done = True
-        mean, guessing = float(self._sum / self._count), math.log(classes)
-        if mean > guessing:
-            logger.warning(
-                "The teacher (%s) is no better than guessing on the first %d labelled items: its "
-                "loss is %.3f, that of equal odds %.3f. Are its labels in the same order, its "
-                "tokenizer the same, its head trained?",
-                self.name,
-                int(self._count),
-                mean,
-                guessing,
-            )

@@ -1,4 +1,4 @@
-"""How far a student's predictions are from its teacher's, one value for each item."""
+"""Divergences of a student's predictions from its teacher's, one value for each item."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q): a class that p rules out (-inf) has no part, in value and gradient."""
+    """KL(p ‖ q); classes of probability 0 in p (-inf) add nothing, in value and gradient."""
     p = log_p.exp()
     return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
@@ -31,7 +31,14 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 def forward_kl(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """T² KL(teacher ‖ student): the student must cover all that its teacher finds likely.
+    r"""KL(teacher ‖ student): the student must cover every class that its teacher finds likely.
+
+    .. math::
+        L = T^2 \sum_c p_c \log \frac{p_c}{q_c}, \quad
+        p = \sigma(t / T), \; q = \sigma(s / T)
+
+    The usual choice for classifiers. A student too small to cover everything is better off with
+    [`reverse_kl`] or [`JensenShannon`].
 
     Reference:
         Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2,
@@ -40,7 +47,7 @@ def forward_kl(
     Args:
         student_logits: Scores of each class, any floating dtype; computed in at least float32.
         teacher_logits: The teacher's scores of the same classes.
-        temperature: Both are divided by it; positive.
+        temperature: Softmax temperature T of student and teacher; positive.
 
     Shape:
         - logits: (..., C); output: (...), in nats times T².
@@ -58,10 +65,15 @@ def forward_kl(
 def reverse_kl(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """T² KL(student ‖ teacher): the student may keep to a part of what its teacher finds likely.
+    r"""KL(student ‖ teacher): the student may concentrate on some of the likely classes.
+
+    .. math::
+        L = T^2 \sum_c q_c \log \frac{q_c}{p_c}, \quad
+        p = \sigma(t / T), \; q = \sigma(s / T)
 
     Better than [`forward_kl`] where the student is too small to cover everything (generation).
-    Infinite where the teacher rules a class out (a logit of -inf) and the student does not.
+    Infinite where the teacher has a class of probability 0 (a logit of -inf) and the student does
+    not.
 
     Reference:
         Gu et al. 2024, "MiniLLM: Knowledge Distillation of Large Language Models",
@@ -70,7 +82,7 @@ def reverse_kl(
     Args:
         student_logits: Scores of each class, any floating dtype; computed in at least float32.
         teacher_logits: The teacher's scores of the same classes.
-        temperature: Both are divided by it; positive.
+        temperature: Softmax temperature T of student and teacher; positive.
 
     Shape:
         - logits: (..., C); output: (...), in nats times T².
@@ -86,7 +98,13 @@ def reverse_kl(
 def logit_mse(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Mean squared difference of the logits themselves: the limit of a high temperature.
+    r"""Mean squared difference of the logits: the limit of a high temperature.
+
+    .. math::
+        L = \frac{1}{C} \sum_c (s_c - t_c)^2
+
+    For regressions, whose outputs are not a distribution, and for logits of equal scale; it also
+    compares what a softmax ignores, so [`forward_kl`] is better where only probabilities matter.
 
     Reference:
         Ba & Caruana 2014, "Do Deep Nets Really Need to be Deep?", Eq. 1, arXiv:1312.6184.
@@ -113,9 +131,14 @@ def logit_mse(
 
 @dataclass(frozen=True)
 class JensenShannon:
-    """Generalised Jensen–Shannon divergence: between [`forward_kl`] and [`reverse_kl`], bounded.
+    r"""Generalised Jensen–Shannon divergence: between [`forward_kl`] and [`reverse_kl`], bounded.
 
-    T² (β KL(teacher ‖ m) + (1 − β) KL(student ‖ m)) with m = β teacher + (1 − β) student.
+    .. math::
+        L = T^2 \left(\beta \, KL(p \| m) + (1 - \beta) \, KL(q \| m)\right), \quad
+        m = \beta p + (1 - \beta) q
+
+    with the predictions p of the teacher and q of the student at temperature T. Robust where the
+    two differ much; where they are close its gradient is smaller than that of the others.
 
     Reference:
         Agarwal et al. 2024, "On-Policy Distillation of Language Models", Eq. 1, arXiv:2306.13649.
@@ -164,11 +187,11 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd": JensenShannon(0.5),
     "mse": logit_mse,
 }
-"""The divergences that have a name; `JensenShannon(beta)` and any function may be passed too."""
+"""The divergences with a name; `JensenShannon(beta)` and any function may be passed too."""
 
 
 def named_divergence(divergence: str | Divergence) -> Divergence:
-    """The divergence of a name; a callable is taken as it is.
+    """The divergence of a name; a callable is returned unchanged.
 
     Raises:
         ValueError: If there is none of that name.

@@ -1,4 +1,4 @@
-"""Which predictions of a head are distilled, and where they lie in its outputs."""
+"""The kind of a model's head: which predictions are distilled, and how they are selected."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def output_logits(outputs: Any, name: str = "logits") -> torch.Tensor:
         found = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise ValueError(
             f"Expected {name!r} in the outputs of student and teacher, found {found}. Override "
-            "select_logits to say where the predictions are."
+            "select_logits to select the predictions."
         )
     return value
 
 
 @dataclass(frozen=True)
 class Head:
-    """Where the predictions of a model lie, and which of them are distilled.
+    """The kind of a model's predictions, and which of them are distilled.
 
-    An item is what one distribution belongs to: a row of a classifier, a token of a tagger or a
-    language model, the start and the end of an answer.
+    An item is what has one predicted distribution: a row of a classifier, a token of a tagger or
+    a language model, the start and the end of an answer.
 
     Attributes:
         kind: `"rows"`: one prediction per row; `"labels"`: one yes or no per row and label;
-            `"values"`: the numbers of a regression, which are no distribution; `"tokens"`: one per
+            `"values"`: the numbers of a regression, not a distribution; `"tokens"`: one per
             token; `"spans"`: start and end; `"causal_lm"`: one per token, of the token after it.
         is_encoder_decoder: Whether the tokens are the decoder's.
-        is_decided: Whether the configuration names the `problem_type`, so that labels change
-            nothing.
+        is_decided: Whether the configuration has a `problem_type`, so that labels do not decide
+            it.
     """
 
     kind: HeadKind
@@ -69,7 +69,7 @@ class Head:
 
     @classmethod
     def of(cls, model: nn.Module) -> Head:
-        """What a model predicts."""
+        """The head of a model."""
         base = unwrapped_base(model)
         config = getattr(base, "config", None)
         encoder_decoder = is_encoder_decoder(model)
@@ -90,10 +90,10 @@ class Head:
     def item_mask(
         self, inputs: Mapping[str, Any], domain: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Which items of a batch are distilled; known before the forward.
+        """The items of a batch that are distilled; known before the forward.
 
-        Token predictions are distilled where there is a label (not -100). Where labels are
-        missing, every real token counts, as on target rows, whose labels are hidden.
+        Tokens are distilled where there is a label (not -100). Without labels, as on target rows,
+        whose labels are hidden, every real token is.
 
         Args:
             inputs: The student's inputs.
@@ -137,9 +137,9 @@ class Head:
         """The logits of the items, row by row.
 
         Args:
-            outputs: What student or teacher returned.
+            outputs: The outputs of student or teacher.
             inputs: The student's inputs.
-            mask: As from `item_mask`.
+            mask: The output of `item_mask`.
 
         Shape:
             - output: (N, C); for spans N is twice the number of rows, C the longest row's tokens.
@@ -169,7 +169,7 @@ class Head:
         return logits[mask]
 
     def _spans(self, outputs: Any, inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
-        """Start and end of each row, over its real tokens, which are moved to the left."""
+        """Start and end of each row over its real tokens, which are moved to the left."""
         starts, ends = output_logits(outputs, "start_logits"), output_logits(outputs, "end_logits")
         both = torch.stack([starts, ends], dim=1)[mask.to(starts.device)]
         real = inputs.get("attention_mask")
@@ -182,11 +182,11 @@ class Head:
         return both.flatten(0, 1)
 
     def num_items(self, mask: torch.Tensor, num_labels: int = 1) -> torch.Tensor:
-        """How many distributions `select` gives for this mask."""
+        """The number of distributions that `select` returns for this mask."""
         return mask.sum() * self._per_item(num_labels)
 
     def row_counts(self, mask: torch.Tensor, num_labels: int = 1) -> list[int]:
-        """How many distributions `select` gives for each row."""
+        """The number of distributions that `select` returns for each row."""
         per_row = mask.reshape(len(mask), -1).sum(1) * self._per_item(num_labels)
         counts: list[int] = per_row.tolist()
         return counts
@@ -194,13 +194,46 @@ class Head:
     def _per_item(self, num_labels: int) -> int:
         return {"spans": 2, "labels": num_labels}.get(self.kind, 1)
 
-    def with_labels(self, labels: Any) -> Head:
-        """The same, now that labels are seen: yes or no for each class, if they are vectors.
+    def item_labels(self, inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor | None:
+        """The label of each item, or None where an item has no single class."""
+        labels = inputs.get("labels")
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            return None
+        if self.kind == "rows" and labels.ndim == 1:
+            return labels[mask]
+        if self.kind in ("tokens", "causal_lm") and labels.shape == mask.shape:
+            return labels[mask]
+        return None
 
-        The models themselves decide it only then, where the configuration has no `problem_type`.
+    @property
+    def feeds_decoder(self) -> bool:
+        """Whether the decoder predicts the labels and reads them shifted."""
+        return self.is_encoder_decoder and self.kind == "tokens"
+
+    def with_labels(self, labels: Any) -> Head:
+        """The head once labels are known: yes or no for each class, if they are vectors.
+
+        Models decide it by the labels too, where the configuration has no `problem_type`.
         """
         if self.kind != "rows" or self.is_decided or not isinstance(labels, torch.Tensor):
             return self
         if labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 1:
             return Head("labels", self.is_encoder_decoder)
         return self
+
+
+def decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The decoder's inputs, shifted from the labels as the model itself shifts them.
+
+    Raises:
+        ValueError: If there are no labels, or the model cannot shift them.
+    """
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if not callable(prepare) or "labels" not in inputs:
+        raise ValueError(
+            f"{type(model).__name__} needs decoder_input_ids, and they cannot be derived: there "
+            "are no labels, or the model has no prepare_decoder_input_ids_from_labels. Put them "
+            "into the batch (DataCollatorForSeq2Seq(model=model) does)."
+        )
+    shifted: torch.Tensor = prepare(labels=inputs["labels"])
+    return shifted

@@ -1,135 +1,182 @@
-"""How teachers are asked, and the hooks that a user overrides."""
+"""The hooks that a user overrides: what is distilled, from whom, and how it is compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from hf_adapt.distillation.cache import CachedTeacher, Signal
 from hf_adapt.distillation.checks import num_positions
 from hf_adapt.distillation.divergences import Divergence, named_divergence
-from hf_adapt.distillation.features import Captured, FeatureLoss
-from hf_adapt.distillation.heads import Head
+from hf_adapt.distillation.features import FeatureLoss
+from hf_adapt.distillation.heads import Head, decoder_inputs
 from hf_adapt.distillation.teachers import NOT_FOR_TEACHERS, Teacher, as_teacher
-from hf_adapt.distillation.tokenizers import Retokenizer, paired_positions, same_vocabulary
+from hf_adapt.distillation.tokenizers import Retokenizer, same_vocabulary
 from hf_adapt.engine.parts import Part
-from hf_adapt.models.capture import Extract, capturing
-from hf_adapt.models.copies import WeightsInUse
 
+HOOKS = (
+    "item_mask",
+    "teacher_inputs",
+    "teacher_forward",
+    "select_logits",
+    "divergence",
+    "distillation_loss",
+)
+"""The methods of [`TeacherHooks`] that a user may override."""
 
-@dataclass
-class Lesson:
-    """What a teacher says of one part of a batch.
-
-    Attributes:
-        signal: Its predictions of the items.
-        seen: What the taps on its layers saw.
-        item_mask: Which of the student's items it speaks of, if not all that are distilled.
-    """
-
-    signal: Signal
-    seen: Captured = field(default_factory=dict)
-    item_mask: torch.Tensor | None = None
+TeacherWeights = Sequence[float] | Callable[[Mapping[str, Any], list[torch.Tensor]], torch.Tensor]
+"""A factor for each teacher, or a function (inputs, logits of each) -> (K,) or (K, N)."""
 
 
 class TeacherHooks:
-    """What is distilled, what a teacher sees and how its answers are compared, step by step.
+    """The teachers, and the hooks that say what is distilled and how it is compared.
 
     Args:
-        teacher: One teacher or several, of whatever kind.
+        teacher: One teacher or several, of any kind.
         divergence: A name or a function.
-        features: Terms on layers, whose taps see the teacher's forward.
-        teacher_processing_class: The teacher's tokenizer, if it is another one.
-        text_column: The column with the text, or two for pairs.
+        teacher_weights: With several teachers, a factor for each, or a function.
+        features: Losses on layers, which are captured in the teacher's forward.
+        teacher_processing_class: The teacher's tokenizer, if it differs from the student's.
+        text_column: The column with the text, or two columns for pairs.
 
     Raises:
-        ValueError: If there is no teacher.
+        ValueError: If there is no teacher, or the options do not fit each other.
     """
 
     def __init__(
         self,
         teacher: Any,
         divergence: str | Divergence,
-        features: Sequence[FeatureLoss],
-        teacher_processing_class: Any,
-        text_column: str | Sequence[str] | None,
+        teacher_weights: TeacherWeights | None = None,
+        features: Sequence[FeatureLoss] = (),
+        teacher_processing_class: Any = None,
+        text_column: str | Sequence[str] | None = None,
     ) -> None:
         given = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
         if not given:
             raise ValueError("Distillation needs at least one teacher, got an empty list.")
         self.teachers: list[Teacher] = [as_teacher(one) for one in given]
         self.divergence_function = named_divergence(divergence)
+        self.teacher_weights = teacher_weights
         self.features = list(features)
         self.teacher_processing_class = teacher_processing_class
         self.text_column = text_column
-        self.hooks: Any = self
-        self.hooks_class: type = TeacherHooks
+        self._check_teachers()
+        self.student = nn.Module()  # until `bind`
         self.head = Head("rows")
-        self._student = nn.Module()  # until `bind`
-        self._label_names: set[str] = {"labels"}
-        self._added_inputs: set[str] = set()
-        self._classes: int | None = None
-        self._retokenizer: Retokenizer | None = None
-        self._independent: set[int] = set()  # ids of the teachers' models that were looked at
-        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.label_names: set[str] = {"labels"}
+        self.student_only_inputs: set[str] = set()
+        self.num_classes: int | None = None
+        self.retokenizer: Retokenizer | None = None
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.independent: set[int] = set()  # ids of models that do not use the student's weights
 
-    # ---- the hooks: override any of them ----
+    def _check_teachers(self) -> None:
+        number, weights = len(self.teachers), self.teacher_weights
+        if weights is not None and not callable(weights) and len(weights) != number:
+            raise ValueError(
+                f"{len(weights)} teacher_weights for {number} teachers: give one each."
+            )
+        if number > 1 and (self.features or self.teacher_processing_class is not None):
+            raise ValueError(
+                "features and teacher_processing_class need one teacher, not a list of "
+                f"{number}. Distil from the others in a second Distillation with another name= "
+                "and ce_weight=1 (the objectives' factors multiply)."
+            )
+        if self.features and self.teachers[0].is_cached:
+            raise ValueError(
+                "A cached teacher stores predictions, not hidden states: features need the teacher "
+                "itself. Drop features, or pass the model."
+            )
+        names = [feature.name for feature in self.features]
+        if len(set(names)) < len(names) or "logits" in names:
+            raise ValueError(f"features are named {names}: give each a name= of its own.")
+        if self.text_column is not None and self.teacher_processing_class is None:
+            raise ValueError(
+                "text_column is read by a teacher with its own tokenizer: pass "
+                "teacher_processing_class= too."
+            )
+
+    # ---- the hooks ----
 
     def item_mask(
         self, inputs: Mapping[str, Any], domain: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Which items are distilled, (B,) or (B, T) bool; known before the forward."""
+        """Choose the items that are distilled; called before the forward.
+
+        Args:
+            inputs: The student's inputs, with labels.
+            domain: (B,) long, 0 for source rows; None if all are.
+
+        Shape:
+            - output: (B,) bool for rows; (B, T) bool for tokens, at the position of the label.
+        """
         return self.head.item_mask(inputs, domain)
 
     def teacher_inputs(
         self, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]
     ) -> dict[str, Any]:
-        """What the teacher sees: the student's inputs without labels, or its own tokens."""
-        if self._retokenizer is not None and self.head.kind != "causal_lm":
-            return self._retokenizer.rows(inputs, columns)
-        drop = {*self._label_names, *NOT_FOR_TEACHERS, *self._added_inputs}
+        """Make the teacher's inputs: the student's without labels, or the teacher's own tokens.
+
+        Args:
+            inputs: The student's inputs, with labels.
+            columns: The values of `text_column`, one for each row, where it was given.
+        """
+        if self.retokenizer is not None and self.head.kind != "causal_lm":
+            return self.retokenizer.rows(inputs, columns)
+        drop = {*self.label_names, *NOT_FOR_TEACHERS, *self.student_only_inputs}
         given = {key: value for key, value in inputs.items() if key not in drop}
-        if self._feeds_decoder and "decoder_input_ids" not in given:
-            given["decoder_input_ids"] = self._decoder_inputs(inputs)
+        if self.head.feeds_decoder and "decoder_input_ids" not in given:
+            given["decoder_input_ids"] = decoder_inputs(self.student, inputs)
         return given
 
-    @property
-    def _feeds_decoder(self) -> bool:
-        """Whether the decoder predicts the labels, which the model shifts for it."""
-        return self.head.is_encoder_decoder and self.head.kind == "tokens"
-
     def teacher_forward(self, teacher: Any, inputs: Mapping[str, Any]) -> Any:
-        """The teacher's outputs; called without gradients."""
+        """Run the teacher; called without gradients.
+
+        Args:
+            teacher: Called with the inputs as keywords; `teacher.module` is the model.
+            inputs: The output of `teacher_inputs`.
+        """
         return teacher(**inputs)
 
     def select_logits(
         self, outputs: Any, inputs: Mapping[str, Any], mask: torch.Tensor
     ) -> torch.Tensor:
-        """The logits (N, C) of the items in the student's or the teacher's outputs."""
+        """Select the logits (N, C) of the items; called for the student and for the teacher.
+
+        Args:
+            outputs: The model's outputs.
+            inputs: The student's inputs, with labels.
+            mask: The output of `item_mask`.
+        """
         return self.head.select(outputs, inputs, mask)
 
     def divergence(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
     ) -> torch.Tensor:
-        """How far the student is from its teacher, (N,)."""
+        """Compute the divergence of each item: (N, C) and (N, C) to (N,)."""
         return self.divergence_function(student_logits, teacher_logits, temperature)
 
     def distillation_loss(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, int]:
-        """The sum over the items, and their number."""
-        values = self.hooks.divergence(student_logits, teacher_logits, temperature)
+        """Compute the sum of the divergence over the items, and their number."""
+        values = self.divergence(student_logits, teacher_logits, temperature)
         return values.sum(), len(values)
 
-    @property
-    def is_cross_tokenizer(self) -> bool:
-        """Whether language models with two vocabularies are compared."""
-        return self._retokenizer is not None and self.head.kind == "causal_lm"
+    def overridden(self, *hooks: str) -> list[str]:
+        """The names of the user's versions of these hooks."""
+        versions = [(getattr(self, hook), getattr(TeacherHooks, hook)) for hook in hooks]
+        return [
+            getattr(version, "__qualname__", "?")
+            for version, default in versions
+            if getattr(version, "__func__", None) is not default
+        ]
+
+    # ---- the student ----
 
     def bind(
         self,
@@ -145,133 +192,41 @@ class TeacherHooks:
             processing_class: The student's tokenizer.
 
         Raises:
-            ValueError: If the teacher has another tokenizer and the head cannot do with that.
+            ValueError: If the teacher has another tokenizer and the head does not support that.
         """
-        self._label_names = {*label_names, "labels"}
-        self._classes = None
-        self._independent = {id(student)}
-        if self._student is not student:
-            self._student, self.head = student, Head.of(student)
-        self._retokenizer = None
+        self.label_names = {*label_names, "labels"}
+        self.num_classes = None
+        self.independent = {id(student)}
+        if self.student is not student:
+            self.student, self.head = student, Head.of(student)
+        self.retokenizer = None
         theirs = self.teacher_processing_class
-        if theirs is not None and not same_vocabulary(processing_class, theirs):
-            positions = num_positions(self.teachers[0].module)
-            self._retokenizer = Retokenizer(processing_class, theirs, self.text_column, positions)
-            if self.head.kind not in ("rows", "labels", "values", "causal_lm") or (
-                self.head.is_encoder_decoder
-            ):
-                raise ValueError(
-                    "A teacher with another tokenizer works for classification of rows and for "
-                    f"causal language models; {type(student).__name__} predicts per token. Use a "
-                    "teacher with the student's tokenizer."
-                )
-
-    def _overridden(self, *hooks: str) -> list[str]:
-        """Names of the user's versions of these hooks."""
-        pairs = ((type(self), TeacherHooks), (type(self.hooks), self.hooks_class))
-        found = [
-            getattr(own, hook)
-            for hook in hooks
-            for own, base in pairs
-            if getattr(own, hook) is not getattr(base, hook)
-        ]
-        return list(dict.fromkeys(getattr(version, "__qualname__", "?") for version in found))
-
-    def _overrides(self, *hooks: str) -> bool:
-        """Whether the user has a version of one of these hooks."""
-        return bool(self._overridden(*hooks))
-
-    # ---- asking a teacher ----
-
-    def ask(self, inputs: Mapping[str, Any], domain: torch.Tensor | None = None) -> list[Signal]:
-        """What each teacher says of a batch; a cached one keeps it. [`bind`] comes first.
-
-        Args:
-            inputs: The student's inputs.
-            domain: (B,) long, 0 for source rows; None if all are.
-        """
-        if domain is None:
-            size = len(self.hooks.item_mask(inputs))
-            domain = torch.zeros(size, dtype=torch.long)
-        part = Part(inputs, domain)
-        return [self._lesson(teacher, part).signal for teacher in self.teachers]
-
-    def _lesson(self, teacher: Teacher, part: Part) -> Lesson:
-        """The teacher's predictions and features for a part."""
-        mask = self.hooks.item_mask(part.inputs, part.domain)
-        if self.is_cross_tokenizer:
-            return self._foreign_lesson(teacher, part, mask)
-        with torch.no_grad():
-            inputs = self.hooks.teacher_inputs({**part.inputs, **part.extra}, part.columns)
-            if isinstance(teacher, CachedTeacher):
-                counts = self._row_counts(mask)
-
-                def compute() -> torch.Tensor:
-                    return self._asked(teacher.teacher, inputs, part.inputs, mask)
-
-                ragged = self.head.kind == "spans"
-                return Lesson(teacher.signal(inputs, mask, counts, compute, ragged))
-            with capturing(self._teacher_taps()) as take:
-                signal = self._asked(teacher, inputs, part.inputs, mask)
-                return Lesson(signal, take())
-
-    def _teacher_taps(self) -> dict[nn.Module, Extract | None]:
-        return {m: e for feature in self.features for m, e in feature.teacher_taps.items()}
-
-    def _row_counts(self, mask: torch.Tensor) -> list[int]:
-        return self.head.row_counts(mask, self._num_labels)
+        if theirs is None or same_vocabulary(processing_class, theirs):
+            return
+        positions = num_positions(self.teachers[0].module)
+        self.retokenizer = Retokenizer(processing_class, theirs, self.text_column, positions)
+        rows_or_lm = self.head.kind in ("rows", "labels", "values", "causal_lm")
+        if not rows_or_lm or self.head.is_encoder_decoder:
+            raise ValueError(
+                "A teacher with another tokenizer works for classification of rows and for "
+                f"causal language models; {type(student).__name__} predicts per token. Use a "
+                "teacher with the student's tokenizer."
+            )
 
     @property
-    def _num_labels(self) -> int:
-        return int(getattr(getattr(self._student, "config", None), "num_labels", 1))
+    def is_cross_tokenizer(self) -> bool:
+        """Whether language models with two vocabularies are compared."""
+        return self.retokenizer is not None and self.head.kind == "causal_lm"
 
-    def _called(self, teacher: Any, inputs: Mapping[str, Any]) -> Any:
-        module = getattr(teacher, "module", None)
-        is_new = module is not None and id(module) not in self._independent
-        watched = WeightsInUse(self._student) if is_new else nullcontext()
-        with torch.no_grad(), self._autocast(), watched:
-            outputs = self.hooks.teacher_forward(teacher, inputs)
-        if isinstance(watched, WeightsInUse):
-            watched.check(teacher.name)
-            self._independent.add(id(module))
-        logits = outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "logits", None)
-        if isinstance(logits, torch.Tensor) and logits.requires_grad:
-            raise ValueError(
-                "The teacher's predictions require a gradient: it turned gradients on again, which "
-                "would keep its whole graph in memory. Compute them under torch.no_grad(), or "
-                "detach them."
-            )
-        return outputs
+    @property
+    def num_labels(self) -> int:
+        """The number of labels in the student's configuration."""
+        return int(getattr(getattr(self.student, "config", None), "num_labels", 1))
 
-    def _asked(
-        self,
-        teacher: Any,
-        inputs: Mapping[str, Any],
-        student_inputs: Mapping[str, Any],
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        outputs = self._called(teacher, inputs)
-        logits: torch.Tensor = self.hooks.select_logits(outputs, student_inputs, mask)
-        return logits
-
-    def _foreign_lesson(self, teacher: Teacher, part: Part, mask: torch.Tensor) -> Lesson:
-        """The predictions of a language model with another tokenizer, position by position."""
-        assert self._retokenizer is not None
-        inputs, theirs = self._retokenizer.completions(part.inputs, mask)
-        own_mask, their_mask = paired_positions(mask, theirs)
-        with torch.no_grad():
-            outputs = self._called(teacher, inputs)
-            signal = self.hooks.select_logits(outputs, inputs, their_mask)
-        return Lesson(signal, item_mask=own_mask)
-
-    def _decoder_inputs(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """What the decoder is fed, made of the labels as the model itself makes it."""
-        prepare = getattr(self._student, "prepare_decoder_input_ids_from_labels", None)
-        if not callable(prepare) or "labels" not in inputs:
-            raise ValueError(
-                f"{type(self._student).__name__} needs decoder_input_ids, and they cannot be made: "
-                "there are no labels, or it does not say how. Put them into the batch "
-                "(DataCollatorForSeq2Seq(model=model) does)."
-            )
-        made: torch.Tensor = prepare(labels=inputs["labels"])
-        return made
+    def items(self, part: Part) -> torch.Tensor:
+        """The items of a micro-batch that are distilled; `item_mask` is called once for it."""
+        key = (self, "item_mask")
+        if key not in part.cache:
+            self.head = self.head.with_labels(part.inputs.get("labels"))
+            part.cache[key] = self.item_mask(part.inputs, part.domain)
+        return cast(torch.Tensor, part.cache[key])

@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer: its own tokens, and a loss that needs no common vocabulary."""
+"""A teacher with another tokenizer: its own tokens, and a loss without a common vocabulary."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ logger = logging.getLogger(__name__)
 def universal_logit_distance(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Distance of two predictions over different vocabularies: of their sorted probabilities.
+    r"""Distance of the sorted probabilities of two predictions over different vocabularies.
+
+    .. math::
+        d = \sum_{v} \lvert p_{(v)} - q_{(v)} \rvert
+
+    with the v-th largest probabilities of teacher and student, 0 beyond the smaller vocabulary.
+    Crude: with a common vocabulary use [`forward_kl`], which compares each class with itself.
 
     Reference:
         Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit
         Distillation Loss for LLMs", Eq. 6, arXiv:2402.12030.
-        Deviation: with a temperature, which the paper has not.
+        Deviation: with a temperature, which the paper does not have.
 
     Args:
         student_logits: Scores over the student's vocabulary.
         teacher_logits: Scores over the teacher's.
-        temperature: Both are divided by it.
+        temperature: Softmax temperature of student and teacher.
 
     Shape:
         - student: (N, V_s), teacher: (N, V_t); output: (N,), from 0 to 2.
@@ -46,19 +52,19 @@ def universal_logit_distance(
 
 
 class Retokenizer:
-    """Gives a teacher the text of a batch in its own tokens.
+    """Tokenises the text of a batch with the teacher's tokenizer.
 
-    The text is that of a column that is kept beside the batch, else what the student's tokens
-    decode to, which loses what the student's tokenizer lost (case, unknown signs, what was
-    truncated).
+    The text is read from a column that is kept beside the batch. Without one the student's tokens
+    are decoded, without what the student's tokenizer lost (case, unknown characters, truncated
+    text).
 
     Args:
-        student: The student's tokenizer; needed to decode.
+        student: The student's tokenizer, which decodes.
         teacher: The teacher's tokenizer.
         text_column: A column of the rows, or two for pairs. A cell is a text or a list of words,
-            which counts as the words with a space between.
-        positions: How many tokens the teacher takes; None where there is no limit but the
-            tokenizer's. Longer rows are truncated, with one warning.
+            which are joined with spaces.
+        positions: The number of positions of the teacher; None where only the tokenizer has a
+            limit. Longer rows are truncated, with one warning.
     """
 
     def __init__(
@@ -80,8 +86,8 @@ class Retokenizer:
             )
         if text_column is None:
             logger.warning(
-                "The teacher reads what the student's tokens decode to; what the student's "
-                "tokenizer changed or truncated is lost. Pass text_column= to keep the text."
+                "The teacher's text is decoded from the student's tokens, without what that "
+                "tokenizer changed or truncated. Pass text_column= to keep the text."
             )
 
     def rows(
@@ -127,8 +133,8 @@ class Retokenizer:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "The teacher's own tokens of some rows are more than the %d that it takes: they "
-                "are truncated there, so it does not see the end of these texts.",
+                "Some rows have more of the teacher's own tokens than its %d positions: they are "
+                "truncated there, so the teacher does not see the end of these texts.",
                 self.max_length,
             )
 
@@ -137,7 +143,7 @@ class Retokenizer:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The teacher's inputs for a language model, and which of its tokens are distilled.
 
-        The text before the first distilled token and the text from there on are tokenised apart,
+        The text before the first distilled token and the text after it are tokenised separately,
         so that both models are compared on the same text.
 
         Args:
@@ -183,9 +189,9 @@ class Retokenizer:
 
 
 def token_limit(tokenizer: Any, positions: int | None) -> int | None:
-    """How many tokens a row may have, by its tokenizer and its model; None for any number.
+    """The largest number of tokens of a row, by tokenizer and model; None for any number.
 
-    Saved tokenizers often name 1e30.
+    Saved tokenizers often have a limit of 1e30, which is none.
 
     Example:
         >>> from types import SimpleNamespace
@@ -200,7 +206,7 @@ def token_limit(tokenizer: Any, positions: int | None) -> int | None:
 def paired_positions(
     student_mask: torch.Tensor, teacher_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks of the first items of each row, as many in both: position i goes with position i.
+    """Masks of the first items of each row, equally many in both, so that they pair by position.
 
     Shape:
         - student_mask: (B, T_s), teacher_mask: (B, T_t); outputs: the same.
@@ -218,7 +224,7 @@ def paired_positions(
 
 
 def same_vocabulary(student: Any, teacher: Any) -> bool:
-    """Whether two tokenizers give the same ids for the same tokens, as far as can be told."""
+    """Whether two tokenizers have the same ids for the same tokens, as far as is known."""
     if student is teacher:
         return True
     if not (hasattr(student, "get_vocab") and hasattr(teacher, "get_vocab")):

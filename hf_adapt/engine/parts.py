@@ -31,6 +31,7 @@ class Part:
         is_fused: Whether the loss was computed without logits.
         whole: The part that these rows are a selection of, if they are one.
         kept: (B,) bool, which of the whole's rows they are.
+        cache: Values that an adaptation computed for these rows and needs again, by its own keys.
     """
 
     inputs: Mapping[str, Any]
@@ -44,6 +45,7 @@ class Part:
     is_fused: bool = False
     whole: Part | None = None
     kept: torch.Tensor | None = None
+    cache: dict[Any, Any] = field(default_factory=dict, init=False)
 
     def select(self, kept: torch.Tensor) -> Part:
         """Some of its rows, with what the forward gave for them."""

@@ -62,7 +62,8 @@ class AdaptationMixin(_Base):
     _adaptation_auxiliary: AuxiliaryState | None = None
     _adaptation_active: tuple[Adaptation, ...] = ()
     _adaptation_inputs: tuple[str, ...] = ()
-    _adaptation_observers: tuple[EvaluationObserver, ...] = ()
+    _adaptation_observers: tuple[tuple[EvaluationObserver, ...], tuple[str, ...]] = ((), ())
+    """Those of the evaluation under way, and the inputs that are only for them."""
 
     def __init__(
         self,
@@ -198,9 +199,10 @@ class AdaptationMixin(_Base):
         return list(self._observers())
 
     def _observers(self) -> list[EvaluationObserver]:
-        """The adaptations that see the batches of evaluations."""
-        present = [a for a in self._present_adaptations() if isinstance(a, EvaluationObserver)]
-        return [a for a in present if a.observes_evaluation(self)]
+        """The adaptations that see the batches of evaluations; a weight of 0 changes nothing."""
+        given = [a for plan in self._present_plans() for a in plan.adaptations]
+        observers = [a for a in given if isinstance(a, EvaluationObserver)]
+        return [a for a in observers if a.observes_evaluation(self)]
 
     def _transforms(self, description: str) -> list[BatchTransform]:
         """The adaptations that change these batches."""
@@ -339,11 +341,11 @@ class AdaptationMixin(_Base):
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         for observer in observers:
             observer.begin_evaluation(self, prefix)
-        self._adaptation_observers = tuple(observers)
+        self._adaptation_observers = (tuple(observers), self._observed_inputs())
         try:
             output = super().evaluation_loop(*args, **kwargs)
         finally:
-            self._adaptation_observers = ()
+            self._adaptation_observers = ((), ())
         metrics = dict(output.metrics or {})
         for observer in observers:
             metrics.update(observer.end_evaluation(metrics, prefix))
@@ -358,9 +360,8 @@ class AdaptationMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """The Trainer's own; what lies beside a batch is shown to observers, not to the model."""
-        observers = self._adaptation_observers
+        observers, extra = self._adaptation_observers
         hidden = {DOMAIN, COLUMNS} if self._adaptation_plans else set()
-        extra = self._observed_inputs() if observers else ()
         own = inputs
         if {*hidden, *extra} & set(inputs):
             own = {key: value for key, value in inputs.items() if key not in {*hidden, *extra}}

@@ -1,4 +1,4 @@
-"""How well a student stands in for its teacher: agreement, divergence, calibration, what it keeps.
+"""Metrics of a student and its teacher: agreement, divergence, calibration, retained share.
 
 Plain functions of arrays; `metrics.py` has them as metrics of `evaluate`.
 """
@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 IGNORED = -100
-"""The label of items that do not count, as in torch's cross-entropy and the Trainer's padding."""
+"""The label of ignored items, as in torch's cross-entropy and the Trainer's padding."""
 
 Score = Callable[[NDArray[Any], NDArray[Any]], float]
-"""(predictions, labels) -> a score of which more is better."""
+"""(predictions, labels) -> a score, where higher is better."""
 
 _Floats = NDArray[np.float64]
 
 
 def same_shape(student: NDArray[Any], teacher: NDArray[Any], what: str) -> None:
-    """Refuse arrays of student and teacher that are not of the same items."""
+    """Refuse arrays of student and teacher with different shapes."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"Expected {what} of one shape from student and teacher, got {student.shape} and "
@@ -30,7 +30,7 @@ def same_shape(student: NDArray[Any], teacher: NDArray[Any], what: str) -> None:
 
 
 def counted_items(shape: tuple[int, ...], labels: ArrayLike | None) -> NDArray[np.bool_]:
-    """Which items count; there must be one."""
+    """The items that are not ignored; there must be one."""
     kept = np.ones(shape, bool) if labels is None else np.asarray(labels) != IGNORED
     if kept.shape != shape:
         raise ValueError(f"Expected one label for each of the items {shape}, got {kept.shape}.")
@@ -61,9 +61,13 @@ def _log_softmax(logits: _Floats) -> _Floats:
 
 
 def agreement(student: ArrayLike, teacher: ArrayLike, labels: ArrayLike | None = None) -> float:
-    """The share of items on which student and teacher predict the same class.
+    r"""The share of items on which student and teacher predict the same class.
 
-    A student may be as accurate as its teacher and yet err on other items; this tells.
+    .. math::
+        \frac{1}{N} \sum_i [\arg\max s_i = \arg\max t_i]
+
+    A student may be as accurate as its teacher and yet make other errors, which agreement shows
+    and an accuracy does not. For probabilities use [`teacher_divergence`].
 
     Reference:
         Stanton et al. 2021, "Does Knowledge Distillation Really Work?" (average top-1 agreement),
@@ -109,7 +113,13 @@ def teacher_divergence(
     temperature: float = 1.0,
     labels: ArrayLike | None = None,
 ) -> float:
-    """Mean KL(teacher ‖ student) of the predicted classes: how much of the teacher is missed.
+    r"""Mean KL(teacher ‖ student) of the predicted probabilities.
+
+    .. math::
+        \frac{1}{N} \sum_i \sum_c p_{ic} \log \frac{p_{ic}}{q_{ic}}, \quad
+        p = \sigma(t / T), \; q = \sigma(s / T)
+
+    It sees differences that leave the predicted class unchanged, unlike [`agreement`].
 
     Reference:
         Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2,
@@ -118,7 +128,7 @@ def teacher_divergence(
     Args:
         student_logits: Scores of each class, before the softmax; computed in float64.
         teacher_logits: The teacher's scores of the same classes.
-        temperature: Both are divided by it.
+        temperature: Softmax temperature T of student and teacher.
         labels: If given, items labelled -100 do not count.
 
     Shape:
@@ -146,7 +156,7 @@ def teacher_divergence(
 
 
 def calibration_histogram(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> _Floats:
-    """What the calibration error is made of; sums over batches and processes are exact.
+    """Sums over bins for the calibration error; adding up batches and processes is exact.
 
     Args:
         probabilities: Probability of each class.
@@ -233,7 +243,13 @@ def calibration_error_from(histogram: ArrayLike) -> float:
 def calibration_error(
     scores: ArrayLike, labels: ArrayLike, n_bins: int = 15, from_logits: bool = True
 ) -> float:
-    """Expected calibration error: how far confidence is from accuracy, over bins of confidence.
+    r"""Expected calibration error: the gap of confidence and accuracy, over bins of confidence.
+
+    .. math::
+        \sum_{m=1}^{M} \frac{\lvert B_m \rvert}{N}
+        \left\lvert acc(B_m) - conf(B_m) \right\rvert
+
+    Add up [`calibration_histogram`] where the items come in batches.
 
     Reference:
         Guo et al. 2017, "On Calibration of Modern Neural Networks", Eq. 3, arXiv:1706.04599.
@@ -276,7 +292,7 @@ def retained_share(student_score: float, teacher_score: float) -> float:
         Sanh et al. 2019, "DistilBERT", Table 1, arXiv:1910.01108.
 
     Args:
-        student_score: A score of which more is better and 0 is the least, such as an accuracy.
+        student_score: A score from 0, where higher is better, such as an accuracy.
         teacher_score: The teacher's, on the same data.
 
     Returns:
@@ -292,6 +308,6 @@ def retained_share(student_score: float, teacher_score: float) -> float:
     if not (np.isfinite(student_score) and np.isfinite(teacher_score) and teacher_score > 0):
         raise ValueError(
             f"Expected finite scores and a positive one of the teacher, got {student_score} and "
-            f"{teacher_score}. Use a score of which more is better, such as an accuracy."
+            f"{teacher_score}. Use a score where higher is better, such as an accuracy."
         )
     return float(student_score / teacher_score)

@@ -53,7 +53,7 @@ def attention_projections(layer: nn.Module, names: Sequence[str]) -> list[nn.Mod
     raise ValueError(
         f"The query, key and value projections of {type(layer).__name__} cannot be derived from "
         f"its modules: {', '.join(list(modules)[:12])}. Use HiddenStates, or subclass "
-        "SelfAttentionRelations and override taps(layer)."
+        "SelfAttentionRelations and override captures(layer)."
     )
 
 

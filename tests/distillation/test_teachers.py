@@ -12,10 +12,10 @@ from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_adapt import DistillationTrainer
 from hf_adapt.distillation import CachedTeacher, HiddenStates, ModelTeacher, SelfTeacher
-from hf_adapt.distillation.cache import TopK, bucket_logits, teacher_fingerprint
+from hf_adapt.distillation.cache_filling import fill_cache
 from hf_adapt.distillation.divergences import forward_kl
-from hf_adapt.distillation.filling import fill_cache
-from hf_adapt.distillation.teachers import as_teacher
+from hf_adapt.distillation.fingerprints import teacher_fingerprint
+from hf_adapt.distillation.signals import TopK, bucket_logits
 from tests.helpers.data import collate, rows
 from tests.helpers.heads import CASES
 from tests.helpers.models import FIVE, bert
@@ -392,12 +392,12 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_teacher_that_was_saved_used_and_loaded_is_the_same(name: str, tmp_path: Path) -> None:
     teacher = CASES[name].model(1)
-    before = teacher_fingerprint(as_teacher(teacher))
+    before = teacher_fingerprint(teacher)
     teacher.save_pretrained(tmp_path)
     teacher(**CASES[name].collate(list(CASES[name].data(2))))  # with labels
     loaded = type(teacher).from_pretrained(tmp_path)
     for one in (teacher, loaded):
-        assert teacher_fingerprint(as_teacher(one)) == before
+        assert teacher_fingerprint(one) == before
 
 
 class Tokenizer:

@@ -262,7 +262,7 @@ def test_arguments_from_a_command_line(tmp_path: Path) -> None:
     assert isinstance(distillation.teachers[0], CachedTeacher)
     assert (distillation.temperature, distillation.weight, distillation.ce_weight) == (3, 0.7, 0.3)
     assert distillation.divergence_function.beta == 0.9
-    assert trainer.evaluate_distillation
+    assert trainer.distillation.evaluate
     trainer.train()
     assert (tmp_path / "cache" / "description.json").exists()
     with pytest.raises(ValueError, match="DistillationTrainer needs a teacher"):

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_adapt import Distillation, DistillationTrainer
 from hf_adapt.distillation import CachedTeacher, DistillationArguments, ModelTeacher, SelfTeacher
-from hf_adapt.distillation.cache import _keys
+from hf_adapt.distillation.fingerprints import item_keys
 from hf_adapt.engine.streams import Stream
 from tests.helpers.data import collate, rows
 from tests.helpers.distillation import make, tokenizer
@@ -292,7 +292,7 @@ def test_a_class_that_is_ruled_out_keeps_its_place_in_a_cache(tmp_path: Path) ->
 
 def test_which_rows_are_distilled_is_part_of_what_a_row_is_found_by(tmp_path: Path) -> None:
     inputs = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
-    one, other = (_keys(inputs, torch.tensor(mask)) for mask in ([True, False], [False, True]))
+    one, other = (item_keys(inputs, torch.tensor(mask)) for mask in ([True, False], [False, True]))
     assert one != other
     cache = CachedTeacher(tmp_path / "cache", lambda given: torch.zeros(2, 3))
     cache.open(None)
@@ -447,7 +447,7 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, caplog: pytest.LogCaptureFix
         given = {"model": llama(0), "teacher": llama(1), "train_dataset": rows(8, 1, "lm")}
         return make(tmp_path, **{**given, **options})
 
-    with pytest.raises(ValueError, match="chunked=True cannot be had: the teacher is not one"):
+    with pytest.raises(ValueError, match="is not supported here: the teacher is not one"):
         lm(teacher=[llama(1), llama(2)], chunked=True).train()
     with pytest.raises(ValueError, match="label smoothing needs the logits"):
         lm(chunked=True, settings={"label_smoothing_factor": 0.1}).train()

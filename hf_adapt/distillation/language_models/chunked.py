@@ -1,4 +1,4 @@
-"""Cross-entropy and distillation over a large vocabulary, never holding the logits of all tokens.
+"""Cross-entropy and distillation over a large vocabulary, without the logits of all tokens.
 
 The gradients are formed in the forward, from one chunk of tokens at a time: four matrix products as
 in the plain loss (two projections, two gradients), none repeated, and no tensor of N x V. On a CPU
@@ -8,18 +8,23 @@ the passes over a chunk's logits run in blocks of a few rows, which stay in the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_adapt.distillation.block_losses import SCRATCH, BlockLoss
 from hf_adapt.distillation.divergences import (
     Divergence,
     forward_kl,
     named_divergence,
+)
+from hf_adapt.distillation.language_models.block_losses import SCRATCH, BlockLoss
+from hf_adapt.distillation.language_models.checks import (
+    check_classes,
+    check_head,
+    check_tokens,
+    require,
 )
 
 IGNORED = -100
@@ -27,7 +32,7 @@ _MM_INTO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 class _Limits(NamedTuple):
-    """Of the tensors of a chunk by V."""
+    """Limits of the tensors of a chunk by V."""
 
     budget: int  # bytes of all of them, those of a block included
     rows: int  # of a chunk; more gain nothing
@@ -43,7 +48,7 @@ _DEVICE_LIMITS = _Limits(2**31, 2**13, 2**25)
 
 
 class ChunkedLoss(NamedTuple):
-    """What [`chunked_distillation_loss`] returns: `loss` has the gradient, the sums do not."""
+    """The output of [`chunked_distillation_loss`]: `loss` has a gradient, the sums do not."""
 
     loss: Tensor
     ce_sum: Tensor
@@ -122,7 +127,7 @@ class _Group(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """All that needs no gradient."""
+    """The inputs of the loss that need no gradient."""
 
     teacher: _Head
     groups: list[_Group]
@@ -147,7 +152,7 @@ class _Job(NamedTuple):
 
 
 class _Gradients:
-    """Of the student's hidden states, weight and bias, where needed."""
+    """The gradients of the student's hidden states, weight and bias, where needed."""
 
     def __init__(self, student: _Head, dtype: torch.dtype, needs: tuple[bool, ...]) -> None:
         hidden, weight, bias, _ = student
@@ -158,7 +163,7 @@ class _Gradients:
         self.bias = weight.new_zeros(len(weight), dtype=dtype) if needed else None
 
     def add(self, rows: Tensor, gradient: Tensor, scale: float) -> None:
-        """The part of some rows, from the gradient of their logits."""
+        """Add the share of some rows, from the gradient of their logits."""
         student, width = self.student, gradient.shape[1]
         if self.bias is not None:
             self.bias[:width].add_(gradient.sum(0), alpha=scale)
@@ -174,7 +179,7 @@ class _Gradients:
 
 
 def _run(student: _Head, job: _Job, gradients: _Gradients) -> tuple[Tensor, Tensor]:
-    """The sums of cross-entropy and divergence; the gradients fill up on the way."""
+    """Compute the sums of cross-entropy and divergence, and add up the gradients."""
     longest = max((len(group.rows) for group in job.groups), default=0)
     block, chunk = job.sizes(student)
     v = student.weight.shape[0]
@@ -206,7 +211,7 @@ def _run(student: _Head, job: _Job, gradients: _Gradients) -> tuple[Tensor, Tens
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """The loss, whose gradients its forward has formed already."""
+    """The loss, whose gradients are computed in its forward."""
 
     @staticmethod
     def forward(
@@ -249,7 +254,7 @@ class _GradientsInForward(torch.autograd.Function):
 
 
 def _groups(hidden: Tensor, labels: Tensor | None, kd_mask: Tensor | None) -> list[_Group]:
-    """The tokens with both terms, and with one of them only; the others are left out."""
+    """The tokens with both terms, and with one of them only; the others are dropped."""
     everything = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
     ce = ~everything if labels is None else labels != IGNORED
     default = everything if labels is None else ce
@@ -261,54 +266,6 @@ def _groups(hidden: Tensor, labels: Tensor | None, kd_mask: Tensor | None) -> li
             groups.append(_Group(rows, labels[rows, None].long(), has_kd))
     rows = (kd & ~ce).nonzero().squeeze(1)
     return [*groups, _Group(rows, None, True)] if len(rows) else groups
-
-
-def _require(holds: bool, expected: str, got: object, fix: str) -> None:
-    if not holds:
-        raise ValueError(f"chunked_distillation_loss expects {expected}, got {got}. {fix}")
-
-
-def _check_head(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _require(
-        hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1],
-        f"{whose}_hidden (N, H) and {whose}_weight (V, H) with the same H",
-        f"{tuple(hidden.shape)} and {tuple(weight.shape)}",
-        "Flatten batch and sequence, and pass the output projection's weight as it is.",
-    )
-    _require(
-        bias is None or bias.shape == weight.shape[:1],
-        f"{whose}_bias of shape ({len(weight)},), one value for each class of its weight",
-        None if bias is None else tuple(bias.shape),
-        "Pass the bias of the same output projection.",
-    )
-
-
-def _check_tokens(number: int, **tokens: Tensor | None) -> None:
-    for name, value in tokens.items():
-        _require(
-            value is None or value.shape[: 2 - (name == "teacher_hidden")] == (number,),
-            f"{name} of {number} rows, one for each of student_hidden",
-            None if value is None else tuple(value.shape),
-            "Both models must read the same tokens; shift and flatten all of them alike.",
-        )
-    mask = tokens["kd_mask"]
-    got = None if mask is None else mask.dtype
-    _require(got in (None, torch.bool), "kd_mask of torch.bool", got, "Pass kd_mask != 0.")
-
-
-def _check_classes(student: int, teacher: int, vocabulary: int | None) -> None:
-    _require(
-        vocabulary is not None or student == teacher,
-        "student_weight and teacher_weight of the same number of classes",
-        f"{student} and {teacher}",
-        "If a head is padded, pass vocabulary=, the number of classes that both have in common.",
-    )
-    _require(
-        vocabulary is None or 1 <= vocabulary <= min(student, teacher),
-        f"vocabulary between 1 and {min(student, teacher)}, the classes of the smaller head",
-        vocabulary,
-        "Pass the size of the tokenizer that both models share.",
-    )
 
 
 def chunked_distillation_loss(
@@ -328,12 +285,16 @@ def chunked_distillation_loss(
     vocabulary: int | None = None,
     byte_budget: int | None = None,
 ) -> ChunkedLoss:
-    """Cross-entropy plus divergence from a teacher, summed over tokens, without their N x V logits.
+    r"""Cross-entropy plus divergence from a teacher, summed over tokens, without N x V logits.
 
-    ce_factor * sum of cross-entropy + kd_factor * sum of divergence. For language models, where the
-    logits are the largest tensors of a step. Statistics and sums are in at least float32; matrix
-    products run in the inputs' dtype (or autocast's) on a device, and in float32 on a CPU. Without
-    gradients, and for what is frozen, no gradient is computed. It can be derived once, not twice.
+    .. math::
+        L = \lambda_{ce} \sum_i CE(W s_i, y_i) + \lambda_{kd} \sum_i D(W s_i, V t_i)
+
+    with the hidden states s and t and the output projections W and V of student and teacher. For
+    language models, where the logits are the largest tensors of a step; with a small vocabulary
+    the plain losses are as good. Statistics and sums are in at least float32; matrix products run
+    in the inputs' dtype (or autocast's) on a device, and in float32 on a CPU. No gradient is
+    computed under `no_grad` and for frozen tensors. It can be differentiated once, not twice.
 
     Reference:
         Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training",
@@ -341,26 +302,26 @@ def chunked_distillation_loss(
         Deviation: chunks from a budget of bytes; all of it torch operations.
 
     Args:
-        student_hidden: What the student's output projection reads.
-        student_weight: The weight of that projection.
-        teacher_hidden: Likewise of the teacher; gets no gradient, nor does its head.
-        teacher_weight: Likewise.
+        student_hidden: The input of the student's output projection.
+        student_weight: The weight of the student's output projection.
+        teacher_hidden: The input of the teacher's output projection; gets no gradient.
+        teacher_weight: The weight of the teacher's output projection; gets no gradient.
         labels: The right class of each row, already shifted; -100 for none. None: no cross-entropy.
-        ce_factor: Of the sum of cross-entropies; for a mean, 1 / the number of labels.
-        kd_factor: Of the sum of divergences. Neither factor gets a gradient.
+        ce_factor: Factor of the sum of cross-entropies; for a mean, 1 / the number of labels.
+        kd_factor: Factor of the sum of divergences. Neither factor gets a gradient.
         kd_mask: The rows with a divergence. By default those with a label, or all without labels.
-        temperature: Of the divergence; the cross-entropy keeps 1.
+        temperature: Temperature of the divergence; that of the cross-entropy is 1.
         divergence: A name or function of [`hf_adapt.distillation.divergences`], whose gradient is
-            known and formed in place, or a function of one's own, which goes through autograd, a
+            known and computed in place, or another function, whose gradient autograd computes, a
             block of rows at a time.
-        student_bias: Of the student's projection.
-        teacher_bias: Of the teacher's.
+        student_bias: The bias of the student's output projection.
+        teacher_bias: The bias of the teacher's output projection.
         vocabulary: The divergence compares the first so many classes of both heads, which may then
             differ in size (padding). The cross-entropy is over all of the student's.
-        byte_budget: Of all tensors of a chunk by V together; sets the tokens of a chunk. By default
-            256 MiB on a CPU and 2 GiB elsewhere. At most 512 tokens on a CPU, 8,192 elsewhere: more
-            gain nothing. The gradients (N x H, and V x H in float32) and what a function of one's
-            own keeps of a block come on top.
+        byte_budget: Memory of all tensors of a chunk by V together, which sets the tokens of a
+            chunk. By default 256 MiB on a CPU and 2 GiB elsewhere. At most 512 tokens on a CPU,
+            8,192 elsewhere: more gain nothing. The gradients (N x H, and V x H in float32) and
+            what autograd keeps of a block for another function come on top.
 
     Shape:
         - hidden: (N, H), weight: (V, H), bias: (V,), H of each model; labels, kd_mask: (N,).
@@ -380,17 +341,15 @@ def chunked_distillation_loss(
         >>> hidden.grad.tolist()[1]
         [0.0, 0.0, 0.0, 0.0]
     """
-    _check_head("student", student_hidden, student_weight, student_bias)
-    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
-    _check_tokens(
-        len(student_hidden), teacher_hidden=teacher_hidden, labels=labels, kd_mask=kd_mask
-    )
+    check_head("student", student_hidden, student_weight, student_bias)
+    check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    check_tokens(len(student_hidden), teacher_hidden=teacher_hidden, labels=labels, kd_mask=kd_mask)
     sizes = len(student_weight), len(teacher_weight)
-    _check_classes(*sizes, vocabulary)
+    check_classes(*sizes, vocabulary)
     limits = _CPU_LIMITS if student_hidden.device.type == "cpu" else _DEVICE_LIMITS
     budget = limits.budget if byte_budget is None else byte_budget
-    _require(temperature > 0, "temperature above 0", temperature, "1 leaves logits as they are.")
-    _require(budget > 0, "byte_budget above 0", budget, "Leave it out for the default.")
+    require(temperature > 0, "temperature above 0", temperature, "1 leaves logits as they are.")
+    require(budget > 0, "byte_budget above 0", budget, "Leave it out for the default.")
     inputs = student_hidden, student_weight, student_bias
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
     dtype = torch.promote_types(student_hidden.dtype, teacher_hidden.dtype)
@@ -410,67 +369,3 @@ def chunked_distillation_loss(
         groups = _groups(student_hidden, labels, kd_mask)
     job = _Job(teacher, groups, objective, scale, dtype, limits._replace(budget=budget))
     return ChunkedLoss(*_GradientsInForward.apply(*inputs, job, needs))  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class ChunkedDistillation:
-    """[`chunked_distillation_loss`] with its settings, called with batches and output projections.
-
-    Args:
-        temperature: Of the divergence.
-        divergence: A name, or a function.
-        vocabulary: Compare the first so many classes only.
-        byte_budget: Of the tensors of a chunk by V.
-
-    Shape:
-        - hidden: (..., H) of each model; labels, kd_mask: (...), already shifted.
-        - output: three of ().
-
-    Raises:
-        ValueError: If the divergence is unknown; and as [`chunked_distillation_loss`].
-
-    Example:
-        >>> loss = ChunkedDistillation(temperature=2.0, divergence="reverse_kl")
-        >>> student, teacher = nn.Linear(4, 9, bias=False), nn.Linear(6, 9)
-        >>> out = loss(torch.ones(2, 3, 4), student, torch.ones(2, 3, 6), teacher, labels=None)
-        >>> out.loss.shape, out.ce_sum.item()
-        (torch.Size([]), 0.0)
-    """
-
-    temperature: float = 1.0
-    divergence: str | Divergence = forward_kl
-    vocabulary: int | None = None
-    byte_budget: int | None = None
-
-    def __post_init__(self) -> None:
-        named_divergence(self.divergence)
-
-    def __call__(
-        self,
-        student_hidden: Tensor,
-        student_head: nn.Linear,
-        teacher_hidden: Tensor,
-        teacher_head: nn.Linear,
-        labels: Tensor | None,
-        *,
-        ce_factor: float | Tensor = 1.0,
-        kd_factor: float | Tensor = 1.0,
-        kd_mask: Tensor | None = None,
-    ) -> ChunkedLoss:
-        """The loss of a batch."""
-        return chunked_distillation_loss(
-            student_hidden.flatten(0, -2),
-            student_head.weight,
-            teacher_hidden.flatten(0, -2),
-            teacher_head.weight,
-            None if labels is None else labels.flatten(),
-            ce_factor=ce_factor,
-            kd_factor=kd_factor,
-            kd_mask=None if kd_mask is None else kd_mask.flatten(),
-            temperature=self.temperature,
-            divergence=self.divergence,
-            student_bias=student_head.bias,
-            teacher_bias=teacher_head.bias,
-            vocabulary=self.vocabulary,
-            byte_budget=self.byte_budget,
-        )

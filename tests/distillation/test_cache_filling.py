@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hf_adapt import DistillationTrainer
 from hf_adapt.cli import app
 from hf_adapt.distillation import CachedTeacher
-from hf_adapt.distillation.filling import fill_cache
+from hf_adapt.distillation.cache_filling import fill_cache
 from tests.helpers.data import rows
 from tests.helpers.distillation import texts, tokenizer
 from tests.helpers.heads import CASES
@@ -211,7 +211,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.extend(rows)
         yield len(rows)
 
-    monkeypatch.setattr("hf_adapt.distillation.filling.fill_cache", fake)
+    monkeypatch.setattr("hf_adapt.distillation.cache_filling.fill_cache", fake)
     return seen
 
 

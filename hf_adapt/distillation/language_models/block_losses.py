@@ -33,7 +33,7 @@ class BlockLoss:
     def block(
         self, s: Tensor, t: Tensor | None, labels: Tensor | None, scratch: Tensor
     ) -> tuple[Tensor | float, Tensor | float]:
-        """The two sums; the gradient overwrites the student's logits `s`, the teacher's are lost.
+        """The two sums; the gradient overwrites the student's logits `s`, and `t` is overwritten.
 
         Where temperature and classes are those of the cross-entropy, both share one softmax.
         """
@@ -106,7 +106,7 @@ class BlockLoss:
         return total
 
     def _own(self, s: Tensor, t: Tensor) -> Tensor:
-        """A user's function, through autograd."""
+        """Another function, whose gradient autograd computes."""
         with torch.set_grad_enabled(self.gradient):
             leaf = s.detach().requires_grad_(self.gradient)
             rows = self.divergence(leaf, t, self.temperature)

@@ -1,29 +1,15 @@
-"""Filling a cache of a teacher's predictions before any training."""
+"""The rows of a file or folder, and their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch.utils.data import DataLoader
-from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    default_data_collator,
-)
 
-from hf_adapt.distillation.cache import CachedTeacher
-from hf_adapt.distillation.checks import Classes, num_positions
-from hf_adapt.distillation.heads import Head
-from hf_adapt.distillation.objective import Distillation
-from hf_adapt.engine.columns import named_inputs
 from hf_adapt.engine.texts import check_cell, check_columns, is_words, missing_cells
 from hf_adapt.models.hub_names import check_hub_name
 
@@ -38,8 +24,8 @@ def read_rows(
     Args:
         source: The folder, file or id.
         split: Which split, if there are several.
-        columns: Columns with texts: in a csv or tsv file their cells are taken as they stand
-            (`NA`, `007`), and only an empty one is missing.
+        columns: Columns with texts: in a csv or tsv file their cells are read unchanged (`NA`,
+            `007`), and only an empty one is missing.
 
     Raises:
         ValueError: If there are several splits and none is named, or the file cannot be read.
@@ -88,7 +74,7 @@ def read_rows(
 
 
 def _fix(reason: str) -> str:
-    """What to do about a csv file that ends within a cell."""
+    """The fix for a csv file that ends within a cell."""
     if "EOF inside string" not in reason:
         return ""
     return (
@@ -98,7 +84,7 @@ def _fix(reason: str) -> str:
 
 
 def _cell(text: str) -> str | None:
-    """A cell of a csv file; nothing is missing but what is empty."""
+    """A cell of a csv file; only an empty one is missing."""
     return text or None
 
 
@@ -107,7 +93,7 @@ def with_texts(
 ) -> tuple[datasets.Dataset, list[int]]:
     """The rows that have a text in these columns, and the numbers of the others.
 
-    Rows that are tokenised already all stay.
+    Rows that are tokenised already are all kept.
 
     Raises:
         ValueError: If a column is missing, or no row has a text.
@@ -141,13 +127,13 @@ def is_tokenised(rows: datasets.Dataset) -> bool:
 def tokenised(
     rows: datasets.Dataset, tokenizer: Any, columns: Sequence[str], max_length: int | None
 ) -> datasets.Dataset:
-    """The rows with the tokens of their text; rows that have tokens stay as they are.
+    """Tokenise the text of rows; rows that are tokenised already are returned unchanged.
 
     Args:
         rows: With `input_ids` or `pixel_values`, or with the text columns.
-        tokenizer: Called with the texts, or with the words where a cell is a list of these.
+        tokenizer: Called with the texts, or with the words where a cell is a list of words.
         columns: One text column, or two for pairs.
-        max_length: Where tokens are truncated; None for nowhere.
+        max_length: The length at which tokens are truncated; None for no truncation.
 
     Raises:
         ValueError: If there is no tokenizer, or a cell is neither a text nor words.
@@ -155,7 +141,7 @@ def tokenised(
     if is_tokenised(rows):
         return rows
     if tokenizer is None:
-        raise ValueError("Rows of text need a tokenizer, and there is none beside the teacher.")
+        raise ValueError("Rows of text need a tokenizer, and the teacher's folder has none.")
     kept = [name for name in ("label", "labels") if name in rows.column_names]
 
     def tokenise(batch: dict[str, list[Any]], numbers: list[int]) -> Any:
@@ -179,99 +165,9 @@ def tokenised(
 
 
 def longer_rows(rows: datasets.Dataset, limit: int | None) -> list[int]:
-    """The rows with more tokens than this."""
+    """The indices of the rows with more tokens than this."""
     if limit is None or "input_ids" not in rows.column_names:
         return []
     tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(10_000)
     lengths = [n for t in tables for n in pc.list_value_length(t["input_ids"]).to_pylist()]
     return [number for number, length in enumerate(lengths) if length > limit]
-
-
-def collator_for(head: Head, tokenizer: Any) -> Callable[[list[Any]], Any]:
-    """The usual collator of a head, which pads and makes a language model's labels."""
-    if tokenizer is None:
-        return default_data_collator
-    if head.is_encoder_decoder:
-        return DataCollatorForSeq2Seq(tokenizer)
-    if head.kind == "causal_lm":
-        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    if head.kind == "tokens":
-        return DataCollatorForTokenClassification(tokenizer)
-    return DataCollatorWithPadding(tokenizer)
-
-
-def fill_cache(
-    cache: CachedTeacher,
-    rows: Any,
-    processing_class: Any = None,
-    data_collator: Callable[[list[Any]], Any] | None = None,
-    batch_size: int = 32,
-    device: str | torch.device = "cpu",
-) -> Iterator[int]:
-    """Compute what a teacher says of all rows, batch by batch; what is there already is not.
-
-    Args:
-        cache: With a model behind it.
-        rows: Tokenised as they will be in training.
-        processing_class: The tokenizer.
-        data_collator: As in training; the usual one of the head by default.
-        batch_size: Rows at once.
-        device: Where the teacher runs.
-
-    Yields:
-        The number of rows done, after each batch.
-
-    Raises:
-        ValueError: If there is no model behind the cache, the folder holds something else, or a row
-            has more tokens than the teacher takes.
-    """
-    module = cache.module
-    if module is None:
-        raise ValueError("Filling a cache needs its teacher: CachedTeacher(folder, teacher=model).")
-    positions = num_positions(module)
-    if isinstance(rows, datasets.Dataset) and (longer := longer_rows(rows, positions)):
-        raise ValueError(
-            f"The row {longer[0]} has {len(rows[longer[0]]['input_ids'])} tokens, and the teacher "
-            f"takes {positions} ({len(longer)} of {len(rows)} rows are longer). Truncate the rows "
-            f"at {positions}, also in training (max_length={positions})."
-        )
-    head = Head.of(module)
-    # On cards without the memory the model stays where it was loaded.
-    if getattr(module, "hf_device_map", None) is None:
-        module.to(device)
-    distillation = Distillation(cache)
-    module.eval()
-    vocabulary, classes = Classes.of(module).vocabulary, None
-    if vocabulary is not None and processing_class is not None:
-        classes = min(vocabulary, len(processing_class))
-    distillation.bind(module, ("start_positions", "end_positions"), processing_class)
-    cache.open(processing_class, classes=classes)
-    collate = data_collator or collator_for(head, processing_class)
-    known = _known(module, head if data_collator is None else None)
-    columns = [name for name in getattr(rows, "column_names", None) or [] if name in known]
-    chosen = rows.select_columns(columns) if columns else rows
-    done = 0
-    try:
-        for batch in DataLoader(chosen, batch_size=batch_size, collate_fn=collate):
-            inputs = {
-                key: value.to(device) if isinstance(value, torch.Tensor) else value
-                for key, value in batch.items()
-            }
-            distillation.ask(inputs)
-            done += len(next(iter(inputs.values())))
-            yield done
-    finally:
-        cache.close()
-
-
-def _known(module: torch.nn.Module, head: Head | None) -> set[str]:
-    """Columns that a model takes, and labels by all their names.
-
-    The usual collator of a head is given labels, which may be texts in a file, only where they say
-    what is distilled.
-    """
-    labels = {"label", "label_ids", "labels"}
-    known = {*(named_inputs(module) or ()), *labels}
-    if head is None or head.kind == "tokens":
-        return known
-    return known - (labels - {"labels"} if head.kind == "causal_lm" else labels)
