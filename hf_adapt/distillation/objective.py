@@ -46,8 +46,8 @@ from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.mixins import EvaluationObserver, FusedLoss, FusedObjective
 from hf_adapt.engine.parts import Part
 from hf_adapt.engine.progress import Schedule, value_at
-from hf_adapt.engine.supported import refuse_sentence_trainer
 from hf_adapt.engine.texts import column_names
+from hf_adapt.engine.trainer_kinds import refuse_sentence_trainer
 from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.models.capture import Extract
 

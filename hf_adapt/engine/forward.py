@@ -13,8 +13,8 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.parts import Layout, Part
-from hf_adapt.engine.supported import is_sentence_trainer, sentence_inputs
-from hf_adapt.engine.unlabelled import TARGET_ROWS_FAIL, explained
+from hf_adapt.engine.trainer_kinds import is_sentence_trainer, sentence_inputs
+from hf_adapt.engine.unlabelled_rows import TARGET_ROWS_FAIL, explained
 from hf_adapt.models.capture import OutputCapture
 from hf_adapt.models.structure import find_feature_module, is_encoder_decoder, unwrapped_base
 

@@ -15,13 +15,13 @@ from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.batch import Batch
 from hf_adapt.engine.forward import ForwardPass
-from hf_adapt.engine.fusing import difference, few_rows, needs_logits, with_labels
+from hf_adapt.engine.fused_losses import difference, few_rows, needs_logits, with_labels
 from hf_adapt.engine.mixins import FusedObjective, LossCombiner
 from hf_adapt.engine.normalisation import StepCounts, count_labels, trainer_divides
 from hf_adapt.engine.parts import Layout, Part
 from hf_adapt.engine.selection import rows_of
 from hf_adapt.engine.terms import FUSED, components
-from hf_adapt.engine.unlabelled import depends_on_target, trains_on_target
+from hf_adapt.engine.unlabelled_rows import depends_on_target, trains_on_target
 from hf_adapt.models.state import preserved, preserved_random_state
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from hf_adapt.engine.collating import (
 from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.pairing import StreamRows, is_map_style, pair
 from hf_adapt.engine.streams import HF_DATASETS, TRAINING, Stream, StreamTable
-from hf_adapt.engine.supported import is_sentence_trainer, refuse_answers
+from hf_adapt.engine.trainer_kinds import is_sentence_trainer, refuse_answers
 
 if TYPE_CHECKING:
     from transformers import Trainer

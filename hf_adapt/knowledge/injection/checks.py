@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from hf_adapt.engine.columns import dataset_columns
-from hf_adapt.engine.supported import refuse_answers, refuse_sentence_trainer
 from hf_adapt.engine.texts import check_dataset, named_datasets
+from hf_adapt.engine.trainer_kinds import refuse_answers, refuse_sentence_trainer
 from hf_adapt.knowledge.linking.mentions import TOKEN_MENTIONS
 
 if TYPE_CHECKING:
