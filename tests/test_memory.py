@@ -41,6 +41,7 @@ from hf_adapt.knowledge import (
     LinkPrediction,
     TextTriples,
 )
+from hf_adapt.knowledge.injection.adaptation import KnowledgeAdaptation
 from hf_adapt.unfreezing import FreezeOnly
 from tests.helpers import toy
 from tests.helpers.data import collate, rows
@@ -163,7 +164,7 @@ if not FIVE:
 def test_nothing_is_kept_from_step_to_step_or_after_the_run(name: str, tmp_path: Path) -> None:
     model, callback = CASES[name](tmp_path)
     adaptations = callback.plan.adaptations if isinstance(callback, AdaptationCallback) else ()
-    knowledge = any(isinstance(a, KnowledgeInjection) for a in adaptations)
+    knowledge = any(isinstance(a, KnowledgeAdaptation) for a in adaptations)
     labels = "lm" if name.startswith("language") else "row"
     # One epoch: its last batch may be smaller.
     data = toy.rows(120, 1) if knowledge else rows(120, 1, labels)
