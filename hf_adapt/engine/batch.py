@@ -47,7 +47,8 @@ class Rows:
     """
 
     def __init__(self, parts: list[Part], layout: Layout) -> None:
-        self.parts = parts
+        self.parts = [part for part in parts if not part.is_stand_in]
+        self._stand_ins = [part for part in parts if part.is_stand_in]
         self.model = layout.model
         self.domain_streams = layout.table.names
         self._layout = layout
@@ -65,8 +66,12 @@ class Rows:
         kept = self._layout.table.domains(objective.streams)
         if len(kept) < self.num_domains:
             bound.domain_streams = tuple(self.domain_streams[number] for number in kept)
-            seen = (self._seen(part, kept) for part in self.parts)
+            seen, stand_ins = (
+                [self._seen(part, kept) for part in parts]
+                for parts in (self.parts, self._stand_ins)
+            )
             bound.parts = [part for part in seen if part is not None]
+            bound._stand_ins = [part for part in stand_ins if part is not None]
         return bound
 
     def _seen(self, part: Part, kept: list[int]) -> Part | None:
@@ -151,11 +156,13 @@ class Batch(Rows):
         """A further forward of these rows, captured like the first.
 
         For noised, masked or augmented inputs, or other weights. It counts in neither the task's
-        loss nor the metrics of the Trainer's own `compute_loss`, and the model gets no labels.
+        loss nor the metrics of the Trainer's own `compute_loss`, and the model gets no labels. With
+        several processes all must call it, whether they have such rows or not.
 
         Args:
             change: Makes the inputs of the further forward from those of the first; each tensor
-                keeps one entry per row. None for the same inputs (with other dropout).
+                keeps one entry per row, and a changed attention mask changes which tokens are
+                items. None for the same inputs (with other dropout).
             streams: The streams whose rows are run, `"train"` for the training rows; None for all
                 that the objective sees.
 
@@ -171,16 +178,27 @@ class Batch(Rows):
         """
         further = copy.copy(self)
         further.parts = []
-        for part in self.parts:
+        for part in [*self.parts, *self._stand_ins]:
+            kept = torch.ones_like(part.domain, dtype=torch.bool)
             if streams is not None:
                 numbers = [n for n, name in enumerate(self.domain_streams) if name in streams]
                 kept = torch.isin(part.domain, torch.tensor(numbers, device=part.domain.device))
-                if not bool(kept.any()):
-                    continue
-                part = part if bool(kept.all()) else part.select(kept)
-            inputs = dict(part.inputs) if change is None else change(dict(part.inputs))
-            plain = Part(inputs, part.domain, part.stream, columns=part.columns, extra=part.extra)
-            further.parts.append(self._run(plain))
+                if part.stream != TRAINING and part.stream not in streams:
+                    continue  # in no process
+            # All processes must run the same forwards: one row is run where there is none.
+            empty = not bool(kept.any())
+            if empty:
+                kept[0] = True
+            part_rows = part if bool(kept.all()) else part.select(kept)
+            inputs = dict(part_rows.inputs) if change is None else change(dict(part_rows.inputs))
+            plain = replace(
+                part_rows, inputs=inputs, hidden={}, masks={}, outputs=None, whole=None, kept=None
+            )
+            made = self._run(plain)
+            if empty:
+                made = made.select(torch.zeros_like(made.domain, dtype=torch.bool))
+            if not part.is_stand_in:
+                further.parts.append(made)
         return further
 
     def labels(self, of: str = "logits") -> torch.Tensor:
@@ -205,21 +223,24 @@ class Batch(Rows):
                     f"Expected labels with one entry per row in the batch, found "
                     f"{', '.join(part.inputs)}. Name them in TrainingArguments(label_names=[...])."
                 )
-            by_token = self._layout.token_logits
-            if of == "features":
-                by_token = self.pooling == "tokens"
-            mask = part.attention_mask
-            if by_token != (mask is not None and value.shape == mask.shape):
+            by_token = self._layout.token_logits if of == "logits" else self.pooling == "tokens"
+            choices = of == "features" and part.num_choices > 1
+            tokens = part.inputs.get("input_ids", part.attention_mask)
+            shape = tokens.shape if isinstance(tokens, torch.Tensor) else None
+            fits = not by_token or value.shape == shape
+            if by_token != self._layout.token_logits or choices or not fits:
                 raise ValueError(
                     f"The labels have shape {tuple(value.shape)}, and the items of {of}() are "
-                    f"{'tokens' if by_token else 'rows'}: they have no labels of their own."
+                    f"{'choices' if choices else 'tokens' if by_token else 'rows'}: they have no "
+                    "labels of their own."
                 )
-            if by_token and mask is not None:
+            if by_token:
+                mask = part.attention_mask
                 if of == "logits" and is_causal_lm(self.model):
                     value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], IGNORED)], 1)
-                value = value[mask.bool()]
+                value = value.flatten() if mask is None else value[mask.bool()]
             found.append(value)
-        return torch.cat(found)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
     def features(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The pooled features and the domain of each, source and target rows together.
@@ -233,7 +254,13 @@ class Batch(Rows):
                 a tensor that no gradient can flow through.
         """
         layer = self._objective.feature_layer if self._objective else None
-        module = self._layout.module_of[layer]
+        module = self._layout.module_of.get(layer)
+        if module is None:
+            raise ValueError(
+                "Features are captured for the layers that objectives name (feature_layer), and no "
+                "objective of this run names the one asked for. Ask in an Objective's loss or "
+                "build_modules."
+            )
         if isinstance(module, ValueError):
             raise module
         features, domains = [], []
@@ -258,7 +285,7 @@ class Batch(Rows):
             features.append(pool(hidden, mask, self.pooling))
             tokens = self.pooling == "tokens" and hidden.ndim == 3
             domains.append(domain.repeat_interleave(mask.sum(1)) if tokens else domain)
-        return torch.cat(features), torch.cat(domains)
+        return self._joined(features, domains)
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The predictions and the domain of each; for token heads one per real token.
@@ -285,7 +312,15 @@ class Batch(Rows):
                 values, domain = values[mask], domain.repeat_interleave(mask.sum(1))
             logits.append(values)
             domains.append(domain)
-        return torch.cat(logits), torch.cat(domains)
+        return self._joined(logits, domains)
+
+    def _joined(
+        self, values: list[torch.Tensor], domains: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not values:  # no row of the streams asked for
+            device = next(self.model.parameters()).device
+            return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.long, device=device)
+        return torch.cat(values), torch.cat(domains)
 
     def log(
         self, name: str, value: torch.Tensor | float, count: torch.Tensor | float = 1.0

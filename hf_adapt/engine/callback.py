@@ -75,25 +75,28 @@ def _attach(trainer: Trainer, plan: Plan) -> None:
     trainer.add_adaptation_plan(plan)
 
 
-def _wrap_train() -> None:
-    """Let `Trainer.train` attach waiting callbacks, once per process.
+def _wrap_trainer() -> None:
+    """Let `Trainer.train`, `evaluate` and `predict` attach waiting callbacks, once per process.
 
     A callback is never handed its trainer, and needs it before the dataloader and the optimizer
     exist.
     """
-    original = Trainer.train
-    if getattr(original, "_attaches_adaptations", False):
-        return
+    for name in ("train", "evaluate", "predict"):
+        original = getattr(Trainer, name)
+        if not getattr(original, "_attaches_adaptations", False):
+            setattr(Trainer, name, _attaching(original))
 
+
+def _attaching(original: Any) -> Any:
     @functools.wraps(original)
-    def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         for callback in list(self.callback_handler.callbacks):
             if isinstance(callback, AdaptationCallback):
                 callback.attach(self)
         return original(self, *args, **kwargs)
 
-    train._attaches_adaptations = True  # type: ignore[attr-defined]
-    Trainer.train = train  # type: ignore[method-assign]
+    method._attaches_adaptations = True  # type: ignore[attr-defined]
+    return method
 
 
 def _unknown(name: str, unknown: dict[str, Any]) -> str:
@@ -140,7 +143,7 @@ class AdaptationCallback(TrainerCallback):
             raise TypeError(_unknown(type(self).__name__, unknown))
         self.plan = Plan.of(adaptations, target_dataset, streams, origin=self)
         self._trainer: weakref.ref[Trainer] | None = None
-        _wrap_train()
+        _wrap_trainer()
 
     def attach(self, trainer: Trainer) -> None:
         """Attach to a trainer by hand; `train()` does it for callbacks in its list.

@@ -147,8 +147,13 @@ class AuxiliaryState:
         if self.optimizer is not None:
             save_state(self.adaptations, self.optimizer, folder)
 
-    def restore(self, saved: SavedState) -> None:
-        """Restore modules, their optimizer and the adaptations' own state from a checkpoint."""
+    def restore(self, saved: SavedState, done: Adaptation | None = None) -> None:
+        """Restore modules, their optimizer and the adaptations' own state from a checkpoint.
+
+        Args:
+            saved: What the checkpoint holds.
+            done: The adaptation whose own state has been restored already.
+        """
         assert saved.folder is not None and self.optimizer is not None
         built = [a for a in self.adaptations if a.module is not None]
         found = load_weights(self.adaptations, saved.folder)
@@ -164,7 +169,7 @@ class AuxiliaryState:
         if found:
             self.optimizer.load_state_dict(saved.content["auxiliary"])
         for adaptation in self.adaptations:
-            if adaptation.name in saved.content["adaptations"]:
+            if adaptation is not done and adaptation.name in saved.content["adaptations"]:
                 adaptation.load_state_dict(saved.of(adaptation))
         saved.release()
 

@@ -19,6 +19,9 @@ DOMAIN = "domain"
 STREAM_BATCHES = "hf_adapt_streams"
 """The key of the batches of streams that go through the model in a forward of their own."""
 
+STAND_IN = "hf_adapt_stand_in"
+"""The key that says that a stream's batch is a row of another one, because it has none."""
+
 COLUMNS = "hf_adapt_columns"
 """The key of the columns that adaptations want to see and the model must not."""
 
@@ -56,6 +59,9 @@ class AdaptationCollator:
         label_names: Names of label columns.
         used: The columns that the collator is given; a companion may lack any other. None for all.
         clean: What the Trainer makes of a collator that shall not see unused columns.
+        inputs: Inputs of the model: a column of that name is shown to it, too.
+        stands_in: Whether a stream with a forward of its own that has no row in a batch is given a
+            training row: several processes must run the same forwards.
     """
 
     def __init__(
@@ -67,15 +73,19 @@ class AdaptationCollator:
         label_names: Sequence[str] = (),
         used: Collection[str] | None = None,
         clean: Callable[[Any], Any] | None = None,
+        inputs: Collection[str] = (),
+        stands_in: bool = False,
     ) -> None:
         self.collator = collator
         self.columns = tuple(columns)
         self.transforms = tuple(transforms)
-        self._hidden_columns = {*columns, *(c for each in transforms for c in each.columns)}
+        self._read_columns = {*columns, *(c for each in transforms for c in each.columns)}
         self.table = table
+        self.stands_in = stands_in
         self.used = used
         self.own_label_names = {*label_names, "labels"}
         self.label_names = label_columns(label_names, collator)
+        self._hidden_columns = self._read_columns - {*inputs, *self.label_names}
         self._takes_hidden: bool | None = None
         self._token_labels: dict[str, bool] = {}
         self._make: Callable[[list[Any]], Any] = (clean or _unchanged)(self._made)
@@ -97,30 +107,52 @@ class AdaptationCollator:
             return self._make(rows)
         if not all(isinstance(row, PairedRow) for row in rows):
             raise ValueError(UNPAIRED)
-        sources = [_without_domain(row.source) for row in rows]
+        sources = [self._without_domain(row.source) for row in rows]
         groups: dict[str, list[tuple[int, Any]]] = {"": [(0, row) for row in sources]}
         for row in rows:
             for domain, companion in row.companions:
                 stream = self.table.names[domain]
                 group = groups.setdefault(stream if stream in self.table.separate else "", [])
-                group.append((domain, self._companion(_without_domain(companion), sources, stream)))
+                row_of = self._companion(self._without_domain(companion), sources, stream)
+                group.append((domain, row_of))
+        for stream in self.table.labelled & groups.keys():
+            self._check_labelled(stream, rows, sources[0])
+        missing = self.table.separate - groups.keys() if self.stands_in else ()
+        for stream in missing:
+            groups[stream] = [(self.table.names.index(stream), dict(sources[0]))]
         batches = {
             name: self._collate([row for _, row in group], [d for d, _ in group], sources[0])
             for name, group in groups.items()
         }
         batch = batches.pop("")
+        for stream in missing:
+            batches[stream][STAND_IN] = torch.ones(1)
         if batches:
             batch[STREAM_BATCHES] = batches
         return batch
 
+    def _check_labelled(self, stream: str, rows: Sequence[PairedRow], like: Any) -> None:
+        """Refuse a stream whose labels are to be trained on and whose rows have none."""
+        assert self.table is not None
+        names = self.table.names
+        given = [r for row in rows for domain, r in row.companions if names[domain] == stream]
+        own = self.label_names & like.keys() if isinstance(like, Mapping) else ()
+        if own and not any(isinstance(r, Mapping) and own & r.keys() for r in given):
+            raise ValueError(
+                f"labels='keep', but the rows of the {dataset_name(stream)} have none of the label "
+                f"columns {', '.join(map(repr, sorted(own)))}; they have "
+                f"{', '.join(map(repr, given[0]))}. Rename the label column as in the "
+                "train_dataset."
+            )
+
     def _made(self, rows: list[Any]) -> Any:
         """The user's batch of these rows, with columns beside it and the adaptations' changes."""
-        if not self._hidden_columns and not self.transforms:
+        if not self._read_columns and not self.transforms:
             return self.collator(rows)
         batch = self.collator([_without(row, self._hidden_columns) for row in rows])
         if not isinstance(batch, MutableMapping):
             raise TypeError(
-                f"Keeping the column(s) {', '.join(sorted(self._hidden_columns))} beside a batch "
+                f"Keeping the column(s) {', '.join(sorted(self._read_columns))} beside a batch "
                 f"needs a data collator that returns a dict; {type(self.collator).__name__} "
                 f"returned {type(batch).__name__}."
             )
@@ -221,11 +253,15 @@ class AdaptationCollator:
             for key in like
             if key in target and (keeps_labels or key not in self.label_names)
         }
+        wanted = self._hidden_columns
+        if stream in self.table.separate:
+            wanted = wanted | (set(self.used or ()) - self.label_names)
+        row.update({key: target[key] for key in wanted & target.keys() - row.keys()})
         missing = [
             key
             for key in like
             if key not in row
-            and key not in self.label_names
+            and key not in {*self.label_names, DOMAIN}
             and (self.used is None or key in self.used)
         ]
         if missing:
@@ -235,6 +271,9 @@ class AdaptationCollator:
                 length = length_of(target) if self._per_token(key, sources) else None
                 row[key] = label_of(like[key], IGNORED, length)
         return row
+
+    def _without_domain(self, row: Any) -> Any:
+        return row if DOMAIN in self._read_columns else _without(row, [DOMAIN])
 
     def _per_token(self, key: str, sources: Sequence[Any]) -> bool:
         """Whether each token has a label; a vector of labels may be as long as a row by chance."""
@@ -289,12 +328,6 @@ def _name(collator: Any) -> str:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _without_domain(row: Any) -> Any:
-    if isinstance(row, Mapping) and DOMAIN in row:
-        return {key: value for key, value in row.items() if key != DOMAIN}
-    return row
 
 
 def _value(row: Any, name: str) -> Any:

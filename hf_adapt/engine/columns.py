@@ -57,15 +57,18 @@ def named_inputs(model: nn.Module) -> set[str] | None:
     return None
 
 
+def model_inputs(trainer: Trainer) -> set[str]:
+    """The inputs that the forward of the Trainer's model names."""
+    return named_inputs(trainer.accelerator.unwrap_model(trainer.model)) or set()
+
+
 def inputs_of(trainer: Trainer) -> set[str]:
     """Inputs that the Trainer's model takes, and labels.
 
     A Trainer that makes its own columns (TRL) keeps fewer than the model takes.
     """
     trainer._set_signature_columns_if_needed()
-    model = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
-    taken = named_inputs(model) or ()
-    return {*taken, *(vars(trainer).get("_signature_columns") or ())}
+    return {*model_inputs(trainer), *(vars(trainer).get("_signature_columns") or ())}
 
 
 @contextmanager

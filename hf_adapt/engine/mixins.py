@@ -101,7 +101,9 @@ class GradientTransform(Adaptation):
 class EvaluationObserver(Adaptation):
     """Sees the batches of the Trainer's own evaluation and adds metrics to it.
 
-    One pass, on any number of processes; its `columns` and `extra_inputs` come with the batches.
+    Its `columns` and `extra_inputs` come with the batches. With several processes each sees its own
+    batches, and the last ones are filled up with rows seen already: gather what belongs to rows by
+    `trainer.accelerator.gather_for_metrics`, which leaves those out.
     """
 
     def observes_evaluation(self, trainer: Trainer) -> bool:
@@ -136,7 +138,8 @@ class EvaluationObserver(Adaptation):
 class WeightAverage(Adaptation):
     """Keeps other weights of the model, which are swapped in for evaluation.
 
-    Checkpoints hold the raw weights, so that training resumes from them.
+    Checkpoints hold the raw weights, so that training resumes from them; keep the average in
+    `state_dict`. `load_best_model_at_end` chooses by the average and loads the raw weights.
 
     Attributes:
         replaces_final: Whether the model has these weights when training has ended, so that they
@@ -207,6 +210,8 @@ class FusedObjective(Objective):
         """The task's loss and this term in one, where that saves time or memory.
 
         Used only where it gives what the model's own loss and `loss` give on the first batch.
+        `loss` is still called after it, without logits: it returns a dict of the components that
+        are not fused, which may be empty.
 
         Args:
             model: The model as the Trainer wrapped it.

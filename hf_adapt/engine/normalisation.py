@@ -106,26 +106,34 @@ class StepCounts:
 
     def count(self, batches: Sequence[list[Part]]) -> None:
         """Count the labels and items of all micro-batches of a step, on all processes."""
-        counted: dict[tuple[str, str], torch.Tensor] = {}
         device = self.trainer.args.device
+        # A process may have no row of a stream in this step: the tables must agree.
+        counted = {
+            ("labels", name): torch.zeros((), dtype=torch.float64, device=device)
+            for name in sorted(self.layout.table.labelled)
+        }
         for parts in batches:
             for key, count in self._counts_of(parts).items():
                 if count is not None:
                     count = torch.as_tensor(count, dtype=torch.float64, device=device)
                     counted[key] = counted[key] + count if key in counted else count
         if counted and self.trainer.accelerator.num_processes > 1:
-            table = torch.stack(list(counted.values()))
+            names = sorted(counted)
+            table = torch.stack([counted[name] for name in names])
             table = self.trainer.accelerator.reduce(table, reduction="sum")
-            counted = dict(zip(counted, table.unbind(), strict=True))
+            counted = dict(zip(names, table.unbind(), strict=True))
         self._labels = {name: n for (kind, name), n in counted.items() if kind == "labels"}
         self._items = {name: n for (kind, name), n in counted.items() if kind == "items"}
 
     def _counts_of(self, parts: list[Part]) -> dict[tuple[str, str], torch.Tensor | None]:
-        counts = {
-            ("labels", part.stream): count_labels(self.trainer, part.inputs)
-            for part in parts
-            if part.stream in (TRAINING, *self.layout.table.labelled)
-        }
+        counts: dict[tuple[str, str], torch.Tensor | None] = {}
+        for part in parts:
+            if part.is_stand_in:
+                continue
+            if part.stream == TRAINING:
+                counts["labels", TRAINING] = count_labels(self.trainer, part.inputs)
+            elif part.stream in self.layout.table.labelled:
+                counts["labels", part.stream] = self._stream_items(part)
         rows = Rows(parts, self.layout)
         for objective in self.objectives:
             items = objective.num_items(rows.for_objective(objective))
@@ -157,28 +165,34 @@ class StepCounts:
     def stream_loss(
         self, loss_of: Callable[[Any], torch.Tensor], part: Part, num_items_in_batch: Any
     ) -> torch.Tensor:
-        """The task's loss on a labelled stream, normalised by the stream's own labels."""
-        divided = self.divisor(num_items_in_batch)
-        loss = loss_of(None)
-        if count_labels(self.trainer, part.inputs) is None:
-            return loss * (divided / self.steps)
-        return self._weighed(loss, part, divided)
+        """The task's loss on a labelled stream, normalised by the stream's own labels.
 
-    def _weighed(self, mean: torch.Tensor, part: Part, divided: int) -> torch.Tensor:
-        """A mean over a part's labels, weighted by their share in the step's."""
+        Where the labels cannot be counted (question answering), by its rows.
+        """
+        divided, items = self.divisor(num_items_in_batch), self._stream_items(part)
+        counted = self.trainer.model_accepts_loss_kwargs or self.trainer.compute_loss_func
+        if self.ignores_num_items or num_items_in_batch is None or not counted:
+            return self._weighed(loss_of(None), part, divided, items)
+        total = self._labels.get(part.stream, items).clamp(min=1).round().long()
+        # The Trainer itself multiplies by the processes where its count is that of all of them.
+        everywhere = self.trainer.args.average_tokens_across_devices
+        loss = loss_of(total) * (divided * (1 if everywhere else self.processes))
+        return torch.where(items > 0, loss, torch.zeros_like(loss))
+
+    def _stream_items(self, part: Part) -> torch.Tensor:
+        """The labels of a labelled stream's rows; the rows, where labels cannot be counted."""
         items = count_labels(self.trainer, part.inputs)
+        return torch.tensor(len(part.domain), device=part.domain.device) if items is None else items
+
+    def _weighed(
+        self, mean: torch.Tensor, part: Part, divided: int, items: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A mean over a part's labels, weighted by their share in the step's."""
+        items = count_labels(self.trainer, part.inputs) if items is None else items
         assert items is not None
-        total = self._label_total(part)
+        total = self._labels.get(part.stream, items)
         loss = mean * (items / total.clamp(min=1)).to(mean.dtype) * (self.processes * divided)
         return torch.where(items > 0, loss, torch.zeros_like(loss))  # a mean over none is NaN
-
-    def _label_total(self, part: Part) -> torch.Tensor:
-        """Number of labels of a part's stream in the step; of the part, if nothing was counted."""
-        total = self._labels.get(part.stream)
-        if total is None:
-            total = count_labels(self.trainer, part.inputs)
-        assert total is not None
-        return total
 
     def component(
         self, name: str, component: str, value: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -212,7 +226,9 @@ class StepCounts:
             everywhere = self.trainer.args.average_tokens_across_devices
             processes = self.trainer.accelerator.num_processes if everywhere else 1
         else:
-            total, processes = self._label_total(part), self.processes
+            items = count_labels(self.trainer, part.inputs)
+            assert items is not None
+            total, processes = self._labels.get(part.stream, items), self.processes
         return (processes / total.clamp(min=1)).to(torch.float32)
 
     def fused_term_scale(

@@ -29,6 +29,8 @@ class Part:
         columns: Columns that an adaptation asked for, one value per row.
         extra: Inputs that an adaptation asked for and the model does not take.
         is_fused: Whether the loss was computed without logits.
+        is_stand_in: Whether a micro-batch has no row of the stream, and this one stands in so that
+            all processes run the same forwards.
         whole: The part that these rows are a selection of, if they are one.
         kept: (B,) bool, which of the whole's rows they are.
         cache: Values that an adaptation computed for these rows and needs again, by its own keys.
@@ -43,6 +45,7 @@ class Part:
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     is_fused: bool = False
+    is_stand_in: bool = False
     whole: Part | None = None
     kept: torch.Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict, init=False)

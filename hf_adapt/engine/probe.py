@@ -173,7 +173,7 @@ class Probe:
         reason: str | None = None
         if len(able) > 1:
             reason = f"{' and '.join(o.name for o in able)} cannot share one projection"
-        elif len(parts) > 1:
+        elif self.layout.table.separate:
             reason = "rows of a stream go through the model separately (forward='separate')"
         elif any(isinstance(a, LossCombiner) for a in self.adaptations):
             reason = "another adaptation combines the losses"

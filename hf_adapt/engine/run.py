@@ -91,6 +91,9 @@ class AdaptationRun:
         """The model is wrapped and the optimizer exists."""
         for adaptation in self.adaptations:
             adaptation.begin(self.trainer)
+        average = self.weights.average
+        if self._resumes and average is not None:  # an evaluation may come before the first batch
+            average.load_state_dict(self.saved.of(average))
 
     def finish(self) -> None:
         """The run has ended well."""
@@ -101,10 +104,11 @@ class AdaptationRun:
 
     def close(self) -> None:
         """Remove all hooks and restore what was changed."""
-        self._divided_groups.restore()
-        for adaptation in self.adaptations:
-            adaptation.close()
-        self.step.forward.close()
+        with ExitStack() as stack:  # whatever one of them raises, the others are closed
+            stack.callback(self.step.forward.close)
+            for adaptation in reversed(self.adaptations):
+                stack.callback(adaptation.close)
+            self._divided_groups.restore()
 
     @property
     def checkpoint(self) -> str | None:
@@ -159,7 +163,7 @@ class AdaptationRun:
         self.step.look_at(model, inputs)
         self.auxiliary.make_optimizer()
         if self._resumes:
-            self.auxiliary.restore(self.saved)
+            self.auxiliary.restore(self.saved, done=self.weights.average)
 
     def begin_step(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Count the items of all micro-batches of the coming optimizer step, on all processes."""

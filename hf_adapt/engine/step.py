@@ -12,7 +12,13 @@ from torch import nn
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.batch import Batch
-from hf_adapt.engine.collating import DOMAIN, STREAM_BATCHES, UNPAIRED, take_columns
+from hf_adapt.engine.collating import (
+    DOMAIN,
+    STAND_IN,
+    STREAM_BATCHES,
+    UNPAIRED,
+    take_columns,
+)
 from hf_adapt.engine.forward import BaseLoss, ForwardPass
 from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
 from hf_adapt.engine.mixins import FusedObjective, LearningRateControl, LossCombiner
@@ -105,10 +111,12 @@ class TrainingStep:
         parts = []
         for stream, batch in {TRAINING: inputs, **separate}.items():
             given = dict(batch)
-            domain = given.pop(DOMAIN)
+            domain, stands_in = given.pop(DOMAIN), given.pop(STAND_IN, None) is not None
             columns = take_columns(given, len(domain))
             extra = {k: given.pop(k) for k in self.extra_inputs if k in given}
-            parts.append(Part(given, domain, stream, columns=columns, extra=extra))
+            part = Part(given, domain, stream, columns=columns, extra=extra)
+            part.is_stand_in = stands_in
+            parts.append(part)
         return parts
 
     def _batch(self, model: nn.Module, parts: list[Part]) -> Batch:
@@ -144,24 +152,26 @@ class TrainingStep:
             return self.forward.task_loss(model, first, items, self._has_loss(first))
 
         loss = counts.task_loss(loss_of, first, num_items_in_batch)
-        streams = {}
+        nothing = torch.zeros((), device=self.trainer.args.device)
+        own_losses = dict.fromkeys(sorted(self.layout.table.labelled), nothing)
         for part in parts[1:]:
-            if self.data is None or part.stream not in self.data.table.labelled:
+            if part.is_stand_in or part.stream not in own_losses:
                 self.forward.features(model, part)
                 continue
 
             def stream_loss_of(items: Any, part: Part = part) -> torch.Tensor:
                 return self.forward.task_loss(model, part, items)
 
-            own = counts.stream_loss(stream_loss_of, part, num_items_in_batch)
-            streams[part.stream] = (
-                own,
-                value_at(self.data.streams[part.stream].weight, self.progress),
-            )
+            own_losses[part.stream] = counts.stream_loss(stream_loss_of, part, num_items_in_batch)
+        streams = {} if self.data is None else self.data.streams
+        weighted = {
+            name: (own, value_at(streams[name].weight, self.progress))
+            for name, own in own_losses.items()
+        }
         # What this micro-batch adds to the step's loss, so that sums over the step are exact.
         steps = counts.steps
         self.metrics.add("loss/task", loss.detach() * (steps / divided), 1 / steps)
-        return TaskLosses(loss, self._base_weight, streams, divided)
+        return TaskLosses(loss, self._base_weight, weighted, divided)
 
     def _fused_losses(
         self,

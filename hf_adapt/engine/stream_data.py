@@ -17,7 +17,7 @@ from hf_adapt.engine.collating import (
     label_columns,
     missing_columns_message,
 )
-from hf_adapt.engine.columns import dataset_columns
+from hf_adapt.engine.columns import dataset_columns, model_inputs
 from hf_adapt.engine.pairing import StreamRows, is_map_style, pair
 from hf_adapt.engine.streams import HF_DATASETS, TRAINING, Stream, StreamTable
 from hf_adapt.engine.trainer_kinds import is_sentence_trainer, refuse_answers
@@ -64,7 +64,8 @@ class StreamData:
                 source, given[name] = _split(source, stream.source_domain, needing)
             else:
                 given[name] = stream.domains
-        source_rows = _without_unused_columns(trainer, source)
+        self._wants_domain = any(DOMAIN in a.columns for a in adaptations)
+        source_rows = self._without_unused_columns(source)
         self._used = _used_columns(trainer)
         rows, names = [], [TRAINING]
         for name, stream in streams.items():
@@ -78,7 +79,8 @@ class StreamData:
                     f"ratio={stream.ratio} of {len(source)} training rows is not even one "
                     f"{name} row in an epoch. Use a larger ratio."
                 )
-            data = [_without_unused_columns(trainer, dataset) for dataset in data]
+            data = [self._without_unused_columns(dataset) for dataset in data]
+            _check_dispatch(trainer, source, name, stream)
             rows.append(StreamRows(data, stream.ratio, len(names), name))
             names += [name] * len(data)
         apart = is_sentence_trainer(trainer)
@@ -111,12 +113,27 @@ class StreamData:
 
         trainer.train_dataset = self._paired
         trainer.data_collator = AdaptationCollator(
-            collator, columns, transforms, self.table, trainer.label_names, self._used, clean
+            collator,
+            columns,
+            transforms,
+            self.table,
+            trainer.label_names,
+            self._used,
+            clean,
+            model_inputs(trainer),
+            stands_in=trainer.accelerator.num_processes > 1,
         )
         try:
             yield
         finally:
             trainer.train_dataset, trainer.data_collator = dataset, collator
+
+    def _without_unused_columns(self, dataset: Any) -> Any:
+        if isinstance(dataset, datasets.Dataset) and not is_sentence_trainer(self.trainer):
+            if DOMAIN in dataset.column_names and not self._wants_domain:
+                dataset = dataset.remove_columns(DOMAIN)
+            return self.trainer._remove_unused_columns(dataset, description="training")
+        return dataset
 
     def is_paired(self, dataset: Any) -> bool:
         """Whether this is the paired set (its sampler is the source's)."""
@@ -216,12 +233,24 @@ def _check_not_empty(target: Any, stream: str) -> None:
         )
 
 
-def _without_unused_columns(trainer: Trainer, dataset: Any) -> Any:
-    if isinstance(dataset, datasets.Dataset) and not is_sentence_trainer(trainer):
-        if DOMAIN in dataset.column_names:
-            dataset = dataset.remove_columns(DOMAIN)
-        return trainer._remove_unused_columns(dataset, description="training")
-    return dataset
+def _check_dispatch(trainer: Trainer, source: Any, name: str, stream: Stream) -> None:
+    """Refuse a stream whose batches the main process cannot cut for the others.
+
+    Raises:
+        ValueError: If a batch's rows would be lost or go to the wrong process.
+    """
+    dispatches = trainer.accelerator.dataloader_config.dispatch_batches
+    if is_map_style(source) or trainer.accelerator.num_processes == 1 or dispatches is False:
+        return
+    size = trainer.args.per_device_train_batch_size
+    separate = stream.is_separate or is_sentence_trainer(trainer)
+    if (separate and stream.ratio != 1) or not float(size * stream.ratio).is_integer():
+        raise ValueError(
+            f"A streaming train_dataset is cut into batches for {trainer.accelerator.num_processes}"
+            f" processes by the main one, which does not work for the stream {name!r} with "
+            f"ratio={stream.ratio}. Set accelerator_config={{'dispatch_batches': False}}, so that "
+            "each process reads its own share of the stream, or use ratio=1."
+        )
 
 
 def _used_columns(trainer: Trainer) -> set[str] | None:

@@ -95,7 +95,8 @@ class Terms:
         loss = task.loss
         losses, weights = {"task": loss}, {"task": weight}
         if weight != 1:  # so that the plain Trainer's loss stays what it is, bit for bit
-            loss = (loss if weight else loss.nan_to_num(0.0, 0.0, 0.0)) * weight
+            losses["task"] = loss if weight else loss.nan_to_num(0.0, 0.0, 0.0)
+            loss = losses["task"] * weight
         for name, (stream_loss, stream_weight) in task.streams.items():
             share = stream_loss / divided
             self.metrics.add(f"loss/{name}", share.detach() * steps, 1 / steps)

@@ -14,7 +14,7 @@ from transformers.training_args import ParallelMode
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.checkpoint import AuxiliaryState
 from hf_adapt.engine.collating import COLUMNS, DOMAIN, AdaptationCollator
-from hf_adapt.engine.columns import inputs_of, kept_columns
+from hf_adapt.engine.columns import inputs_of, kept_columns, model_inputs
 from hf_adapt.engine.gradients import check_whole_gradients
 from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver, GradientTransform
 from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
@@ -186,7 +186,13 @@ class AdaptationMixin(_Base):
             yield
             return
         before = self.data_collator
-        self.data_collator = AdaptationCollator(before, columns, transforms)
+        self.data_collator = AdaptationCollator(
+            before,
+            columns,
+            transforms,
+            label_names=self.label_names,
+            inputs=model_inputs(self),
+        )
         try:
             yield
         finally:

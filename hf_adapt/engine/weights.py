@@ -63,7 +63,10 @@ class SwappedWeights:
             self._write(self.average.averaged_weights())
 
     def _tensors(self, names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        own = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
         if unknown := sorted(set(names) - set(own)):
             raise ValueError(
                 f"{self.average.name if self.average else 'The average'} has weights that the "

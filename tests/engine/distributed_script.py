@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
-from hf_adapt import DANN, MMD, InformationMaximization, adapt
+from hf_adapt import DANN, MMD, InformationMaximization, Objective, Stream, adapt
 from hf_adapt.unfreezing import GradualUnfreezing, RandomLayers
 from tests.helpers.data import collate, rows
 from tests.helpers.distributed import quiet_arguments, save_results
@@ -26,6 +27,21 @@ UNFREEZING: dict[str, dict[str, Any]] = {
 }
 
 
+class Further(Objective):
+    """The size of the predictions of a further forward of the memory's rows."""
+
+    streams = ("memory",)
+
+    def num_items(self, rows: Any) -> torch.Tensor:
+        return (rows.domain > 0).sum()
+
+    def loss(self, batch: Any) -> Any:
+        further = batch.forward(streams=("memory",))
+        features, domain = further.features()
+        sizes = features.square().mean(-1) if len(domain) else features.flatten()
+        return sizes.sum(), (batch.domain > 0).sum()
+
+
 def main(
     folder: Path,
     per_device: int,
@@ -36,6 +52,7 @@ def main(
     mmd: bool = False,
     streamed: bool = False,
     unfreezing: str | None = None,
+    memory: str | None = None,
     **settings: Any,
 ) -> None:
     """Train and write the results of this process.
@@ -50,6 +67,8 @@ def main(
         mmd: Add MMD, which couples the rows of a batch.
         streamed: Read the rows from a stream.
         unfreezing: One of `UNFREEZING`.
+        memory: Add a stream of a row for every fourth one, "labelled" or "hidden", with a forward
+            of its own and a further one.
         settings: Further training arguments.
     """
     args = quiet_arguments(
@@ -72,7 +91,13 @@ def main(
         objectives = [dann, MMD()]
     if unfreezing is not None:
         objectives.append(GradualUnfreezing(**UNFREEZING[unfreezing]))
-    adapt(trainer, *objectives, target_dataset=rows(23, 2, None, low=20))
+    streams = {}
+    if memory is not None:
+        objectives.append(Further())
+        labels = "keep" if memory == "labelled" else "hide"
+        data = rows(9, 4, "token" if head == "token" else "row")
+        streams["memory"] = Stream(data, ratio=0.25, labels=labels, forward="separate")
+    adapt(trainer, *objectives, target_dataset=rows(23, 2, None, low=20), streams=streams)
     trainer.train(
         resume_from_checkpoint=resume and str(folder.parent / resume / "out" / "checkpoint-2")
     )

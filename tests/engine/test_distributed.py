@@ -19,6 +19,9 @@ JOBS = {
     "checkpointing": Job(SCRIPT, {"gradient_checkpointing": True}),
     "coupled": Job(SCRIPT, {"mmd": True}),
     "streamed": Job(SCRIPT, {"streamed": True}),
+    # A process often has no row of such a stream, and must run the same forwards.
+    "labelled": Job(SCRIPT, {"memory": "labelled"}, per_device=2, steps=2),
+    "hidden": Job(SCRIPT, {"memory": "hidden", "head": "token"}, per_device=2, steps=2),
 }
 if FIVE:
     JOBS["sharded"] = Job(SCRIPT, {"fsdp": "BertLayer"})
@@ -33,6 +36,8 @@ if FIVE:
         ("accumulated", "tokens", 8, 1),
         ("checkpointing", "rows", 8, 1),
         ("streamed", "streamed", 8, 1),
+        ("labelled", "labelled", 8, 1),
+        ("hidden", "hidden", 8, 1),
         ("coupled", "coupled", 4, 2),  # a coupled term is the mean over micro-batches and ranks
     ],
 )
@@ -51,7 +56,7 @@ def test_two_ddp_processes_are_one(
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
     assert_same(one, two, rtol=1e-4, atol=1e-6)
     for a, b in zip(logs(alone), logs(two_processes / job), strict=True):
-        for key in ("loss", "loss/task", "loss/dann", "dann/domain_accuracy"):
+        for key in ("loss", "loss/task", "loss/dann", "dann/domain_accuracy", "loss/memory"):
             if key in a:
                 assert a[key] == pytest.approx(b[key], rel=1e-4), key
 

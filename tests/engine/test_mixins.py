@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from hf_adapt import MMD, AdaptationTrainer, Objective, adapt
+from hf_adapt import MMD, AdaptationTrainer, Objective, Stream, adapt
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.gradients import check_whole_gradients
@@ -80,6 +80,35 @@ def test_labels_of_features(tmp_path: Path) -> None:
         tagger.train()
 
 
+def test_labels_without_a_mask_and_vectors_of_labels(tmp_path: Path) -> None:
+    def bare(features: Any) -> dict[str, torch.Tensor]:
+        batch = collate(features, length=10)
+        del batch["attention_mask"]
+        return batch
+
+    trainer = trainer_in(tmp_path, labels="lm")
+    trainer.data_collator = bare
+    adapt(trainer, Relearned()).train()
+    entry = trainer.state.log_history[0]
+    assert entry["loss/relearned"] == pytest.approx(entry["loss/task"], rel=1e-5)
+
+    class Vectors(Objective):
+        def loss(self, batch: Any) -> torch.Tensor:
+            logits, _ = batch.logits()
+            return F.binary_cross_entropy_with_logits(logits, batch.labels())
+
+    def as_wide_as_labels(features: Any) -> dict[str, torch.Tensor]:
+        batch = collate(features, length=10)
+        return {**batch, "labels": F.one_hot(batch["labels"], 10).float()}
+
+    model = bert(num_labels=10, problem_type="multi_label_classification")
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(12, 1))
+    trainer.data_collator = as_wide_as_labels
+    adapt(trainer, Vectors()).train()
+    entry = trainer.state.log_history[0]
+    assert entry["loss/vectors"] == pytest.approx(entry["loss/task"], rel=1e-5)
+
+
 class Masked(Objective):
     """The distance between the features of the rows and of the same rows with masked tokens."""
 
@@ -140,6 +169,40 @@ def test_a_further_forward_under_accumulation(tmp_path: Path) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 
 
+class Sparse(Objective):
+    """A further forward of rows that a micro-batch often has not."""
+
+    streams = ("memory",)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        features, domain = batch.forward(streams=("memory",)).features()
+        assert len(features) == len(domain)
+        return features.square().sum()
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_a_further_forward_of_no_rows(forward: Any, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, per_device_train_batch_size=1, max_steps=4)
+    stream = Stream(rows(4, 4, None), ratio=0.25, forward=forward)
+    adapt(trainer, Sparse(), streams={"memory": stream}).train()
+    losses = [e["loss/sparse"] for e in trainer.state.log_history if "loss/sparse" in e]
+    assert sum(loss > 0 for loss in losses) == 1
+
+
+class Asking(Adaptation):
+    """Asks for features, which are captured for objectives."""
+
+    def build_modules(self, batch: Any) -> None:
+        batch.features()
+
+
+def test_features_that_no_objective_names(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    adapt(trainer, Asking())
+    with pytest.raises(ValueError, match="captured for the layers that objectives name"):
+        trainer.train()
+
+
 # ---- combining losses ----
 
 
@@ -174,6 +237,28 @@ def test_a_combiner_takes_the_place_of_the_sum(tmp_path: Path) -> None:
             assert factors == {"task": 1.0, "mmd": 0.3, "relearned": 1.0}
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(gradients[2], 2 * gradients[0], rtol=1e-5, atol=1e-8)
+
+
+class Unweighted(Objective):
+    """Turns the task's loss off, which is NaN where there are no labels."""
+
+    def base_weight(self, progress: float) -> float:
+        return 0.0
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return batch.features()[0].square().mean()
+
+
+def test_a_combiner_is_not_given_a_loss_that_is_nan_and_does_not_count(tmp_path: Path) -> None:
+    logged = []
+    for combiner in ([], [Sum()]):
+        trainer = trainer_in(tmp_path, labels="token")
+        trainer.train_dataset = rows(12, 1, "token").map(
+            lambda row: {"labels": [-100] * len(row["labels"])}
+        )
+        adapt(trainer, Unweighted(), *combiner).train()
+        logged.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert logged[0] == pytest.approx(logged[1]) and logged[0][0] > 0
 
 
 def test_two_combiners_are_refused(tmp_path: Path) -> None:
@@ -304,6 +389,16 @@ def test_an_observer_sees_every_evaluation(way: str, tmp_path: Path) -> None:
     assert observer.calls == ["eval", "test"] and after.predictions.shape == (6, 3)
 
 
+def test_an_observer_by_callback_sees_an_evaluation_before_training(tmp_path: Path) -> None:
+    observer = Confidence()
+    observer.columns = ()
+    observer.observe = lambda inputs, columns, outputs: setattr(observer, "count", 1)
+    trainer = trainer_in(tmp_path)
+    trainer.add_callback(AdaptationCallback(observer))
+    assert "eval_confidence" in trainer.evaluate()
+    assert "test_confidence" in trainer.predict(rows(4, 5)).metrics
+
+
 # ---- the end of a run ----
 
 
@@ -333,6 +428,23 @@ def test_finish_is_called_where_a_run_ends_well(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of luck"):
         adapt(failing, bad).train()
     assert good.events == ["finish", "close"] and bad.events == ["close"]
+
+
+class Clumsy(Adaptation):
+    """Fails to close."""
+
+    def close(self) -> None:
+        raise RuntimeError("closed badly")
+
+
+def test_an_adaptation_that_fails_to_close_leaves_no_hooks_of_others(tmp_path: Path) -> None:
+    trainer, good = trainer_in(tmp_path), Finishing()
+    before = sum(len(m._forward_hooks) for m in trainer.model.modules())
+    adapt(trainer, Clumsy(), good, MMD(), target_dataset=TARGET)
+    with pytest.raises(RuntimeError, match="closed badly"):
+        trainer.train()
+    assert sum(len(m._forward_hooks) for m in trainer.model.modules()) == before
+    assert good.events == ["finish", "close"]
 
 
 # ---- averaged weights ----
@@ -370,6 +482,61 @@ def test_averaged_weights_are_swapped_in(replaces_final: bool, tmp_path: Path) -
         assert not final["classifier.weight"].any() and not final["classifier.bias"].any()
     else:
         assert same_bits(final, weights(plain.model))
+
+
+class Counted(WeightAverage):
+    """An average that is the number of optimizer steps, kept in the checkpoint."""
+
+    replaces_final = True
+
+    def __init__(self) -> None:
+        self.steps = 0.0
+
+    def before_step(self, step: int) -> None:
+        self.steps += 1.0
+
+    def averaged_weights(self) -> dict[str, torch.Tensor]:
+        return {"classifier.bias": torch.full((3,), self.steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def test_an_average_is_restored_before_the_first_batch(tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(save_strategy="steps", save_steps=3, max_steps=3)
+    finals = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):  # the second run has nothing left to do
+        trainer = trainer_in(tmp_path, **settings)
+        adapt(trainer, Counted()).train(resume_from_checkpoint=resume)
+        finals.append(weights(trainer.model)["classifier.bias"].tolist())
+    assert finals == [[3.0] * 3] * 2
+
+
+def test_an_average_of_tied_weights(tmp_path: Path) -> None:
+    class Tied(WeightAverage):
+        def begin(self, trainer: Trainer) -> None:
+            self.kept = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+        def averaged_weights(self) -> dict[str, torch.Tensor]:
+            return self.kept
+
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    model = GPT2LMHeadModel(GPT2Config(**shape))
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, eval_strategy="steps", eval_steps=1),
+        train_dataset=rows(12, 1, "lm"),
+        eval_dataset=rows(6, 3, "lm"),
+        data_collator=collate,
+    )
+    adapt(trainer, Tied()).train()
+    losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert len(set(losses)) == 1, "the first weights are evaluated each time"
 
 
 def test_an_average_does_not_replace_the_best_model(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer
 
-from hf_adapt import MMD, Objective, adapt
+from hf_adapt import MMD, Distillation, Objective, adapt
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.pairing import PairedDataset, StreamRows
 from hf_adapt.engine.streams import Stream
-from tests.helpers.data import collate, rows
+from tests.helpers.data import RowStream, collate, rows
 from tests.helpers.models import bert, llama
 from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio, flat_gradient
 
@@ -189,3 +189,134 @@ def test_a_labelled_stream_without_labels_is_refused(tmp_path: Path) -> None:
     stream = Stream(rows(4, 2, None), labels="keep")
     with pytest.raises(ValueError, match="dataset of the stream 'memory' has none of the label"):
         trained(tmp_path, "sequence", given={"streams": {"memory": stream}})
+
+
+# ---- labels under other names, losses of one's own, columns, torch streams ----
+
+
+class Named(Trainer):
+    """Its labels are called y, so that the Trainer cannot count them."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        inputs = dict(inputs)
+        labels = inputs.pop("y")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def named(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = collate([{k: v for k, v in row.items() if k != "y"} for row in features])
+    return {**batch, "y": torch.tensor([row["y"] for row in features])}
+
+
+def divided(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def gradients_of_sizes(tmp_path: Path, cls: Any, ratio: float, **options: Any) -> list[Any]:
+    found = []
+    for size in (8, 1):
+        recorder = GradientRecorder()
+        trainer = cls(
+            bert(),
+            arguments(
+                tmp_path,
+                max_steps=1,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+                max_grad_norm=0.0,
+                **options.get("settings", {}),
+            ),
+            train_dataset=options["train"],
+            data_collator=options.get("collator", collate),
+            callbacks=[recorder],
+            **options.get("more", {}),
+        )
+        stream = Stream(options["memory"], ratio=ratio, labels="keep")
+        adapt(trainer, streams={"memory": stream}).train()
+        found.append((recorder.gradients[0], trainer.state.log_history[0]["loss/memory"]))
+    return found
+
+
+def test_a_sparse_stream_whose_labels_cannot_be_counted(tmp_path: Path) -> None:
+    """Most micro-batches have none of its rows: those that have weigh more."""
+    (whole, loss), (single, same) = gradients_of_sizes(
+        tmp_path,
+        Named,
+        0.25,
+        train=rows(8, 1).rename_column("labels", "y"),
+        memory=rows(4, 2).rename_column("labels", "y"),
+        collator=named,
+        settings=dict(label_names=["y"], remove_unused_columns=False),
+    )
+    assert cosine_and_ratio(single, whole) == pytest.approx((1, 1), abs=1e-5)
+    assert same == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_loss_function_that_divides_by_the_number_of_items(tmp_path: Path) -> None:
+    data = dict(train=rows(8, 1), memory=rows(4, 2), more={"compute_loss_func": divided})
+    (whole, loss), (single, same) = gradients_of_sizes(tmp_path, Trainer, 0.5, **data)
+    plain = gradients_of_sizes(tmp_path, Trainer, 0.5, **{**data, "more": {}})[0]
+    for gradient in (single, plain[0]):
+        assert cosine_and_ratio(gradient, whole) == pytest.approx((1, 1), abs=1e-5)
+    assert loss == pytest.approx(same, rel=1e-5) == pytest.approx(plain[1], rel=1e-5)
+
+
+class Seeing(Objective):
+    """Writes down the columns beside each part."""
+
+    streams = ("memory",)
+
+    def __init__(self, *columns: str) -> None:
+        super().__init__()
+        self.columns, self.seen = columns, []
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        self.seen = [dict(part.columns) for part in batch.parts]
+        return batch.features()[0].sum() * 0.0
+
+
+def test_columns_of_a_stream_and_of_inputs(tmp_path: Path) -> None:
+    memory = rows(8, 2).add_column("old", list(range(8))).add_column("domain", [7] * 8)
+    train = rows(8, 1).add_column("domain", [3] * 8)
+    seeing, recorder = Seeing("old", "domain", "labels"), GradientRecorder()
+    trainer = Trainer(
+        bert(), arguments(tmp_path, max_steps=1), train_dataset=train, data_collator=collate
+    )
+    trainer.add_callback(recorder)
+    adapt(trainer, seeing, streams={"memory": Stream(memory, labels="keep")}).train()
+    ours, theirs = seeing.seen
+    assert ours["old"] == [None] * 4 and set(theirs["old"]) <= set(range(8))
+    assert ours["domain"] == [3] * 4 and theirs["domain"] == [7] * 4
+    assert set(theirs["labels"]) <= {0, 1, 2}, "and the model was given its labels"
+    assert trainer.state.log_history[0]["loss/task"] > 0
+
+
+def test_a_torch_stream_without_labels_is_refused(tmp_path: Path) -> None:
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=RowStream(rows(8, 1)),
+        data_collator=collate,
+    )
+    stream = Stream(RowStream(rows(8, 2, None)), labels="keep")
+    adapt(trainer, streams={"memory": stream})
+    with pytest.raises(ValueError, match="have none of the label columns 'labels'"):
+        trainer.train()
+
+
+def test_a_fused_term_beside_a_sparse_stream(tmp_path: Path) -> None:
+    """The first micro-batch may have none of its rows, and the second one some."""
+    teacher = llama(1)
+    recorder = GradientRecorder()
+    trainer = Trainer(
+        llama(),
+        arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4),
+        train_dataset=rows(12, 1, "lm"),
+        data_collator=collate,
+        callbacks=[recorder],
+    )
+    stream = Stream(rows(6, 2, "lm"), ratio=0.3, labels="keep")
+    adapt(trainer, Distillation(teacher), streams={"memory": stream}).train()
+    assert "loss/memory" in trainer.state.log_history[0] and len(recorder.gradients) == 3
