@@ -108,7 +108,8 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
             per item), `eval_calibration_error`, and with `compute_metrics` each metric of the
             teacher as `eval_teacher_<metric>` and the share of it that the student reaches as
             `eval_retained_<metric>`. The teacher then runs on the evaluation set too.
-        name: Prefix of the logs.
+        name: Prefix of the logs; another one than the default also stands before these metrics
+            (`eval_<name>_agreement`).
 
     Logs:
         `loss/distillation` (without `kd_weight`), `loss/task` (without `ce_weight`), each feature
@@ -374,7 +375,12 @@ class Distillation(TeacherHooks, EvaluationObserver, FusedObjective):
     def end_evaluation(self, metrics: Mapping[str, float], prefix: str) -> Mapping[str, float]:
         """The metrics that are added to an evaluation's."""
         comparison, self._comparison = self._comparison, None
-        return {} if comparison is None else comparison.metrics(metrics, prefix)
+        found = {} if comparison is None else comparison.metrics(metrics, prefix)
+        if self.name == type(self).name:
+            return found
+        # A second distillation beside the first one.
+        start = f"{prefix}_"
+        return {f"{start}{self.name}_{k.removeprefix(start)}": v for k, v in found.items()}
 
     # ---- losses without the logits of all tokens ----
 

@@ -127,10 +127,15 @@ class DistillationTrainer(AdaptationTrainer):
             **options,
         )
         for hook in HOOKS:
-            if getattr(type(self), hook) is not getattr(DistillationTrainer, hook):
+            if hook in vars(self) or getattr(type(self), hook) is not _OWN_HOOKS[hook]:
                 setattr(self.distillation, hook, getattr(self, hook))
         super().__init__(*args, objectives=[self.distillation, *(objectives or ())], **kwargs)
         self.distillation.observes_evaluation(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in HOOKS and "distillation" in vars(self):
+            setattr(self.distillation, name, value)
 
     item_mask = _forwarded(Distillation.item_mask)
     teacher_inputs = _forwarded(Distillation.teacher_inputs)
@@ -138,3 +143,7 @@ class DistillationTrainer(AdaptationTrainer):
     select_logits = _forwarded(Distillation.select_logits)
     divergence = _forwarded(Distillation.divergence)
     distillation_loss = _forwarded(Distillation.distillation_loss)
+
+
+_OWN_HOOKS = {hook: vars(DistillationTrainer)[hook] for hook in HOOKS}
+"""The hooks that nobody has overridden, not even by assigning to the class."""

@@ -354,7 +354,14 @@ class AdaptationMixin(_Base):
             self._adaptation_observers = ((), ())
         metrics = dict(output.metrics or {})
         for observer in observers:
-            metrics.update(observer.end_evaluation(metrics, prefix))
+            found = observer.end_evaluation(metrics, prefix)
+            if twice := sorted(found.keys() & metrics.keys()):
+                logger.warning(
+                    "%s replaces the metrics %s of an evaluation, which something else has made.",
+                    observer.name,
+                    ", ".join(twice),
+                )
+            metrics.update(found)
         return output._replace(metrics=metrics)
 
     def prediction_step(

@@ -189,4 +189,6 @@ class _Reader:
     def unknown(self, node: yaml.Node, what: str, name: str, known: list[str]) -> NoReturn:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        if name == "rates":
+            hint = " It is called 'lr_multipliers' now."
         self.fail(node, f"{name!r} is no {what}.{hint} Known: {', '.join(known)}.")

@@ -139,3 +139,18 @@ def test_the_items_are_chosen_once_for_each_micro_batch(tmp_path: Path) -> None:
         ).train()
         numbers.append(len(calls))
     assert numbers[1] - numbers[0] == 2 * 2
+
+
+def test_two_distillations_are_compared_each(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    first, second = (CASES["token"].model(seed) for seed in (1, 2))
+    adapt(
+        trainer,
+        Distillation(first, evaluate=True),
+        Distillation(second, evaluate=True, name="second", ce_weight=1.0),
+    )
+    both = trainer.evaluate()
+    alone = plain(tmp_path)
+    adapt(alone, Distillation(second, evaluate=True))
+    assert both["eval_second_teacher_kl"] == alone.evaluate()["eval_teacher_kl"]
+    assert both["eval_second_teacher_kl"] != both["eval_teacher_kl"]

@@ -131,6 +131,29 @@ def test_overridden_hooks_are_used_by_language_models_too(hook: str, tmp_path: P
     assert len(called) >= 3
 
 
+@pytest.mark.parametrize("way", ["assigned later", "assigned before", "patched"])
+def test_a_hook_that_is_assigned_is_used(way: str, tmp_path: Path, monkeypatch: Any) -> None:
+    called: list[str] = []
+
+    def squares(*given: Any) -> Any:
+        called.append(way)
+        student, teacher, _ = given[-3:]
+        return (student - teacher).square().mean(-1)
+
+    class Before(DistillationTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.divergence = squares
+            super().__init__(*args, **kwargs)
+
+    if way == "patched":
+        monkeypatch.setattr(DistillationTrainer, "divergence", squares)
+    trainer = make(tmp_path, Before if way == "assigned before" else DistillationTrainer)
+    if way == "assigned later":
+        trainer.divergence = squares
+    trainer.train()
+    assert len(called) >= 3
+
+
 # ---- when whole logits are computed ----
 
 

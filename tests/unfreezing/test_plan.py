@@ -205,6 +205,12 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "line", "message"),
     [
+        (
+            "phases:",
+            "rates:",
+            5,
+            "'rates' is no key of the plan. It is called 'lr_multipliers' now",
+        ),
         ("phases:", "phasess:", 5, "'phasess' is no key of the plan. Did you mean 'phases'"),
         ("  train: [head]", "  trian: [head]", 7, "'trian' is no key of a phase. Did you mean"),
         ("train: [head]", "train: [haed]", 7, "'haed' is no group. Did you mean 'head'"),

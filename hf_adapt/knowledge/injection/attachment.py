@@ -42,7 +42,8 @@ class Attachment:
         base = unwrapped_base(model)
         if attachment_of(base) is not None:
             raise ValueError(
-                f"This {type(base).__name__} has an injector already. Take it off first "
+                f"This {type(base).__name__} has an injector already, and a model takes one: "
+                "KnowledgeInjection and TextTriples do not go together. Take it off first "
                 "(attachment_of(model).detach()), or add injection points to its layers=."
             )
         self.model = self.reader = base

@@ -139,7 +139,8 @@ class Linker(ABC):
         fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         settings = {"new_fingerprint": fingerprint, "desc": "Linking", **settings}
         linked = split.map(add, num_proc=num_proc, **settings)
-        print(f"{name}: " * bool(name) + coverage(linked, self.graph.num_entities))
+        if len(linked) > 0:
+            print(f"{name}: " * bool(name) + coverage(linked, self.graph.num_entities))
         return linked
 
 
