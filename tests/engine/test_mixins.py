@@ -22,7 +22,7 @@ from hf_adapt.engine.mixins import (
     WeightAverage,
 )
 from tests.helpers.data import collate, rows
-from tests.helpers.models import bert, llama
+from tests.helpers.models import FIVE, bert, llama
 from tests.helpers.trainers import GradientRecorder, ScaledTrainer, arguments, same_bits, weights
 
 TARGET = rows(9, 2, None)
@@ -54,7 +54,12 @@ class Relearned(Objective):
         return F.cross_entropy(logits, labels, ignore_index=-100)
 
 
-@pytest.mark.parametrize("labels", ["row", "token", "lm"])
+counts_first_tokens = pytest.mark.skipif(
+    not FIVE, reason="the Trainer of 4.57 counts first tokens, which no token predicts"
+)
+
+
+@pytest.mark.parametrize("labels", ["row", "token", pytest.param("lm", marks=counts_first_tokens)])
 def test_labels_are_aligned_with_the_predictions(labels: str, tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, labels=labels)
     adapt(trainer, Relearned(), target_dataset=rows(9, 2, None)).train()
@@ -80,7 +85,8 @@ def test_labels_of_features(tmp_path: Path) -> None:
         tagger.train()
 
 
-def test_labels_without_a_mask_and_vectors_of_labels(tmp_path: Path) -> None:
+@counts_first_tokens
+def test_labels_without_a_mask(tmp_path: Path) -> None:
     def bare(features: Any) -> dict[str, torch.Tensor]:
         batch = collate(features, length=10)
         del batch["attention_mask"]
@@ -92,6 +98,8 @@ def test_labels_without_a_mask_and_vectors_of_labels(tmp_path: Path) -> None:
     entry = trainer.state.log_history[0]
     assert entry["loss/relearned"] == pytest.approx(entry["loss/task"], rel=1e-5)
 
+
+def test_vectors_of_labels(tmp_path: Path) -> None:
     class Vectors(Objective):
         def loss(self, batch: Any) -> torch.Tensor:
             logits, _ = batch.logits()

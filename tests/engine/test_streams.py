@@ -14,7 +14,7 @@ from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.pairing import PairedDataset, StreamRows
 from hf_adapt.engine.streams import Stream
 from tests.helpers.data import RowStream, collate, rows
-from tests.helpers.models import bert, llama
+from tests.helpers.models import FIVE, bert, llama
 from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio, flat_gradient
 
 HEADS = {"sequence": "row", "token": "token", "lm": "lm"}
@@ -65,8 +65,11 @@ def test_a_labelled_stream_has_a_loss_of_its_own(head: str, size: int, tmp_path:
     stream = Stream(memory, ratio=0.5, labels="keep", weight=0.7)
     trainer, gradient = trained(tmp_path, head, given={"streams": {"memory": stream}}, size=size)
     model = model_of(head)
-    loss = mean_loss(model, head, rows(8, 1, HEADS[head]))
-    own = mean_loss(model, head, memory)
+    data = rows(8, 1, HEADS[head])
+    loss, own = mean_loss(model, head, data), mean_loss(model, head, memory)
+    if head == "lm" and not FIVE:  # the Trainer of 4.57 counts first tokens, which none predicts
+        tokens = sum(len(row["labels"]) for row in data)
+        loss = loss * ((tokens - len(data)) / tokens)
     (loss + 0.7 * own).backward()
     assert cosine_and_ratio(gradient, flat_gradient(model)) == pytest.approx((1, 1), abs=1e-5)
     log = trainer.state.log_history[0]
