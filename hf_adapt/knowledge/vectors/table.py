@@ -199,9 +199,9 @@ class EntityVectors:
                 "that EntityVectors.save(folder) wrote."
             )
         metadata: dict[str, Any] = {"made_by": "file", "file": path.name}
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             reopen, is_bfloat16 = partial(read_npy, path.resolve()), False
-        elif path.suffix == ".safetensors":
+        elif path.suffix.lower() == ".safetensors":
             is_bfloat16 = read_safetensors(path, name).dtype == torch.bfloat16
             reopen = partial(_tensor, path.resolve(), name)
         else:

@@ -74,6 +74,13 @@ def write_text(path: Path, lines: list[str]) -> Path:
     return path
 
 
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path) -> None:
+    with open(tmp_path / "t.NPY", "wb") as file:
+        np.save(file, table())
+    vectors = EntityVectors.from_file(tmp_path / "t.NPY", graph())
+    assert np.array_equal(vectors.gather(np.arange(5)), table())
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_npy_and_safetensors_stay_mapped(dtype: Any, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", table(dtype))
