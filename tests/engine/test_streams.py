@@ -1,6 +1,8 @@
 """Several streams beside the training rows: who sees their rows, and who learns their labels."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hf_adapt import MMD, Distillation, Objective, adapt
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.pairing import PairedDataset, StreamRows
+from hf_adapt.engine.stream_data import _check_dispatch
 from hf_adapt.engine.streams import Stream
 from tests.helpers.data import RowStream, collate, rows
 from tests.helpers.models import FIVE, bert, llama
@@ -323,3 +326,25 @@ def test_a_fused_term_beside_a_sparse_stream(tmp_path: Path) -> None:
     stream = Stream(rows(6, 2, "lm"), ratio=0.3, labels="keep")
     adapt(trainer, Distillation(teacher), streams={"memory": stream}).train()
     assert "loss/memory" in trainer.state.log_history[0] and len(recorder.gradients) == 3
+
+
+@pytest.mark.parametrize(
+    ("stream", "dispatches", "refused"),
+    [
+        (Stream(rows(4, 2), ratio=0.5, labels="keep"), None, True),
+        (Stream(rows(4, 2), ratio=0.5, labels="keep"), False, False),
+        (Stream(rows(4, 2), labels="keep"), None, False),
+        (Stream(rows(4, 2), ratio=0.5), None, False),
+        (Stream(rows(4, 2), ratio=0.3), None, True),
+    ],
+)
+def test_batches_that_the_main_process_would_cut_wrongly_are_refused(
+    stream: Stream, dispatches: bool | None, refused: bool
+) -> None:
+    config = SimpleNamespace(dispatch_batches=dispatches)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=2, dataloader_config=config),
+        args=SimpleNamespace(per_device_train_batch_size=4),
+    )
+    with pytest.raises(ValueError, match="'dispatch_batches': False") if refused else nullcontext():
+        _check_dispatch(trainer, RowStream(rows(8, 1)), "memory", stream)
