@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_adapt.distillation.features import Captured, FeatureLoss, LayerMap, captured_output
 from hf_adapt.engine.progress import Schedule
+from hf_adapt.models.pooling import pool
 
 
 class Contrastive(FeatureLoss):
@@ -80,15 +81,9 @@ class Contrastive(FeatureLoss):
     ) -> torch.Tensor:
         """The sum over rows."""
         assert isinstance(projection, nn.ModuleList)
-        own = projection[0](_mean(student[0], mask))
-        theirs = projection[1](_mean(teacher[0], mask))
+        own = projection[0](pool(student[0], mask, "mean"))
+        theirs = projection[1](pool(teacher[0], mask, "mean"))
         return contrastive_loss(own, theirs, self.contrast_temperature).sum()
-
-
-def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    hidden = hidden.float()
-    real = mask.unsqueeze(-1)
-    return hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
 
 
 def contrastive_loss(

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_adapt.distillation.features import Captured, FeatureLoss, LayerMap, captured_output
 from hf_adapt.engine.progress import Schedule
+from hf_adapt.models.pooling import pool
 
 
 class HiddenStates(FeatureLoss):
@@ -88,9 +89,7 @@ class HiddenStates(FeatureLoss):
         """The sum over tokens (rows for PKD)."""
         own, theirs = student[0].float(), teacher[0].float()
         if self.distance == "pkd":
-            first = mask.int().argmax(dim=1)
-            rows = torch.arange(len(mask), device=mask.device)
-            own, theirs = own[rows, first], theirs[rows, first]
+            own, theirs = pool(own, mask, "cls"), pool(theirs, mask, "cls")
         else:
             own, theirs = own[mask], theirs[mask]
         if projection is not None:

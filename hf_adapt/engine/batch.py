@@ -94,7 +94,10 @@ class Rows:
             domain: (N,) long, the domain of each item, as `features()` and `logits()` return it.
             stream: The stream's name; `"train"` for the training rows.
         """
-        numbers = [n for n, name in enumerate(self.domain_streams) if name == stream]
+        return self._is_in_any(domain, (stream,))
+
+    def _is_in_any(self, domain: torch.Tensor, streams: Collection[str]) -> torch.Tensor:
+        numbers = [n for n, name in enumerate(self.domain_streams) if name in streams]
         return torch.isin(domain, torch.tensor(numbers, dtype=domain.dtype, device=domain.device))
 
     @property
@@ -181,8 +184,7 @@ class Batch(Rows):
         for part in [*self.parts, *self._stand_ins]:
             kept = torch.ones_like(part.domain, dtype=torch.bool)
             if streams is not None:
-                numbers = [n for n, name in enumerate(self.domain_streams) if name in streams]
-                kept = torch.isin(part.domain, torch.tensor(numbers, device=part.domain.device))
+                kept = self._is_in_any(part.domain, streams)
                 if part.stream != TRAINING and part.stream not in streams:
                     continue  # in no process
             # All processes must run the same forwards: one row is run where there is none.

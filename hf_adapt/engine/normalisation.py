@@ -154,10 +154,11 @@ class StepCounts:
             part: The rows; the loss is computed on them.
             num_items_in_batch: The Trainer's own count.
         """
-        if self.ignores_num_items:
-            return self._weighed(loss_of(None), part, self.divisor(num_items_in_batch))
-        loss = loss_of(num_items_in_batch)
         items = count_labels(self.trainer, part.inputs)
+        if self.ignores_num_items:
+            assert items is not None
+            return self._weighed(loss_of(None), part, self.divisor(num_items_in_batch), items)
+        loss = loss_of(num_items_in_batch)
         if items is not None:  # without a label in the whole step it is 0 / 0
             loss = torch.where((items > 0) | ~loss.isnan(), loss, torch.zeros_like(loss))
         return loss
@@ -185,11 +186,9 @@ class StepCounts:
         return torch.tensor(len(part.domain), device=part.domain.device) if items is None else items
 
     def _weighed(
-        self, mean: torch.Tensor, part: Part, divided: int, items: torch.Tensor | None = None
+        self, mean: torch.Tensor, part: Part, divided: int, items: torch.Tensor
     ) -> torch.Tensor:
-        """A mean over a part's labels, weighted by their share in the step's."""
-        items = count_labels(self.trainer, part.inputs) if items is None else items
-        assert items is not None
+        """A mean over a part's labels (or rows), weighted by their share in the step's."""
         total = self._labels.get(part.stream, items)
         loss = mean * (items / total.clamp(min=1)).to(mean.dtype) * (self.processes * divided)
         return torch.where(items > 0, loss, torch.zeros_like(loss))  # a mean over none is NaN
@@ -206,11 +205,15 @@ class StepCounts:
         """
         if not isinstance(value, tuple):
             return value / self.steps
-        total = self._items.get(f"{name}/{component}", self._items.get(name))
+        total = self._item_total(name, component)
         if total is None:  # a user's own loop, which counts nothing beforehand
             total = value[1].double() * self.steps
         scale: torch.Tensor = (self.processes / total.clamp(min=1)).to(value[0].dtype)
         return value[0] * scale
+
+    def _item_total(self, name: str, component: str) -> torch.Tensor | None:
+        """The items of a component in the step, or of its whole term; None if nothing counted."""
+        return self._items.get(f"{name}/{component}", self._items.get(name))
 
     # ---- fused losses ----
 
@@ -235,7 +238,7 @@ class StepCounts:
         self, objective: Objective, component: str, parts: list[Part]
     ) -> torch.Tensor:
         """The factor that makes the sum of an objective's term over a micro-batch a share."""
-        total = self._items.get(f"{objective.name}/{component}", self._items.get(objective.name))
+        total = self._item_total(objective.name, component)
         if total is None:  # a user's own loop, which counts nothing beforehand
             counts = objective.num_items(Rows(parts, self.layout).for_objective(objective))
             counts = counts[component] if isinstance(counts, Mapping) else counts

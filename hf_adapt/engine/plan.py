@@ -154,11 +154,10 @@ def streams_of(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> dict
     """
     active = set(map(id, adaptations))
     found: dict[str, Stream] = {}
-    given = [
-        {name: s for name, s in plan.streams.items() if s.is_trained_on or plan_is_active}
-        for plan in plans
-        for plan_is_active in [any(id(a) in active for a in plan.adaptations)]
-    ]
+    given = []
+    for plan in plans:
+        is_active = any(id(a) in active for a in plan.adaptations)
+        given.append({n: s for n, s in plan.streams.items() if s.is_trained_on or is_active})
     for streams in [*given, *(a.provided_streams() for a in adaptations)]:
         for name, stream in streams.items():
             known = found.get(name)
