@@ -194,7 +194,14 @@ class Batch(Rows):
             part_rows = part if bool(kept.all()) else part.select(kept)
             inputs = dict(part_rows.inputs) if change is None else change(dict(part_rows.inputs))
             plain = replace(
-                part_rows, inputs=inputs, hidden={}, masks={}, outputs=None, whole=None, kept=None
+                part_rows,
+                inputs=inputs,
+                hidden={},
+                masks={},
+                outputs=None,
+                is_fused=False,
+                whole=None,
+                kept=None,
             )
             made = self._run(plain)
             if empty:

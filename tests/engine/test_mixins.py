@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from hf_adapt import MMD, AdaptationTrainer, Objective, Stream, adapt
+from hf_adapt import MMD, AdaptationTrainer, Distillation, Objective, Stream, adapt
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.gradients import check_whole_gradients
@@ -195,6 +195,21 @@ def test_a_further_forward_of_no_rows(forward: Any, tmp_path: Path) -> None:
     adapt(trainer, Sparse(), streams={"memory": stream}).train()
     losses = [e["loss/sparse"] for e in trainer.state.log_history if "loss/sparse" in e]
     assert sum(loss > 0 for loss in losses) == 1
+
+
+class Further(Objective):
+    """Predictions of a further forward, whatever the first one has."""
+
+    uses_logits = False
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return batch.forward().logits()[0].square().mean()
+
+
+def test_a_further_forward_beside_a_fused_loss_has_predictions(tmp_path: Path) -> None:
+    trainer, teacher = trainer_in(tmp_path, labels="lm"), llama(1)
+    adapt(trainer, Distillation(teacher, chunked=True), Further()).train()
+    assert trainer.state.log_history[0]["loss/further"] > 0
 
 
 class Asking(Adaptation):
