@@ -1,5 +1,6 @@
 """Soft prompts and facts as text: they change the input, and nothing else."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import (
     BartForSequenceClassification,
 )
 
-from hf_adapt import DANN, AdaptationCallback, adapt
+from hf_adapt import DANN, Adaptation, AdaptationCallback, adapt
 from hf_adapt.knowledge import (
     EntityLinker,
     KnowledgeInjection,
@@ -89,20 +90,28 @@ def test_a_soft_prompt_trains_and_generates(name: str, tmp_path: Path) -> None:
     assert not torch.allclose(model(**changed).logits, model(**inputs).logits, atol=1e-5)
 
 
-def test_soft_prompts_of_any_batch_are_the_same(tmp_path: Path) -> None:
+def gradients_of_batches(
+    folder: Path, model: str, made: Callable[[], Adaptation]
+) -> list[torch.Tensor]:
+    """The first gradient of one micro-batch of eight rows, and of eight of one."""
     found = []
     for rows, steps in ((8, 1), (1, 8)):
         one = trainer(
-            tmp_path,
-            "llama",
+            folder,
+            model,
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=steps,
             max_grad_norm=0.0,
         )
         recorder = GradientRecorder()
         one.add_callback(recorder)
-        adapt(one, prompting()).train()
+        adapt(one, made()).train()
         found.append(recorder.gradients[0])
+    return found
+
+
+def test_soft_prompts_of_any_batch_are_the_same(tmp_path: Path) -> None:
+    found = gradients_of_batches(tmp_path, "llama", prompting)
     cosine, ratio = cosine_and_ratio(*found)
     assert cosine == pytest.approx(1, abs=1e-4) and ratio == pytest.approx(1, abs=1e-3)
 
@@ -197,19 +206,7 @@ def np_finite(value: float) -> bool:
 
 @needs_masks
 def test_facts_of_any_batch_are_the_same(tmp_path: Path) -> None:
-    found = []
-    for rows, steps in ((8, 1), (1, 8)):
-        one = trainer(
-            tmp_path,
-            "bert",
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=steps,
-            max_grad_norm=0.0,
-        )
-        recorder = GradientRecorder()
-        one.add_callback(recorder)
-        adapt(one, TextTriples(toy.graph())).train()
-        found.append(recorder.gradients[0])
+    found = gradients_of_batches(tmp_path, "bert", lambda: TextTriples(toy.graph()))
     cosine, ratio = cosine_and_ratio(*found)
     assert cosine == pytest.approx(1, abs=1e-4) and ratio == pytest.approx(1, abs=1e-3)
 
