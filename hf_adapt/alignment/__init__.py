@@ -7,12 +7,12 @@ from hf_adapt.alignment.adversarial import (
     dann_loss,
     reverse_gradient,
 )
-from hf_adapt.alignment.discrepancy import MMD, mmd_loss
 from hf_adapt.alignment.entropy import (
     InformationMaximization,
     prediction_diversity,
     prediction_entropy,
 )
+from hf_adapt.alignment.mmd import MMD, mmd_loss
 
 __all__ = [
     "DANN",

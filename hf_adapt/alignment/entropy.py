@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from hf_adapt.alignment.predictions import class_logits, refuse_other_problems
 from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.progress import Schedule
 
@@ -127,7 +128,7 @@ class InformationMaximization(Objective):
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes."""
-        _refuse_other_problems(trainer.model)
+        refuse_other_problems(trainer.model, "InformationMaximization")
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The number of target rows (or tokens), each of which has a prediction."""
@@ -135,14 +136,7 @@ class InformationMaximization(Objective):
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         """The two components, on the target rows."""
-        # Models without a problem_type choose one when they get the first labels.
-        _refuse_other_problems(batch.model)
-        logits, domain = batch.logits()
-        if logits.ndim != 2 or logits.shape[-1] < 2:
-            raise ValueError(
-                f"InformationMaximization needs logits of at least two classes, got "
-                f"{tuple(logits.shape)}. For a regression head, use DANN or MMD."
-            )
+        logits, domain = class_logits(batch, "InformationMaximization")
         target = logits[domain > 0]
         count = torch.as_tensor(len(target), device=logits.device)
         terms: dict[str, Term] = {
@@ -153,18 +147,3 @@ class InformationMaximization(Objective):
             diversity = prediction_diversity(target) if len(target) else none
             terms["negative_diversity"] = -self.diversity_weight * diversity
         return terms
-
-
-def _refuse_other_problems(model: Any) -> None:
-    """Refuse a model whose outputs are not scores of exclusive classes.
-
-    Raises:
-        ValueError: If it is a regression, or may give a row several labels.
-    """
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(
-            f"InformationMaximization needs predictions over exclusive classes; this model's "
-            f"problem_type is {problem!r}, as its configuration or its labels say (vectors of "
-            "floats are several labels per row). Use an objective on features (DANN, MMD)."
-        )
