@@ -140,3 +140,40 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert torch.equal(value, other[name]), name
         else:
             assert value == other[name], name
+
+
+class FakeBatch:
+    """A micro-batch as an objective sees it, of given features and predictions."""
+
+    model = None
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        domain: Sequence[int] | torch.Tensor,
+        logits: torch.Tensor | None = None,
+        labels: Sequence[int] | torch.Tensor | None = None,
+        further: "FakeBatch | None" = None,
+        progress: float = 0.5,
+    ) -> None:
+        self.domain = torch.as_tensor(domain)
+        self.num_domains = max(2, int(self.domain.max()) + 1)
+        self.progress = progress
+        self.logged: dict[str, float] = {}
+        self._features, self._logits, self._labels = features, logits, labels
+        self._further = further
+
+    def features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._features, self.domain
+
+    def logits(self) -> tuple[Any, torch.Tensor]:
+        return self._logits, self.domain
+
+    def labels(self, of: str = "logits") -> torch.Tensor:
+        return torch.as_tensor(self._labels)
+
+    def forward(self) -> Any:
+        return self._further
+
+    def log(self, name: str, value: Any, count: Any = 1.0) -> None:
+        self.logged[name] = float(value)
