@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt import DANN, MMD, Adaptation, InformationMaximization, adapt
+from hf_adapt.alignment import SelfTraining
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, weights
@@ -35,13 +36,35 @@ class Method:
     refuses_tokens: str | None = None
 
 
+PRIORS = (0.5, 0.3, 0.2)
+
+
+def masked(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A view in which every third token is another one."""
+    tokens = inputs["input_ids"].clone()
+    tokens[:, 1::3] = 3
+    return {**inputs, "input_ids": tokens}
+
+
 METHODS = {
     "dann": Method(lambda: [DANN(ramp=None, hidden_sizes=(8,))], "rows"),
     "information_maximization": Method(lambda: [InformationMaximization(weight=0.3)], "batches"),
+    "information_maximization_prior": Method(
+        lambda: [InformationMaximization(weight=0.3, prior=PRIORS)], "batches"
+    ),
     "mmd": Method(lambda: [MMD(weight=0.5)], "batches"),
+    "self_training": Method(
+        lambda: [SelfTraining(shares=(0.9, 0.9), refreshes=(0, 0.5), prior=PRIORS)], "rows"
+    ),
+    "self_training_teacher": Method(
+        lambda: [
+            SelfTraining(refreshes=(0, 0.4, 0.7), teacher_decay=0.5, view=masked, prior="estimate")
+        ],
+        None,
+    ),
 }
 SUMS = [name for name, method in METHODS.items() if method.accumulation == "rows"]
-COMPARABLE = [name for name, method in METHODS.items() if method.accumulation is not None]
+COUPLED = [name for name, method in METHODS.items() if method.accumulation == "batches"]
 
 
 def target(labels: int | None = None, head: str = "row") -> Any:
