@@ -13,6 +13,7 @@ from hf_adapt.alignment.entropy import (
     prediction_entropy,
 )
 from hf_adapt.alignment.mmd import MMD, mmd_loss
+from hf_adapt.alignment.neighbours import ATDOC, AaD
 from hf_adapt.alignment.priors import (
     corrected_logits,
     estimate_priors,
@@ -25,8 +26,10 @@ from hf_adapt.alignment.self_training import (
 )
 
 __all__ = [
+    "ATDOC",
     "DANN",
     "MMD",
+    "AaD",
     "DomainAdversarialCallback",
     "DomainDiscriminator",
     "InformationMaximization",

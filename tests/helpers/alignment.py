@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt import DANN, MMD, Adaptation, InformationMaximization, adapt
-from hf_adapt.alignment import SelfTraining
+from hf_adapt.alignment import ATDOC, AaD, SelfTraining
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, weights
@@ -26,8 +26,8 @@ class Method:
         make: Makes its adaptations, new for each run.
         accumulation: What several micro-batches of an optimizer step are: `"rows"`: one large
             micro-batch, as the term is a sum over rows; `"batches"`: the mean of their terms, as
-            the term couples rows; None: neither can be compared, as it draws random numbers, and
-            its own tests show it.
+            the term couples rows; None: neither can be compared, as it draws random numbers or
+            remembers its micro-batches, and its own tests show it.
         refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
     """
 
@@ -47,6 +47,9 @@ def masked(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 METHODS = {
+    "aad": Method(lambda: [AaD(weight=0.5, decay=0)], "batches"),
+    # Its memory holds predictions as they stand out in their micro-batch.
+    "atdoc": Method(lambda: [ATDOC(weight=0.5, prior=PRIORS)], None),
     "dann": Method(lambda: [DANN(ramp=None, hidden_sizes=(8,))], "rows"),
     "information_maximization": Method(lambda: [InformationMaximization(weight=0.3)], "batches"),
     "information_maximization_prior": Method(
