@@ -7,41 +7,73 @@ from hf_adapt.alignment.adversarial import (
     dann_loss,
     reverse_gradient,
 )
+from hf_adapt.alignment.central_moments import CMD, cmd_loss
+from hf_adapt.alignment.class_confusion import MCC, mcc_loss
+from hf_adapt.alignment.contrastive import SupervisedContrastive, supervised_contrastive_loss
+from hf_adapt.alignment.coral import CORAL, coral_loss
 from hf_adapt.alignment.entropy import (
+    EntropyMinimization,
     InformationMaximization,
     prediction_diversity,
     prediction_entropy,
 )
+from hf_adapt.alignment.feature_norm import AFN, hard_norm_loss, stepwise_norm_loss
+from hf_adapt.alignment.joint_mmd import JMMD, jmmd_loss
 from hf_adapt.alignment.mmd import MMD, mmd_loss
 from hf_adapt.alignment.neighbours import ATDOC, AaD
-from hf_adapt.alignment.priors import (
-    corrected_logits,
-    estimate_priors,
-    priors_from_sample,
-)
+from hf_adapt.alignment.nuclear_norm import BNM, bnm_loss
+from hf_adapt.alignment.optimal_transport import DeepJDOT, jdot_loss, sinkhorn_plan
+from hf_adapt.alignment.perturbation import FGM, VAT
+from hf_adapt.alignment.priors import corrected_logits, estimate_priors, priors_from_sample
+from hf_adapt.alignment.rdrop import RDrop, rdrop_loss
 from hf_adapt.alignment.self_training import (
     SelfTraining,
     aligned_predictions,
     balanced_pseudo_labels,
 )
+from hf_adapt.alignment.sharpness import SAM
 
 __all__ = [
+    "AFN",
     "ATDOC",
+    "BNM",
+    "CMD",
+    "CORAL",
     "DANN",
+    "FGM",
+    "JMMD",
+    "MCC",
     "MMD",
+    "SAM",
+    "VAT",
     "AaD",
+    "DeepJDOT",
     "DomainAdversarialCallback",
     "DomainDiscriminator",
+    "EntropyMinimization",
     "InformationMaximization",
+    "RDrop",
     "SelfTraining",
+    "SupervisedContrastive",
     "aligned_predictions",
     "balanced_pseudo_labels",
+    "bnm_loss",
+    "cmd_loss",
+    "coral_loss",
     "corrected_logits",
     "dann_loss",
     "estimate_priors",
+    "hard_norm_loss",
+    "jdot_loss",
+    "jmmd_loss",
+    "mcc_loss",
     "mmd_loss",
     "prediction_diversity",
     "prediction_entropy",
     "priors_from_sample",
+    "rdrop_loss",
     "reverse_gradient",
+    "sinkhorn_plan",
+    "stepwise_norm_loss",
+    "supervised_contrastive_loss",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.alignment.predictions import class_logits, refuse_other_problems
+from hf_adapt.alignment.predictions import paired_logits
 from hf_adapt.alignment.priors import PriorObjective, Priors
 from hf_adapt.alignment.row_bank import RowBank
 from hf_adapt.engine.adaptation import Term
@@ -41,8 +41,7 @@ class NeighbourObjective(PriorObjective):
             raise ValueError(f"num_neighbours={self.num_neighbours} must be at least 1.")
 
     def setup(self, trainer: Trainer) -> None:
-        """Refuse a model without classes; forget the rows of an earlier run."""
-        refuse_other_problems(trainer.model, type(self).__name__)
+        """Forget the rows of an earlier run."""
         super().setup(trainer)
         self.bank = RowBank()
         self._seen: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
@@ -68,16 +67,9 @@ class NeighbourObjective(PriorObjective):
         return {"keys": batch.keys(), "features": F.normalize(features), "logits": logits}
 
     def _items(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The features and predictions of all items, which must be the same ones."""
-        logits, _ = class_logits(batch, type(self).__name__)
+        """The features and predictions of all items."""
         features, _ = batch.features()
-        if len(features) != len(logits):
-            raise ValueError(
-                f"{type(self).__name__} compares the features of what is classified: there are "
-                f"{len(features)} features and {len(logits)} predictions. Pass pooling='tokens' "
-                "for a head that classifies tokens, and another pooling for one of rows."
-            )
-        return features, logits
+        return features, paired_logits(batch, features, type(self).__name__)
 
     def remembered(self, logits: torch.Tensor) -> torch.Tensor:
         """What the memory keeps of predictions, (N, C)."""

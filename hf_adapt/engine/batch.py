@@ -138,6 +138,47 @@ class Rows:
         """How many items `logits()` has, as a tensor: rows, or tokens for token heads."""
         return self._count(self._layout.token_logits, target_only)
 
+    def labels(self, of: str = "logits") -> torch.Tensor:
+        """The labels of the items, -100 where they are hidden or there are none.
+
+        Args:
+            of: `"logits"`: one for each item of `logits()`; a causal language model's are those of
+                the token after it. `"features"`: one for each item of `features()`.
+
+        Shape:
+            - output: (N,), or (N, C) where a row has a vector of labels.
+
+        Raises:
+            ValueError: If the items have no labels of their own: a pooled row of a tagger, say.
+        """
+        found = []
+        for part in self.parts:
+            name = next((n for n in self._layout.label_names if n in part.inputs), None)
+            value = None if name is None else part.inputs[name]
+            if not isinstance(value, torch.Tensor) or len(value) != len(part.domain):
+                raise ValueError(
+                    f"Expected labels with one entry per row in the batch, found "
+                    f"{', '.join(part.inputs)}. Name them in TrainingArguments(label_names=[...])."
+                )
+            by_token = self._layout.token_logits if of == "logits" else self.pooling == "tokens"
+            choices = of == "features" and part.num_choices > 1
+            tokens = part.inputs.get("input_ids", part.attention_mask)
+            shape = tokens.shape if isinstance(tokens, torch.Tensor) else None
+            fits = not by_token or value.shape == shape
+            if by_token != self._layout.token_logits or choices or not fits:
+                raise ValueError(
+                    f"The labels have shape {tuple(value.shape)}, and the items of {of}() are "
+                    f"{'choices' if choices else 'tokens' if by_token else 'rows'}: they have no "
+                    "labels of their own."
+                )
+            if by_token:
+                mask = part.attention_mask
+                if of == "logits" and is_causal_lm(self.model):
+                    value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], IGNORED)], 1)
+                value = value.flatten() if mask is None else value[mask.bool()]
+            found.append(value)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
     def _count(self, tokens: bool, target_only: bool, choices: bool = False) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.long, device=self.parts[0].domain.device)
         for part in self.parts:
@@ -225,47 +266,6 @@ class Batch(Rows):
             if not part.is_stand_in:
                 further.parts.append(made)
         return further
-
-    def labels(self, of: str = "logits") -> torch.Tensor:
-        """The labels of the items, -100 where they are hidden or there are none.
-
-        Args:
-            of: `"logits"`: one for each item of `logits()`; a causal language model's are those of
-                the token after it. `"features"`: one for each item of `features()`.
-
-        Shape:
-            - output: (N,), or (N, C) where a row has a vector of labels.
-
-        Raises:
-            ValueError: If the items have no labels of their own: a pooled row of a tagger, say.
-        """
-        found = []
-        for part in self.parts:
-            name = next((n for n in self._layout.label_names if n in part.inputs), None)
-            value = None if name is None else part.inputs[name]
-            if not isinstance(value, torch.Tensor) or len(value) != len(part.domain):
-                raise ValueError(
-                    f"Expected labels with one entry per row in the batch, found "
-                    f"{', '.join(part.inputs)}. Name them in TrainingArguments(label_names=[...])."
-                )
-            by_token = self._layout.token_logits if of == "logits" else self.pooling == "tokens"
-            choices = of == "features" and part.num_choices > 1
-            tokens = part.inputs.get("input_ids", part.attention_mask)
-            shape = tokens.shape if isinstance(tokens, torch.Tensor) else None
-            fits = not by_token or value.shape == shape
-            if by_token != self._layout.token_logits or choices or not fits:
-                raise ValueError(
-                    f"The labels have shape {tuple(value.shape)}, and the items of {of}() are "
-                    f"{'choices' if choices else 'tokens' if by_token else 'rows'}: they have no "
-                    "labels of their own."
-                )
-            if by_token:
-                mask = part.attention_mask
-                if of == "logits" and is_causal_lm(self.model):
-                    value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], IGNORED)], 1)
-                value = value.flatten() if mask is None else value[mask.bool()]
-            found.append(value)
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
     def features(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The pooled features and the domain of each, source and target rows together.

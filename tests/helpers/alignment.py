@@ -11,8 +11,28 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import DANN, MMD, Adaptation, InformationMaximization, adapt
-from hf_adapt.alignment import ATDOC, AaD, SelfTraining
+from hf_adapt import Adaptation, adapt
+from hf_adapt.alignment import (
+    AFN,
+    ATDOC,
+    BNM,
+    CMD,
+    CORAL,
+    DANN,
+    FGM,
+    JMMD,
+    MCC,
+    MMD,
+    SAM,
+    VAT,
+    AaD,
+    DeepJDOT,
+    EntropyMinimization,
+    InformationMaximization,
+    RDrop,
+    SelfTraining,
+    SupervisedContrastive,
+)
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, weights
@@ -50,7 +70,16 @@ METHODS = {
     "aad": Method(lambda: [AaD(weight=0.5, decay=0)], "batches"),
     # Its memory holds predictions as they stand out in their micro-batch.
     "atdoc": Method(lambda: [ATDOC(weight=0.5, prior=PRIORS)], None),
+    "afn": Method(lambda: [AFN()], "rows"),
+    "afn_hard": Method(lambda: [AFN(radius=5.0)], "batches"),
+    "bnm": Method(lambda: [BNM(weight=0.3)], "batches"),
+    "cmd": Method(lambda: [CMD()], "batches"),
+    "coral": Method(lambda: [CORAL(weight=100.0)], "batches"),
     "dann": Method(lambda: [DANN(ramp=None, hidden_sizes=(8,))], "rows"),
+    "deep_jdot": Method(lambda: [DeepJDOT()], "batches"),
+    "deep_jdot_unbalanced": Method(lambda: [DeepJDOT(unbalanced=1.0)], "batches"),
+    "entropy_minimization": Method(lambda: [EntropyMinimization()], "rows"),
+    "fgm": Method(lambda: [FGM()], "rows"),
     "information_maximization": Method(lambda: [InformationMaximization(weight=0.3)], "batches"),
     "information_maximization_prior": Method(
         lambda: [InformationMaximization(weight=0.3, prior=PRIORS)], "batches"
@@ -65,6 +94,12 @@ METHODS = {
         ],
         None,
     ),
+    "jmmd": Method(lambda: [JMMD(weight=0.5)], "batches"),
+    "mcc": Method(lambda: [MCC(weight=0.3)], "batches"),
+    "rdrop": Method(lambda: [RDrop()], "rows"),
+    "sam": Method(lambda: [MMD(weight=0.5), SAM()], "batches"),
+    "supervised_contrastive": Method(lambda: [SupervisedContrastive()], "batches"),
+    "vat": Method(lambda: [VAT()], None),
 }
 SUMS = [name for name, method in METHODS.items() if method.accumulation == "rows"]
 COUPLED = [name for name, method in METHODS.items() if method.accumulation == "batches"]
