@@ -34,6 +34,33 @@ def class_logits(batch: Batch, method: str) -> tuple[torch.Tensor, torch.Tensor]
     return logits, domain
 
 
+def predicted_features(
+    batch: Batch, method: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The features, the scores of exclusive classes and the domain of each item.
+
+    Args:
+        batch: The micro-batch.
+        method: Who asks, for the message.
+
+    Shape:
+        - features: (N, D); logits: (N, C), C at least 2; domain: (N,).
+
+    Raises:
+        ValueError: If the predictions are not scores of exclusive classes, or of other items than
+            the features.
+    """
+    features, domain = batch.features()
+    logits, _ = class_logits(batch, method)
+    if len(logits) != len(features):
+        raise ValueError(
+            f"{method} needs a prediction for each feature, got {len(logits)} predictions and "
+            f"{len(features)} features. Use pooling='tokens' where the model predicts tokens, and "
+            "another pooling where it predicts rows."
+        )
+    return features, logits, domain
+
+
 def refuse_other_problems(model: Any, method: str) -> None:
     """Refuse a model whose outputs are not scores of exclusive classes.
 
