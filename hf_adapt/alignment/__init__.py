@@ -14,6 +14,16 @@ from hf_adapt.alignment.mcd import MCD, classifier_discrepancy
 from hf_adapt.alignment.mdd import MDD, disagreement_loss, mdd_loss
 from hf_adapt.alignment.mmd import MMD, mmd_loss
 from hf_adapt.alignment.pada import PADA
+from hf_adapt.alignment.priors import (
+    corrected_logits,
+    estimate_priors,
+    priors_from_sample,
+)
+from hf_adapt.alignment.self_training import (
+    SelfTraining,
+    aligned_predictions,
+    balanced_pseudo_labels,
+)
 
 __all__ = [
     "CDAN",
@@ -26,15 +36,21 @@ __all__ = [
     "DomainDiscriminator",
     "ImportanceWeighting",
     "InformationMaximization",
+    "SelfTraining",
+    "aligned_predictions",
+    "balanced_pseudo_labels",
     "classifier_discrepancy",
     "conditioned_features",
+    "corrected_logits",
     "dann_loss",
     "density_ratio_weights",
     "disagreement_loss",
     "entropy_weights",
+    "estimate_priors",
     "mdd_loss",
     "mmd_loss",
     "prediction_diversity",
     "prediction_entropy",
+    "priors_from_sample",
     "reverse_gradient",
 ]
