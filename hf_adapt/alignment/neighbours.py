@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.alignment.predictions import paired_logits
+from hf_adapt.alignment.predictions import predicted_features
 from hf_adapt.alignment.priors import PriorObjective, Priors
 from hf_adapt.alignment.row_bank import RowBank
 from hf_adapt.engine.adaptation import Term
@@ -68,8 +68,8 @@ class NeighbourObjective(PriorObjective):
 
     def _items(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The features and predictions of all items."""
-        features, _ = batch.features()
-        return features, paired_logits(batch, features, type(self).__name__)
+        features, logits, _ = predicted_features(batch, type(self).__name__)
+        return features, logits
 
     def remembered(self, logits: torch.Tensor) -> torch.Tensor:
         """What the memory keeps of predictions, (N, C)."""

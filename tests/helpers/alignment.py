@@ -16,18 +16,23 @@ from hf_adapt.alignment import (
     AFN,
     ATDOC,
     BNM,
+    CDAN,
     CMD,
     CORAL,
     DANN,
     FGM,
     JMMD,
     MCC,
+    MCD,
+    MDD,
     MMD,
+    PADA,
     SAM,
     VAT,
     AaD,
     DeepJDOT,
     EntropyMinimization,
+    ImportanceWeighting,
     InformationMaximization,
     RDrop,
     SelfTraining,
@@ -80,11 +85,19 @@ METHODS = {
     "deep_jdot_unbalanced": Method(lambda: [DeepJDOT(unbalanced=1.0)], "batches"),
     "entropy_minimization": Method(lambda: [EntropyMinimization()], "rows"),
     "fgm": Method(lambda: [FGM()], "rows"),
+    "cdan": Method(lambda: [CDAN(ramp=None, hidden_sizes=(8,))], "batches"),
+    "cdan_rows": Method(
+        lambda: [CDAN(ramp=None, hidden_sizes=(8,), entropy_conditioning=False)], "rows"
+    ),
+    "importance_weighting": Method(lambda: [ImportanceWeighting(learning_rate=0.1)], "batches"),
     "information_maximization": Method(lambda: [InformationMaximization(weight=0.3)], "batches"),
     "information_maximization_prior": Method(
         lambda: [InformationMaximization(weight=0.3, prior=PRIORS)], "batches"
     ),
+    "mcd": Method(lambda: [MCD(ramp=None, hidden_sizes=(8,))], "rows"),
+    "mdd": Method(lambda: [MDD(ramp=None, hidden_sizes=(8,))], "rows"),
     "mmd": Method(lambda: [MMD(weight=0.5)], "batches"),
+    "pada": Method(lambda: [PADA(ramp=None, hidden_sizes=(8,), momentum=0.3)], "rows"),
     "self_training": Method(
         lambda: [SelfTraining(shares=(0.9, 0.9), refreshes=(0, 0.5), prior=PRIORS)], "rows"
     ),
