@@ -13,6 +13,10 @@ from hf_adapt.alignment.entropy import (
     prediction_diversity,
     prediction_entropy,
 )
+from hf_adapt.alignment.language_modeling import (
+    TargetLanguageModeling,
+    mask_tokens,
+)
 
 __all__ = [
     "DANN",
@@ -20,7 +24,9 @@ __all__ = [
     "DomainAdversarialCallback",
     "DomainDiscriminator",
     "InformationMaximization",
+    "TargetLanguageModeling",
     "dann_loss",
+    "mask_tokens",
     "mmd_loss",
     "prediction_diversity",
     "prediction_entropy",

@@ -59,6 +59,10 @@ class Rows:
         """Number of domains, the source included."""
         return len(self.domain_streams)
 
+    def ratio(self, stream: str = TARGET) -> float:
+        """How many rows of a stream each training row brings along; 0 where there is none."""
+        return self._layout.table.ratios.get(stream, 0.0)
+
     def for_objective(self, objective: Reader) -> Self:
         """The rows of this objective's streams, as seen with its feature layer and pooling."""
         bound = copy.copy(self)

@@ -88,6 +88,7 @@ class StreamData:
             tuple(names),
             frozenset(n for n, stream in streams.items() if stream.is_separate or apart),
             frozenset(n for n, stream in streams.items() if stream.labels == "keep"),
+            {n: stream.ratio for n, stream in streams.items()},
         )
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
         self.source = source
