@@ -17,6 +17,7 @@ from hf_adapt.alignment.language_modeling import (
     TargetLanguageModeling,
     mask_tokens,
 )
+from hf_adapt.alignment.pretraining import adapt_pretrain
 
 __all__ = [
     "DANN",
@@ -25,6 +26,7 @@ __all__ = [
     "DomainDiscriminator",
     "InformationMaximization",
     "TargetLanguageModeling",
+    "adapt_pretrain",
     "dann_loss",
     "mask_tokens",
     "mmd_loss",

@@ -19,6 +19,7 @@ from hf_adapt.engine.trainer_kinds import refuse_sentence_trainer
 from hf_adapt.models.hashing import mixed_bits, row_hash
 from hf_adapt.models.heads import has_head
 from hf_adapt.models.language_model import (
+    NEW_HEAD_RATE,
     LanguageModelHead,
     language_model_kind,
     load_language_model,
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from hf_adapt.engine.parts import Part
 
 logger = logging.getLogger(__name__)
-
-NEW_HEAD_RATE = 3e-3
-"""Learning rate of a new head: at 1e-3 it needs about twice as many steps."""
 
 INSTEAD = "Use an objective on features or predictions (MMD, DANN, InformationMaximization)."
 
@@ -98,6 +96,11 @@ def mask_tokens(
     )
 
 
+def step_seed(trainer: Trainer) -> int:
+    """A seed for the optimizer step under way, the same in every process and after resuming."""
+    return 1_000_003 * trainer.args.seed + trainer.state.global_step
+
+
 class TargetLanguageModeling(Objective):
     r"""Language modelling of the target's text beside the task: the model learns its language.
 
@@ -135,7 +138,7 @@ class TargetLanguageModeling(Objective):
         name: Prefix of the logs.
 
     Logs:
-        `loss/target_language_modeling` (nats per token), `target_language_modeling/gradient_ratio`.
+        `loss/target_language_modeling` (nats per token; its exponential is the perplexity).
 
     Raises:
         ValueError: If an option is out of range; on training, if the model or its batches have no
@@ -252,7 +255,7 @@ class TargetLanguageModeling(Objective):
     # ---- the tokens to predict ----
 
     def _mask(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> MaskedTokens:
-        seed = 1_000_003 * self._trainer.args.seed + self._trainer.state.global_step
+        seed = step_seed(self._trainer)
         return mask_tokens(input_ids, mask, self._tokenizer, self.mask_probability, seed)
 
     def _masked_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,7 @@ class Batch(Rows):
         self.progress = progress
         self._metrics = metrics
         self._run = run
+        self._is_further = False
 
     def forward(
         self,
@@ -184,7 +185,7 @@ class Batch(Rows):
             ```
         """
         further = copy.copy(self)
-        further.parts = []
+        further.parts, further._is_further = [], True
         for part in [*self.parts, *self._stand_ins]:
             kept = torch.ones_like(part.domain, dtype=torch.bool)
             if streams is not None:
@@ -364,7 +365,7 @@ class Batch(Rows):
                     "{'use_reentrant': False}."
                 )
             return hidden
-        if self._objective is None:
+        if self._objective is None or self._is_further:  # no other term reads those rows
             return hidden
         alias = hidden.view_as(hidden)
         _measure_share(alias, hidden, f"{self._objective.name}/gradient_ratio", self._metrics)
