@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -185,13 +184,17 @@ class TargetLanguageModeling(Objective):
         """The target's share, or the weight that was given."""
         return 1 - self._source_share if self.has_shares else super().term_weight(progress)
 
+    def reads_first_forward(self, trainer: Trainer) -> bool:
+        """Decoders do; encoders see the target's rows masked."""
+        refuse_sentence_trainer(trainer, type(self).__name__, INSTEAD)
+        return language_model_kind(cast(nn.Module, trainer.model)) == "causal_lm"
+
     def setup(self, trainer: Trainer) -> None:
         """Refuse what has no tokens to predict.
 
         Raises:
             ValueError: If the model or the tokenizer does not fit.
         """
-        refuse_sentence_trainer(trainer, type(self).__name__, INSTEAD)
         model = unwrapped_base(cast(nn.Module, trainer.model))
         kind = language_model_kind(model)
         self._is_masked, self._has_own_head = kind == "masked_lm", has_head(model, kind)
@@ -264,63 +267,63 @@ class TargetLanguageModeling(Objective):
         mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         return {**inputs, "input_ids": self._mask(inputs["input_ids"], mask).input_ids}
 
-    def _labels(self, rows: Rows) -> Iterator[torch.Tensor]:
-        """For each part the tokens to predict at each position of its target rows, (B, T)."""
+    def _labels(self, rows: Rows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each part the tokens to predict at each position of its target rows, (B, T).
+
+        Returns:
+            The labels, -100 where nothing is predicted, and which positions are items of the model.
+        """
+        found = []
         for part in rows.parts:
             kept = rows.is_in(part.domain)
             ids, mask = _tokens(part)[kept], part.attention_mask
-            mask = None if mask is None else mask[kept]
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[kept].bool()
             if self._is_masked:
-                yield self._mask(ids, mask).labels
-                continue
-            labels = ids if mask is None else ids.masked_fill(~mask.bool(), IGNORED)
-            following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            yield following.masked_fill(labels == IGNORED, IGNORED)
+                labels = self._mask(ids, real).labels
+            else:
+                labels = F.pad(ids.masked_fill(~real, IGNORED)[:, 1:], (0, 1), value=IGNORED)
+                labels = labels.masked_fill(~real, IGNORED)
+            found.append((labels, real))
+        return found
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The tokens to predict."""
-        return torch.stack([labels.ne(IGNORED).sum() for labels in self._labels(rows)]).sum()
+        return torch.stack([labels.ne(IGNORED).sum() for labels, _ in self._labels(rows)]).sum()
 
     # ---- the loss ----
 
     def loss(self, batch: Batch) -> Term:
-        """The cross-entropy of the tokens, summed, and their number."""
-        labels = list(self._labels(batch))
-        chosen = torch.cat([each[each != IGNORED] for each in labels])
+        """The cross-entropy of the tokens, summed, and their number; (0, 0) without one."""
+        found = self._labels(batch)
+        labels = torch.cat([each[real] for each, real in found])
+        chosen = labels != IGNORED
         warms_up = self._is_new and batch.progress < self.warmup
         with torch.no_grad() if warms_up else nullcontext():
             seen = batch.forward(self._masked_inputs, (TARGET,)) if self._is_masked else batch
-            values = (
-                self._logits(seen, labels) if self._has_own_head else self._hidden(seen, labels)
+            if not seen.parts:
+                return torch.zeros((), device=labels.device), chosen.sum()
+            scores = self._own_scores(seen, found) if self._has_own_head else None
+            hidden, domain = (None, None) if self._has_own_head else seen.features()
+        if hidden is not None:
+            hidden = hidden[seen.is_in(domain)][chosen]
+            weight = self._embeddings(batch)
+            weight = (weight.detach() if warms_up else weight).float()
+            scores = (
+                F.linear(hidden, weight) if self.module is None else self.module(hidden, weight)
             )
-        if not self._has_own_head:
-            embeddings = self._embeddings(batch)
-            embeddings = (embeddings.detach() if warms_up else embeddings).float()
-            values = (
-                F.linear(values, embeddings)
-                if self.module is None
-                else self.module(values, embeddings)
-            )
-        count = torch.as_tensor(len(chosen), device=chosen.device)
-        return F.cross_entropy(values.float(), chosen, reduction="sum"), count
+        assert scores is not None
+        return F.cross_entropy(scores.float(), labels[chosen], reduction="sum"), chosen.sum()
 
-    def _logits(self, seen: Batch, labels: list[torch.Tensor]) -> torch.Tensor:
-        """The model's own scores where there is a token to predict, (N, V)."""
-        found = []
-        for part, each in zip(seen.parts, labels, strict=True):
-            logits = part.own_tokens(part.logits, seen.model)
-            found.append(logits[seen.is_in(part.domain)][each != IGNORED])
-        return torch.cat(found)
-
-    def _hidden(self, seen: Batch, labels: list[torch.Tensor]) -> torch.Tensor:
-        """The hidden states there, (N, D)."""
-        hidden, domain = seen.features()
-        real = []
-        for part, each in zip(seen.parts, labels, strict=True):
-            mask = part.attention_mask
-            mask = None if mask is None else mask[seen.is_in(part.domain)].bool()
-            real.append(each.flatten() if mask is None else each[mask])
-        return hidden[seen.is_in(domain)][torch.cat(real) != IGNORED]
+    def _own_scores(
+        self, seen: Batch, found: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """The language model's own scores where there is a token to predict, (N, V)."""
+        labels = iter([each for each, _ in found if len(each)])
+        scores = []
+        for part in seen.parts:
+            logits = part.own_tokens(part.logits, seen.model)[seen.is_in(part.domain)]
+            scores.append(logits[next(labels) != IGNORED] if len(logits) else logits[:, 0])
+        return torch.cat(scores)
 
     def _embeddings(self, batch: Batch) -> torch.Tensor:
         weight = unwrapped_base(batch.model).get_input_embeddings().weight  # type: ignore[operator, union-attr]

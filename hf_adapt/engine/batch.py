@@ -190,7 +190,8 @@ class Batch(Rows):
             kept = torch.ones_like(part.domain, dtype=torch.bool)
             if streams is not None:
                 kept = self._is_in_any(part.domain, streams)
-                if part.stream != TRAINING and part.stream not in streams:
+                joins = part.stream == TRAINING and set(streams) - self._layout.table.separate
+                if part.stream not in streams and not joins:
                     continue  # in no process
             # All processes must run the same forwards: one row is run where there is none.
             empty = not bool(kept.any())

@@ -126,12 +126,14 @@ class StreamTable:
         names: The stream of each domain number; the training rows' is `"train"`, number 0.
         separate: The streams whose rows go through the model in a forward of their own.
         labelled: The streams whose labels are trained on.
+        unread: The streams whose rows need no forward: their objectives make further ones.
         ratios: Rows of each stream per training row.
     """
 
     names: tuple[str, ...] = (TRAINING,)
     separate: frozenset[str] = frozenset()
     labelled: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
     ratios: Mapping[str, float] = field(default_factory=dict)
 
     def domains(self, streams: Collection[str]) -> list[int]:

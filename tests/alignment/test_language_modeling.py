@@ -30,7 +30,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_adapt import Stream, adapt
+from hf_adapt import MMD, Stream, adapt
 from hf_adapt.alignment import TargetLanguageModeling, adapt_pretrain, mask_tokens
 from hf_adapt.models.language_model import LanguageModelHead, language_model_of
 from tests.helpers.data import collate, rows
@@ -166,16 +166,18 @@ class Recorder(TargetLanguageModeling):
     def loss(self, batch):
         total, count = super().loss(batch)
         if torch.is_grad_enabled():
-            for part in batch.parts:
-                kept = batch.is_in(part.domain)
-                self.seen.append((part.inputs, kept, float(total.detach()), int(count)))
+            self.seen = [(part.inputs, batch.is_in(part.domain)) for part in batch.parts]
+            self.mean, self.count = float(total.detach()) / int(count), int(count)
         return total, count
 
-
-def recorded(**options: Any) -> Recorder:
-    objective = Recorder(**options)
-    objective.seen = []
-    return objective
+    def rows(self, target: bool) -> dict[str, torch.Tensor]:
+        """The rows of the target, or those of the source."""
+        (found,) = [
+            {name: value[kept == target] for name, value in inputs.items()}
+            for inputs, kept in self.seen
+            if bool((kept == target).any())
+        ]
+        return found
 
 
 def test_an_encoder_gives_the_loss_and_gradient_of_hugging_faces_masked_language_model(tmp_path):
@@ -185,21 +187,21 @@ def test_an_encoder_gives_the_loss_and_gradient_of_hugging_faces_masked_language
     model = BertForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=3)
     peer = BertForMaskedLM.from_pretrained(tmp_path / "lm")
     task = copy.deepcopy(model)
-    objective, recorder = recorded(mask_probability=0.4), GradientRecorder(model)
+    objective, recorder = Recorder(mask_probability=0.4), GradientRecorder(model)
     trainer = adapted(tmp_path, model, objective, ratio=2.0, max_steps=1, max_grad_norm=0.0)
     trainer.add_callback(recorder)
     trainer.train()
 
-    inputs, kept, total, count = objective.seen[-1]
-    assert int(kept.sum()) == 8 and len(kept) == 12
-    ids, mask = inputs["input_ids"][kept], inputs["attention_mask"][kept]
+    source, target = objective.rows(False), objective.rows(True)
+    ids, mask = target["input_ids"], target["attention_mask"]
+    assert len(ids) == 2 * len(source["input_ids"]) == 8
     masked, labels = mask_tokens(ids, mask, TOKENIZER, 0.4, seed=1_000_003 * 5)
     expected = peer(masked, mask, labels=labels).loss
-    assert count == int((labels != -100).sum()) > 8
-    assert total / count == pytest.approx(expected.item(), rel=1e-4)
+    assert objective.count == int((labels != -100).sum()) > 8
+    assert objective.mean == pytest.approx(expected.item(), rel=1e-4)
 
-    own = task(inputs["input_ids"][~kept], inputs["attention_mask"][~kept]).logits
-    task_loss = F.cross_entropy(own, inputs["labels"][~kept])
+    own = task(source["input_ids"], source["attention_mask"]).logits
+    task_loss = F.cross_entropy(own, source["labels"])
     (task_loss / 3).backward()  # the paper's shares: 1 source row for 2 of the target
     (expected * 2 / 3).backward()
     gradients = dict(task.named_parameters())
@@ -221,28 +223,26 @@ def test_a_decoder_gives_the_loss_of_hugging_faces_causal_language_model(own, tm
     model = peer if own else GPT2ForSequenceClassification(gpt2_config(num_labels=3))
     if not own:
         model.transformer.load_state_dict(peer.transformer.state_dict())
-    objective = recorded()
+    objective = Recorder()
     labels = "lm" if own else "row"
     trainer = adapted(tmp_path, model, objective, max_steps=1, labels=labels, processing_class=None)
     peer = copy.deepcopy(peer)
     trainer.train()
-    inputs, kept, total, count = objective.seen[-1]
     assert objective.module is None
-    ids, mask = inputs["input_ids"][kept], inputs["attention_mask"][kept]
+    ids, mask = objective.rows(True)["input_ids"], objective.rows(True)["attention_mask"]
     expected = peer(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-    assert count == int(mask.sum()) - len(ids)
-    assert total / count == pytest.approx(expected.item(), rel=1e-4)
+    assert objective.count == int(mask.sum()) - len(ids)
+    assert objective.mean == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_masked_language_model_uses_its_own_head(tmp_path):
     torch.manual_seed(0)
     model = enlarged(BertForMaskedLM(bert_config()), 5)
-    peer, objective = copy.deepcopy(model), recorded(mask_probability=0.5)
+    peer, objective = copy.deepcopy(model), Recorder(mask_probability=0.5)
     adapted(tmp_path, model, objective, max_steps=1, labels="lm").train()
-    inputs, kept, total, count = objective.seen[-1]
-    ids, mask = inputs["input_ids"][kept], inputs["attention_mask"][kept]
+    ids, mask = objective.rows(True)["input_ids"], objective.rows(True)["attention_mask"]
     masked, labels = mask_tokens(ids, mask, TOKENIZER, 0.5, seed=1_000_003 * 5)
-    assert total / count == pytest.approx(peer(masked, mask, labels=labels).loss.item(), rel=1e-4)
+    assert objective.mean == pytest.approx(peer(masked, mask, labels=labels).loss.item(), rel=1e-4)
     assert objective.module is None
 
 
@@ -282,6 +282,33 @@ def test_without_a_token_to_predict_the_term_is_0(tmp_path):
     assert [log["loss/target_language_modeling"] for log in trainer.state.log_history[:2]] == [0, 0]
     assert not same_bits(before, weights(model))
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+class Forwards(torch.nn.Module):
+    """Counts the rows that a model is run on in training."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module: Any, args: Any, kwargs: Any) -> None:
+        if module.training:
+            self.rows.append(len(kwargs["input_ids"]))
+
+
+@pytest.mark.parametrize(("with_others", "expected"), [(False, [4, 4]), (True, [8, 4])])
+def test_unmasked_rows_are_run_only_where_another_objective_reads_them(
+    with_others, expected, tmp_path
+):
+    model = bert()
+    forwards = Forwards(model)
+    trainer = trainer_of(tmp_path, model, max_steps=1)
+    others = [MMD()] if with_others else []
+    target = rows(24, 2, labels=None, low=1)
+    adapt(trainer, TargetLanguageModeling(warmup=0), *others, target_dataset=target).train()
+    assert forwards.rows == expected
+    assert trainer.state.log_history[0]["loss/target_language_modeling"] > 1
 
 
 # ---- the warm-up ----
