@@ -60,6 +60,10 @@ class Rows:
         """Number of domains, the source included."""
         return len(self.domain_streams)
 
+    def ratio(self, stream: str = TARGET) -> float:
+        """How many rows of a stream each training row brings along; 0 where there is none."""
+        return self._layout.table.ratios.get(stream, 0.0)
+
     def for_objective(self, objective: Reader) -> Self:
         """The rows of this objective's streams, as seen with its feature layer and pooling."""
         bound = copy.copy(self)
@@ -207,6 +211,7 @@ class Batch(Rows):
         self.progress = progress
         self._metrics = metrics
         self._run = run
+        self._is_further = False
 
     def forward(
         self,
@@ -237,12 +242,13 @@ class Batch(Rows):
             ```
         """
         further = copy.copy(self)
-        further.parts = []
+        further.parts, further._is_further = [], True
         for part in [*self.parts, *self._stand_ins]:
             kept = torch.ones_like(part.domain, dtype=torch.bool)
             if streams is not None:
                 kept = self._is_in_any(part.domain, streams)
-                if part.stream != TRAINING and part.stream not in streams:
+                joins = part.stream == TRAINING and set(streams) - self._layout.table.separate
+                if part.stream not in streams and not joins:
                     continue  # in no process
             # All processes must run the same forwards: one row is run where there is none.
             empty = not bool(kept.any())
@@ -376,7 +382,7 @@ class Batch(Rows):
                     "{'use_reentrant': False}."
                 )
             return hidden
-        if self._objective is None:
+        if self._objective is None or self._is_further:  # no other term reads those rows
             return hidden
         alias = hidden.view_as(hidden)
         _measure_share(alias, hidden, f"{self._objective.name}/gradient_ratio", self._metrics)
