@@ -194,7 +194,9 @@ def _new_trainer(
         label2id={label: i for i, label in enumerate(pair.labels)},
         ignore_mismatched_sizes=True,
     )
-    freeze_first_layers(model, experiment.freeze_layers)
+    frozen = first_groups(model, experiment.freeze_layers)
+    if not experiment.cache_prefix:
+        freeze(model, frozen)
 
     def rows(dataset: datasets.Dataset) -> datasets.Dataset:
         return task.prepared(dataset, processor, experiment.max_length)
@@ -210,8 +212,12 @@ def _new_trainer(
         data_collator=task.collator(processor),
     )
     trainer.remove_callback(PrinterCallback)
-    if experiment.cache_prefix and experiment.freeze_layers:
-        trainer.add_callback(AdaptationCallback(_cached_prefix(experiment, model)))
+    if experiment.cache_prefix and frozen:
+        folder = Path(experiment.output_dir, "frozen_prefix")
+        unfreezing = GradualUnfreezing(
+            FreezeOnly(*frozen), cache_frozen_prefix=True, cache_dir=str(folder)
+        )
+        trainer.add_callback(AdaptationCallback(unfreezing))
     if method.adaptations:
         options: dict[str, Any] = {}
         priors = resolved_priors(method, pair, task)
@@ -243,37 +249,26 @@ def resolved_priors(method: Method, pair: Pair, task: Task) -> Any:
     return shifted(pair.target_shares(task), points)
 
 
-def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
-    """Turn off the gradients of the embeddings and of the first layers, for speed.
+def first_groups(model: PreTrainedModel, count: int) -> list[str]:
+    """The layer groups of the embeddings and of the first layers; none for 0 layers.
 
     Raises:
         ValueError: If the model has no layers to train then.
     """
-    if not count:
-        return
-    frozen = set(_frozen_groups(model, count))
-    named = dict(model.named_parameters())
-    for group in layer_groups(model):
-        if group.name in frozen:
-            for name in group.parameters:
-                named[name].requires_grad_(False)
-
-
-def _frozen_groups(model: PreTrainedModel, count: int) -> list[str]:
     groups = layer_groups(model)
     layers = [group for group in groups if group.kind == "layer"]
     if count >= len(layers):
         raise ValueError(f"freeze_layers: {count}, but the model has {len(layers)} layers.")
-    lowest = min(layers[count].level, *(group.level for group in layers[count:]))
-    return [group.name for group in groups if group.level < lowest]
+    lowest = layers[count].level
+    return [group.name for group in groups if group.level < lowest] if count else []
 
 
-def _cached_prefix(experiment: Experiment, model: PreTrainedModel) -> GradualUnfreezing:
-    return GradualUnfreezing(
-        FreezeOnly(*_frozen_groups(model, experiment.freeze_layers)),
-        cache_frozen_prefix=True,
-        cache_dir=str(Path(experiment.output_dir, "frozen_prefix")),
-    )
+def freeze(model: PreTrainedModel, groups: Sequence[str]) -> None:
+    """Turn off the gradients of layer groups, for speed; their dropout stays on."""
+    named = dict(model.named_parameters())
+    for group in layer_groups(model):
+        for name in group.parameters if group.name in groups else ():
+            named[name].requires_grad_(False)
 
 
 def _scores(
