@@ -11,6 +11,7 @@ import torch
 
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.parts import Layout, Part
+from hf_adapt.engine.row_keys import item_keys, row_keys
 from hf_adapt.engine.streams import TARGET, TRAINING
 from hf_adapt.models.heads import is_causal_lm
 from hf_adapt.models.pooling import (
@@ -99,6 +100,21 @@ class Rows:
     def _is_in_any(self, domain: torch.Tensor, streams: Collection[str]) -> torch.Tensor:
         numbers = [n for n, name in enumerate(self.domain_streams) if name in streams]
         return torch.isin(domain, torch.tensor(numbers, dtype=domain.dtype, device=domain.device))
+
+    def keys(self) -> torch.Tensor:
+        """(N,) long, a key of each item of `logits()` by its row's content: see [`row_keys`]."""
+        found = []
+        for part in self.parts:
+            keys = row_keys(part.inputs)
+            tokens = self._layout.token_logits
+            found.append(item_keys(keys, part.token_counts) if tokens else keys)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
+    def item_domain(self) -> torch.Tensor:
+        """(N,) long, the domain of each item of `logits()`, before the forward too."""
+        if not self._layout.token_logits:
+            return self.domain
+        return torch.cat([p.domain.repeat_interleave(p.token_counts) for p in self.parts])
 
     @property
     def domain(self) -> torch.Tensor:
