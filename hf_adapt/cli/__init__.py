@@ -1,4 +1,4 @@
-"""The command line: `hf-adapt run`, `hf-adapt schedule MODEL`, `hf-adapt cache-teacher TEACHER DATA`.
+"""The command line: `hf-adapt run`, `schedule MODEL` and `cache-teacher TEACHER DATA`.
 
 torch and transformers take seconds to import, so each command imports them itself.
 """

@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
 from hf_adapt.experiments.config import Experiment, built_in
@@ -138,7 +137,9 @@ def _choose_pairs(settings: Settings, flags: Mapping[str, Any]) -> None:
         return
     given = {side: flags[side] for side in ("source", "target") if side in flags}
     if len(given) == 1:
-        raise ConfigError(f"--{next(iter(given))} is given alone: --source and --target are a pair.")
+        raise ConfigError(
+            f"--{next(iter(given))} is given alone: --source and --target are a pair."
+        )
     if given:
         names = []
         for side, value in given.items():
@@ -157,7 +158,8 @@ def _choose_pairs(settings: Settings, flags: Mapping[str, Any]) -> None:
             for name, spec in data.items():
                 if isinstance(spec, str):
                     data[name] = {"train": spec}
-                settings.set(("data", name, option), flags[option], f"--{option.replace('_', '-')}")
+                flag = f"--{option.replace('_', '-')}"
+                settings.set(("data", name, option), flags[option], flag)
     if chosen := flags.get("pair"):
         pairs = [each.split(":") for each in chosen]
         settings.set(("pairs",), pairs, "--pair")

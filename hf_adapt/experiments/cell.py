@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def cached_pair(experiment: Experiment, source: str, target: str) -> Pair:
     return _PAIRS[key]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rows_fingerprint(pair: Pair) -> str:
     splits = [*pair.source.values(), *pair.target.values(), pair.target_unlabelled]
     described = json.dumps([rows.to_dict() for rows in splits], default=str)
@@ -213,11 +213,9 @@ def _new_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     if experiment.cache_prefix and frozen:
-        folder = Path(experiment.output_dir, "frozen_prefix")
-        unfreezing = GradualUnfreezing(
-            FreezeOnly(*frozen), cache_frozen_prefix=True, cache_dir=str(folder)
-        )
-        trainer.add_callback(AdaptationCallback(unfreezing))
+        store = str(Path(experiment.output_dir, "frozen_prefix"))
+        prefix = GradualUnfreezing(FreezeOnly(*frozen), cache_frozen_prefix=True, cache_dir=store)
+        trainer.add_callback(AdaptationCallback(prefix))
     if method.adaptations:
         options: dict[str, Any] = {}
         priors = resolved_priors(method, pair, task)
@@ -255,12 +253,14 @@ def first_groups(model: PreTrainedModel, count: int) -> list[str]:
     Raises:
         ValueError: If the model has no layers to train then.
     """
+    if not count:
+        return []
     groups = layer_groups(model)
     layers = [group for group in groups if group.kind == "layer"]
     if count >= len(layers):
         raise ValueError(f"freeze_layers: {count}, but the model has {len(layers)} layers.")
     lowest = layers[count].level
-    return [group.name for group in groups if group.level < lowest] if count else []
+    return [group.name for group in groups if group.level < lowest]
 
 
 def freeze(model: PreTrainedModel, groups: Sequence[str]) -> None:
@@ -293,7 +293,7 @@ def _shares(numbers: npt.NDArray[np.int64], labels: Sequence[str]) -> dict[str, 
     return dict(zip(labels, (counts / len(numbers)).tolist(), strict=True))
 
 
-class _quiet:  # noqa: N801 - a context, used as a function is
+class _quiet:
     """No bars, and no message that the head is new, while a model is loaded."""
 
     def __enter__(self) -> None:

@@ -31,6 +31,14 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 """What differs from the defaults of `TrainingArguments`."""
 
+_PLAIN_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    str(int): ((int,), "a whole number"),
+    str(bool): ((bool,), "true or false"),
+    str(str): ((str,), "a text"),
+    str(int | None): ((int, type(None)), "a whole number"),
+    str(str | None): ((str, type(None)), "a text"),
+}
+
 SET_BY_THE_RUN = ("output_dir", "seed", "resume_from_checkpoint", "do_train", "do_eval")
 
 
@@ -149,12 +157,13 @@ def built_in() -> Settings:
 def _check_types(settings: Settings, values: Mapping[str, Any], cls: type, path: Any) -> None:
     hints = get_type_hints(cls)
     for key, value in values.items():
-        kind = hints[key]
-        plain = kind in (int, bool, str, int | None, str | None)
-        if plain and (not isinstance(value, kind) or (isinstance(value, bool) and kind != bool)):
-            name = getattr(kind, "__name__", str(kind)).replace(" | None", "")
+        expected = _PLAIN_TYPES.get(str(hints[key]))
+        if expected is None:
+            continue
+        kinds, name = expected
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise settings.error((*path, key), f"{key}: expected {name}, got {value!r}.")
-        if plain and not isinstance(value, bool) and isinstance(value, int) and value < 0:
+        if type(value) is int and value < 0:
             raise settings.error((*path, key), f"{key}: {value} must not be negative.")
 
 

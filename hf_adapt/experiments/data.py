@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features
 
 from hf_adapt.distillation.row_files import read_splits
 from hf_adapt.experiments.config import DomainFiles, Experiment
@@ -16,7 +16,6 @@ from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.experiments.tasks.task import Row
 
 TEST_SHARE, DEV_SHARE = 0.25, 0.1
-SPLITS = ("train", "dev", "test")
 
 
 class DataError(ValueError):
@@ -136,7 +135,7 @@ def _label_names(data: Dataset, column: str) -> list[Any]:
 # ---------------------------------------------------------------- pairs
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two domains with the columns `input` and `label`, and the same classes in both.
+    """Two domains with a column of inputs and a column `label`, and the same classes in both.
 
     Args:
         source: Train, dev and test rows with labels.
@@ -146,20 +145,16 @@ class Pair:
         labels: The classes.
     """
 
-    source: Mapping[str, Dataset]
-    target: Mapping[str, Dataset]
+    source: DatasetDict
+    target: DatasetDict
     target_unlabelled: Dataset
     labels: list[str]
 
     def target_shares(self, task: Task) -> dict[str, float]:
         """The share of each class among the labels of the target's training rows."""
-        return _shares(self.target["train"], self.labels, task)
-
-
-def _shares(rows: Dataset, labels: Sequence[str], task: Task) -> dict[str, float]:
-    counts = Counter(task.class_numbers(rows["label"]))
-    total = max(1, counts.total())
-    return {name: counts[number] / total for number, name in enumerate(labels)}
+        counts = Counter(task.class_numbers(self.target["train"]["label"]))
+        total = max(1, counts.total())
+        return {name: counts[number] / total for number, name in enumerate(self.labels)}
 
 
 def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
@@ -174,9 +169,32 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
         DataError: If a file cannot be read, or the two sets of classes differ.
     """
     task = TASKS[experiment.task]()
-    source_rows, target_rows = (
-        load_domain(experiment.data[name], task) for name in (source, target)
+    rows = {name: load_domain(experiment.data[name], task) for name in (source, target)}
+    return paired(
+        rows, task, experiment.num_train, experiment.num_test, balanced=experiment.balanced
     )
+
+
+def paired(
+    domains: Mapping[str, Mapping[str, Sequence[Row]]],
+    task: Task,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    balanced: bool = False,
+) -> Pair:
+    """Two domains as data sets with the same classes.
+
+    Args:
+        domains: The splits of the source and of the target, by the domains' names.
+        task: Says what the rows are.
+        num_train: Training rows of each domain, at most.
+        num_test: Dev and test rows of each domain, at most.
+        balanced: Keep as many rows of each class as of the rarest, in every split.
+
+    Raises:
+        DataError: If the two sets of classes differ.
+    """
+    (source, target), (source_rows, target_rows) = domains, domains.values()
     labels = sorted(_classes(source_rows["train"], task))
     unknown = {name for rows in target_rows.values() for name in _classes(rows, task)} - {*labels}
     if len(labels) < 2:
@@ -189,31 +207,28 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
             f"The source {source!r} has the classes {labels}, and the target {target!r} also has "
             f"{sorted(unknown)}. Both need the same names: rename them in the files."
         )
-    limits = {"train": experiment.num_train, "dev": experiment.num_test}
-    limits["test"] = experiment.num_test
-    is_unlabelled = not _classes(target_rows["train"], task)
-    if is_unlabelled and experiment.balanced:
+    if balanced and not _classes(target_rows["train"], task):
         raise DataError(f"balanced: the target {target!r} has no labels to balance by.")
-
-    def chosen(rows: Sequence[Row], split: str) -> list[Row]:
-        return (_balanced(rows) if experiment.balanced else list(rows))[: limits[split]]
-
-    def dataset(rows: Sequence[Row]) -> Dataset:
-        columns = {
-            "input": [cell for cell, name in rows if name is not None],
-            "label": [name for _, name in rows if name is not None],
-        }
-        return Dataset.from_dict(columns, features=task.features(labels))
-
+    limits = {"train": num_train, "dev": num_test, "test": num_test}
     used = [
-        {split: chosen(rows[split], split) for split in SPLITS}
+        {
+            split: (_balanced(rows[split]) if balanced else list(rows[split]))[:limit]
+            for split, limit in limits.items()
+        }
         for rows in (source_rows, target_rows)
     ]
-    inputs = task.features(labels)
-    inputs.pop("label")
+    features = task.features(labels)
+    inputs, label = features
+
+    def dataset(rows: Sequence[Row]) -> Dataset:
+        known = [row for row in rows if row[1] is not None]
+        columns = {inputs: [cell for cell, _ in known], label: [name for _, name in known]}
+        return Dataset.from_dict(columns, features=features)
+
+    unlabelled = {inputs: [cell for cell, _ in used[1]["train"]]}
     return Pair(
-        *({split: dataset(rows[split]) for split in SPLITS} for rows in used),
-        Dataset.from_dict({"input": [cell for cell, _ in used[1]["train"]]}, features=inputs),
+        *(DatasetDict({split: dataset(rows[split]) for split in limits}) for rows in used),
+        Dataset.from_dict(unlabelled, features=Features({inputs: features[inputs]})),
         labels,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from hf_adapt import alignment, distillation, unfreezing
 from hf_adapt.engine import progress
 from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.settings import KeyPath, Settings, nearest
 
 FAMILIES = (alignment, unfreezing, distillation)
@@ -109,6 +110,10 @@ def read_method(settings: Settings, name: str, spec: Any) -> Method:
     if given != RECOMMENDED:
         for number, each in enumerate(given):
             _check_adaptation(settings, (*adaptations, number), each)
+    known = [each.name for each in fields(Stream) if each.name not in ("dataset", "priors")]
+    for key in method.stream:
+        if key not in known:
+            raise settings.unknown((*path, "stream", key), known, "stream: the option")
     if not given and (method.target_priors is not None or method.stream):
         raise settings.error(
             path, f"methods: {name!r} has target_priors or stream, and no adaptations that use it."

@@ -31,9 +31,7 @@ def plot(experiment: Experiment, rows: Sequence[Row], results: Results) -> Figur
         if number % across == 0:
             axes.set_ylabel("accuracy on the target, %")
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -79,8 +77,11 @@ def _panel(
         zorder=3,
         label="a seed",
     )
-    shares = [run["target_true_shares"] for run in results if run.get("target_true_shares")
-              and (run["source"], run["target"]) == pair]
+    shares = [
+        run["target_true_shares"]
+        for run in results
+        if run.get("target_true_shares") and (run["source"], run["target"]) == pair
+    ]
     if shares:
         axes.axhline(
             100 * max(shares[0].values()), ls=":", lw=1.5, color=ORANGE, label="most frequent class"

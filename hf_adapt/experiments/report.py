@@ -79,7 +79,9 @@ def _document(shown: Sequence[tuple[str, Cells]], legend: str) -> str:
     parts = [f"## {title}\n\n{tables.markdown(cells)}\n" for title, cells in shown]
     versions = ", ".join(f"{name} {version}" for name, version in installed().items())
     command = shlex.join(["hf-adapt", *sys.argv[1:]])
-    return "\n".join([*parts, legend, "", f"Command: `{command}`", "", f"Versions: {versions}.", ""])
+    return "\n".join(
+        [*parts, legend, "", f"Command: `{command}`", "", f"Versions: {versions}.", ""]
+    )
 
 
 def _print_table(console: Console, title: str, cells: Cells, legend: str | None) -> None:
@@ -92,7 +94,7 @@ def _print_table(console: Console, title: str, cells: Cells, legend: str | None)
         collapse_padding=True,
     )
     for number, heading in enumerate(cells[0]):
-        left = number == 0 or cells[0][:2] == ["pair", "method"] and number == 1
+        left = number == 0 or (cells[0][:2] == ["pair", "method"] and number == 1)
         table.add_column(
             heading if left else heading.replace(" ", "\n"),
             justify="left" if left else "right",

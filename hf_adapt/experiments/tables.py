@@ -55,7 +55,7 @@ def _plain(value: Any) -> Any:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; the first row is its head."""
-    head, *body = rows
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 

@@ -53,9 +53,7 @@ def domains(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def write_config(
-    tmp_path: Path, domains: dict[str, str], model_dir: Path
-) -> Callable[..., str]:
+def write_config(tmp_path: Path, domains: dict[str, str], model_dir: Path) -> Callable[..., str]:
     """Write a small configuration, with some keys changed; None takes one away."""
 
     def write(**changes: Any) -> str:

@@ -36,7 +36,7 @@ class SequenceClassification(Task):
 
     def features(self, labels: Sequence[str]) -> Features:
         """A text and a class."""
-        return Features({"input": Value("string"), "label": ClassLabel(names=list(labels))})
+        return Features({"text": Value("string"), "label": ClassLabel(names=list(labels))})
 
     def processor(self, model: str) -> Any:
         """The tokenizer."""
@@ -45,9 +45,9 @@ class SequenceClassification(Task):
     def prepared(self, rows: Dataset, processor: Any, max_length: int) -> Dataset:
         """Tokens in place of the text."""
         return rows.map(
-            lambda batch: processor(batch["input"], truncation=True, max_length=max_length),
+            lambda batch: processor(batch["text"], truncation=True, max_length=max_length),
             batched=True,
-            remove_columns="input",
+            remove_columns="text",
         )
 
     def collator(self, processor: Any) -> Any:

@@ -51,7 +51,7 @@ class Task(ABC):
 
     @abstractmethod
     def features(self, labels: Sequence[str]) -> Features:
-        """The columns `input` and `label` of prepared rows."""
+        """The column of inputs, and the column `label`, of the rows of a domain."""
 
     @abstractmethod
     def processor(self, model: str) -> Any:
@@ -59,7 +59,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepared(self, rows: Dataset, processor: Any, max_length: int) -> Dataset:
-        """The inputs of the model in place of the column `input`."""
+        """The inputs of the model in place of the column that is read."""
 
     @abstractmethod
     def collator(self, processor: Any) -> Any:
