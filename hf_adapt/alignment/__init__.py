@@ -1,19 +1,12 @@
 """Objectives that align the features or predictions of a target domain with the source's."""
 
-from hf_adapt.alignment.adversarial import (
-    DANN,
-    DomainAdversarialCallback,
-    DomainDiscriminator,
-    dann_loss,
-    reverse_gradient,
-)
+from hf_adapt.alignment.adversarial import reverse_gradient
 from hf_adapt.alignment.cdan import CDAN, conditioned_features, entropy_weights
 from hf_adapt.alignment.central_moments import CMD, cmd_loss
 from hf_adapt.alignment.class_confusion import MCC, mcc_loss
 from hf_adapt.alignment.contrastive import SupervisedContrastive, supervised_contrastive_loss
 from hf_adapt.alignment.coral import CORAL, coral_loss
 from hf_adapt.alignment.dann import DANN, DomainAdversarialCallback, dann_loss
-from hf_adapt.alignment.discrepancy import MMD, mmd_loss
 from hf_adapt.alignment.discriminator import DomainDiscriminator
 from hf_adapt.alignment.entropy import (
     EntropyMinimization,
