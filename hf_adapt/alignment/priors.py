@@ -327,14 +327,19 @@ class PriorObjective(ClassPredictions):
     @property
     def estimates_priors(self) -> bool:
         """Whether the frequencies are estimated from predictions."""
-        return isinstance(self._given_prior, str) and self._given_prior == "estimate"
+        given = self._given_prior if self.knows_priors else self.default_prior
+        return isinstance(given, str) and given == "estimate"
 
     def before_step(self, step: int) -> None:
         """Count the source's frequencies, where they are asked for; an estimate starts there."""
         if self._priors is None:
-            labels = self._trainer.sweep(self, TRAINING, _labelled)["labels"]
-            counts = torch.bincount(labels[labels >= 0], minlength=len(class_names(self._trainer)))
-            self._priors = counts / counts.sum()
+            self._priors = self.source_priors()
+
+    def source_priors(self) -> torch.Tensor:
+        """The class frequencies of the training rows, (C,)."""
+        labels = self._trainer.sweep(self, TRAINING, _labelled)["labels"]
+        counts = torch.bincount(labels[labels >= 0], minlength=len(class_names(self._trainer)))
+        return counts / counts.sum()
 
     def target_priors(self) -> torch.Tensor:
         """The frequency of each class, (C,), on the device of the run."""
@@ -342,10 +347,9 @@ class PriorObjective(ClassPredictions):
         return self._priors.to(self._trainer.args.device)
 
     def refresh_priors(self, target_logits: torch.Tensor) -> None:
-        """Estimate the frequencies again, where that was asked for.
+        """Estimate the frequencies again from predictions for the target rows, (M, C).
 
-        Args:
-            target_logits: The model's predictions for the target rows, (M, C).
+        Nothing is done where they are given.
         """
         if not self.estimates_priors:
             return
@@ -362,7 +366,7 @@ class PriorObjective(ClassPredictions):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
-        if "priors" in state and isinstance(self._given_prior, str):
+        if "priors" in state and (self.estimates_priors or self._given_prior == "source"):
             self._priors = state["priors"]
 
     def close(self) -> None:

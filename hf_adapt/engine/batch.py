@@ -11,8 +11,8 @@ import torch
 
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.parts import Layout, Part
-from hf_adapt.engine.row_keys import item_keys, row_keys
 from hf_adapt.engine.streams import TARGET, TRAINING
+from hf_adapt.models.hashing import item_keys, row_keys
 from hf_adapt.models.heads import is_causal_lm
 from hf_adapt.models.pooling import (
     Pooling,
