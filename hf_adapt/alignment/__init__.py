@@ -27,6 +27,7 @@ from hf_adapt.alignment.optimal_transport import DeepJDOT, jdot_loss, sinkhorn_p
 from hf_adapt.alignment.pada import PADA
 from hf_adapt.alignment.perturbation import FGM, VAT
 from hf_adapt.alignment.pretraining import adapt_pretrain
+from hf_adapt.alignment.prior_correction import PriorCorrection
 from hf_adapt.alignment.priors import corrected_logits, estimate_priors, priors_from_sample
 from hf_adapt.alignment.rdrop import RDrop, rdrop_loss
 from hf_adapt.alignment.self_training import (
@@ -35,6 +36,7 @@ from hf_adapt.alignment.self_training import (
     balanced_pseudo_labels,
 )
 from hf_adapt.alignment.sharpness import SAM
+from hf_adapt.alignment.shot import SHOT, centroid_labels, shot
 
 __all__ = [
     "AFN",
@@ -52,6 +54,7 @@ __all__ = [
     "MMD",
     "PADA",
     "SAM",
+    "SHOT",
     "VAT",
     "AaD",
     "DeepJDOT",
@@ -60,6 +63,7 @@ __all__ = [
     "EntropyMinimization",
     "ImportanceWeighting",
     "InformationMaximization",
+    "PriorCorrection",
     "RDrop",
     "SelfTraining",
     "SupervisedContrastive",
@@ -68,6 +72,7 @@ __all__ = [
     "aligned_predictions",
     "balanced_pseudo_labels",
     "bnm_loss",
+    "centroid_labels",
     "classifier_discrepancy",
     "cmd_loss",
     "conditioned_features",
@@ -90,6 +95,7 @@ __all__ = [
     "priors_from_sample",
     "rdrop_loss",
     "reverse_gradient",
+    "shot",
     "sinkhorn_plan",
     "stepwise_norm_loss",
     "supervised_contrastive_loss",

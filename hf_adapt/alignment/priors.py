@@ -314,7 +314,8 @@ class PriorObjective(ClassPredictions):
         self._trainer = trainer
         self._given_prior = self.prior
         if self.prior is None:
-            self._given_prior = self._trainer.stream_options(TARGET).priors
+            target = self._trainer.stream_options(TARGET)
+            self._given_prior = None if target is None else target.priors
         given = self.default_prior if self._given_prior is None else self._given_prior
         counted = isinstance(given, str) and given in ("source", "estimate")
         self._priors = None if counted else resolved_priors(given, class_names(trainer))
