@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,8 +18,11 @@ from hf_adapt.alignment.adversarial import AdversarialObjective
 from hf_adapt.alignment.discriminator import DiscriminatorWatch, DomainDiscriminator
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.engine.progress import Schedule, dann_ramp
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from hf_adapt.engine.batch import Batch, Rows
 
 
@@ -71,8 +77,8 @@ class DANN(AdversarialObjective):
     target differ in all classes and have similar label distributions. If they do not, or if the
     discriminator is unstable, [`MMD`] or [`InformationMaximization`] is often better.
 
-    With several target domains, or several sources in a `domain` column, the discriminator tells
-    all of them apart.
+    With several target domains the discriminator tells all of them apart; with `source_column`,
+    several sources as well.
 
     Reference:
         Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818.
@@ -91,7 +97,11 @@ class DANN(AdversarialObjective):
         dropout: Dropout of the discriminator.
         learning_rate: Peak learning rate of the discriminator; follows the run's schedule.
         weight_decay: Weight decay of the discriminator.
+        bounded: Reverse no gradient for items whose domain the discriminator gets wrong already
+            (probability below 1/K); see the deviations.
         name: Prefix of the logs.
+        source_column: Column of the training rows that says which source a row is from, where they
+            are from several.
 
     Logs:
         `loss/dann` (the discriminator's cross-entropy; ln K at chance), `dann/lambda`,
@@ -110,6 +120,30 @@ class DANN(AdversarialObjective):
     name = "dann"
     uses_logits = False
 
+    def __init__(
+        self,
+        weight: float | Schedule = 0.1,
+        ramp: Schedule | None = dann_ramp(),  # noqa: B008 - a pure function
+        *,
+        source_column: str | None = None,
+        **adversary: Any,
+    ) -> None:
+        super().__init__(weight, ramp, **adversary)
+        self.columns = () if source_column is None else (source_column,)
+        self._sources: dict[Any, int] = {}  # of values of that column; 0 for the first
+
+    def setup(self, trainer: Trainer) -> None:
+        """Look up which sources there are."""
+        self._sources = {}
+        for column in self.columns:
+            values = _column(trainer.train_dataset, column)
+            if len(values) < 2:
+                raise ValueError(
+                    f"source_column={column!r} has the values {values} in train_dataset; several "
+                    "sources have several. Leave source_column out for one source."
+                )
+            self._sources = {value: number for number, value in enumerate(values)}
+
     @cached_property
     def watch(self) -> DiscriminatorWatch:
         """The warnings of this run."""
@@ -126,10 +160,9 @@ class DANN(AdversarialObjective):
     def build_modules(self, batch: Batch) -> nn.Module:
         """The discriminator, as wide as what it sees."""
         features, _ = self.discriminated(batch)
-        self.watch = DiscriminatorWatch(self.name, batch.num_domains)
-        return DomainDiscriminator(
-            features.shape[1], batch.num_domains, self.hidden_sizes, self.dropout
-        )
+        num_domains = batch.num_domains + max(0, len(self._sources) - 1)
+        self.watch = DiscriminatorWatch(self.name, num_domains)
+        return DomainDiscriminator(features.shape[1], num_domains, self.hidden_sizes, self.dropout)
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """Every row (or token) is classified."""
@@ -138,11 +171,11 @@ class DANN(AdversarialObjective):
     def loss(self, batch: Batch) -> Term:
         """The discriminator's cross-entropy, summed over the features."""
         assert self.module is not None
-        features, domain = self.discriminated(batch)
+        features, domain = self.discriminated(self._by_source(batch))
         reversed_ = self.reversed(features, batch)
         logits = self.module(reversed_)
         losses = dann_loss(logits, domain, reduction="none")
-        self.leave_settled(reversed_, losses.detach() > math.log(batch.num_domains))
+        self.leave_settled(reversed_, losses.detach() > math.log(logits.shape[1]))
         with torch.no_grad():
             source_share = (domain == 0).float().mean()
             accuracy = (logits.argmax(1) == domain).float().mean()
@@ -152,6 +185,24 @@ class DANN(AdversarialObjective):
         weights = self.item_weights(batch)
         total = losses.sum() if weights is None else (weights * losses).sum()
         return total, torch.as_tensor(len(domain), device=logits.device)
+
+    def _by_source(self, batch: Batch) -> Batch:
+        """The batch with a domain number for each source; those of the targets stay."""
+        if not self._sources:
+            return batch
+        (column,), seen = self.columns, copy.copy(batch)
+        seen.parts = [
+            replace(part, domain=self._numbered(part.domain, part.columns[column], batch))
+            for part in batch.parts
+        ]
+        return seen
+
+    def _numbered(self, domain: torch.Tensor, values: list[Any], batch: Batch) -> torch.Tensor:
+        """Source rows of the first source stay 0; the others follow after the targets."""
+        numbers = [self._sources.get(value, 0) for value in values]
+        source = torch.tensor(numbers, dtype=domain.dtype, device=domain.device)
+        further = (domain == 0) & (source > 0)
+        return torch.where(further, batch.num_domains - 1 + source, domain)
 
     def state_dict(self) -> dict[str, Any]:
         """What the warnings have seen of the discriminator."""
@@ -166,6 +217,18 @@ class DANN(AdversarialObjective):
         self.watch.on_log(logs, progress)
 
 
+def _column(dataset: Any, column: str) -> list[Any]:
+    """The different values of a column, sorted."""
+    known = getattr(dataset, "column_names", None)
+    if known is not None and column not in known:
+        raise ValueError(
+            f"source_column={column!r} is no column of train_dataset, which has {known}."
+        )
+    stored = isinstance(dataset, datasets.Dataset)
+    values = dataset[column] if stored else (row[column] for row in dataset)
+    return sorted(set(values), key=str)
+
+
 class DomainAdversarialCallback(AdaptationCallback):
     """Domain-adversarial training in one line: [`DANN`] on an existing Trainer.
 
@@ -178,7 +241,8 @@ class DomainAdversarialCallback(AdaptationCallback):
             left out if `train_dataset` has a `domain` column.
         streams: Further streams of rows by name.
         **dann: Arguments of [`DANN`]: `weight`, `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`.
+            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
+            `source_column`.
 
     Example:
         ```python
