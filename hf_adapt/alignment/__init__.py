@@ -1,5 +1,6 @@
 """Objectives that align the features or predictions of a target domain with the source's."""
 
+from hf_adapt.alignment.adda import ADDA
 from hf_adapt.alignment.adversarial import reverse_gradient
 from hf_adapt.alignment.cdan import CDAN, conditioned_features, entropy_weights
 from hf_adapt.alignment.dann import DANN, DomainAdversarialCallback, dann_loss
@@ -26,6 +27,7 @@ from hf_adapt.alignment.self_training import (
 )
 
 __all__ = [
+    "ADDA",
     "CDAN",
     "DANN",
     "MCD",

@@ -98,7 +98,7 @@ class CDAN(DANN):
             the rows of a micro-batch; with False the term is exact under any accumulation.
         **adversary: Further arguments of [`DANN`]: `ramp`, `feature_layer`, `pooling`,
             `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
-            `source_column`.
+            `several_sources`.
 
     Logs:
         As [`DANN`], under `cdan`.

@@ -18,6 +18,7 @@ from hf_adapt.alignment.adversarial import AdversarialObjective
 from hf_adapt.alignment.discriminator import DiscriminatorWatch, DomainDiscriminator
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.engine.collating import DOMAIN
 from hf_adapt.engine.progress import Schedule, dann_ramp
 
 if TYPE_CHECKING:
@@ -74,21 +75,26 @@ class DANN(AdversarialObjective):
 
     A discriminator learns to predict the domain from the feature; its gradient is reversed and
     scaled by λ = `weight` · `ramp`(progress) before it reaches the model. Use it when source and
-    target differ in all classes and have similar label distributions. If they do not, or if the
-    discriminator is unstable, [`MMD`] or [`InformationMaximization`] is often better.
+    target differ in all classes and have similar label distributions. If they do not,
+    [`InformationMaximization`] or [`SelfTraining`] with the target's class frequencies is better.
 
-    With several target domains the discriminator tells all of them apart; with `source_column`,
-    several sources as well.
+    With several target domains the discriminator tells all of them apart; with `several_sources`,
+    the sources as well.
 
     Reference:
         Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818.
         Deviations: the discriminator has its own optimizer (AdamW) and learns at full rate
-        from the first step, while λ ramps for the model.
+        from the first step, while λ ramps for the model. The peak of λ is 0.1 by default, not 1:
+        AdamW fine-tunes a whole transformer faster than a small discriminator can follow. And with
+        `bounded` no gradient is reversed for an item whose domain the discriminator gets wrong
+        already (its cross-entropy is over ln K): in the paper's game the model goes on, past
+        confusion, to features that the discriminator takes for the other domain, so that the
+        target as a whole overshoots the source, often across the boundary between two classes.
 
     Args:
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off. With a learning
             rate of 2e-5 or so, or a frozen lower half, more (0.3 to 1) may be right: watch
-            `dann/domain_accuracy`, which must not fall below chance.
+            `dann/domain_accuracy`, which must not stay below chance.
         ramp: Factor of λ as a function of progress; `dann_ramp()` by default, None for none.
         feature_layer: Dotted name of the module whose output is aligned; by default the last
             hidden state of the base model.
@@ -100,8 +106,8 @@ class DANN(AdversarialObjective):
         bounded: Reverse no gradient for items whose domain the discriminator gets wrong already
             (probability below 1/K); see the deviations.
         name: Prefix of the logs.
-        source_column: Column of the training rows that says which source a row is from, where they
-            are from several.
+        several_sources: Whether the training rows are from several sources, as their column
+            `domain` says; the discriminator then has a class for each.
 
     Logs:
         `loss/dann` (the discriminator's cross-entropy; ln K at chance), `dann/lambda`,
@@ -125,22 +131,22 @@ class DANN(AdversarialObjective):
         weight: float | Schedule = 0.1,
         ramp: Schedule | None = dann_ramp(),  # noqa: B008 - a pure function
         *,
-        source_column: str | None = None,
+        several_sources: bool = False,
         **adversary: Any,
     ) -> None:
         super().__init__(weight, ramp, **adversary)
-        self.columns = () if source_column is None else (source_column,)
+        self.columns = (DOMAIN,) if several_sources else ()
         self._sources: dict[Any, int] = {}  # of values of that column; 0 for the first
 
     def setup(self, trainer: Trainer) -> None:
         """Look up which sources there are."""
         self._sources = {}
-        for column in self.columns:
-            values = _column(trainer.train_dataset, column)
+        if self.columns:
+            values = _domains(trainer.train_dataset)
             if len(values) < 2:
                 raise ValueError(
-                    f"source_column={column!r} has the values {values} in train_dataset; several "
-                    "sources have several. Leave source_column out for one source."
+                    f"several_sources=True, but the column {DOMAIN!r} of train_dataset has the "
+                    f"values {values or 'none'}. Add a column that names each row's source."
                 )
             self._sources = {value: number for number, value in enumerate(values)}
 
@@ -179,7 +185,8 @@ class DANN(AdversarialObjective):
         with torch.no_grad():
             source_share = (domain == 0).float().mean()
             accuracy = (logits.argmax(1) == domain).float().mean()
-        self.watch.since_log += len(domain)
+        if torch.is_grad_enabled():  # not in the look at the first batch
+            self.watch.since_log += len(domain)
         batch.log("domain_accuracy", accuracy, len(domain))
         batch.log("source_share", source_share, len(domain))
         weights = self.item_weights(batch)
@@ -190,9 +197,9 @@ class DANN(AdversarialObjective):
         """The batch with a domain number for each source; those of the targets stay."""
         if not self._sources:
             return batch
-        (column,), seen = self.columns, copy.copy(batch)
+        seen = copy.copy(batch)
         seen.parts = [
-            replace(part, domain=self._numbered(part.domain, part.columns[column], batch))
+            replace(part, domain=self._numbered(part.domain, part.columns[DOMAIN], batch))
             for part in batch.parts
         ]
         return seen
@@ -217,16 +224,13 @@ class DANN(AdversarialObjective):
         self.watch.on_log(logs, progress)
 
 
-def _column(dataset: Any, column: str) -> list[Any]:
-    """The different values of a column, sorted."""
-    known = getattr(dataset, "column_names", None)
-    if known is not None and column not in known:
-        raise ValueError(
-            f"source_column={column!r} is no column of train_dataset, which has {known}."
-        )
+def _domains(dataset: Any) -> list[Any]:
+    """The different values of the column of domains, sorted."""
     stored = isinstance(dataset, datasets.Dataset)
-    values = dataset[column] if stored else (row[column] for row in dataset)
-    return sorted(set(values), key=str)
+    if stored and DOMAIN not in dataset.column_names:
+        return []
+    values = dataset[DOMAIN] if stored else (row.get(DOMAIN) for row in dataset)
+    return sorted(set(values) - {None}, key=str)
 
 
 class DomainAdversarialCallback(AdaptationCallback):
@@ -242,7 +246,7 @@ class DomainAdversarialCallback(AdaptationCallback):
         streams: Further streams of rows by name.
         **dann: Arguments of [`DANN`]: `weight`, `ramp`, `feature_layer`, `pooling`,
             `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
-            `source_column`.
+            `several_sources`.
 
     Example:
         ```python

@@ -48,7 +48,7 @@ class PADA(DANN):
         momentum: Share of the running average that each optimizer step keeps.
         **adversary: Further arguments of [`DANN`]: `ramp`, `feature_layer`, `pooling`,
             `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
-            `source_column`.
+            `several_sources`.
 
     Logs:
         As [`DANN`], under `pada`; `pada/reweighting` (what the weights add to the task's loss),

@@ -13,9 +13,12 @@ from torch import nn
 from torch.autograd.gradcheck import GradcheckError
 
 from hf_adapt import DANN, DomainAdversarialCallback
-from hf_adapt.alignment import DomainDiscriminator, dann_loss, reverse_gradient
+from hf_adapt.alignment import CDAN, DomainDiscriminator, dann_loss, reverse_gradient
+from hf_adapt.alignment import dann as dann_module
 from hf_adapt.engine.progress import linear_ramp
+from tests.helpers.alignment import make_trainer, target
 from tests.helpers.fake_batch import FakeBatch
+from tests.helpers.models import bert
 
 # ---- dann_loss ----
 
@@ -378,3 +381,55 @@ def test_says_nothing_of_steps_without_its_metrics(caplog):
 def test_num_items_counts_every_feature():
     rows = SimpleNamespace(num_features=lambda: torch.tensor(11))
     assert int(DANN().num_items(rows)) == 11
+
+
+# ---- in the engine ----
+
+
+def test_several_sources_are_told_apart(tmp_path):
+    """With a column of sources the discriminator has a class for each, and for each target."""
+    model, dann = bert(), DANN(ramp=None, hidden_sizes=(8,), several_sources=True)
+    trainer = make_trainer(tmp_path, [dann], model, [target(), target()])
+    sources = ["news" if number % 3 else "blogs" for number in range(40)]
+    trainer.train_dataset = trainer.train_dataset.add_column("domain", sources)
+    given, dann_losses = [], dann_module.dann_loss
+
+    def keep(logits, domain, reduction="mean"):
+        given.append((logits.shape[1], domain.tolist()))
+        return dann_losses(logits, domain, reduction)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dann_module, "dann_loss", keep)
+        trainer.train()
+    counts = np.bincount([number for classes, numbers in given[1:] for number in numbers])
+    assert all(classes == 4 for classes, _ in given) and len(counts) == 4
+    assert counts[0] + counts[3] == counts[1] + counts[2] == 12 and counts.all()
+    assert counts[3] > counts[0]  # "blogs" is first in the alphabet
+
+
+@pytest.mark.parametrize("values", [[], ["one"]])
+def test_several_sources_need_a_column(values, tmp_path):
+    trainer = make_trainer(tmp_path, [DANN(several_sources=True)])
+    for value in values:
+        trainer.train_dataset = trainer.train_dataset.add_column("domain", [value] * 40)
+    found = r"\['one'\]" if values else "none"
+    with pytest.raises(ValueError, match=f"'domain' of train_dataset has the values {found}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", [DANN, CDAN])
+def test_tokens_are_aligned(method, tmp_path):
+    """Of a tagger by default, and of a classifier of rows by pooling='tokens'."""
+    losses = {}
+    for head, pooling in (("token", "auto"), ("sequence", "tokens"), ("sequence", "auto")):
+        objective = method(ramp=None, hidden_sizes=(8,), pooling=pooling)
+        labels = "token" if head == "token" else "row"
+        trainer = make_trainer(tmp_path, [objective], bert(head), labels=labels, max_steps=1)
+        if method is CDAN and (head, pooling) == ("sequence", "tokens"):
+            with pytest.raises(ValueError, match="CDAN needs a prediction for each feature"):
+                trainer.train()
+            continue
+        trainer.train()
+        losses[head, pooling] = objective.watch.unjudged[0]
+    assert losses["sequence", "auto"] == 8
+    assert all(count > 30 for key, count in losses.items() if key != ("sequence", "auto"))

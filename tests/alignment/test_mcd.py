@@ -46,9 +46,9 @@ def test_objective_trains_classifiers_apart_and_features_together():
     own = features.detach().requires_grad_()
     discrepancy = classifier_discrepancy(*(c(own[4:]) for c in mcd.module)).sum()
     errors = sum(F.cross_entropy(c(own[:3]), labels[:3], reduction="sum") for c in mcd.module)
-    found = {name: (float(total), int(count)) for name, (total, count) in terms.items()}
-    assert found["source"] == pytest.approx((float(errors), 4))
-    assert found["target"] == pytest.approx((-float(discrepancy), 3))
+    found = {name: (total.item(), int(count)) for name, (total, count) in terms.items()}
+    assert found["source"] == pytest.approx((errors.item(), 4))
+    assert found["target"] == pytest.approx((-discrepancy.item(), 3))
     # The classifiers maximise their discrepancy, the features minimise λ times it.
     theirs = torch.autograd.grad(errors - discrepancy, list(mcd.module.parameters()))
     for parameter, gradient in zip(mcd.module.parameters(), theirs, strict=True):

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_adapt import adapt
 from hf_adapt.alignment import PADA, ImportanceWeighting, density_ratio_weights
 from hf_adapt.alignment.source_weights import reweighting_loss
-from tests.helpers.alignment import make_trainer, target
+from tests.helpers.alignment import make_trainer
 from tests.helpers.data import collate
 from tests.helpers.fake_batch import FakeBatch
 from tests.helpers.models import bert, llama
@@ -181,10 +180,10 @@ def test_the_whole_loss_is_the_weighted_one(smoothing, tmp_path):
 def test_refuses_losses_that_cannot_be_weighted(method, tmp_path):
     with pytest.raises(ValueError, match=f"{method.__name__} weights the cross-entropy.*causal"):
         make_trainer(tmp_path, [method()], llama(), labels="lm").train()
-    trainer = make_trainer(tmp_path, [], target_dataset=target())
+    trainer = make_trainer(tmp_path, [method()])
     trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.loss
     with pytest.raises(ValueError, match="found compute_loss_func"):
-        adapt(trainer, method(), target_dataset=target()).train()
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt import DANN, MMD, Adaptation, InformationMaximization, adapt
-from hf_adapt.alignment import CDAN, MCD, MDD, PADA, ImportanceWeighting, SelfTraining
+from hf_adapt.alignment import ADDA, CDAN, MCD, MDD, PADA, ImportanceWeighting, SelfTraining
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, weights
@@ -47,6 +47,7 @@ def masked(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 METHODS = {
+    "adda": Method(lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)], "rows"),
     "cdan": Method(lambda: [CDAN(ramp=None, hidden_sizes=(8,))], "batches"),
     "cdan_rows": Method(
         lambda: [CDAN(ramp=None, hidden_sizes=(8,), entropy_conditioning=False)], "rows"
