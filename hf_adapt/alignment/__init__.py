@@ -1,5 +1,6 @@
 """Objectives that align the features or predictions of a target domain with the source's."""
 
+from hf_adapt.alignment.adda import ADDA
 from hf_adapt.alignment.adversarial import reverse_gradient
 from hf_adapt.alignment.cdan import CDAN, conditioned_features, entropy_weights
 from hf_adapt.alignment.central_moments import CMD, cmd_loss
@@ -39,6 +40,7 @@ from hf_adapt.alignment.sharpness import SAM
 from hf_adapt.alignment.shot import SHOT, centroid_labels, shot
 
 __all__ = [
+    "ADDA",
     "AFN",
     "ATDOC",
     "BNM",

@@ -97,7 +97,8 @@ class CDAN(DANN):
         entropy_conditioning: Weight rows by the certainty of their prediction (CDAN+E). It couples
             the rows of a micro-batch; with False the term is exact under any accumulation.
         **adversary: Further arguments of [`DANN`]: `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`.
+            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
+            `several_sources`.
 
     Logs:
         As [`DANN`], under `cdan`.
@@ -126,6 +127,7 @@ class CDAN(DANN):
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes."""
+        super().setup(trainer)
         refuse_other_problems(trainer.model, "CDAN")
 
     def discriminated(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,8 +18,12 @@ from hf_adapt.alignment.adversarial import AdversarialObjective
 from hf_adapt.alignment.discriminator import DiscriminatorWatch, DomainDiscriminator
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.engine.collating import DOMAIN
+from hf_adapt.engine.progress import Schedule, dann_ramp
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from hf_adapt.engine.batch import Batch, Rows
 
 
@@ -68,21 +75,26 @@ class DANN(AdversarialObjective):
 
     A discriminator learns to predict the domain from the feature; its gradient is reversed and
     scaled by λ = `weight` · `ramp`(progress) before it reaches the model. Use it when source and
-    target differ in all classes and have similar label distributions. If they do not, or if the
-    discriminator is unstable, [`MMD`] or [`InformationMaximization`] is often better.
+    target differ in all classes and have similar label distributions. If they do not,
+    [`InformationMaximization`] or [`SelfTraining`] with the target's class frequencies is better.
 
-    With several target domains, or several sources in a `domain` column, the discriminator tells
-    all of them apart.
+    With several target domains the discriminator tells all of them apart; with `several_sources`,
+    the sources as well.
 
     Reference:
         Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818.
         Deviations: the discriminator has its own optimizer (AdamW) and learns at full rate
-        from the first step, while λ ramps for the model.
+        from the first step, while λ ramps for the model. The peak of λ is 0.1 by default, not 1:
+        AdamW fine-tunes a whole transformer faster than a small discriminator can follow. And with
+        `bounded` no gradient is reversed for an item whose domain the discriminator gets wrong
+        already (its cross-entropy is over ln K): in the paper's game the model goes on, past
+        confusion, to features that the discriminator takes for the other domain, so that the
+        target as a whole overshoots the source, often across the boundary between two classes.
 
     Args:
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off. With a learning
             rate of 2e-5 or so, or a frozen lower half, more (0.3 to 1) may be right: watch
-            `dann/domain_accuracy`, which must not fall below chance.
+            `dann/domain_accuracy`, which must not stay below chance.
         ramp: Factor of λ as a function of progress; `dann_ramp()` by default, None for none.
         feature_layer: Dotted name of the module whose output is aligned; by default the last
             hidden state of the base model.
@@ -91,7 +103,11 @@ class DANN(AdversarialObjective):
         dropout: Dropout of the discriminator.
         learning_rate: Peak learning rate of the discriminator; follows the run's schedule.
         weight_decay: Weight decay of the discriminator.
+        bounded: Reverse no gradient for items whose domain the discriminator gets wrong already
+            (probability below 1/K); see the deviations.
         name: Prefix of the logs.
+        several_sources: Whether the training rows are from several sources, as their column
+            `domain` says; the discriminator then has a class for each.
 
     Logs:
         `loss/dann` (the discriminator's cross-entropy; ln K at chance), `dann/lambda`,
@@ -110,6 +126,30 @@ class DANN(AdversarialObjective):
     name = "dann"
     uses_logits = False
 
+    def __init__(
+        self,
+        weight: float | Schedule = 0.1,
+        ramp: Schedule | None = dann_ramp(),  # noqa: B008 - a pure function
+        *,
+        several_sources: bool = False,
+        **adversary: Any,
+    ) -> None:
+        super().__init__(weight, ramp, **adversary)
+        self.columns = (DOMAIN,) if several_sources else ()
+        self._sources: dict[Any, int] = {}  # of values of that column; 0 for the first
+
+    def setup(self, trainer: Trainer) -> None:
+        """Look up which sources there are."""
+        self._sources = {}
+        if self.columns:
+            values = _domains(trainer.train_dataset)
+            if len(values) < 2:
+                raise ValueError(
+                    f"several_sources=True, but the column {DOMAIN!r} of train_dataset has the "
+                    f"values {values or 'none'}. Add a column that names each row's source."
+                )
+            self._sources = {value: number for number, value in enumerate(values)}
+
     @cached_property
     def watch(self) -> DiscriminatorWatch:
         """The warnings of this run."""
@@ -126,10 +166,9 @@ class DANN(AdversarialObjective):
     def build_modules(self, batch: Batch) -> nn.Module:
         """The discriminator, as wide as what it sees."""
         features, _ = self.discriminated(batch)
-        self.watch = DiscriminatorWatch(self.name, batch.num_domains)
-        return DomainDiscriminator(
-            features.shape[1], batch.num_domains, self.hidden_sizes, self.dropout
-        )
+        num_domains = batch.num_domains + max(0, len(self._sources) - 1)
+        self.watch = DiscriminatorWatch(self.name, num_domains)
+        return DomainDiscriminator(features.shape[1], num_domains, self.hidden_sizes, self.dropout)
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """Every row (or token) is classified."""
@@ -138,20 +177,39 @@ class DANN(AdversarialObjective):
     def loss(self, batch: Batch) -> Term:
         """The discriminator's cross-entropy, summed over the features."""
         assert self.module is not None
-        features, domain = self.discriminated(batch)
+        features, domain = self.discriminated(self._by_source(batch))
         reversed_ = self.reversed(features, batch)
         logits = self.module(reversed_)
         losses = dann_loss(logits, domain, reduction="none")
-        self.leave_settled(reversed_, losses.detach() > math.log(batch.num_domains))
+        self.leave_settled(reversed_, losses.detach() > math.log(logits.shape[1]))
         with torch.no_grad():
             source_share = (domain == 0).float().mean()
             accuracy = (logits.argmax(1) == domain).float().mean()
-        self.watch.since_log += len(domain)
+        if torch.is_grad_enabled():  # not in the look at the first batch
+            self.watch.since_log += len(domain)
         batch.log("domain_accuracy", accuracy, len(domain))
         batch.log("source_share", source_share, len(domain))
         weights = self.item_weights(batch)
         total = losses.sum() if weights is None else (weights * losses).sum()
         return total, torch.as_tensor(len(domain), device=logits.device)
+
+    def _by_source(self, batch: Batch) -> Batch:
+        """The batch with a domain number for each source; those of the targets stay."""
+        if not self._sources:
+            return batch
+        seen = copy.copy(batch)
+        seen.parts = [
+            replace(part, domain=self._numbered(part.domain, part.columns[DOMAIN], batch))
+            for part in batch.parts
+        ]
+        return seen
+
+    def _numbered(self, domain: torch.Tensor, values: list[Any], batch: Batch) -> torch.Tensor:
+        """Source rows of the first source stay 0; the others follow after the targets."""
+        numbers = [self._sources.get(value, 0) for value in values]
+        source = torch.tensor(numbers, dtype=domain.dtype, device=domain.device)
+        further = (domain == 0) & (source > 0)
+        return torch.where(further, batch.num_domains - 1 + source, domain)
 
     def state_dict(self) -> dict[str, Any]:
         """What the warnings have seen of the discriminator."""
@@ -166,6 +224,15 @@ class DANN(AdversarialObjective):
         self.watch.on_log(logs, progress)
 
 
+def _domains(dataset: Any) -> list[Any]:
+    """The different values of the column of domains, sorted."""
+    stored = isinstance(dataset, datasets.Dataset)
+    if stored and DOMAIN not in dataset.column_names:
+        return []
+    values = dataset[DOMAIN] if stored else (row.get(DOMAIN) for row in dataset)
+    return sorted(set(values) - {None}, key=str)
+
+
 class DomainAdversarialCallback(AdaptationCallback):
     """Domain-adversarial training in one line: [`DANN`] on an existing Trainer.
 
@@ -178,7 +245,8 @@ class DomainAdversarialCallback(AdaptationCallback):
             left out if `train_dataset` has a `domain` column.
         streams: Further streams of rows by name.
         **dann: Arguments of [`DANN`]: `weight`, `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`.
+            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
+            `several_sources`.
 
     Example:
         ```python

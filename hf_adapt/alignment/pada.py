@@ -47,7 +47,8 @@ class PADA(DANN):
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off.
         momentum: Share of the running average that each optimizer step keeps.
         **adversary: Further arguments of [`DANN`]: `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`.
+            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
+            `several_sources`.
 
     Logs:
         As [`DANN`], under `pada`; `pada/reweighting` (what the weights add to the task's loss),
@@ -77,6 +78,7 @@ class PADA(DANN):
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes, or a loss that cannot be weighted."""
+        super().setup(trainer)
         refuse_other_problems(trainer.model, "PADA")
         refuse_other_losses(trainer, "PADA")
         self._trainer = trainer

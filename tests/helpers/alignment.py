@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_adapt import Adaptation, adapt
 from hf_adapt.alignment import (
+    ADDA,
     AFN,
     ATDOC,
     BNM,
@@ -85,6 +86,7 @@ METHODS = {
     "deep_jdot_unbalanced": Method(lambda: [DeepJDOT(unbalanced=1.0)], "batches"),
     "entropy_minimization": Method(lambda: [EntropyMinimization()], "rows"),
     "fgm": Method(lambda: [FGM()], "rows"),
+    "adda": Method(lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)], "rows"),
     "cdan": Method(lambda: [CDAN(ramp=None, hidden_sizes=(8,))], "batches"),
     "cdan_rows": Method(
         lambda: [CDAN(ramp=None, hidden_sizes=(8,), entropy_conditioning=False)], "rows"
