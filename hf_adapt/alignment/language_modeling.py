@@ -210,7 +210,7 @@ class TargetLanguageModeling(Objective):
         self._trainer = trainer
 
     def _usable_tokenizer(self, trainer: Trainer, model: nn.Module) -> PreTrainedTokenizerBase:
-        given = self.tokenizer or trainer.processing_class
+        given: Any = self.tokenizer or trainer.processing_class
         given = getattr(given, "tokenizer", given)  # that of a processor
         if not hasattr(given, "all_special_ids"):
             raise ValueError(
@@ -302,16 +302,12 @@ class TargetLanguageModeling(Objective):
             seen = batch.forward(self._masked_inputs, (TARGET,)) if self._is_masked else batch
             if not seen.parts:
                 return torch.zeros((), device=labels.device), chosen.sum()
-            scores = self._own_scores(seen, found) if self._has_own_head else None
-            hidden, domain = (None, None) if self._has_own_head else seen.features()
-        if hidden is not None:
-            hidden = hidden[seen.is_in(domain)][chosen]
-            weight = self._embeddings(batch)
-            weight = (weight.detach() if warms_up else weight).float()
-            scores = (
-                F.linear(hidden, weight) if self.module is None else self.module(hidden, weight)
-            )
-        assert scores is not None
+            if self._has_own_head:
+                values = self._own_scores(seen, found)
+            else:
+                hidden, domain = seen.features()
+                values = hidden[seen.is_in(domain)][chosen]
+        scores = values if self._has_own_head else self._scores(values, batch, warms_up)
         return F.cross_entropy(scores.float(), labels[chosen], reduction="sum"), chosen.sum()
 
     def _own_scores(
@@ -325,9 +321,18 @@ class TargetLanguageModeling(Objective):
             scores.append(logits[next(labels) != IGNORED] if len(logits) else logits[:, 0])
         return torch.cat(scores)
 
+    def _scores(self, hidden: torch.Tensor, batch: Batch, warms_up: bool) -> torch.Tensor:
+        """The head's scores of hidden states, (N, V)."""
+        weight = self._embeddings(batch).float()
+        weight = weight.detach() if warms_up else weight
+        if self.module is None:
+            return F.linear(hidden, weight)
+        return cast(torch.Tensor, self.module(hidden, weight))
+
     def _embeddings(self, batch: Batch) -> torch.Tensor:
-        weight = unwrapped_base(batch.model).get_input_embeddings().weight  # type: ignore[operator, union-attr]
-        return cast(torch.Tensor, weight)
+        base: Any = unwrapped_base(batch.model)
+        weight: torch.Tensor = base.get_input_embeddings().weight
+        return weight
 
 
 def _tokens(part: Part) -> torch.Tensor:

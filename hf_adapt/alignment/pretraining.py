@@ -124,7 +124,7 @@ def adapt_pretrain(
         trainer.add_callback(_HeadFirst(language_model.base_model, warmup))
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None and os.path.isdir(str(args.output_dir)):
-        checkpoint = get_last_checkpoint(str(args.output_dir))
+        checkpoint = get_last_checkpoint(str(args.output_dir))  # type: ignore[no-untyped-call]
         if checkpoint is not None:
             logger.warning("adapt_pretrain resumes from %s.", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -191,10 +191,8 @@ def _outside(language_model: PreTrainedModel) -> list[nn.Parameter]:
 
 def _longest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     config: Any = unwrapped_base(model).config
-    positions = getattr(config, "max_position_embeddings", None) or getattr(
-        config, "n_positions", 512
-    )
-    return min(int(positions), tokenizer.model_max_length)
+    positions: int = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    return min(positions, tokenizer.model_max_length)
 
 
 def _tokenized(
