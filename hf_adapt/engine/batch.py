@@ -11,6 +11,7 @@ import torch
 
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.parts import Layout, Part
+from hf_adapt.engine.row_keys import item_keys, row_keys
 from hf_adapt.engine.streams import TARGET, TRAINING
 from hf_adapt.models.heads import is_causal_lm
 from hf_adapt.models.pooling import (
@@ -104,6 +105,21 @@ class Rows:
         numbers = [n for n, name in enumerate(self.domain_streams) if name in streams]
         return torch.isin(domain, torch.tensor(numbers, dtype=domain.dtype, device=domain.device))
 
+    def keys(self) -> torch.Tensor:
+        """(N,) long, a key of each item of `logits()` by its row's content: see [`row_keys`]."""
+        found = []
+        for part in self.parts:
+            keys = row_keys(part.inputs)
+            tokens = self._layout.token_logits
+            found.append(item_keys(keys, part.token_counts) if tokens else keys)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
+    def item_domain(self) -> torch.Tensor:
+        """(N,) long, the domain of each item of `logits()`, before the forward too."""
+        if not self._layout.token_logits:
+            return self.domain
+        return torch.cat([p.domain.repeat_interleave(p.token_counts) for p in self.parts])
+
     @property
     def domain(self) -> torch.Tensor:
         """(B,) long: 0 for source rows, 1 and up for the target domains."""
@@ -125,6 +141,47 @@ class Rows:
     def num_predictions(self, target_only: bool = False) -> torch.Tensor:
         """How many items `logits()` has, as a tensor: rows, or tokens for token heads."""
         return self._count(self._layout.token_logits, target_only)
+
+    def labels(self, of: str = "logits") -> torch.Tensor:
+        """The labels of the items, -100 where they are hidden or there are none.
+
+        Args:
+            of: `"logits"`: one for each item of `logits()`; a causal language model's are those of
+                the token after it. `"features"`: one for each item of `features()`.
+
+        Shape:
+            - output: (N,), or (N, C) where a row has a vector of labels.
+
+        Raises:
+            ValueError: If the items have no labels of their own: a pooled row of a tagger, say.
+        """
+        found = []
+        for part in self.parts:
+            name = next((n for n in self._layout.label_names if n in part.inputs), None)
+            value = None if name is None else part.inputs[name]
+            if not isinstance(value, torch.Tensor) or len(value) != len(part.domain):
+                raise ValueError(
+                    f"Expected labels with one entry per row in the batch, found "
+                    f"{', '.join(part.inputs)}. Name them in TrainingArguments(label_names=[...])."
+                )
+            by_token = self._layout.token_logits if of == "logits" else self.pooling == "tokens"
+            choices = of == "features" and part.num_choices > 1
+            tokens = part.inputs.get("input_ids", part.attention_mask)
+            shape = tokens.shape if isinstance(tokens, torch.Tensor) else None
+            fits = not by_token or value.shape == shape
+            if by_token != self._layout.token_logits or choices or not fits:
+                raise ValueError(
+                    f"The labels have shape {tuple(value.shape)}, and the items of {of}() are "
+                    f"{'choices' if choices else 'tokens' if by_token else 'rows'}: they have no "
+                    "labels of their own."
+                )
+            if by_token:
+                mask = part.attention_mask
+                if of == "logits" and is_causal_lm(self.model):
+                    value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], IGNORED)], 1)
+                value = value.flatten() if mask is None else value[mask.bool()]
+            found.append(value)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
     def _count(self, tokens: bool, target_only: bool, choices: bool = False) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.long, device=self.parts[0].domain.device)
@@ -215,47 +272,6 @@ class Batch(Rows):
             if not part.is_stand_in:
                 further.parts.append(made)
         return further
-
-    def labels(self, of: str = "logits") -> torch.Tensor:
-        """The labels of the items, -100 where they are hidden or there are none.
-
-        Args:
-            of: `"logits"`: one for each item of `logits()`; a causal language model's are those of
-                the token after it. `"features"`: one for each item of `features()`.
-
-        Shape:
-            - output: (N,), or (N, C) where a row has a vector of labels.
-
-        Raises:
-            ValueError: If the items have no labels of their own: a pooled row of a tagger, say.
-        """
-        found = []
-        for part in self.parts:
-            name = next((n for n in self._layout.label_names if n in part.inputs), None)
-            value = None if name is None else part.inputs[name]
-            if not isinstance(value, torch.Tensor) or len(value) != len(part.domain):
-                raise ValueError(
-                    f"Expected labels with one entry per row in the batch, found "
-                    f"{', '.join(part.inputs)}. Name them in TrainingArguments(label_names=[...])."
-                )
-            by_token = self._layout.token_logits if of == "logits" else self.pooling == "tokens"
-            choices = of == "features" and part.num_choices > 1
-            tokens = part.inputs.get("input_ids", part.attention_mask)
-            shape = tokens.shape if isinstance(tokens, torch.Tensor) else None
-            fits = not by_token or value.shape == shape
-            if by_token != self._layout.token_logits or choices or not fits:
-                raise ValueError(
-                    f"The labels have shape {tuple(value.shape)}, and the items of {of}() are "
-                    f"{'choices' if choices else 'tokens' if by_token else 'rows'}: they have no "
-                    "labels of their own."
-                )
-            if by_token:
-                mask = part.attention_mask
-                if of == "logits" and is_causal_lm(self.model):
-                    value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], IGNORED)], 1)
-                value = value.flatten() if mask is None else value[mask.bool()]
-            found.append(value)
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
     def features(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The pooled features and the domain of each, source and target rows together.

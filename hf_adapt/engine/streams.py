@@ -50,6 +50,8 @@ class Stream:
         weight: Factor of the stream's own loss, or a schedule of it; with `labels="keep"`.
         source_domain: Which value of a `domain` column in `train_dataset` is the source (0 or
             "source" by default); with `dataset=None`.
+        priors: What is known of how frequent each class is among its rows, for the methods that use
+            it: see [`hf_adapt.alignment.priors`].
 
     Raises:
         TypeError: If the dataset is none.
@@ -67,6 +69,7 @@ class Stream:
     forward: StreamForward = "joint"
     weight: float | Schedule = 1.0
     source_domain: int | str | None = None
+    priors: Any = None
 
     def __post_init__(self) -> None:
         if self.dataset is not None:
