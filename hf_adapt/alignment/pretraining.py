@@ -76,7 +76,8 @@ def adapt_pretrain(
         The same model, in the mode that it was in.
 
     Raises:
-        ValueError: If there is no text, one is empty, or the tokenizer lacks a token.
+        ValueError: If there is no text, one is empty, the tokenizer lacks a token, or the model
+            has adapters.
 
     Example:
         ```python
@@ -88,6 +89,11 @@ def adapt_pretrain(
         raise ValueError(
             f"mask_probability={mask_probability} must lie between 0 and 1, and warmup={warmup} be "
             "at least 0 and below 1."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "adapt_pretrain saves a whole language model, and this model has adapters: call it "
+            "before get_peft_model."
         )
     masked = language_model_kind(model) == "masked_lm"
     needed = "mask_token" if masked else "pad_token"

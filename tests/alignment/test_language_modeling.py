@@ -617,3 +617,8 @@ def test_pretraining_refuses(target, options, message, tmp_path):
     own = options.pop("tokenizer", TOKENIZER)
     with pytest.raises(ValueError, match=message):
         adapt_pretrain(bert(), own, target, arguments(tmp_path), **options)
+
+
+def test_pretraining_refuses_adapters(tmp_path):
+    with pytest.raises(ValueError, match="call it before get_peft_model"):
+        adapt_pretrain(lora(bert()), TOKENIZER, ["w1"], arguments(tmp_path))
