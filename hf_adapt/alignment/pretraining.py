@@ -76,7 +76,8 @@ def adapt_pretrain(
         The same model, in the mode that it was in.
 
     Raises:
-        ValueError: If there is no text, one is empty, or the tokenizer lacks a token.
+        ValueError: If there is no text, one is empty, the tokenizer lacks a token, or the model
+            has adapters.
 
     Example:
         ```python
@@ -88,6 +89,11 @@ def adapt_pretrain(
         raise ValueError(
             f"mask_probability={mask_probability} must lie between 0 and 1, and warmup={warmup} be "
             "at least 0 and below 1."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "adapt_pretrain saves a whole language model, and this model has adapters: call it "
+            "before get_peft_model."
         )
     masked = language_model_kind(model) == "masked_lm"
     needed = "mask_token" if masked else "pad_token"
@@ -124,7 +130,7 @@ def adapt_pretrain(
         trainer.add_callback(_HeadFirst(language_model.base_model, warmup))
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None and os.path.isdir(str(args.output_dir)):
-        checkpoint = get_last_checkpoint(str(args.output_dir))
+        checkpoint = get_last_checkpoint(str(args.output_dir))  # type: ignore[no-untyped-call]
         if checkpoint is not None:
             logger.warning("adapt_pretrain resumes from %s.", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -191,10 +197,8 @@ def _outside(language_model: PreTrainedModel) -> list[nn.Parameter]:
 
 def _longest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     config: Any = unwrapped_base(model).config
-    positions = getattr(config, "max_position_embeddings", None) or getattr(
-        config, "n_positions", 512
-    )
-    return min(int(positions), tokenizer.model_max_length)
+    positions: int = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    return min(positions, tokenizer.model_max_length)
 
 
 def _tokenized(

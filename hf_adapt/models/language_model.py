@@ -65,7 +65,7 @@ def load_language_model(model: nn.Module) -> PreTrainedModel | None:
     if not name:
         return None
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.ERROR)
     try:
         loaded, found = _auto_class(base).from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
@@ -79,7 +79,7 @@ def load_language_model(model: nn.Module) -> PreTrainedModel | None:
     return cast(PreTrainedModel, loaded)
 
 
-def language_model_of(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
+def language_model_of(model: nn.Module) -> tuple[PreTrainedModel, bool]:
     """A language model that shares the model's encoder or decoder: to train the one trains both.
 
     Returns:
@@ -91,12 +91,12 @@ def language_model_of(model: PreTrainedModel) -> tuple[PreTrainedModel, bool]:
     if has_head(base, kind):
         return base, False
     found = load_language_model(base)
-    language_model = found
+    language_model: Any = found
     if language_model is None:
         language_model = _auto_class(base).from_config(copy.deepcopy(base.config))
     body = base.base_model
     setattr(language_model, language_model.base_model_prefix, body)
-    language_model.to(device=body.device, dtype=body.dtype)
+    language_model.to(body.device).to(body.dtype)
     language_model.tie_weights()
     shared = {id(parameter) for parameter in body.parameters()}
     has_own = any(id(parameter) not in shared for parameter in language_model.parameters())
@@ -144,7 +144,7 @@ class LanguageModelHead(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, language_model: PreTrainedModel) -> LanguageModelHead | None:
+    def of(cls, language_model: Any) -> LanguageModelHead | None:
         """The trained head of a masked language model: a dense layer, activation and norm.
 
         Returns:

@@ -404,32 +404,43 @@ def frozen_embeddings(model: Any) -> Any:
     return model
 
 
+def of_three_classes(name: str) -> Any:
+    config = MODELS[name]().config
+    config.num_labels = 3
+    return type(MODELS[name]())(config)
+
+
+CHECKPOINTED = dict(
+    gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+)
+
+
 @pytest.mark.parametrize(
-    ("change", "settings"),
+    ("make", "settings"),
     [
-        (lora, {}),
-        (frozen_embeddings, {}),
+        (lambda: lora(bert()), {}),
+        (lambda: frozen_embeddings(bert()), {}),
+        (bert, CHECKPOINTED),
+        (bert, {"bf16": True}),
+        (lambda: bert("token"), {"labels": "token"}),
+        (lambda: of_three_classes("roberta"), {}),
         (
-            lambda model: model,
-            dict(
-                gradient_checkpointing=True,
-                gradient_checkpointing_kwargs={"use_reentrant": False},
-            ),
-        ),
-        (lambda model: model, dict(bf16=True)),
+            lambda: of_three_classes("llama_rows"),
+            {"processing_class": None},
+        ),  # ties nothing: it gets a new head
     ],
 )
-def test_it_trains_under(change, settings, tmp_path):
-    model = change(bert())
-    trainer = adapted(
-        tmp_path, model, TargetLanguageModeling(1.0, warmup=0), max_steps=2, **settings
-    )
+def test_it_trains_with(make, settings, tmp_path):
+    model = make()
+    objective = TargetLanguageModeling(1.0, warmup=0)
+    trainer = adapted(tmp_path, model, objective, max_steps=2, **settings)
     before = weights(model)
     trainer.train()
-    encoder = [k for k in before if "query" in k and not torch.equal(before[k], weights(model)[k])]
-    assert encoder
-    log = trainer.state.log_history[0]
-    assert 2 < log["loss/target_language_modeling"] < 10
+    after = weights(model)
+    queries = [name for name in before if "query" in name or "q_proj" in name]
+    assert queries and any(not torch.equal(before[name], after[name]) for name in queries)
+    assert isinstance(objective.module, LanguageModelHead)
+    assert 2 < trainer.state.log_history[0]["loss/target_language_modeling"] < 10
 
 
 # ---- what is refused ----
@@ -472,7 +483,13 @@ def without_mask() -> Any:
     ],
 )
 def test_models_without_tokens_to_predict_are_refused(model, given, message, tmp_path):
-    trainer = adapted(tmp_path, model(), TargetLanguageModeling(), processing_class=given)
+    trainer = adapted(
+        tmp_path,
+        model(),
+        TargetLanguageModeling(),
+        processing_class=given,
+        remove_unused_columns=False,
+    )
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -600,3 +617,8 @@ def test_pretraining_refuses(target, options, message, tmp_path):
     own = options.pop("tokenizer", TOKENIZER)
     with pytest.raises(ValueError, match=message):
         adapt_pretrain(bert(), own, target, arguments(tmp_path), **options)
+
+
+def test_pretraining_refuses_adapters(tmp_path):
+    with pytest.raises(ValueError, match="call it before get_peft_model"):
+        adapt_pretrain(lora(bert()), TOKENIZER, ["w1"], arguments(tmp_path))

@@ -38,9 +38,11 @@ from hf_adapt.alignment import (
     RDrop,
     SelfTraining,
     SupervisedContrastive,
+    TargetLanguageModeling,
 )
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
+from tests.helpers.toy import tokenizer
 from tests.helpers.trainers import arguments, weights
 
 
@@ -114,6 +116,10 @@ METHODS = {
     "rdrop": Method(lambda: [RDrop()], "rows"),
     "sam": Method(lambda: [MMD(weight=0.5), SAM()], "batches"),
     "supervised_contrastive": Method(lambda: [SupervisedContrastive()], "batches"),
+    "target_language_modeling": Method(
+        lambda: [TargetLanguageModeling(tokenizer=tokenizer(), mask_probability=0.3, warmup=0)],
+        "rows",
+    ),
     "vat": Method(lambda: [VAT()], None),
 }
 SUMS = [name for name, method in METHODS.items() if method.accumulation == "rows"]
