@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.engine.adaptation import Objective
+from hf_adapt.alignment.predictions import ClassPredictions
 from hf_adapt.engine.streams import TARGET, TRAINING
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def class_names(trainer: Trainer) -> dict[int, str]:
     return {i: str(names.get(i, i)) for i in range(int(config.num_labels))}
 
 
-class PriorObjective(Objective):
+class PriorObjective(ClassPredictions):
     """An objective that uses the target's class frequencies.
 
     Attributes:
@@ -309,7 +309,8 @@ class PriorObjective(Objective):
     _trainer: Any = None
 
     def setup(self, trainer: Trainer) -> None:
-        """Read what is known of the frequencies."""
+        """Refuse a model without classes; read what is known of the frequencies."""
+        super().setup(trainer)
         self._trainer = trainer
         self._given_prior = self.prior
         if self.prior is None:

@@ -164,6 +164,8 @@ class TrainingStep:
         nothing = torch.zeros((), device=self.trainer.args.device)
         own_losses = dict.fromkeys(sorted(self.layout.table.labelled), nothing)
         for part in parts[1:]:
+            if part.stream in self.layout.table.unread:
+                continue
             if part.is_stand_in or part.stream not in own_losses:
                 self.forward.features(model, part)
                 continue
