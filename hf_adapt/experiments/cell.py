@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -64,7 +65,7 @@ def cell_folder(experiment: Experiment, cell: Cell) -> Path:
     described = {
         "model": model_fingerprint(experiment.model),
         "task": experiment.task,
-        "rows": _rows_fingerprint(pair),
+        "rows": _rows_fingerprint(pair, TASKS[experiment.task]),
         "method": method.described(),
         "training": {**experiment.training, **method.training},
         "freeze_layers": experiment.freeze_layers,
@@ -114,10 +115,10 @@ def cached_pair(experiment: Experiment, source: str, target: str) -> Pair:
 
 
 @cache
-def _rows_fingerprint(pair: Pair) -> str:
+def _rows_fingerprint(pair: Pair, task: Task) -> str:
     splits = [*pair.source.values(), *pair.target.values(), pair.target_unlabelled]
-    described = json.dumps([rows.to_dict() for rows in splits], default=str)
-    return hashlib.sha256(described.encode()).hexdigest()
+    described = [[task.described(row) for row in rows] for rows in splits]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- running
@@ -156,12 +157,13 @@ def finished_result(folder: Path, with_model: bool = False) -> dict[str, Any] | 
 def train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]:
     """Fine-tune once; return the scores in both domains and what the run cost."""
     method = experiment.methods[cell.method]
-    task = TASKS[experiment.task]()
+    task = TASKS[experiment.task]
     pair = cached_pair(experiment, cell.source, cell.target)
     if method.is_bound and not len(pair.target["train"]):
         raise DataError(f"{cell.method!r} trains on the labels of {cell.target!r}, which has none.")
     with _quiet():
         trainer, rows = _new_trainer(experiment, cell, pair, task, folder)
+    gc.collect()  # what earlier runs in this process left
     with _AdaptationWarnings() as warnings:
         device = "cuda" if trainer.args.device.type == "cuda" else "cpu"
         before = restarted_peak(device)
@@ -170,8 +172,10 @@ def train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[str
         result: dict[str, Any] = {"seconds": time.perf_counter() - start}
         result["peak_memory_mb"] = None if before is None else peak(device) / 2**20
     for name, domain in zip(DOMAINS, (pair.source, pair.target), strict=True):
-        tested = domain["test"] if len(domain["test"]) else pair.target_unlabelled
-        scores = _scores(trainer, rows(tested), task, pair.labels)
+        tested, is_scored = domain["test"], len(domain["test"]) > 0
+        if not is_scored:
+            tested = task.with_any_labels(pair.target_unlabelled)
+        scores = _scores(trainer, rows(tested), task, pair.labels, is_scored)
         result |= {f"{name}_{key}": value for key, value in scores.items()}
     result["warnings"] = len(warnings.texts)
     result["first_warning"] = warnings.texts[0] if warnings.texts else None
@@ -233,10 +237,10 @@ def resolved_priors(method: Method, pair: Pair, task: Task) -> Any:
     Raises:
         DataError: If they are to be counted, and the target has no labels.
     """
-    priors = method.target_priors
+    priors: Any = method.target_priors
     points = 0.0
     if isinstance(priors, Mapping) and set(priors) == {GIVEN}:
-        priors, points = GIVEN, float(priors[GIVEN])
+        points, priors = float(priors[GIVEN]), GIVEN
     if priors != GIVEN:
         return priors
     if not len(pair.target["train"]):
@@ -272,7 +276,7 @@ def freeze(model: PreTrainedModel, groups: Sequence[str]) -> None:
 
 
 def _scores(
-    trainer: Trainer, rows: datasets.Dataset, task: Task, labels: Sequence[str]
+    trainer: Trainer, rows: datasets.Dataset, task: Task, labels: Sequence[str], is_scored: bool
 ) -> dict[str, Any]:
     """Accuracy, macro-F1 and class shares; without labels only the shares that are predicted."""
     predicted = trainer.predict(rows)
@@ -281,7 +285,7 @@ def _scores(
         logits[0] if isinstance(logits, tuple) else logits, predicted.label_ids
     )
     scores: dict[str, Any] = {"predicted_shares": _shares(guess, labels)}
-    if predicted.label_ids is not None:
+    if is_scored:
         scores["true_shares"] = _shares(truth, labels)
         scores["accuracy"] = float(accuracy_score(truth, guess))
         scores["f1"] = float(f1_score(truth, guess, average="macro"))
@@ -298,11 +302,14 @@ class _quiet:
 
     def __enter__(self) -> None:
         datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
-        transformers.logging.set_verbosity_error()
+        logs: Any = transformers.logging
+        logs.disable_progress_bar()
+        self._level = logs.get_verbosity()
+        logs.set_verbosity_error()
 
     def __exit__(self, *error: object) -> None:
-        transformers.logging.set_verbosity_warning()
+        logs: Any = transformers.logging
+        logs.set_verbosity(self._level)
 
 
 class _AdaptationWarnings(logging.Handler):

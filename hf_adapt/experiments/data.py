@@ -152,7 +152,7 @@ class Pair:
 
     def target_shares(self, task: Task) -> dict[str, float]:
         """The share of each class among the labels of the target's training rows."""
-        counts = Counter(task.class_numbers(self.target["train"]["label"]))
+        counts = Counter(task.class_numbers(self.target["train"][task.label_column]))
         total = max(1, counts.total())
         return {name: counts[number] / total for number, name in enumerate(self.labels)}
 
@@ -168,7 +168,7 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
     Raises:
         DataError: If a file cannot be read, or the two sets of classes differ.
     """
-    task = TASKS[experiment.task]()
+    task = TASKS[experiment.task]
     rows = {name: load_domain(experiment.data[name], task) for name in (source, target)}
     return paired(
         rows, task, experiment.num_train, experiment.num_test, balanced=experiment.balanced
@@ -207,8 +207,10 @@ def paired(
             f"The source {source!r} has the classes {labels}, and the target {target!r} also has "
             f"{sorted(unknown)}. Both need the same names: rename them in the files."
         )
-    if balanced and not _classes(target_rows["train"], task):
-        raise DataError(f"balanced: the target {target!r} has no labels to balance by.")
+    if balanced and not all(isinstance(label, str) for _, label in target_rows["train"]):
+        raise DataError(
+            f"balanced needs one label for each row, which the target {target!r} does not have."
+        )
     limits = {"train": num_train, "dev": num_test, "test": num_test}
     used = [
         {
@@ -226,8 +228,10 @@ def paired(
         return Dataset.from_dict(columns, features=features)
 
     unlabelled = {inputs: [cell for cell, _ in used[1]["train"]]}
+    here, there = (DatasetDict({split: dataset(rows[split]) for split in limits}) for rows in used)
     return Pair(
-        *(DatasetDict({split: dataset(rows[split]) for split in limits}) for rows in used),
+        here,
+        there,
         Dataset.from_dict(unlabelled, features=Features({inputs: features[inputs]})),
         labels,
     )

@@ -17,21 +17,23 @@ PANELS_IN_A_ROW = 4
 
 
 def plot(experiment: Experiment, rows: Sequence[Row], results: Results) -> Figure:
-    """Accuracy on the target: a panel for each pair, a column for each method, a point a seed."""
+    """Accuracy on the target: a panel for each pair, a line for each method, a point a seed."""
     across = min(PANELS_IN_A_ROW, len(experiment.pairs))
     down = -(-len(experiment.pairs) // across)
-    width = max(3.0, 0.75 * len(rows))
-    figure = Figure(figsize=(width * across + 0.6, 2.9 * down + 0.9), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False, sharey=False)
+    names = 0.09 * max(len(row.method) for row in rows)
+    width = 5.0 if across == 1 else 2.7
+    height = 0.32 * len(rows) + 0.7
+    figure = Figure(figsize=(names + width * across, height * down + 0.5), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharey=True)
     for number, axes in enumerate(panels.flat):
-        if number >= len(experiment.pairs):
+        if number < len(experiment.pairs):
+            _panel(axes, experiment, rows, results, experiment.pairs[number])
+            if number + across >= len(experiment.pairs):
+                axes.set_xlabel("accuracy on the target, %", fontsize=9)
+        else:
             axes.axis("off")
-            continue
-        _panel(axes, experiment, rows, results, experiment.pairs[number])
-        if number % across == 0:
-            axes.set_ylabel("accuracy on the target, %")
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -42,59 +44,50 @@ def _panel(
     results: Results,
     pair: tuple[str, str],
 ) -> None:
+    for line, row in enumerate(rows):
+        score, method = row.accuracy[pair], experiment.methods[row.method]
+        if score is None or score["mean"] is None:
+            continue
+        is_reference = method.is_baseline or method.is_bound
+        level, colour = 100 * score["mean"], GREY if is_reference else BLUE
+        axes.plot([level] * 2, [line - 0.34, line + 0.34], color=colour, lw=3, zorder=2)
+        axes.annotate(
+            f"{level:.1f}",
+            (1.01, line),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            color="#52606d" if is_reference else BLUE,
+        )
+        if is_reference:
+            axes.axvline(level, ls="--", lw=1, color=GREY, zorder=0)
     points = [
-        (place, 100 * run["target_accuracy"])
-        for place, row in enumerate(rows)
+        (100 * run["target_accuracy"], line)
+        for line, row in enumerate(rows)
         for run in runs_of(results, row.method, pair)
         if run.get("target_accuracy") is not None
     ]
-    for place, row in enumerate(rows):
-        score = row.accuracy[pair]
-        if score is None or score["mean"] is None:
-            continue
-        level, method = 100 * score["mean"], experiment.methods[row.method]
-        colour = GREY if method.is_baseline or method.is_bound else BLUE
-        axes.hlines(level, place - 0.32, place + 0.32, color=colour, lw=3, zorder=2)
-        axes.annotate(
-            f"{level:.1f}",
-            (place + 0.34, level),
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color=colour,
-            xytext=(0, 2),
-            textcoords="offset points",
-        )
-        if method.is_baseline or method.is_bound:
-            axes.axhline(level, ls="--", lw=1, color=GREY, zorder=0)
     axes.plot([], [], lw=3, color=BLUE, label="mean")
     axes.scatter(
-        [place for place, _ in points],
-        [level for _, level in points],
-        s=24,
+        [level for level, _ in points],
+        [line for _, line in points],
+        s=22,
         color="white",
         edgecolor="black",
         zorder=3,
         label="a seed",
     )
-    shares = [
+    true = [
         run["target_true_shares"]
         for run in results
-        if run.get("target_true_shares") and (run["source"], run["target"]) == pair
+        if (run["source"], run["target"]) == pair and run.get("target_true_shares")
     ]
-    if shares:
-        axes.axhline(
-            100 * max(shares[0].values()), ls=":", lw=1.5, color=ORANGE, label="most frequent class"
-        )
-    turned = max(len(row.method) for row in rows) * len(rows) > 45
-    axes.set_xticks(
-        range(len(rows)),
-        [row.method for row in rows],
-        rotation=30 if turned else 0,
-        ha="right" if turned else "center",
-        fontsize=8,
-    )
-    axes.set_xlim(-0.6, len(rows) - 0.4)
+    if true:
+        share = 100 * max(true[0].values())
+        axes.axvline(share, ls=":", lw=1.5, color=ORANGE, label="most frequent class")
+    axes.set_yticks(range(len(rows)), [row.method for row in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_title(" → ".join(pair), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 

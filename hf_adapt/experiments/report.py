@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hf_adapt.experiments import plots, tables
@@ -29,14 +30,15 @@ def describe_pairs(experiment: Experiment, console: Console) -> None:
     """Print how many rows each pair has."""
     for source, target in experiment.pairs:
         pair = cached_pair(experiment, source, target)
-        task = TASKS[experiment.task]()
+        task = TASKS[experiment.task]
+        name = escape(f"{source} → {target}")
         text = (
-            f"[bold]{source} → {target}[/bold]: {len(pair.source['train'])} training rows with "
+            f"[bold]{name}[/bold]: {len(pair.source['train'])} training rows with "
             f"labels, {len(pair.target_unlabelled)} of the target without; "
             f"{len(pair.source['test'])} and {len(pair.target['test'])} to test on."
         )
         if len(pair.target["test"]):
-            truth = list(task.class_numbers(pair.target["test"]["label"]))
+            truth = list(task.class_numbers(pair.target["test"][task.label_column]))
             share = max(map(truth.count, set(truth))) / len(truth)
             text += f" Always answering the most frequent class of the target gives {share:.1%}."
         console.print(text, highlight=False)
@@ -78,13 +80,19 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
 def _document(shown: Sequence[tuple[str, Cells]], legend: str) -> str:
     parts = [f"## {title}\n\n{tables.markdown(cells)}\n" for title, cells in shown]
     versions = ", ".join(f"{name} {version}" for name, version in installed().items())
-    command = shlex.join(["hf-adapt", *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    is_script = script.suffix == ".py" and script.name != "__main__.py"
+    command = shlex.join([*(["python", str(script)] if is_script else ["hf-adapt"]), *sys.argv[1:]])
     return "\n".join(
         [*parts, legend, "", f"Command: `{command}`", "", f"Versions: {versions}.", ""]
     )
 
 
 def _print_table(console: Console, title: str, cells: Cells, legend: str | None) -> None:
+    widths = [max(map(len, column)) + 2 for column in zip(*cells[1:], strict=True)]
+    if console.is_terminal and sum(widths) > console.width:
+        console.print(f"{title}: too wide for this terminal, see table.md")
+        return
     table = Table(
         title=title,
         caption=legend,

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -73,7 +74,9 @@ def execute(
                 running.remove(cell)
                 progress.advance(bar)
                 console.print(_line(cell, result), soft_wrap=True, highlight=False)
-            progress.update(bar, description="; ".join(map(str, running)))
+            more = f" and {len(running) - 1} more" if len(running) > 1 else ""
+            now = f"{running[0]}{more}" if running else ""
+            progress.update(bar, description=escape(now))
 
         results = run_experiment(experiment, jobs, overwrite, report)
     if kept:
@@ -85,8 +88,11 @@ def execute(
 
 def _line(cell: Cell, result: dict[str, Any]) -> str:
     if "error" in result:
-        return f"[red]failed[/red] {cell}: {result['error']}"
+        problem = escape(f"{cell}: {result['error']}")
+        return f"[red]failed[/red] {problem}"
     accuracy = result.get("target_accuracy")
     score = "" if accuracy is None else f"{accuracy:.1%} on {cell.target}, "
-    warned = f" [yellow]warned: {result['first_warning']}[/yellow]" if result["warnings"] else ""
-    return f"{cell}: {score}{result['seconds']:.0f} s{warned}"
+    line = escape(f"{cell}: {score}{result['seconds']:.0f} s")
+    if not result["warnings"]:
+        return line
+    return f"{line} [yellow]warned: {escape(result['first_warning'])}[/yellow]"

@@ -75,7 +75,7 @@ class Settings:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise ConfigError(f"{name}:{line}: {error.problem}.") from error
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
         if not isinstance(values, dict):
             raise ConfigError(f"{name} must hold keys such as model:, data: and methods:.")
         return cls(values, lines)

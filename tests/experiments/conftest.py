@@ -83,3 +83,9 @@ def run(*words: str, fails: bool = False) -> str:
         raise AssertionError(result.output) from result.exception
     assert result.exit_code == int(fails), result.output
     return result.output
+
+
+def results(folder: Path) -> list[dict[str, str]]:
+    """The lines of results.csv."""
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -62,7 +62,7 @@ def test_balanced_pair_has_as_many_rows_of_each_label():
     for split in pair(rows, balanced=True).target.values():
         labels = split["label"][:]
         assert labels.count(0) == labels.count(1) > 0
-    with pytest.raises(DataError, match="no labels to balance by"):
+    with pytest.raises(DataError, match="balanced needs one label for each row"):
         pair([(text, None) for text, _ in ROWS], balanced=True)
 
 

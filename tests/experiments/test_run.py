@@ -1,6 +1,5 @@
 """`hf-adapt run`, as a person runs it: what it trains, keeps, prints and writes."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Trainer, pipeline
 
-from tests.experiments.conftest import rows, run, write_csv
+from tests.experiments.conftest import results, rows, run, write_csv
 
 Config = Callable[..., str]
 
@@ -27,11 +26,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Trainer, "train", counted)
     return calls
-
-
-def results(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_every_cell_is_a_line_and_a_table_is_written(write_config: Config, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,14 @@ class Task(ABC):
     @abstractmethod
     def key(self, cell: Any) -> str:
         """A text that is the same for inputs that count as the same row."""
+
+    def described(self, row: Mapping[str, Any]) -> Any:
+        """A row as plain data, for a fingerprint."""
+        return row
+
+    def with_any_labels(self, rows: Dataset) -> Dataset:
+        """Rows without labels, as they are predicted on where it matters which items have one."""
+        return rows
 
     def class_names(self, label: Any) -> Iterable[str]:
         """The classes in the label of one row."""
