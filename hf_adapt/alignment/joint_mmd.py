@@ -8,7 +8,7 @@ import torch
 
 from hf_adapt.alignment.discrepancy import Discrepancy, check_samples
 from hf_adapt.alignment.mmd import discrepancy_of, gaussian_kernel
-from hf_adapt.alignment.predictions import paired_logits, refuse_other_problems
+from hf_adapt.alignment.predictions import predicted_features, refuse_other_problems
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.models.pooling import Pooling
 
@@ -124,6 +124,6 @@ class JMMD(Discrepancy):
         self, batch: Batch, features: torch.Tensor, source: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
         """The discrepancy of features and predicted probabilities."""
-        classes = paired_logits(batch, features, "JMMD").softmax(-1)
+        classes = predicted_features(batch, "JMMD")[1].softmax(-1)
         views = [[view[rows] for view in (features, classes)] for rows in (source, target)]
         return jmmd_loss(*views, unbiased=self.unbiased)

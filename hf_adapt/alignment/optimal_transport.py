@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_adapt.alignment.discrepancy import Discrepancy, check_samples
-from hf_adapt.alignment.predictions import check_logits, paired_logits, refuse_other_problems
+from hf_adapt.alignment.predictions import check_logits, predicted_features, refuse_other_problems
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.models.pooling import Pooling
 
@@ -217,7 +217,7 @@ class DeepJDOT(Discrepancy):
         self, batch: Batch, features: torch.Tensor, source: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:
         """The cost of transport from the labelled source items."""
-        logits = paired_logits(batch, features, "DeepJDOT")
+        _, logits, _ = predicted_features(batch, "DeepJDOT")
         labels = batch.labels().to(logits.device)
         source = source & (labels >= 0)
         if not bool(source.any()):

@@ -55,17 +55,23 @@ def class_logits(batch: Batch, method: str) -> tuple[torch.Tensor, torch.Tensor]
     return logits, domain
 
 
-def paired_logits(batch: Batch, features: torch.Tensor, method: str) -> torch.Tensor:
-    """The scores of exclusive classes of the items of `batch.features()`.
+def predicted_features(
+    batch: Batch, method: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The features, the scores of exclusive classes and the domain of each item.
 
     Args:
         batch: The micro-batch.
-        features: Its features.
         method: Who asks, for the message.
 
+    Shape:
+        - features: (N, D); logits: (N, C), C at least 2; domain: (N,).
+
     Raises:
-        ValueError: If the predictions are of other items than the features.
+        ValueError: If the predictions are not scores of exclusive classes, or of other items than
+            the features.
     """
+    features, domain = batch.features()
     logits, _ = class_logits(batch, method)
     if len(logits) != len(features):
         raise ValueError(
@@ -73,7 +79,7 @@ def paired_logits(batch: Batch, features: torch.Tensor, method: str) -> torch.Te
             f"and {len(logits)} predictions. Leave pooling='auto': rows for heads that classify "
             "rows, tokens for those that classify tokens."
         )
-    return logits
+    return features, logits, domain
 
 
 def refuse_other_problems(model: Any, method: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.parts import Layout, Part
 from hf_adapt.engine.streams import TARGET, TRAINING
+from hf_adapt.models.hashing import item_keys, row_keys
 from hf_adapt.models.heads import is_causal_lm
 from hf_adapt.models.pooling import (
     Pooling,
@@ -59,6 +60,10 @@ class Rows:
         """Number of domains, the source included."""
         return len(self.domain_streams)
 
+    def ratio(self, stream: str = TARGET) -> float:
+        """How many rows of a stream each training row brings along; 0 where there is none."""
+        return self._layout.table.ratios.get(stream, 0.0)
+
     def for_objective(self, objective: Reader) -> Self:
         """The rows of this objective's streams, as seen with its feature layer and pooling."""
         bound = copy.copy(self)
@@ -99,6 +104,21 @@ class Rows:
     def _is_in_any(self, domain: torch.Tensor, streams: Collection[str]) -> torch.Tensor:
         numbers = [n for n, name in enumerate(self.domain_streams) if name in streams]
         return torch.isin(domain, torch.tensor(numbers, dtype=domain.dtype, device=domain.device))
+
+    def keys(self) -> torch.Tensor:
+        """(N,) long, a key of each item of `logits()` by its row's content: see [`row_keys`]."""
+        found = []
+        for part in self.parts:
+            keys = row_keys(part.inputs)
+            tokens = self._layout.token_logits
+            found.append(item_keys(keys, part.token_counts) if tokens else keys)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
+    def item_domain(self) -> torch.Tensor:
+        """(N,) long, the domain of each item of `logits()`, before the forward too."""
+        if not self._layout.token_logits:
+            return self.domain
+        return torch.cat([p.domain.repeat_interleave(p.token_counts) for p in self.parts])
 
     @property
     def domain(self) -> torch.Tensor:
@@ -191,6 +211,7 @@ class Batch(Rows):
         self.progress = progress
         self._metrics = metrics
         self._run = run
+        self._is_further = False
 
     def forward(
         self,
@@ -221,12 +242,13 @@ class Batch(Rows):
             ```
         """
         further = copy.copy(self)
-        further.parts = []
+        further.parts, further._is_further = [], True
         for part in [*self.parts, *self._stand_ins]:
             kept = torch.ones_like(part.domain, dtype=torch.bool)
             if streams is not None:
                 kept = self._is_in_any(part.domain, streams)
-                if part.stream != TRAINING and part.stream not in streams:
+                joins = part.stream == TRAINING and set(streams) - self._layout.table.separate
+                if part.stream not in streams and not joins:
                     continue  # in no process
             # All processes must run the same forwards: one row is run where there is none.
             empty = not bool(kept.any())
@@ -360,7 +382,7 @@ class Batch(Rows):
                     "{'use_reentrant': False}."
                 )
             return hidden
-        if self._objective is None:
+        if self._objective is None or self._is_further:  # no other term reads those rows
             return hidden
         alias = hidden.view_as(hidden)
         _measure_share(alias, hidden, f"{self._objective.name}/gradient_ratio", self._metrics)

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, Trainer
 from hf_adapt import Adaptation, Distillation, Objective
 from hf_adapt.unfreezing import GradualUnfreezing
 from tests.helpers.alignment import (
-    COMPARABLE,
+    COUPLED,
     METHODS,
     SUMS,
     assert_equal,
@@ -61,7 +61,7 @@ def test_eight_micro_batches_of_one_row_are_one_of_eight(name: str, tmp_path: Pa
     assert cosine_and_ratio(many, one) == pytest.approx((1.0, 1.0), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", COMPARABLE)
+@pytest.mark.parametrize("name", COUPLED)
 def test_a_step_is_the_mean_over_its_micro_batches(name: str, tmp_path: Path) -> None:
     """Of the same rows: which rows a row brings along depends on its number in the epoch."""
     (step,) = gradients(tmp_path, name, 4, 3, 1)

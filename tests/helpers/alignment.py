@@ -13,25 +13,36 @@ from transformers import Trainer, TrainerCallback
 
 from hf_adapt import Adaptation, adapt
 from hf_adapt.alignment import (
+    ADDA,
     AFN,
+    ATDOC,
     BNM,
+    CDAN,
     CMD,
     CORAL,
     DANN,
     FGM,
     JMMD,
     MCC,
+    MCD,
+    MDD,
     MMD,
+    PADA,
     SAM,
     VAT,
+    AaD,
     DeepJDOT,
     EntropyMinimization,
+    ImportanceWeighting,
     InformationMaximization,
     RDrop,
+    SelfTraining,
     SupervisedContrastive,
+    TargetLanguageModeling,
 )
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
+from tests.helpers.toy import tokenizer
 from tests.helpers.trainers import arguments, weights
 
 
@@ -43,8 +54,8 @@ class Method:
         make: Makes its adaptations, new for each run.
         accumulation: What several micro-batches of an optimizer step are: `"rows"`: one large
             micro-batch, as the term is a sum over rows; `"batches"`: the mean of their terms, as
-            the term couples rows; None: neither can be compared, as it draws random numbers, and
-            its own tests show it.
+            the term couples rows; None: neither can be compared, as it draws random numbers or
+            remembers its micro-batches, and its own tests show it.
         refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
     """
 
@@ -53,7 +64,20 @@ class Method:
     refuses_tokens: str | None = None
 
 
+PRIORS = (0.5, 0.3, 0.2)
+
+
+def masked(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A view in which every third token is another one."""
+    tokens = inputs["input_ids"].clone()
+    tokens[:, 1::3] = 3
+    return {**inputs, "input_ids": tokens}
+
+
 METHODS = {
+    "aad": Method(lambda: [AaD(weight=0.5, decay=0)], "batches"),
+    # Its memory holds predictions as they stand out in their micro-batch.
+    "atdoc": Method(lambda: [ATDOC(weight=0.5, prior=PRIORS)], None),
     "afn": Method(lambda: [AFN()], "rows"),
     "afn_hard": Method(lambda: [AFN(radius=5.0)], "batches"),
     "bnm": Method(lambda: [BNM(weight=0.3)], "batches"),
@@ -64,17 +88,42 @@ METHODS = {
     "deep_jdot_unbalanced": Method(lambda: [DeepJDOT(unbalanced=1.0)], "batches"),
     "entropy_minimization": Method(lambda: [EntropyMinimization()], "rows"),
     "fgm": Method(lambda: [FGM()], "rows"),
+    "adda": Method(lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)], "rows"),
+    "cdan": Method(lambda: [CDAN(ramp=None, hidden_sizes=(8,))], "batches"),
+    "cdan_rows": Method(
+        lambda: [CDAN(ramp=None, hidden_sizes=(8,), entropy_conditioning=False)], "rows"
+    ),
+    "importance_weighting": Method(lambda: [ImportanceWeighting(learning_rate=0.1)], "batches"),
     "information_maximization": Method(lambda: [InformationMaximization(weight=0.3)], "batches"),
+    "information_maximization_prior": Method(
+        lambda: [InformationMaximization(weight=0.3, prior=PRIORS)], "batches"
+    ),
+    "mcd": Method(lambda: [MCD(ramp=None, hidden_sizes=(8,))], "rows"),
+    "mdd": Method(lambda: [MDD(ramp=None, hidden_sizes=(8,))], "rows"),
+    "mmd": Method(lambda: [MMD(weight=0.5)], "batches"),
+    "pada": Method(lambda: [PADA(ramp=None, hidden_sizes=(8,), momentum=0.3)], "rows"),
+    "self_training": Method(
+        lambda: [SelfTraining(shares=(0.9, 0.9), refreshes=(0, 0.5), prior=PRIORS)], "rows"
+    ),
+    "self_training_teacher": Method(
+        lambda: [
+            SelfTraining(refreshes=(0, 0.4, 0.7), teacher_decay=0.5, view=masked, prior="estimate")
+        ],
+        None,
+    ),
     "jmmd": Method(lambda: [JMMD(weight=0.5)], "batches"),
     "mcc": Method(lambda: [MCC(weight=0.3)], "batches"),
-    "mmd": Method(lambda: [MMD(weight=0.5)], "batches"),
     "rdrop": Method(lambda: [RDrop()], "rows"),
     "sam": Method(lambda: [MMD(weight=0.5), SAM()], "batches"),
     "supervised_contrastive": Method(lambda: [SupervisedContrastive()], "batches"),
+    "target_language_modeling": Method(
+        lambda: [TargetLanguageModeling(tokenizer=tokenizer(), mask_probability=0.3, warmup=0)],
+        "rows",
+    ),
     "vat": Method(lambda: [VAT()], None),
 }
 SUMS = [name for name, method in METHODS.items() if method.accumulation == "rows"]
-COMPARABLE = [name for name, method in METHODS.items() if method.accumulation is not None]
+COUPLED = [name for name, method in METHODS.items() if method.accumulation == "batches"]
 
 
 def target(labels: int | None = None, head: str = "row") -> Any:
