@@ -23,7 +23,7 @@ from hf_adapt.alignment import (
     EntropyMinimization,
     InformationMaximization,
 )
-from tests.helpers.alignment import FakeBatch
+from tests.helpers.fake_batch import FakeBatch
 
 SEEDS, STEPS, ROWS = range(5), 100, 32
 Domain = tuple[torch.Tensor, torch.Tensor]

@@ -22,7 +22,8 @@ from hf_adapt.alignment import (
     supervised_contrastive_loss,
 )
 from hf_adapt.engine.collating import DOMAIN
-from tests.helpers.alignment import FakeBatch, make_trainer, target
+from tests.helpers.alignment import make_trainer, target
+from tests.helpers.fake_batch import FakeBatch
 from tests.helpers.models import bert, enlarged
 from tests.helpers.trainers import GradientRecorder, flat_gradient, same_bits, weights
 

@@ -20,7 +20,7 @@ from hf_adapt.alignment import (
     prediction_entropy,
     rdrop_loss,
 )
-from tests.helpers.alignment import FakeBatch
+from tests.helpers.fake_batch import FakeBatch
 
 LOGITS = torch.tensor(
     [[1.0, -1.0, 0.5], [0.2, 2.0, -0.3], [0.1, 0.0, 3.0], [-1.0, 1.5, 0.7]], dtype=torch.float64
