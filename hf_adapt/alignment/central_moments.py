@@ -98,7 +98,7 @@ class CMD(Discrepancy):
 
     def __init__(
         self,
-        weight: float | Schedule = 1.0,
+        weight: float | Schedule = 0.3,
         num_moments: int = 5,
         feature_layer: str | None = None,
         pooling: Pooling = "auto",

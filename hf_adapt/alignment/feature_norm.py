@@ -88,7 +88,7 @@ class AFN(Objective):
     """Adaptive feature norm: trains features of both domains with the same, larger norms.
 
     For features of free norm (a pooler's, a projection's, those of a convolutional network). The
-    last hidden state of most transformers comes out of a layer norm, which fixes its norm: name
+    last hidden state of most transformers comes out of a layer norm, which bounds its norm: name
     another `feature_layer`, or use [`CORAL`], [`CMD`] or [`MMD`]. As it compares no distributions
     it does not mind classes that one of the domains lacks.
 

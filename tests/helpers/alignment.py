@@ -82,7 +82,7 @@ METHODS = {
     "afn_hard": Method(lambda: [AFN(radius=5.0)], "batches"),
     "bnm": Method(lambda: [BNM(weight=0.3)], "batches"),
     "cmd": Method(lambda: [CMD()], "batches"),
-    "coral": Method(lambda: [CORAL(weight=100.0)], "batches"),
+    "coral": Method(lambda: [CORAL()], "batches"),
     "dann": Method(lambda: [DANN(ramp=None, hidden_sizes=(8,))], "rows"),
     "deep_jdot": Method(lambda: [DeepJDOT()], "batches"),
     "deep_jdot_unbalanced": Method(lambda: [DeepJDOT(unbalanced=1.0)], "batches"),
