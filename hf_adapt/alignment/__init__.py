@@ -27,6 +27,7 @@ from hf_adapt.alignment.nuclear_norm import BNM, bnm_loss
 from hf_adapt.alignment.optimal_transport import DeepJDOT, jdot_loss, sinkhorn_plan
 from hf_adapt.alignment.pada import PADA
 from hf_adapt.alignment.perturbation import FGM, VAT
+from hf_adapt.alignment.prediction_time import T3A, Tent
 from hf_adapt.alignment.pretraining import adapt_pretrain
 from hf_adapt.alignment.prior_correction import PriorCorrection
 from hf_adapt.alignment.priors import corrected_logits, estimate_priors, priors_from_sample
@@ -57,6 +58,7 @@ __all__ = [
     "PADA",
     "SAM",
     "SHOT",
+    "T3A",
     "VAT",
     "AaD",
     "DeepJDOT",
@@ -70,6 +72,7 @@ __all__ = [
     "SelfTraining",
     "SupervisedContrastive",
     "TargetLanguageModeling",
+    "Tent",
     "adapt_pretrain",
     "aligned_predictions",
     "balanced_pseudo_labels",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_adapt.alignment.heads import last_linear
 from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors
 from hf_adapt.alignment.source_weights import (
     num_source_labels,
@@ -138,12 +139,11 @@ def head_bias(model: nn.Module) -> torch.Tensor:
     Raises:
         ValueError: If there is none.
     """
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    if not layers or layers[-1].bias is None:
+    layer = last_linear(model, "PriorCorrection")
+    if layer.bias is None:
         raise ValueError(
-            "PriorCorrection corrects the bias of the head's last layer, and this "
-            f"{type(model).__name__} has no linear layer of {classes} classes with a bias. Correct "
-            "its predictions instead, with hf_adapt.alignment.corrected_logits."
+            "PriorCorrection corrects the bias of the head's last layer, and the one of this "
+            f"{type(model).__name__} has none. Correct its predictions instead, with "
+            "hf_adapt.alignment.corrected_logits."
         )
-    return layers[-1].bias
+    return layer.bias
