@@ -32,6 +32,7 @@ from hf_adapt.alignment.pretraining import adapt_pretrain
 from hf_adapt.alignment.prior_correction import PriorCorrection
 from hf_adapt.alignment.priors import corrected_logits, estimate_priors, priors_from_sample
 from hf_adapt.alignment.rdrop import RDrop, rdrop_loss
+from hf_adapt.alignment.recommended import recommended
 from hf_adapt.alignment.self_training import (
     SelfTraining,
     aligned_predictions,
@@ -99,6 +100,7 @@ __all__ = [
     "prediction_entropy",
     "priors_from_sample",
     "rdrop_loss",
+    "recommended",
     "reverse_gradient",
     "shot",
     "sinkhorn_plan",
