@@ -34,6 +34,7 @@ class Method:
     make: Callable[[], list[Adaptation]]
     accumulation: Literal["rows", "batches"] | None
     refuses_tokens: str | None = None
+    keeps: tuple[str, ...] = ()
 
 
 PRIORS = (0.5, 0.3, 0.2)
@@ -47,7 +48,11 @@ def masked(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 METHODS = {
-    "adda": Method(lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)], "rows"),
+    "adda": Method(
+        lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)],
+        "rows",
+        keeps=("bert.pooler", "classifier"),
+    ),
     "cdan": Method(lambda: [CDAN(ramp=None, hidden_sizes=(8,))], "batches"),
     "cdan_rows": Method(
         lambda: [CDAN(ramp=None, hidden_sizes=(8,), entropy_conditioning=False)], "rows"
