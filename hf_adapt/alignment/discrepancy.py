@@ -86,6 +86,19 @@ class Discrepancy(Objective):
         """The distance of (N, D) source features and (M, D) target features, a scalar."""
         raise NotImplementedError
 
+    def pair_distance(
+        self, batch: Batch, features: torch.Tensor, source: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        """The distance of the items of two domains; to be overridden by what sees more of them.
+
+        Args:
+            batch: The micro-batch.
+            features: (N, D) features of all items.
+            source: (N,) bool, the source's items.
+            target: (N,) bool, a target's items.
+        """
+        return self.distance(features[source], features[target])
+
     def build_modules(self, batch: Batch) -> None:
         """Build nothing; refuse batches in which the term can only be 0."""
         _, domain = batch.features()
@@ -102,7 +115,7 @@ class Discrepancy(Objective):
         """The distance of source and target, averaged over the target domains."""
         features, domain = batch.features()
         terms = [
-            self.distance(features[source], features[target])
+            self.pair_distance(batch, features, source, target)
             for source, target in domain_pairs(domain, batch.num_domains, self.least_rows)
         ]
         return torch.stack(terms).mean() if terms else features.sum() * 0.0

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.alignment.predictions import class_logits, refuse_other_problems
+from hf_adapt.alignment.predictions import ClassPredictions
 from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import TARGET
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
     from hf_adapt.engine.batch import Batch, Rows
 
 
@@ -174,11 +172,6 @@ class InformationMaximization(PriorObjective):
         self.entropy_weight = entropy_weight
         self.diversity_weight = diversity_weight
 
-    def setup(self, trainer: Trainer) -> None:
-        """Refuse a model without classes."""
-        refuse_other_problems(trainer.model, "InformationMaximization")
-        super().setup(trainer)
-
     def before_step(self, step: int) -> None:
         """Estimate the class frequencies, where that was asked for."""
         super().before_step(step)
@@ -195,7 +188,7 @@ class InformationMaximization(PriorObjective):
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         """The two components, on the target rows."""
-        logits, domain = class_logits(batch, "InformationMaximization")
+        logits, domain = self.class_logits(batch)
         target = logits[domain > 0]
         count = torch.as_tensor(len(target), device=logits.device)
         terms: dict[str, Term] = {
@@ -210,3 +203,50 @@ class InformationMaximization(PriorObjective):
                 diversity = prediction_diversity(target) if len(target) else none
                 terms["negative_diversity"] = -self.diversity_weight * diversity
         return terms
+
+
+class EntropyMinimization(ClassPredictions):
+    r"""Trains confident predictions on target rows.
+
+    .. math::
+        L = \frac{1}{N} \sum_{i=1}^{N} H(p_i)
+
+    It moves the decision boundary to where target rows are few. A sum over rows, it needs no large
+    batch and says nothing of class frequencies; but what the model takes for a class it becomes
+    surer of, right or wrong, and alone it may put all rows into one class. Use it with a small
+    weight, late in a run (a schedule), or beside a method that aligns features ([`MMD`],
+    [`CORAL`]); else [`MCC`], [`BNM`] or [`InformationMaximization`].
+
+    Reference:
+        Grandvalet & Bengio 2004, "Semi-supervised Learning by Entropy Minimization".
+
+    Args:
+        weight: Factor of the term, or a schedule of it.
+        name: Prefix of the logs.
+
+    Logs:
+        `loss/entropy_minimization`.
+
+    Raises:
+        ValueError: If the weight is negative.
+
+    Example:
+        >>> EntropyMinimization().weight
+        0.1
+    """
+
+    name = "entropy_minimization"
+    needs_streams = ("target",)
+
+    def __init__(self, weight: float | Schedule = 0.1, name: str | None = None) -> None:
+        super().__init__(weight, name=name)
+
+    def num_items(self, rows: Rows) -> torch.Tensor:
+        """The number of target rows (or tokens), each of which has a prediction."""
+        return rows.num_predictions(target_only=True)
+
+    def loss(self, batch: Batch) -> Term:
+        """The entropy of the target rows' predictions, summed."""
+        logits, domain = self.class_logits(batch)
+        target = logits[domain > 0]
+        return prediction_entropy(target).sum(), torch.as_tensor(len(target), device=logits.device)

@@ -62,16 +62,48 @@ def mmd_loss(
     least = 2 if unbiased else 1
     way_out = f"Use a larger batch{' or unbiased=False' if unbiased else ''}."
     check_samples(f"mmd_loss(unbiased={unbiased})", source, target, least, way_out)
-    dtype = torch.promote_types(source.dtype, torch.float32)
-    rows = torch.cat([source, target]).to(dtype)
+    kernel = gaussian_kernel(torch.cat([source, target]), bandwidths, scales)
+    return discrepancy_of(kernel, len(source), unbiased)
+
+
+def gaussian_kernel(
+    rows: torch.Tensor,
+    bandwidths: Sequence[float] | torch.Tensor | None = None,
+    scales: Sequence[float] = SCALES,
+) -> torch.Tensor:
+    """The mean of several Gaussian kernels between all pairs of rows.
+
+    Args:
+        rows: Any floating dtype; computed in at least float32.
+        bandwidths: σ² of each kernel; by default the halved median squared distance of different
+            rows times each of `scales`, without gradient.
+        scales: Factors of the median.
+
+    Shape:
+        - rows: (N, D); output: (N, N).
+    """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     # Not the Gram expansion: its cancellation would make near distances negative in float32.
     mode = "donot_use_mm_for_euclid_dist"
     squared = torch.cdist(rows, rows, compute_mode=mode).square()
     if bandwidths is None:
         bandwidths = _median_bandwidth(squared.detach()) * squared.new_tensor(list(scales))
-    sigma2 = torch.as_tensor(bandwidths, dtype=dtype, device=rows.device)
-    kernel = torch.exp(-squared.unsqueeze(-1) / (2 * sigma2)).mean(-1)
-    n, m = len(source), len(target)
+    sigma2 = torch.as_tensor(bandwidths, dtype=rows.dtype, device=rows.device)
+    return torch.exp(-squared.unsqueeze(-1) / (2 * sigma2)).mean(-1)
+
+
+def discrepancy_of(kernel: torch.Tensor, n: int, unbiased: bool) -> torch.Tensor:
+    """The squared maximum mean discrepancy, given the kernel of all rows.
+
+    Args:
+        kernel: Of the source rows, which come first, and the target rows.
+        n: Number of source rows.
+        unbiased: Leave out the kernel of each row with itself.
+
+    Shape:
+        - kernel: (N + M, N + M); output: ().
+    """
+    m = len(kernel) - n
     within_source, within_target, between = kernel[:n, :n], kernel[n:, n:], kernel[:n, n:]
     if unbiased:
         source_mean = (within_source.sum() - within_source.diagonal().sum()) / (n * (n - 1))

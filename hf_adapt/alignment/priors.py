@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.engine.adaptation import Objective
+from hf_adapt.alignment.predictions import ClassPredictions
 from hf_adapt.engine.streams import TARGET, TRAINING
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def class_names(trainer: Trainer) -> dict[int, str]:
     return {i: str(names.get(i, i)) for i in range(int(config.num_labels))}
 
 
-class PriorObjective(Objective):
+class PriorObjective(ClassPredictions):
     """An objective that uses the target's class frequencies.
 
     Attributes:
@@ -309,11 +309,13 @@ class PriorObjective(Objective):
     _trainer: Any = None
 
     def setup(self, trainer: Trainer) -> None:
-        """Read what is known of the frequencies."""
+        """Refuse a model without classes; read what is known of the frequencies."""
+        super().setup(trainer)
         self._trainer = trainer
         self._given_prior = self.prior
         if self.prior is None:
-            self._given_prior = self._trainer.stream_options(TARGET).priors
+            target = self._trainer.stream_options(TARGET)
+            self._given_prior = None if target is None else target.priors
         given = self.default_prior if self._given_prior is None else self._given_prior
         counted = isinstance(given, str) and given in ("source", "estimate")
         self._priors = None if counted else resolved_priors(given, class_names(trainer))
@@ -326,14 +328,19 @@ class PriorObjective(Objective):
     @property
     def estimates_priors(self) -> bool:
         """Whether the frequencies are estimated from predictions."""
-        return isinstance(self._given_prior, str) and self._given_prior == "estimate"
+        given = self._given_prior if self.knows_priors else self.default_prior
+        return isinstance(given, str) and given == "estimate"
 
     def before_step(self, step: int) -> None:
         """Count the source's frequencies, where they are asked for; an estimate starts there."""
         if self._priors is None:
-            labels = self._trainer.sweep(self, TRAINING, _labelled)["labels"]
-            counts = torch.bincount(labels[labels >= 0], minlength=len(class_names(self._trainer)))
-            self._priors = counts / counts.sum()
+            self._priors = self.source_priors()
+
+    def source_priors(self) -> torch.Tensor:
+        """The class frequencies of the training rows, (C,)."""
+        labels = self._trainer.sweep(self, TRAINING, _labelled)["labels"]
+        counts = torch.bincount(labels[labels >= 0], minlength=len(class_names(self._trainer)))
+        return counts / counts.sum()
 
     def target_priors(self) -> torch.Tensor:
         """The frequency of each class, (C,), on the device of the run."""
@@ -341,10 +348,9 @@ class PriorObjective(Objective):
         return self._priors.to(self._trainer.args.device)
 
     def refresh_priors(self, target_logits: torch.Tensor) -> None:
-        """Estimate the frequencies again, where that was asked for.
+        """Estimate the frequencies again from predictions for the target rows, (M, C).
 
-        Args:
-            target_logits: The model's predictions for the target rows, (M, C).
+        Nothing is done where they are given.
         """
         if not self.estimates_priors:
             return
@@ -361,7 +367,7 @@ class PriorObjective(Objective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
-        if "priors" in state and isinstance(self._given_prior, str):
+        if "priors" in state and (self.estimates_priors or self._given_prior == "source"):
             self._priors = state["priors"]
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.alignment.predictions import class_logits, refuse_other_problems
 from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors
 from hf_adapt.alignment.row_bank import RowBank
 from hf_adapt.engine.adaptation import Term
@@ -172,8 +171,7 @@ class SelfTraining(PriorObjective):
         self.bank = RowBank()
 
     def setup(self, trainer: Trainer) -> None:
-        """Refuse a model without classes."""
-        refuse_other_problems(trainer.model, "SelfTraining")
+        """Forget the labels of an earlier run."""
         super().setup(trainer)
         self.bank = RowBank()
 
@@ -202,11 +200,14 @@ class SelfTraining(PriorObjective):
         if share is not None:
             self.refresh(share)
 
+    def _predictions(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"logits": self.class_logits(batch)[0], "keys": batch.keys()}
+
     def refresh(self, share: float) -> None:
         """Label the target rows by the model (or its average) as it is now."""
         trainer: Any = self._trainer
         weights = None if self.average is None else self.average.weights
-        found = trainer.sweep(self, TARGET, _predictions, weights)
+        found = trainer.sweep(self, TARGET, self._predictions, weights)
         self.refresh_priors(found["logits"])
         probabilities = found["logits"].softmax(1)
         if not bool(probabilities.isfinite().all()):
@@ -242,7 +243,7 @@ class SelfTraining(PriorObjective):
     def loss(self, batch: Batch) -> Term:
         """The cross-entropy with the pseudo-labels, summed over the rows that have one."""
         seen = batch if self.view is None else batch.forward(self.view, streams=(TARGET,))
-        logits, domain = class_logits(seen, "SelfTraining")
+        logits, domain = self.class_logits(seen)
         labels = self._labels(batch, batch.item_domain())
         if self.view is not None:
             labels = labels[batch.is_in(batch.item_domain())]
@@ -270,7 +271,3 @@ class SelfTraining(PriorObjective):
             self.bank.load_state_dict(state["bank"])
         if self.average is not None and "average" in state:
             self.average.load_state_dict(state["average"])
-
-
-def _predictions(batch: Batch) -> dict[str, torch.Tensor]:
-    return {"logits": class_logits(batch, "SelfTraining")[0], "keys": batch.keys()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.collating import (
     DOMAIN,
     AdaptationCollator,
@@ -84,10 +84,13 @@ class StreamData:
             rows.append(StreamRows(data, stream.ratio, len(names), name))
             names += [name] * len(data)
         apart = is_sentence_trainer(trainer)
+        unread = frozenset() if apart else _unread(trainer, streams, adaptations)
         self.table = StreamTable(
             tuple(names),
-            frozenset(n for n, stream in streams.items() if stream.is_separate or apart),
+            unread | {n for n, stream in streams.items() if stream.is_separate or apart},
             frozenset(n for n, stream in streams.items() if stream.labels == "keep"),
+            unread,
+            {n: stream.ratio for n, stream in streams.items()},
         )
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
         self.source = source
@@ -256,6 +259,19 @@ def _prepared(trainer: Trainer, source: Any, target: Any) -> Any:
         return target
     formatting = getattr(trainer, "_formatting_func", None)
     return prepare(target, trainer.processing_class, trainer.args, False, formatting, "target")
+
+
+def _unread(
+    trainer: Trainer, streams: Mapping[str, Stream], adaptations: Sequence[Adaptation]
+) -> frozenset[str]:
+    """The streams without a loss of their own, of which no objective reads the first forward."""
+    unread = set()
+    for name, stream in streams.items():
+        readers = [a for a in adaptations if isinstance(a, Objective) and name in a.streams]
+        used = stream.labels == "keep" or any(a.reads_first_forward(trainer) for a in readers)
+        if readers and not used:
+            unread.add(name)
+    return frozenset(unread)
 
 
 def _check_not_empty(target: Any, stream: str) -> None:

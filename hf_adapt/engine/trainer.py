@@ -186,16 +186,16 @@ class AdaptationMixin(_Base):
             ValueError: If the rows cannot be read by number.
         """
         run = self._adaptation_run
-        assert run is not None and run.data is not None, "sweep() is for adaptations, in a run"
+        assert run is not None, "sweep() is for adaptations, in a run"
+        data = run.data if run.data is not None else StreamData(self, {}, [])
         columns, transforms = self._columns("training"), self._transforms("training")
-        sweep = Sweep(self, run.step, run.data, columns, transforms)
+        sweep = Sweep(self, run.step, data, columns, transforms)
         return sweep.run(objective, stream, read, weights)
 
-    def stream_options(self, stream: str) -> Stream:
-        """The options of a stream of the run under way."""
+    def stream_options(self, stream: str) -> Stream | None:
+        """The options of a stream of the run under way, if it has it."""
         run = self._adaptation_run
-        assert run is not None and run.data is not None, "stream_options() is for adaptations"
-        return run.data.streams[stream]
+        return run.data.streams.get(stream) if run is not None and run.data is not None else None
 
     # ---- data ----
 

@@ -177,7 +177,10 @@ def beside(
 SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
     "smoothing": {"label_smoothing_factor": 0.1},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
 }
 
 

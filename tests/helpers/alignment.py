@@ -11,10 +11,38 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import DANN, MMD, Adaptation, InformationMaximization, adapt
-from hf_adapt.alignment import ADDA, CDAN, MCD, MDD, PADA, ImportanceWeighting, SelfTraining
+from hf_adapt import Adaptation, adapt
+from hf_adapt.alignment import (
+    ADDA,
+    AFN,
+    ATDOC,
+    BNM,
+    CDAN,
+    CMD,
+    CORAL,
+    DANN,
+    FGM,
+    JMMD,
+    MCC,
+    MCD,
+    MDD,
+    MMD,
+    PADA,
+    SAM,
+    VAT,
+    AaD,
+    DeepJDOT,
+    EntropyMinimization,
+    ImportanceWeighting,
+    InformationMaximization,
+    RDrop,
+    SelfTraining,
+    SupervisedContrastive,
+    TargetLanguageModeling,
+)
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
+from tests.helpers.toy import tokenizer
 from tests.helpers.trainers import arguments, weights
 
 
@@ -26,9 +54,10 @@ class Method:
         make: Makes its adaptations, new for each run.
         accumulation: What several micro-batches of an optimizer step are: `"rows"`: one large
             micro-batch, as the term is a sum over rows; `"batches"`: the mean of their terms, as
-            the term couples rows; None: neither can be compared, as it draws random numbers, and
-            its own tests show it.
+            the term couples rows; None: neither can be compared, as it draws random numbers or
+            remembers its micro-batches, and its own tests show it.
         refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
+        keeps: How the names of the weights begin that it does not train.
     """
 
     make: Callable[[], list[Adaptation]]
@@ -48,16 +77,28 @@ def masked(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 METHODS = {
+    "aad": Method(lambda: [AaD(weight=0.5, decay=0)], "batches"),
+    # Its memory holds predictions as they stand out in their micro-batch.
+    "atdoc": Method(lambda: [ATDOC(weight=0.5, prior=PRIORS)], None),
     "adda": Method(
         lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)],
         "rows",
         keeps=("bert.pooler", "classifier"),
     ),
+    "afn": Method(lambda: [AFN()], "rows"),
+    "afn_hard": Method(lambda: [AFN(radius=5.0)], "batches"),
+    "bnm": Method(lambda: [BNM(weight=0.3)], "batches"),
+    "cmd": Method(lambda: [CMD()], "batches"),
+    "coral": Method(lambda: [CORAL(weight=100.0)], "batches"),
+    "dann": Method(lambda: [DANN(ramp=None, hidden_sizes=(8,))], "rows"),
+    "deep_jdot": Method(lambda: [DeepJDOT()], "batches"),
+    "deep_jdot_unbalanced": Method(lambda: [DeepJDOT(unbalanced=1.0)], "batches"),
+    "entropy_minimization": Method(lambda: [EntropyMinimization()], "rows"),
+    "fgm": Method(lambda: [FGM()], "rows"),
     "cdan": Method(lambda: [CDAN(ramp=None, hidden_sizes=(8,))], "batches"),
     "cdan_rows": Method(
         lambda: [CDAN(ramp=None, hidden_sizes=(8,), entropy_conditioning=False)], "rows"
     ),
-    "dann": Method(lambda: [DANN(ramp=None, hidden_sizes=(8,))], "rows"),
     "importance_weighting": Method(lambda: [ImportanceWeighting(learning_rate=0.1)], "batches"),
     "information_maximization": Method(lambda: [InformationMaximization(weight=0.3)], "batches"),
     "information_maximization_prior": Method(
@@ -76,6 +117,16 @@ METHODS = {
         ],
         None,
     ),
+    "jmmd": Method(lambda: [JMMD(weight=0.5)], "batches"),
+    "mcc": Method(lambda: [MCC(weight=0.3)], "batches"),
+    "rdrop": Method(lambda: [RDrop()], "rows"),
+    "sam": Method(lambda: [MMD(weight=0.5), SAM()], "batches"),
+    "supervised_contrastive": Method(lambda: [SupervisedContrastive()], "batches"),
+    "target_language_modeling": Method(
+        lambda: [TargetLanguageModeling(tokenizer=tokenizer(), mask_probability=0.3, warmup=0)],
+        "rows",
+    ),
+    "vat": Method(lambda: [VAT()], None),
 }
 SUMS = [name for name, method in METHODS.items() if method.accumulation == "rows"]
 COUPLED = [name for name, method in METHODS.items() if method.accumulation == "batches"]

@@ -17,10 +17,10 @@ from torch import nn
 from hf_adapt.engine.adaptation import Objective
 from hf_adapt.engine.mixins import BatchTransform
 from hf_adapt.engine.progress import Schedule
-from hf_adapt.knowledge.injection.injector_attachment import row_hash
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
 from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
 from hf_adapt.models.capture import Extract
+from hf_adapt.models.hashing import row_hash
 from hf_adapt.models.pooling import pool
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Keys that tell the rows of a dataset apart by their content, wherever they are met again."""
+"""Numbers made of rows, which batching, padding, processes and resuming do not change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from typing import Any
 import torch
 
 MAIN_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
+
+
+def row_hash(input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A number for each row that its tokens decide, whatever its padding, (B,) long."""
+    ids = input_ids.long()
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        ids = ids * mask.bool()
+    return mixed_bits((ids * 2654435761 + ids * ids).sum(1))
+
+
+def mixed_bits(number: torch.Tensor) -> torch.Tensor:
+    """Bits well stirred: numbers that are near each other become far apart."""
+    number = (number ^ (number >> 33)) * -49064778989728563
+    number = (number ^ (number >> 33)) * -4265267296055464877
+    return number ^ (number >> 33)
 
 
 def row_keys(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -52,19 +67,11 @@ def row_keys(inputs: Mapping[str, Any]) -> torch.Tensor:
         mask = torch.ones_like(values)
     mask = mask.long().repeat_interleave(values.shape[1] // mask.shape[1], 1)
     places = mask.cumsum(1)
-    return _mixed((_mixed(_mixed(places) + values) * mask).sum(1))
+    return mixed_bits((mixed_bits(mixed_bits(places) + values) * mask).sum(1))
 
 
 def item_keys(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """A key of each token of rows with these keys and numbers of tokens, (N,) long."""
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     places = torch.arange(len(first), device=rows.device) - first
-    return _mixed(rows.repeat_interleave(counts) + _mixed(places + 1))
-
-
-def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """The finalizer of splitmix64 (Steele et al. 2014); int64 wraps around."""
-    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return mixed_bits(rows.repeat_interleave(counts) + mixed_bits(places + 1))
