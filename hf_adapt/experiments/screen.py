@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from hf_adapt.alignment import recommended
-from hf_adapt.experiments.cell import Cell
+from hf_adapt.experiments.cell import Cell, check_model
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.report import describe_pairs, publish, tell_models
@@ -43,10 +43,12 @@ def execute(
 
     Raises:
         DataError: If rows cannot be read.
+        ModelError: If the model cannot be loaded.
         RuntimeError: If a process was killed.
     """
     console = console or Console()
     datasets.disable_progress_bars()
+    check_model(experiment)
     describe_pairs(experiment, console)
     if any(method.adaptations == RECOMMENDED for method in experiment.methods.values()):
         names = ", ".join(type(each).__name__ for each in recommended())
