@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,8 +91,11 @@ class PriorCorrection(PriorObjective):
         """Count the classes of the source."""
         if self._source is None:
             self._source = self.source_priors()
-        if self._priors is None:
-            self._priors = self._source
+        super().before_step(step)
+
+    def estimation_steps(self) -> Collection[int]:
+        """None: they are estimated at the end."""
+        return ()
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The labels of the source."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -206,6 +206,10 @@ class SelfTraining(PriorObjective):
     def _predictions(self, batch: Batch) -> dict[str, torch.Tensor]:
         logits, rows = self.class_logits(batch)[0], batch.row_keys()
         return {"logits": logits, "keys": batch.keys(), "rows": rows}
+
+    def estimation_steps(self) -> Collection[int]:
+        """None: they are estimated whenever rows are labelled."""
+        return ()
 
     def refresh(self, share: float) -> None:
         """Label the target rows by the model (or its average) as it is now."""
