@@ -49,7 +49,7 @@ def cmd_loss(
     dtype = torch.promote_types(source.dtype, torch.float32)
     source, target = source.to(dtype), target.to(dtype)
     means = source.mean(0), target.mean(0)
-    total = torch.linalg.vector_norm(means[0] - means[1]) / span
+    total: torch.Tensor = torch.linalg.vector_norm(means[0] - means[1]) / span
     centred = source - means[0], target - means[1]
     for k in range(2, num_moments + 1):
         moments = [rows.pow(k).mean(0) for rows in centred]

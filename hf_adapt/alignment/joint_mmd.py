@@ -137,5 +137,9 @@ class JMMD(Discrepancy):
     ) -> torch.Tensor:
         """The discrepancy of features and predicted probabilities."""
         classes = predicted_features(batch, "JMMD")[1].softmax(-1)
-        views = [[view[rows] for view in (features, classes)] for rows in (source, target)]
-        return jmmd_loss(*views, [None, PREDICTION_BANDWIDTH], self.unbiased)
+        return jmmd_loss(
+            [features[source], classes[source]],
+            [features[target], classes[target]],
+            [None, PREDICTION_BANDWIDTH],
+            self.unbiased,
+        )

@@ -47,7 +47,8 @@ def bnm_loss(target_logits: torch.Tensor) -> torch.Tensor:
     u, sigma, vh = torch.linalg.svd(p.detach(), full_matrices=False)
     kept = sigma > sigma[0] * max(p.shape) * torch.finfo(dtype).eps
     # ⟨U Vᵀ, P⟩ = Σ σ, and U Vᵀ is its gradient: nothing is divided by differences of σ.
-    return -((u * kept) @ vh * p).sum() / len(p)
+    norm: torch.Tensor = ((u * kept) @ vh * p).sum()
+    return -norm / len(p)
 
 
 class BNM(TargetPredictions):

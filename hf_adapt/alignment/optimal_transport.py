@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +202,7 @@ class DeepJDOT(Discrepancy):
             raise ValueError(
                 f"regularization={regularization} and unbalanced={unbalanced} must be positive."
             )
-        self.options = {
+        self.options: dict[str, Any] = {
             "feature_weight": feature_weight,
             "label_weight": label_weight,
             "regularization": regularization,
