@@ -1,5 +1,6 @@
 """Perturbed embeddings, sharpness and contrast: gradients by hand, and what they leave behind."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from hf_adapt.alignment import (
     FGM,
     SAM,
     VAT,
+    RDrop,
     SupervisedContrastive,
     mmd_loss,
     supervised_contrastive_loss,
@@ -215,6 +217,25 @@ def test_models_without_input_embeddings_are_refused(tmp_path: Path) -> None:
     for make in (FGM, VAT):
         with pytest.raises(ValueError, match=r"epsilon=0.0 must be positive"):
             make(epsilon=0.0)
+
+
+# ---- R-Drop ----
+
+
+def test_rdrop_on_eight_micro_batches_of_one_row_is_that_on_one_of_eight(tmp_path: Path) -> None:
+    """With a "dropout" that is the same for all rows: each second forward is a surer one."""
+
+    def uneven() -> Any:
+        own, calls = model(), itertools.count()
+        own.classifier.register_forward_hook(
+            lambda module, args, out: out * 1.5 if module.training and next(calls) % 2 else out
+        )
+        return own
+
+    runs = [one_step(tmp_path, [RDrop()], *n, model=uneven()) for n in ((1, 8), (8, 1))]
+    assert runs[0][0]["loss/rdrop"] == pytest.approx(runs[1][0]["loss/rdrop"], rel=1e-5)
+    assert runs[0][0]["loss/rdrop"] > 1e-3
+    assert_close(runs[0][1], runs[1][1])
 
 
 # ---- sharpness-aware minimisation ----
