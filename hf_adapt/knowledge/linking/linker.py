@@ -153,11 +153,7 @@ def name_of(value: Any) -> Any:
 
 
 def check_text(text: Any) -> str:
-    """The text itself.
-
-    Raises:
-        TypeError: If it is none.
-    """
+    """The text itself."""
     if not isinstance(text, str):
         raise TypeError(
             f"A linker expects a text, got {type(text).__name__}; for several texts use link_batch."

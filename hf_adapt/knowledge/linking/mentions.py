@@ -65,14 +65,7 @@ class FindsMentions(Protocol):
 
 
 def to_record(mention: Mention, start: int, end: int, column: int | None = None) -> dict[str, Any]:
-    """A mention as a cell of a dataset.
-
-    Args:
-        mention: The mention.
-        start: Its first character or token.
-        end: One more than the last.
-        column: Which of several text columns it is in.
-    """
+    """A mention as a cell of a dataset."""
     record: dict[str, Any] = {
         "start": start,
         "end": end,
@@ -83,11 +76,7 @@ def to_record(mention: Mention, start: int, end: int, column: int | None = None)
 
 
 def from_cell(cell: Any) -> list[tuple[int, int, int, tuple[Candidate, ...]]]:
-    """Start, end, text column and candidates of each mention in a cell of a dataset.
-
-    Args:
-        cell: A list of records, or the record of lists that some datasets make of it.
-    """
+    """Start, end, text column and candidates of each mention in a cell of a dataset."""
     records = cell
     if isinstance(cell, Mapping):
         records = [dict(zip(cell, row, strict=True)) for row in zip(*cell.values(), strict=True)]
