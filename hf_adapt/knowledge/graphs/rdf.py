@@ -97,13 +97,7 @@ def read(
 
 
 class _Reader:
-    """Sorts statements into edges, names and descriptions.
-
-    Args:
-        language: Texts of this language, or of none, count.
-        names: The predicates of names, the most important first.
-        descriptions: The predicates of descriptions, the most important first.
-    """
+    """Sorts statements into edges, names and descriptions."""
 
     def __init__(
         self, language: str | None, names: Sequence[str], descriptions: Sequence[str]

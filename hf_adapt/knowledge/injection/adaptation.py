@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.mixins import BatchTransform
-from hf_adapt.engine.texts import KEEP_COLUMN, check_columns, check_row
+from hf_adapt.engine.texts import (
+    KEEP_COLUMN,
+    check_columns,
+    check_dataset,
+    check_row,
+    named_datasets,
+)
+from hf_adapt.engine.trainer_kinds import refuse_answers, refuse_sentence_trainer
 from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment
 from hf_adapt.knowledge.injection.batcher import MentionBatcher
-from hf_adapt.knowledge.injection.checks import (
-    check_text_columns,
-    refuse_prompt_vectors,
-    refuse_trainer,
-)
 from hf_adapt.knowledge.injection.explanation import Explanation, explain_with
 from hf_adapt.knowledge.injection.knowledge_folder import check_fingerprint, save_knowledge
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
@@ -35,17 +38,6 @@ class KnowledgeAdaptation(BatchTransform):
     """An adaptation that links the rows of a run to a graph.
 
     A subclass connects the model in `_connect`, and says in `settings` what is saved.
-
-    Args:
-        graph: The facts.
-        linker: Finds the entities in texts; `EntityLinker(graph)` by default.
-        text_column: The column(s) of the dataset with the text; by default `text`, if there is one.
-        max_mentions: Mentions of a row at most, the first ones; None for all.
-        save_graph: Whether the graph is put beside the final model.
-        name: Prefix of what is logged and stored.
-
-    Raises:
-        ValueError: If the graph is empty.
     """
 
     vectors: EntityVectors | None = None
@@ -96,10 +88,26 @@ class KnowledgeAdaptation(BatchTransform):
     def setup(self, trainer: Trainer) -> None:
         """Check the Trainer, and connect its model."""
         model = unwrapped_model(trainer)
-        refuse_prompt_vectors(model)
-        refuse_trainer(trainer)
-        if self.names_columns:
-            check_text_columns(trainer, self.text_columns)
+        _refuse_prompt_vectors(model)
+        refuse_answers(
+            trainer,
+            "knowledge injection needs rows of one sequence",
+            "Use it in a training on single sequences: SFTTrainer on the prompts and chosen "
+            "answers before the preferences are trained, or a Trainer with a "
+            "...ForSequenceClassification model on labelled rows in place of a reward trainer.",
+        )
+        refuse_sentence_trainer(
+            trainer,
+            "Knowledge injection",
+            "Train the transformers model inside with a Trainer of transformers, on rows with "
+            "input_ids.",
+        )
+        for name, dataset in named_datasets(trainer.train_dataset, (), trainer.eval_dataset):
+            # What only reading the rows would tell is checked as they come.
+            if self.names_columns and TOKEN_MENTIONS not in (dataset_columns(dataset) or ()):
+                check_dataset(
+                    dataset, self.text_columns, name, one_suffices=True, read_stream=False
+                )
         tokenizer = trainer.processing_class
         if not hasattr(tokenizer, "pad_token_id"):  # a feature extractor makes no tokens
             found = "none" if tokenizer is None else f"a {type(tokenizer).__name__}"
@@ -177,11 +185,18 @@ class KnowledgeAdaptation(BatchTransform):
         )
 
     def explain(self, text: str) -> Explanation:
-        """What the trained model makes of the entities in a text; see [`explain`].
-
-        Raises:
-            ValueError: If `train()` has not begun.
-        """
+        """What the trained model makes of the entities in a text; see [`explain`]."""
         if self.attachment is None or self._batcher is None:
             raise ValueError("There is nothing to explain before train() has begun.")
         return explain_with(self.attachment, self._batcher, text)
+
+
+def _refuse_prompt_vectors(model: nn.Module) -> None:
+    configs = getattr(model, "peft_config", None) or {}
+    for config in configs.values() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(config).__name__} puts prompt vectors before the tokens, so the mentions' "
+                "positions would be wrong. Use LoRA or another method that leaves the input as it "
+                "is."
+            )

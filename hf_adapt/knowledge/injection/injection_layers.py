@@ -47,11 +47,6 @@ class RelationalAggregation(nn.Module):
         Vashishth et al. 2020, "Composition-based Multi-Relational Graph Convolutional Networks",
         arXiv:1911.03082, the composition by product of its section 4.1. Deviation: one layer, one
         W for all relations.
-
-    Args:
-        dimension: Size of the entity vectors.
-        num_relations: Number of relations, inverses included.
-        averages: Whether W is there, for `forward`; `messages` needs none.
     """
 
     def __init__(self, dimension: int, num_relations: int, averages: bool = True) -> None:
@@ -95,10 +90,6 @@ def size_of(hidden: torch.Tensor) -> torch.Tensor:
 
     Shape:
         - hidden: (..., H); output: (..., 1).
-
-    Example:
-        >>> size_of(torch.tensor([[3.0, -3.0], [0.0, 0.0]])).tolist()
-        [[3.0], [0.0]]
     """
     norm: torch.Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
     return norm / math.sqrt(hidden.shape[-1])

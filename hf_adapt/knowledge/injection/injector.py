@@ -38,14 +38,7 @@ SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class InjectorSizes:
-    """The sizes that a first forward, the graph and the vectors decide.
-
-    Args:
-        hidden_sizes: Of the hidden states at each injection point, in order.
-        entity_size: Of the entity vectors.
-        num_relations: Of the graph, inverses not counted.
-        is_causal: Whether the model is a causal language model.
-    """
+    """The sizes that a first forward, the graph and the vectors decide."""
 
     hidden_sizes: list[int]
     entity_size: int

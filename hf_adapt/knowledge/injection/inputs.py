@@ -90,11 +90,7 @@ class Knowledge:
 
 
 def take_knowledge(inputs: MutableMapping[str, Any]) -> Knowledge | None:
-    """Remove the tensors of a batch's mentions from its inputs.
-
-    Raises:
-        ValueError: If some of them are missing.
-    """
+    """Remove the tensors of a batch's mentions from its inputs."""
     found = {name: inputs.pop(name) for name in NAMES if name in inputs}
     found = {name: value for name, value in found.items() if value is not None}
     return knowledge_of(found) if found else None

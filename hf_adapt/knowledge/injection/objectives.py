@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from hf_adapt.engine.adaptation import Objective
 from hf_adapt.engine.mixins import BatchTransform
@@ -20,6 +21,7 @@ from hf_adapt.engine.progress import Schedule
 from hf_adapt.knowledge.injection.injector_attachment import row_hash
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
 from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
+from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.capture import Extract
 from hf_adapt.models.pooling import pool
 
@@ -42,24 +44,13 @@ def entity_scores_loss(
         Zhang et al. 2019, "ERNIE", arXiv:1905.07129, Eq. 5. Deviation: sampled negatives in place
         of the entities of the batch, and a factor 1/√D.
 
-    Args:
-        predicted: What the model says.
-        positive: The right entity's vector.
-        negatives: Vectors of others; one that equals the right one counts as wrong all the same.
-
     Shape:
         - predicted: (N, D), positive: (N, D), negatives: (N, K, D); output: (N,) nats.
-
-    Example:
-        >>> one = torch.eye(2)
-        >>> entity_scores_loss(one, one, one.flip(0).unsqueeze(1)).shape
-        torch.Size([2])
     """
     own = (predicted * positive).sum(-1, keepdim=True)
     other = torch.einsum("nd,nkd->nk", predicted, negatives)
     scores = torch.cat([own, other], dim=1) / predicted.shape[-1] ** 0.5
-    values: torch.Tensor = scores.logsumexp(1) - scores[:, 0]
-    return values
+    return cross_entropy(scores, torch.zeros_like(scores[:, 0], dtype=torch.long), reduction="none")
 
 
 class _GraphObjective(BatchTransform, Objective):
@@ -113,8 +104,7 @@ class _GraphObjective(BatchTransform, Objective):
         """Add vectors of other entities for each mention."""
         entities: torch.Tensor = batch["knowledge_entities"][..., 0]
         hashes = row_hash(batch["input_ids"], batch.get("attention_mask"))
-        graph, vectors = self.injection.graph, self.injection.vectors
-        assert vectors is not None
+        graph = self.injection.graph
         drawn = np.empty((*entities.shape, self.num_negatives), dtype=np.int64)
         for row, number in np.ndindex(*entities.shape):
             seed = [self._seed, int(hashes[row]) & 0xFFFFFFFF, number]
@@ -123,7 +113,16 @@ class _GraphObjective(BatchTransform, Objective):
         # The right one is no wrong one: its neighbour in the numbering stands in.
         same = drawn == entities.numpy()[..., None]
         drawn = np.where(same, (drawn + 1) % graph.num_entities, drawn)
-        batch[self._inputs[0]] = torch.from_numpy(vectors.gather(drawn))
+        batch[self._inputs[0]] = torch.from_numpy(self._vectors.gather(drawn))
+
+    @property
+    def _vectors(self) -> EntityVectors:
+        assert self.injection.vectors is not None
+        return self.injection.vectors
+
+    def _to_vectors(self, hidden: torch.Tensor) -> nn.Module:
+        """From hidden states to entity vectors."""
+        return nn.Linear(hidden.shape[-1], self._vectors.dimension)
 
     def _negatives(self, part: Part) -> torch.Tensor:
         negatives: torch.Tensor = part.extra[self._inputs[0]]
@@ -223,9 +222,7 @@ class EntityPrediction(_GraphObjective):
 
     def build_modules(self, batch: Batch) -> nn.Module:
         """From hidden states to entity vectors."""
-        assert self.injection.vectors is not None
-        hidden = self._hidden(batch.parts[0])
-        return nn.Linear(hidden.shape[-1], self.injection.vectors.dimension)
+        return self._to_vectors(self._hidden(batch.parts[0]))
 
     def _hidden(self, part: Part) -> torch.Tensor:
         return part.hidden[id(self._reader())].float()
@@ -255,9 +252,9 @@ class LinkPrediction(_GraphObjective):
 
     Args:
         injection: The injection; its injector must read neighbours (`num_neighbours`).
-        weight: Factor of the term, or a schedule.
+        weight: As for [`EntityPrediction`].
         num_negatives: Tails drawn for each fact.
-        name: Prefix of what is logged and stored.
+        name: As for [`EntityPrediction`].
 
     Logs:
         `loss/link_prediction`.
@@ -353,18 +350,12 @@ class DescriptionAlignment(_GraphObjective):
     def transform_batch(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
         """Add the tokens of each row's first described entity."""
         super().transform_batch(rows, batch)
-        graph = self.injection.graph
-        texts = []
-        for entity in batch["knowledge_entities"][:, 0, 0].tolist():
-            texts.append((graph.description(entity) if entity >= 0 else None) or "")
+        entities = batch["knowledge_entities"][:, 0, 0].tolist()
+        describe = self.injection.graph.description
+        texts = [(describe(entity) if entity >= 0 else None) or "" for entity in entities]
         assert self.injection._batcher is not None
-        encoded = self.injection._batcher.tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
+        options = dict(padding="max_length", truncation=True, max_length=self.max_length)
+        encoded = self.injection._batcher.tokenizer(texts, **options, return_tensors="pt")
         there = torch.tensor([bool(text) for text in texts])
         batch[DESCRIPTIONS[0]] = encoded["input_ids"]
         batch[DESCRIPTIONS[1]] = encoded["attention_mask"] * there.unsqueeze(1)
@@ -376,9 +367,7 @@ class DescriptionAlignment(_GraphObjective):
 
     def build_modules(self, batch: Batch) -> nn.Module:
         """From encoded descriptions to entity vectors."""
-        assert self.injection.vectors is not None
-        hidden = self._encoded(batch.parts[0], slice(0, 1))
-        return nn.Linear(hidden.shape[-1], self.injection.vectors.dimension)
+        return self._to_vectors(self._encoded(batch.parts[0], slice(0, 1)))
 
     def _encoded(self, part: Part, rows: Any) -> torch.Tensor:
         ids, mask = (part.extra[name][rows] for name in DESCRIPTIONS)

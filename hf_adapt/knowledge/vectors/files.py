@@ -22,11 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_npy(path: Path) -> npt.NDArray[Any]:
-    """Map the array of a .npy file into memory.
-
-    Raises:
-        ValueError: If it is not one, or not of floating numbers.
-    """
+    """Map the array of a .npy file into memory."""
     try:
         table: npt.NDArray[Any] = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
@@ -39,11 +35,7 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
 
 
 def read_safetensors(path: Path, name: str | None) -> torch.Tensor:
-    """Map a 2-D tensor of a .safetensors file into memory.
-
-    Raises:
-        ValueError: If the file does not have exactly one, or none of this name.
-    """
+    """Map a 2-D tensor of a .safetensors file into memory."""
     try:
         with safe_open(path, "pt") as file:
             about = {key: file.get_slice(key) for key in file.keys()}
@@ -72,9 +64,6 @@ def read_text(
     The file is read twice: for the words, and for the numbers of those that are wanted. So a file
     with many more words than entities takes no more memory than the entities' vectors. pyarrow's
     reader cannot read it, because words may contain the space that separates the numbers.
-
-    Raises:
-        ValueError: If lines are malformed, or entities are missing and `missing` is `"error"`.
     """
     first, dimension, count = _layout(path)
     words = _words(path, first, dimension)
