@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hf_adapt.engine import texts
 from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.mixins import BatchTransform
-from hf_adapt.engine.texts import (
-    KEEP_COLUMN,
-    check_columns,
-    check_dataset,
-    check_row,
-    named_datasets,
-)
 from hf_adapt.engine.trainer_kinds import refuse_answers, refuse_sentence_trainer
 from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
@@ -74,14 +68,11 @@ class KnowledgeAdaptation(BatchTransform):
     @property
     def settings(self) -> dict[str, Any]:
         """What is saved beside the model, as plain values."""
-        return {
-            "name": self.name,
-            # A linker of the user's own has to be given again.
-            "linker": self.linker.settings if isinstance(self.linker, EntityLinker) else None,
-            "text_columns": list(self.text_columns),
-            "max_mentions": self.max_mentions,
-            "injector": None,
-        }
+        # A linker of the user's own has to be given again.
+        linker = self.linker.settings if isinstance(self.linker, EntityLinker) else None
+        columns = list(self.text_columns)
+        about = {"linker": linker, "text_columns": columns, "max_mentions": self.max_mentions}
+        return {"name": self.name, **about, "injector": None}
 
     # ---- the run ----
 
@@ -102,12 +93,11 @@ class KnowledgeAdaptation(BatchTransform):
             "Train the transformers model inside with a Trainer of transformers, on rows with "
             "input_ids.",
         )
-        for name, dataset in named_datasets(trainer.train_dataset, (), trainer.eval_dataset):
+        for name, dataset in texts.named_datasets(trainer.train_dataset, (), trainer.eval_dataset):
             # What only reading the rows would tell is checked as they come.
             if self.names_columns and TOKEN_MENTIONS not in (dataset_columns(dataset) or ()):
-                check_dataset(
-                    dataset, self.text_columns, name, one_suffices=True, read_stream=False
-                )
+                options = {"one_suffices": True, "read_stream": False}
+                texts.check_dataset(dataset, self.text_columns, name, **options)
         tokenizer = trainer.processing_class
         if not hasattr(tokenizer, "pad_token_id"):  # a feature extractor makes no tokens
             found = "none" if tokenizer is None else f"a {type(tokenizer).__name__}"
@@ -135,15 +125,7 @@ class KnowledgeAdaptation(BatchTransform):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process makes batches; the model stays where it is.
-        kept = (
-            "name",
-            "graph",
-            "vectors",
-            "columns",
-            "text_columns",
-            "names_columns",
-            "_batcher",
-        )
+        kept = {"name", "graph", "vectors", "columns", "text_columns", "names_columns", "_batcher"}
         return {key: value for key, value in vars(self).items() if key in kept}
 
     def transform_batch(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
@@ -151,8 +133,8 @@ class KnowledgeAdaptation(BatchTransform):
         assert self._batcher is not None
         for row in rows if self.names_columns else ():
             if row.get(TOKEN_MENTIONS) is None:  # else the mentions are known
-                check_columns(row, self.text_columns, "a row of the batch", KEEP_COLUMN)
-                check_row(row, self.text_columns, "a row of the batch", one_suffices=True)
+                texts.check_columns(row, self.text_columns, "a row of the batch", texts.KEEP_COLUMN)
+                texts.check_row(row, self.text_columns, "a row of the batch", one_suffices=True)
         self._batcher.add_to(rows, batch)
 
     def transforms_evaluation(self, trainer: Trainer) -> bool:
@@ -175,14 +157,8 @@ class KnowledgeAdaptation(BatchTransform):
     def _save(self, folder: str, makes_vectors: bool) -> None:
         is_checkpoint = Path(folder).name.startswith("checkpoint-")
         whole = self.save_graph and not is_checkpoint
-        save_knowledge(
-            folder,
-            self.settings,
-            self.graph,
-            self.vectors,
-            with_graph=whole,
-            with_vectors=whole or (is_checkpoint and makes_vectors),
-        )
+        with_vectors = whole or (is_checkpoint and makes_vectors)
+        save_knowledge(folder, self.settings, self.graph, self.vectors, whole, with_vectors)
 
     def explain(self, text: str) -> Explanation:
         """What the trained model makes of the entities in a text; see [`explain`]."""

@@ -24,9 +24,8 @@ def save_knowledge(
     settings: Mapping[str, Any],
     graph: KnowledgeGraph,
     vectors: EntityVectors | None,
-    *,
-    with_graph: bool = True,
-    with_vectors: bool = True,
+    with_graph: bool,
+    with_vectors: bool,
 ) -> None:
     """Write the settings of an adaptation, and the graph and the vectors where wanted.
 
@@ -123,6 +122,7 @@ def resumed_vectors(
             "training started from."
         )
     mapped = EntityVectors.load(own / "vectors", graph)
+    # In memory: the checkpoint may be removed while the run lasts.
     vectors = EntityVectors(mapped.gather(np.arange(len(mapped))), mapped.metadata)
     check_fingerprint("vectors", vectors.fingerprint, expected)
     return vectors
@@ -131,11 +131,10 @@ def resumed_vectors(
 def check_fingerprint(what: str, found: str, expected: str, fix: str | None = None) -> None:
     """Refuse another graph, or other vectors, than those of the training."""
     if found != expected:
-        own = (
-            f"Pass the {what} of the training (a script can keep what it made: {what}.save(folder))"
-        )
+        kept = f"a script can keep what it made: {what}.save(folder)"
+        fix = fix or f"Pass the {what} of the training ({kept})"
         raise ValueError(
             f"The {what} {'has' if what == 'graph' else 'have'} the fingerprint {found}, and the "
             f"model was trained with {expected}: the injector would read what it was not trained "
-            f"on. {fix or own}, or start a new training."
+            f"on. {fix}, or start a new training."
         )

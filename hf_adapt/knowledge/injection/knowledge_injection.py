@@ -223,8 +223,8 @@ class KnowledgeInjection(KnowledgeAdaptation):
         entities = inputs.get("knowledge_entities")
         if isinstance(entities, torch.Tensor) and torch.is_grad_enabled():
             mentions = (entities[..., 0] >= 0).sum(1)
-            counts = (mentions.sum(), (mentions > 0).sum(), torch.tensor(len(mentions)))
-            seen = torch.stack([c.to(mentions.device).float() for c in counts])
+            counts = (mentions, mentions > 0, torch.ones_like(mentions))
+            seen = torch.stack([count.sum().float() for count in counts])
             self._counts = seen if self._counts is None else self._counts + seen
         return nullcontext()
 

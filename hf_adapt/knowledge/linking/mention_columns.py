@@ -81,13 +81,8 @@ class AddMentions:
         """The types of all columns: of its rows alone, a first batch without mentions has none."""
         if dataset.features is None:
             return None
-        number = Value("int64")
-        record = {
-            "start": number,
-            "end": number,
-            "entities": [number],
-            "priors": [Value("float64")],
-        }
+        number, priors = Value("int64"), [Value("float64")]
+        record = {"start": number, "end": number, "entities": [number], "priors": priors}
         features = dataset.features.copy()
         features[MENTIONS] = [{**record, "column": number} if len(self.columns) > 1 else record]
         if self.aligner is not None:

@@ -12,15 +12,12 @@ MENTIONS, TOKEN_MENTIONS = "mentions", "token_mentions"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An entity that a mention may mean.
-
-    Args:
-        entity: Its number in the graph.
-        prior: How likely it is before the context is read; those of a mention sum to 1.
-    """
+    """An entity that a mention may mean."""
 
     entity: int
+    """Its number in the graph."""
     prior: float
+    """How likely it is before the context is read; those of a mention sum to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +74,9 @@ def to_record(mention: Mention, start: int, end: int, column: int | None = None)
 
 def from_cell(cell: Any) -> list[tuple[int, int, int, tuple[Candidate, ...]]]:
     """Start, end, text column and candidates of each mention in a cell of a dataset."""
-    records = cell
     if isinstance(cell, Mapping):
-        records = [dict(zip(cell, row, strict=True)) for row in zip(*cell.values(), strict=True)]
-    return [(r["start"], r["end"], r.get("column") or 0, _candidates(r)) for r in records]
+        cell = [dict(zip(cell, row, strict=True)) for row in zip(*cell.values(), strict=True)]
+    return [(r["start"], r["end"], r.get("column") or 0, _candidates(r)) for r in cell]
 
 
 def _candidates(record: Mapping[str, Any]) -> tuple[Candidate, ...]:

@@ -141,11 +141,7 @@ class TokenAligner:
 
     @property
     def pieces(self) -> TokenPieces:
-        """What the tokenizer's tokens spell.
-
-        Raises:
-            ValueError: If it is a slow one.
-        """
+        """What the tokenizer's tokens spell; a slow one is refused."""
         if self._pieces is None:
             if not getattr(self.tokenizer, "is_fast", False):
                 raise ValueError(
@@ -162,13 +158,8 @@ class TokenAligner:
     ) -> list[TokenMention]:
         """The mentions of a row, by position.
 
-        Args:
-            row: Has `input_ids` (one sequence) and some of `columns`.
-            without_text: Why a row has no text and what to do about it, for the warning; by
-                default that the dataset should have it.
-
-        Raises:
-            ValueError: If the tokenizer is a slow one, or given mentions do not fit the row.
+        It has `input_ids` (one sequence) and some of `columns`; `without_text` is why it has no
+        text, and what to do about it, for the warning.
         """
         tokens = as_list(row["input_ids"])
         if row.get(TOKEN_MENTIONS) is not None:
@@ -379,9 +370,7 @@ def _given_mentions(cell: Any, texts: Sequence[str | None]) -> list[list[Mention
                 "the column."
             )
         made[column].append(Mention(start, end, text[start:end], candidates))
-    for mentions in made:
-        mentions.sort(key=_start)
-    return made
+    return [sorted(mentions, key=_start) for mentions in made]
 
 
 def _given_token_mentions(cell: Any, length: int) -> list[TokenMention]:
