@@ -58,14 +58,11 @@ def pairs_of(
     rows = [(str(key), text) for key, texts in source.items() for text in _several(texts)]
     given = [row for row in rows if type(row[1]) is str or not is_missing(row[1])]
     if len(given) < len(rows):
-        logger.warning(
-            "%s: left out %s (None or NaN), the first of %r.",
-            given_as,
-            counted(len(rows) - len(given), "missing value"),
-            next(key for key, text in rows if is_missing(text)),
-        )
+        number = counted(len(rows) - len(given), "missing value")
+        first = next(key for key, text in rows if is_missing(text))
+        logger.warning("%s: left out %s (None or NaN), the first of %r.", given_as, number, first)
     for key, text in given:
-        if not _is_text(text):
+        if not isinstance(text, (str, bytes)):
             raise ValueError(f"Every {what} of {given_as} must be text; {key!r} has {text!r:.60}.")
         if not text.strip():
             raise ValueError(f"{given_as}: a {what!r} is empty, of {key!r}. Leave it out.")
@@ -73,19 +70,12 @@ def pairs_of(
 
 
 def _several(texts: Any) -> Iterable[Any]:
-    return (texts,) if _is_text(texts) or not isinstance(texts, Iterable) else texts
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, (str, bytes))
+    is_one = isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable)
+    return (texts,) if is_one else texts
 
 
 def pairs_from(
-    entities: Any,
-    texts: Any,
-    what: str,
-    source: str,
-    priors: npt.NDArray[np.float32] | None = None,
+    entities: Any, texts: Any, what: str, source: str, priors: npt.NDArray[Any] | None = None
 ) -> Pairs:
     """Make rows of (entity, text) from two lists or Arrow arrays of strings."""
     return Pairs(encode(entities, "entity", source), encode(texts, what, source), priors)

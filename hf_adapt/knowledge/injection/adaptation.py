@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import Trainer
 
 from hf_adapt.engine import texts
 from hf_adapt.engine.columns import dataset_columns
@@ -23,9 +24,6 @@ from hf_adapt.knowledge.linking.mentions import MENTIONS, TOKEN_MENTIONS
 from hf_adapt.knowledge.linking.token_alignment import OFFSETS, TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.structure import unwrapped_base
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 
 class KnowledgeAdaptation(BatchTransform):

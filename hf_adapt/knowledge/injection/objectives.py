@@ -8,15 +8,18 @@ are batched, over how many processes, and resuming change nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import Trainer
 
 from hf_adapt.engine.adaptation import Objective
+from hf_adapt.engine.batch import Batch, Rows
 from hf_adapt.engine.mixins import BatchTransform
+from hf_adapt.engine.parts import Part
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.knowledge.injection.injector_attachment import row_hash
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
@@ -24,12 +27,6 @@ from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
 from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.capture import Extract
 from hf_adapt.models.pooling import pool
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from hf_adapt.engine.batch import Batch, Rows
-    from hf_adapt.engine.parts import Part
 
 NEGATIVES = "knowledge_negatives"
 DESCRIPTIONS = ("knowledge_description_ids", "knowledge_description_mask")

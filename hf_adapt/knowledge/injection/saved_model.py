@@ -19,11 +19,7 @@ from hf_adapt.knowledge.injection.attachment import known_attachment
 from hf_adapt.knowledge.injection.batcher import make_batcher
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.injector_attachment import InjectorAttachment
-from hf_adapt.knowledge.injection.knowledge_folder import (
-    FOLDER,
-    check_fingerprint,
-    read_settings,
-)
+from hf_adapt.knowledge.injection.knowledge_folder import FOLDER, check_fingerprint, read_settings
 from hf_adapt.knowledge.injection.text_triples import VisibilityAttachment, make_triple_batcher
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner

@@ -57,10 +57,7 @@ class SoftPrompt(GatedAddition):
 
 
 def add_prompt_tokens(
-    batch: MutableMapping[str, Any],
-    spans: torch.Tensor,
-    number: int,
-    token: int,
+    batch: MutableMapping[str, Any], spans: torch.Tensor, number: int, token: int
 ) -> torch.Tensor:
     """Put prompt tokens before the first real token of each row of a batch."""
     ids: torch.Tensor = batch["input_ids"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
@@ -19,9 +20,6 @@ from hf_adapt.knowledge.linking.mentions import TokenMention
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.models.state import preserved
 from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 VISIBILITY = "knowledge_visibility"
 """(B, T, T) bool: which tokens a token sees. Not a mask of the model's own until its forward."""

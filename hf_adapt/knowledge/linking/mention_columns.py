@@ -9,12 +9,7 @@ import numpy as np
 from datasets import Value
 
 from hf_adapt.engine.texts import joined_text
-from hf_adapt.knowledge.linking.mentions import (
-    MENTIONS,
-    TOKEN_MENTIONS,
-    FindsMentions,
-    to_record,
-)
+from hf_adapt.knowledge.linking.mentions import MENTIONS, TOKEN_MENTIONS, FindsMentions, to_record
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 
 

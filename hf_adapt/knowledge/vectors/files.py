@@ -69,11 +69,8 @@ def read_text(
     words = _words(path, first, dimension)
     if len(words) < count:
         logger.warning(
-            "%s has %s, and its first line says %s: the file may be cut off. Get it again if it "
-            "should have them all.",
-            path,
-            counted(len(words), "vector"),
-            f"{count:,}",
+            f"{path} has {counted(len(words), 'vector')}, and its first line says {count:,}: the "
+            "file may be cut off. Get it again if it should have them all."
         )
     every = range(len(graph))
     labels = pa.array(map(graph.label, every), pa.large_string())
@@ -147,18 +144,14 @@ def _split(path: Path, first: int, dimension: int) -> Iterator[tuple[int, str, s
 def _words(path: Path, first: int, dimension: int) -> StringTable:
     """The words in the order of their lines; of one that is there again, the first counts."""
     words = StringTable.of(word.strip() for _, word, _ in _split(path, first, dimension))
-    blank = pc.sum(pc.equal(words.array, "")).as_py() or 0
-    if blank:
+    if blank := pc.sum(pc.equal(words.array, "")).as_py():
         logger.warning("%s: left out %s whose word is blank.", path, counted(blank, "vector"))
-    again = np.flatnonzero(words.find_all(words.array) != np.arange(len(words)))
-    repeated = words.take(again).array
-    repeated = repeated.filter(pc.not_equal(repeated, ""))
+    again = pa.array(words.find_all(words.array) != np.arange(len(words)))
+    repeated = words.array.filter(pc.and_(again, pc.not_equal(words.array, "")))
     if len(repeated):
+        number, first = counted(len(repeated), "vector"), repeated[0].as_py()
         logger.warning(
-            "%s: left out %s whose word was there before, such as %r.",
-            path,
-            counted(len(repeated), "vector"),
-            repeated[0].as_py(),
+            "%s: left out %s whose word was there before, such as %r.", path, number, first
         )
     return words
 

@@ -280,7 +280,7 @@ class EntityVectors:
 
         Earlier vectors stay valid until these are complete.
         """
-        about = {"fingerprint": self.fingerprint, "metadata": self.metadata}
+        about: dict[str, Any] = {"fingerprint": self.fingerprint, "metadata": self.metadata}
         about["is_bfloat16"] = self._is_bfloat16
         write_folder(folder, KIND, FORMAT, self._arrays(), about)
 
