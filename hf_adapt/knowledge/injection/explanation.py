@@ -19,9 +19,6 @@ class ExplainedCandidate:
     """An entity that a mention may stand for.
 
     Attributes:
-        key: Its key in the graph.
-        label: Its name.
-        description: Its description, or None.
         prior: How likely before the context was read; a mention's priors add up to 1.
         attention: Its share of the attention at each injection point; the rest went to neighbours
             and to "no knowledge".
@@ -36,14 +33,10 @@ class ExplainedCandidate:
 
 @dataclass(frozen=True)
 class ExplainedMention:
-    """A span of the text that was linked.
+    """A span of the text that was linked: `text[start:end] == surface`.
 
     Attributes:
-        start: First character.
-        end: One past the last.
-        surface: The characters.
         tokens: First token and one past the last.
-        candidates: The entities it may stand for.
         gate: How far open the gate was at each injection point (cross-attention: all that did not
             go to "no knowledge"); empty for an adapter, which has none.
     """
@@ -58,13 +51,7 @@ class ExplainedMention:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the injector made of a text: `print` shows it, `dataclasses.asdict` makes it plain.
-
-    Attributes:
-        text: The text.
-        points: The injection points.
-        mentions: What was linked.
-    """
+    """What the injector made of a text: `print` shows it, `dataclasses.asdict` makes it plain."""
 
     text: str
     points: tuple[str, ...]

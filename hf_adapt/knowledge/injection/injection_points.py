@@ -35,17 +35,15 @@ def find_injection_points(model: nn.Module, layers: Sequence[Location]) -> list[
     names = {id(module): name for name, module in base.named_modules()}
     found = []
     for location in layers:
-        if location == "embeddings":
-            found.append(InjectionPoint(location, names[id(_embeddings(base))]))
-        elif location == "head":
+        if location == "head":
             found.append(_head(base, names))
-        elif isinstance(location, int):
-            found.append(InjectionPoint(location, _layer(base, names, location)))
+        elif location == "embeddings":
+            found.append(InjectionPoint(location, names[id(_embeddings(base))]))
         else:
-            found.append(InjectionPoint(location, _named(base, names, location)))
+            find = _layer if isinstance(location, int) else _named
+            found.append(InjectionPoint(location, find(base, names, location)))
     modules = [point.module for point in found]
-    twice = {module for module in modules if modules.count(module) > 1}
-    if twice:
+    if twice := {module for module in modules if modules.count(module) > 1}:
         raise ValueError(
             f"layers={list(layers)} name {', '.join(sorted(twice))} more than once: name each "
             "module once."
@@ -69,7 +67,7 @@ def _embeddings(base: nn.Module) -> nn.Module:
     )
 
 
-def _layer(base: nn.Module, names: dict[int, str], number: int) -> str:
+def _layer(base: nn.Module, names: dict[int, str], number: Any) -> str:
     inside = names[id(reader_of(base))]
     stacks = [s for s in find_stacks(base) if not inside or s.path.startswith(inside + ".")]
     if len(stacks) != 1:
@@ -115,7 +113,7 @@ def _output_embeddings(base: Any) -> Any:
     return get() if callable(get) else None
 
 
-def _named(base: nn.Module, names: dict[int, str], location: str) -> str:
+def _named(base: nn.Module, names: dict[int, str], location: Any) -> str:
     known = [name for name in names.values() if name]
     if location in known:
         return location

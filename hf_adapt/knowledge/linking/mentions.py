@@ -24,11 +24,7 @@ class Candidate:
 class Mention:
     """A span of a text that names an entity: `text[start:end] == surface`, always.
 
-    Args:
-        start: Its first character.
-        end: One more than its last character.
-        surface: Its characters.
-        candidates: The entities that it may mean, the likeliest first.
+    The candidates are the entities that it may mean, the likeliest first.
     """
 
     start: int
@@ -39,13 +35,9 @@ class Mention:
 
 @dataclass(frozen=True, slots=True)
 class TokenMention:
-    """The tokens of a row that name an entity.
+    """The tokens of a row that name an entity: `input_ids[start:end]`.
 
-    Args:
-        start: Position of the first in the row's `input_ids`.
-        end: One more than the position of the last.
-        mention: What they name.
-        column: Which of the text columns the mention is in.
+    The column is the number of the text column that the mention is in.
     """
 
     start: int

@@ -82,9 +82,9 @@ class Alignment(NamedTuple):
 
     def among(self, mentions: Sequence[Mention]) -> Sequence[Mention]:
         """Of all the mentions of the text, by start, those that a window of it may have."""
-        first, last = self.kept.start, self.kept.stop
-        before = self.text.ends[first - 1] if first else 0
-        after = self.text.ends[last - 1] if last else 0
+        before, after = (
+            self.text.ends[kept - 1] if kept else 0 for kept in (self.kept.start, self.kept.stop)
+        )
         found = bisect_left(mentions, before, key=_start)
         return mentions[found : bisect_left(mentions, after, found, key=_start)]
 
@@ -125,19 +125,12 @@ class TokenAligner:
         self.columns = (*self.text_columns, MENTIONS, TOKEN_MENTIONS, OFFSETS)
         self._pieces: TokenPieces | None = None
         self._has_warned = False
-        self._make_caches()
-
-    def _make_caches(self) -> None:
-        """Epochs and windows ask for the same texts again."""
-        self._link = functools.lru_cache(CACHED_TEXTS)(self.linker.link)
+        # Epochs and windows ask for the same texts again.
+        self._link = functools.lru_cache(CACHED_TEXTS)(linker.link)
         self._encode = functools.lru_cache(CACHED_TEXTS)(self._encoded)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_link": None, "_encode": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._make_caches()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.linker, self.tokenizer, self.text_columns)  # without the caches
 
     @property
     def pieces(self) -> TokenPieces:
@@ -173,10 +166,8 @@ class TokenAligner:
         if not any(text and not text.isspace() for text in texts):
             return []
         offsets = None
-        # Offsets of a list of words count within each word.
-        if row.get(OFFSETS) is not None and all(
-            isinstance(row.get(column), str | None) for column in self.text_columns
-        ):
+        are_texts = all(isinstance(row.get(column), str | None) for column in self.text_columns)
+        if row.get(OFFSETS) is not None and are_texts:  # those of words count within each word
             offsets = [(start, end) for start, end in as_list(row[OFFSETS])]
         aligned = self._aligned("".join(map(chr, tokens)), runs, texts, offsets)
         if not any(aligned):

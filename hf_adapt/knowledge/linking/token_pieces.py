@@ -20,18 +20,17 @@ class TokenPieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
-        self._unknown: int | None = tokenizer.unk_token_id
+        unknown: int | None = tokenizer.unk_token_id
         marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special = frozenset({*tokenizer.all_special_ids, *marked} - {self._unknown})
+        self.special = frozenset({*tokenizer.all_special_ids, *marked} - {unknown})
         """Tokens that stand for no text, unknown ones not among them."""
         # Decoders drop a space at the beginning: a piece is what its tokens add to a word.
         self._before = self._ids("a")
         self._size = len(self._backend.decode(self._before, skip_special_tokens=False))
         self._loses_spaces = self._ids("a-a") == self._ids("a - a")  # as WordPiece does
         self._known: dict[int, str] = {}
-        if self._unknown is not None:
-            spelt = self[self._unknown]
-            self._known[self._unknown] = " " * spelt.startswith(" ") + UNKNOWN
+        if unknown is not None:
+            self._known[unknown] = " " * self[unknown].startswith(" ") + UNKNOWN
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
