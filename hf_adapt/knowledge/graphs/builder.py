@@ -160,7 +160,8 @@ def sort_triples(
     for number, more in ((num_relations, relations), (num_entities, tails)):
         keys *= number
         keys += more
-    keys = np.unique(keys)
+    keys.sort()
+    keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]]
     triples = np.empty((len(keys), 3), np.int32)
     rest, triples[:, 2] = np.divmod(keys, num_entities)
     triples[:, 0], triples[:, 1] = np.divmod(rest, num_relations)

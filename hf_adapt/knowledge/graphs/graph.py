@@ -95,15 +95,6 @@ class KnowledgeGraph:
             ValueError: If lines or rows are malformed or have missing cells (with their numbers),
                 there is no triple, or a description is of an unknown entity or is there twice and
                 differs.
-
-        Example:
-            >>> graph = KnowledgeGraph.from_triples(
-            ...     [("q1", "is_a", "q2")],
-            ...     names={"q1": "cat", "q2": ["feline", "felid"]},
-            ...     descriptions={"q1": "a small domesticated animal"},
-            ... )
-            >>> graph.label(0), graph.names(1), graph.description(0)
-            ('cat', ['feline', 'felid'], 'a small domesticated animal')
         """
         content = build(
             read_triples(triples, (head, relation, tail), separator),
@@ -254,11 +245,7 @@ class KnowledgeGraph:
         return self._content.keys[self._checked(entity)]
 
     def entity(self, key: str) -> int:
-        """Return the number of the entity with this key.
-
-        Raises:
-            UnknownEntityError: A KeyError that lists near keys.
-        """
+        """Return the number of the entity with this key, or raise a KeyError with near keys."""
         entity = self._content.keys.find(key)
         if entity < 0:
             raise UnknownEntityError(
@@ -353,17 +340,11 @@ class KnowledgeGraph:
         return int(relation)
 
     def subgraph(self, entities: Iterable[int | str], hops: int = 1) -> KnowledgeGraph:
-        """Return the entities within some steps of these, and all triples among them.
+        """Return the entities, given by number or key, and those up to some edges away.
 
-        Entities are renumbered in their order, and keep keys, names and descriptions; relations
-        keep their numbers.
-
-        Args:
-            entities: Numbers or keys.
-            hops: How many edges away, in either direction; 0 keeps only `entities`.
-
-        Raises:
-            ValueError: If there are no entities.
+        Edges count in either direction, and all triples among the entities are kept. Entities are
+        renumbered in their order, and keep keys, names and descriptions; relations keep their
+        numbers.
         """
         given = [self.entity(e) if isinstance(e, str) else self._checked(e) for e in entities]
         if not given:

@@ -81,10 +81,6 @@ class InjectorAttachment(Attachment):
         knowledge = given if given is not None else self._pending
         if knowledge is None:
             return
-        position = 0
-        for name in CACHES:
-            if (cache := kwargs.get(name)) is not None:
-                position = _cached_length(cache)
         mask = kwargs.get("attention_mask")
         if not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             mask = None
@@ -92,7 +88,10 @@ class InjectorAttachment(Attachment):
             ids = kwargs.get("input_ids", args[0] if args else None)
             if isinstance(ids, torch.Tensor):
                 knowledge = knowledge.without(self.masked_mentions(knowledge, ids, mask))
-        self.current = replace(knowledge.from_position(position), mask=mask)
+        # Positions count from here: what lies before is in a cache.
+        position = max(_cached_length(kwargs.get(name)) for name in CACHES)
+        spans = knowledge.spans - position if position else knowledge.spans
+        self.current = replace(knowledge, spans=spans, mask=mask)
         if not torch.compiler.is_compiling():
             self._follow_checkpoints()
 
@@ -143,10 +142,10 @@ class InjectorAttachment(Attachment):
             knowledge = self._pending  # a head over rows stands behind the decoder
         if knowledge is None or not self.injector.is_built:
             return None
-        if hidden.shape[0] != knowledge.num_rows:
+        if hidden.shape[0] != len(knowledge.spans):
             self.warn(
                 f"The injection point {point.location!r} saw {hidden.shape[0]} rows and the "
-                f"mentions are of {knowledge.num_rows}: nothing is added there."
+                f"mentions are of {len(knowledge.spans)}: nothing is added there."
             )
             return None
         weight = next(self.injector.parameters())

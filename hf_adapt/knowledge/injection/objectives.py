@@ -30,6 +30,7 @@ from hf_adapt.models.pooling import pool
 
 NEGATIVES = "knowledge_negatives"
 DESCRIPTIONS = ("knowledge_description_ids", "knowledge_description_mask")
+Scored = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def entity_scores_loss(
@@ -117,6 +118,12 @@ class _GraphObjective(BatchTransform, Objective):
         assert self.injection.vectors is not None
         return self.injection.vectors
 
+    def _made(self, given: torch.Tensor) -> torch.Tensor:
+        """What the module makes of something."""
+        assert self.module is not None
+        made: torch.Tensor = self.module(given)
+        return made
+
     def _to_vectors(self, hidden: torch.Tensor) -> nn.Module:
         """From hidden states to entity vectors."""
         return nn.Linear(hidden.shape[-1], self._vectors.dimension)
@@ -133,8 +140,8 @@ class _GraphObjective(BatchTransform, Objective):
         """The mentions that are items."""
         return torch.stack([self._chosen(p, _known(p)).sum() for p in rows.parts]).sum()
 
-    def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
-        """The loss of each item, (N,)."""
+    def _scored(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> Scored:
+        """What is predicted for each item, the right vector and wrong ones."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +151,7 @@ class _GraphObjective(BatchTransform, Objective):
             knowledge = _known(part)
             chosen = self._chosen(part, knowledge)
             if bool(chosen.any()):
-                total = total + self._values(part, knowledge, chosen).sum()
+                total = total + entity_scores_loss(*self._scored(part, knowledge, chosen)).sum()
             elif self.module is not None:  # every process must reach every parameter
                 total = total + sum(p.sum() * 0.0 for p in self.module.parameters())
         return total, self.num_items(batch)
@@ -227,14 +234,12 @@ class EntityPrediction(_GraphObjective):
     def _chosen(self, part: Part, knowledge: Knowledge) -> torch.Tensor:
         return self.injection.masked_mentions(knowledge, part)
 
-    def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
+    def _scored(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> Scored:
         hidden = self._hidden(part)
         tokens = knowledge.token_mask(hidden.shape[1]).float()
         mean = tokens @ hidden / tokens.sum(-1, keepdim=True).clamp(min=1)
-        assert self.module is not None
         positive = knowledge.vectors[..., 0, :].float()[chosen]
-        predicted, negatives = self.module(mean[chosen]), self._negatives(part)[chosen]
-        return entity_scores_loss(predicted, positive, negatives)
+        return self._made(mean[chosen]), positive, self._negatives(part)[chosen]
 
 
 class LinkPrediction(_GraphObjective):
@@ -280,9 +285,8 @@ class LinkPrediction(_GraphObjective):
         assert knowledge.relations is not None
         return knowledge.relations[..., 0, 0] >= 0
 
-    def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
+    def _scored(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> Scored:
         assert knowledge.neighbours is not None and knowledge.relations is not None
-        assert self.module is not None
         layer: Any = self.injection.injector.injection_layers[0]
 
         def seen(vectors: torch.Tensor) -> torch.Tensor:
@@ -291,8 +295,8 @@ class LinkPrediction(_GraphObjective):
 
         head = seen(knowledge.vectors[..., 0, :][chosen])
         tail = seen(knowledge.neighbours[..., 0, 0, :][chosen])
-        relation = self.module(knowledge.relations[..., 0, 0][chosen])
-        return entity_scores_loss(head * relation, tail, seen(self._negatives(part)[chosen]))
+        relation = self._made(knowledge.relations[..., 0, 0][chosen])
+        return head * relation, tail, seen(self._negatives(part)[chosen])
 
 
 class DescriptionAlignment(_GraphObjective):
@@ -374,9 +378,7 @@ class DescriptionAlignment(_GraphObjective):
             output = self._reader()(input_ids=ids, attention_mask=mask, return_dict=True)
         return pool(output["last_hidden_state"], mask.bool(), "mean")
 
-    def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
+    def _scored(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> Scored:
         rows = chosen[:, 0]
-        assert self.module is not None
-        predicted = self.module(self._encoded(part, rows))
         positive = knowledge.vectors[:, 0, 0].float()[rows]
-        return entity_scores_loss(predicted, positive, self._negatives(part)[:, 0][rows])
+        return self._made(self._encoded(part, rows)), positive, self._negatives(part)[:, 0][rows]

@@ -169,6 +169,7 @@ class TokenAligner:
         are_texts = all(isinstance(row.get(column), str | None) for column in self.text_columns)
         if row.get(OFFSETS) is not None and are_texts:  # those of words count within each word
             offsets = [(start, end) for start, end in as_list(row[OFFSETS])]
+            offsets = offsets if len(offsets) == len(tokens) else None
         aligned = self._aligned("".join(map(chr, tokens)), runs, texts, offsets)
         if not any(aligned):
             why = f"the text of a row is not what its tokens say (columns {columns})"
@@ -236,7 +237,7 @@ class TokenAligner:
     ) -> Iterator[Alignment]:
         """The tokens of a text in some runs: all of them, those of a window, or most of them."""
         start, stop = runs[0][0], runs[-1][1]  # a text may hold what separates the runs
-        own = self._encode(text)
+        own = self._encode(text, "")
         if (at := ids.find(own.ids, start, stop)) >= 0:
             yield Alignment(own, Block(at, 0, len(own.ids)))
         first, end = max(runs, key=lambda run: run[1] - run[0])
@@ -252,7 +253,7 @@ class TokenAligner:
                     parts.append(Alignment(own, block._replace(at=first + block.at)))
         yield from sorted(parts, key=lambda part: -len(part.kept))
 
-    def _encoded(self, text: str, before: str = "") -> Tokens:
+    def _encoded(self, text: str, before: str) -> Tokens:
         """The tokens of a text with a character before it, by the text's own characters."""
         made = self.tokenizer(
             before + text,

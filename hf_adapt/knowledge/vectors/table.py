@@ -71,17 +71,10 @@ class EntityVectors:
         return f"EntityVectors({len(self):,} entities, dimension {self.dimension}, by {how})"
 
     def gather(self, entities: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Return the vectors of entities, and zeros for -1.
-
-        Args:
-            entities: Numbers of entities, of any shape.
+        """Return the vectors of entities, given by number, and zeros for -1.
 
         Shape:
             - entities: (...); output: (..., dimension) float32.
-
-        Raises:
-            IndexError: If a number is below -1 or not below the number of entities.
-            TypeError: If they are not whole numbers.
         """
         entities = np.asarray(entities)
         if entities.size and not np.issubdtype(entities.dtype, np.integer):
@@ -113,15 +106,10 @@ class EntityVectors:
     def from_array(
         cls, array: Any, graph: KnowledgeGraph | None = None, **metadata: Any
     ) -> EntityVectors:
-        """Create them from an array or tensor whose row i is entity i.
+        """Create them from an array or tensor, (entities, dimension), whose row i is entity i.
 
-        Args:
-            array: (entities, dimension); kept as it is if it is float16, float32 or bfloat16.
-            graph: Whose entities they are: their number is checked.
-            **metadata: How the vectors were made, kept as `metadata`.
-
-        Raises:
-            ValueError: If the shape is another, or values are not finite.
+        float16, float32 and bfloat16 are kept as they are. The graph, if it is given, must have as
+        many entities; `metadata` tells how the vectors were made.
         """
         is_bfloat16 = isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16
         array = _numpy(array) if isinstance(array, torch.Tensor) else np.asanyarray(array)
@@ -229,11 +217,6 @@ class EntityVectors:
             model: Any transformers model; it is left as it was.
             tokenizer: The model's own.
             **options: Those of [`encode_descriptions`]: batch_size, max_length, pooling, device.
-
-        Example:
-            >>> vectors = EntityVectors.from_descriptions(graph, model, tokenizer)  # doctest: +SKIP
-            >>> vectors  # doctest: +SKIP
-            EntityVectors(117,791 entities, dimension 384, by descriptions)
         """
         table, metadata = encode_descriptions(graph, model, tokenizer, **options)
         return cls.from_array(table, graph, **metadata)
