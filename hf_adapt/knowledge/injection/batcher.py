@@ -119,7 +119,7 @@ class KnowledgeBatcher(MentionBatcher):
     num_neighbours: int = 0
     after: bool = False  # whether each stands at the token after it
     num_prompt_tokens: int = 0
-    _neighbours: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    _neighbours: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False)
 
     def add_mentions(
         self, batch: MutableMapping[str, Any], mentions: Sequence[Sequence[TokenMention]]

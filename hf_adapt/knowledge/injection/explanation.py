@@ -121,7 +121,9 @@ def _explained(
     attention = [record["attention"][0, number].tolist() for record in records]
     candidates = tuple(
         ExplainedCandidate(
-            *(about(c.entity) for about in (graph.key, graph.label, graph.description)),
+            graph.key(c.entity),
+            graph.label(c.entity),
+            graph.description(c.entity),
             c.prior,
             tuple(each[k] for each in attention),
         )

@@ -40,8 +40,8 @@ def find_injection_points(model: nn.Module, layers: Sequence[Location]) -> list[
         elif location == "embeddings":
             found.append(InjectionPoint(location, names[id(_embeddings(base))]))
         else:
-            find = _layer if isinstance(location, int) else _named
-            found.append(InjectionPoint(location, find(base, names, location)))
+            name = location if isinstance(location, str) else _layer(base, names, location)
+            found.append(InjectionPoint(location, _named(base, names, name)))
     modules = [point.module for point in found]
     if twice := {module for module in modules if modules.count(module) > 1}:
         raise ValueError(
@@ -67,7 +67,7 @@ def _embeddings(base: nn.Module) -> nn.Module:
     )
 
 
-def _layer(base: nn.Module, names: dict[int, str], number: Any) -> str:
+def _layer(base: nn.Module, names: dict[int, str], number: int) -> str:
     inside = names[id(reader_of(base))]
     stacks = [s for s in find_stacks(base) if not inside or s.path.startswith(inside + ".")]
     if len(stacks) != 1:
@@ -113,7 +113,7 @@ def _output_embeddings(base: Any) -> Any:
     return get() if callable(get) else None
 
 
-def _named(base: nn.Module, names: dict[int, str], location: Any) -> str:
+def _named(base: nn.Module, names: dict[int, str], location: str) -> str:
     known = [name for name in names.values() if name]
     if location in known:
         return location

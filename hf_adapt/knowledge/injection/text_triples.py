@@ -135,7 +135,7 @@ class TripleBatcher(MentionBatcher):
     num_triples: int = 2
     max_tokens: int = 12
     max_length: int = 512
-    _facts: dict[int, list[list[int]]] = field(default_factory=dict)
+    _facts: dict[int, list[list[int]]] = field(default_factory=dict, init=False)
 
     def facts(self, entity: int) -> list[list[int]]:
         """The tokens of an entity's facts: relation and neighbour, one list each."""

@@ -128,8 +128,8 @@ def train_vectors(
     table = learned.entity_representations[0]().detach()
     if table.is_complex():
         table = torch.cat([table.real, table.imag], dim=-1)
-    options = dict(dimension=dimension, num_epochs=num_epochs, learning_rate=learning_rate)
-    options |= dict(batch_size=batch_size, seed=seed, training_loop=training_loop)
+    options: dict[str, Any] = dict(dimension=dimension, num_epochs=num_epochs, seed=seed)
+    options |= dict(learning_rate=learning_rate, batch_size=batch_size, training_loop=training_loop)
     metadata = {"made_by": model, **options, "loss": float(losses[-1]), **measured}
     return table.float().cpu().numpy(), metadata
 
