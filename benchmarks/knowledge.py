@@ -25,7 +25,7 @@ import datasets
 import domain_data
 import numpy as np
 import torch
-from measure import in_fresh_process, in_turns, print_machine, print_table, ratio, resident
+from measure import in_fresh_process, in_turns, print_machine, print_table, ratio
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertForSequenceClassification,
@@ -35,6 +35,7 @@ from transformers import (
 from workload import bert, step_seconds
 
 from hf_adapt import KnowledgeCallback
+from hf_adapt.experiments.memory import resident
 from hf_adapt.knowledge import EntityLinker, EntityVectors, KnowledgeGraph, KnowledgeInjector
 
 ROWS, TOKENS, MENTIONS, WORDS, WARM_UP = 16, 64, 4, 30000, 2

@@ -1,6 +1,5 @@
-"""Clocks, memory, ratios, versions and tables, for the benchmarks and the examples."""
+"""Clocks, ratios, processes and tables, for the benchmarks and the examples."""
 
-import importlib.metadata
 import itertools
 import json
 import os
@@ -10,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
+
+from hf_adapt.experiments.tables import markdown
+from hf_adapt.experiments.versions import versions
 
 
 # ---------------------------------------------------------------- time
@@ -73,34 +74,6 @@ def ratio(comparison: str, one: Iterable[float], other: Iterable[float]) -> dict
     }
 
 
-# ---------------------------------------------------------------- memory
-def resident() -> int:
-    """Bytes that this process holds in memory. Linux only."""
-    return _status("VmRSS")
-
-
-def restarted_peak(device: str) -> int | None:
-    """Forget the highest memory so far; return the bytes held now, or None if that is unknown."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
-    except OSError:
-        return None
-    return peak(device)
-
-
-def peak(device: str) -> int:
-    """The highest number of bytes held since `restarted_peak`."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 # ---------------------------------------------------------------- processes
 def in_fresh_process(
     script: str, *arguments: object, environment: Mapping[str, str] | None = None
@@ -118,17 +91,6 @@ def in_fresh_process(
 
 
 # ---------------------------------------------------------------- what is printed
-def versions(*packages: str) -> dict[str, str]:
-    """The versions of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def print_machine(device: str, *packages: str) -> None:
     """Print a JSON line of what the numbers below it were measured on."""
     where = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
@@ -139,12 +101,6 @@ def print_machine(device: str, *packages: str) -> None:
 def progress(value: Any) -> None:
     """Print a value to the standard error, where it does not mix with the results."""
     print(f"# {json.dumps(value, ensure_ascii=False)}", file=sys.stderr, flush=True)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first row is its head."""
-    head, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
 def print_table(lines: Sequence[Mapping[str, Any]]) -> None:

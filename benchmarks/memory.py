@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from measure import in_fresh_process, print_machine, print_table, progress, resident
+from measure import in_fresh_process, print_machine, print_table, progress
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -35,6 +35,7 @@ from workload import bert, quiet_arguments
 
 import hf_adapt
 from hf_adapt.distillation import CachedTeacher, HiddenStates, SelfTeacher
+from hf_adapt.experiments.memory import resident
 from hf_adapt.knowledge import EntityVectors, KnowledgeGraph
 from hf_adapt.unfreezing import FreezeOnly
 

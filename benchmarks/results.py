@@ -1,9 +1,7 @@
 """What the examples make of their numbers: means over seeds, tables, pictures and files."""
 
 import json
-import os
 import shlex
-import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,19 +9,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measure import markdown, versions
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-GREY, BLUE, ORANGE = "#9aa5b1", "#2a78c2", "#c25d2a"
-
-Score = Mapping[str, float | None]  # mean and sd over seeds; a single run has no sd
-
-
-def installed() -> dict[str, str]:
-    """The versions that a result depends on."""
-    return versions("hf-adapt", "transformers", "torch", "datasets", "accelerate", "scikit-learn")
+from hf_adapt.experiments.plots import BLUE, GREY, save
+from hf_adapt.experiments.summary import Score, score
+from hf_adapt.experiments.tables import markdown
+from hf_adapt.experiments.versions import installed
+from hf_adapt.storage.text_file import write_text
 
 
 # ---------------------------------------------------------------- numbers
@@ -36,18 +30,6 @@ def summarize(
         if own := [run for run in runs if run["method"] == method]:
             summary[method] = {name: score([run[name] for run in own]) for name in names}
     return summary
-
-
-def score(values: Sequence[float]) -> Score:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "sd": deviation}
-
-
-def percent(score: Score) -> str:
-    """A cell of a table."""
-    mean = f"{100 * score['mean']:.1f}"
-    return mean if score["sd"] is None else f"{mean} ± {100 * score['sd']:.1f}"
 
 
 # ---------------------------------------------------------------- pictures
@@ -79,14 +61,6 @@ def grouped_bars(
 
 
 # ---------------------------------------------------------------- files
-def write(path: Path, text: str) -> None:
-    """Write a whole file or none, so that an interrupted run leaves nothing half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def report(
     rows: Sequence[Sequence[str]],
     legend: str,
@@ -122,12 +96,10 @@ def report(
         table.add_row(*row)
     console.print(table)
     about = {"command": shlex.join(["python", *sys.argv]), "versions": installed()}
-    write(output_dir / "results.json", json.dumps({**about, **document}, indent=2))
+    write_text(output_dir / "results.json", json.dumps({**about, **document}, indent=2))
     above = f"{title}\n\n" if title else ""
-    write(output_dir / "table.md", f"{above}{markdown(rows)}\n\n{legend}\n")
+    write_text(output_dir / "table.md", f"{above}{markdown(rows)}\n\n{legend}\n")
     for name, figure in figures.items():
-        part = output_dir / f"{name}.part"
-        figure.savefig(part, dpi=150, format="png")
-        os.replace(part, output_dir / name)
+        save(figure, output_dir / name)
     for name in ("results.json", "table.md", *figures):
         console.print(f"wrote {output_dir / name}", soft_wrap=True, highlight=False)

@@ -50,9 +50,12 @@ from hf_adapt.distillation import student_from_teacher
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
 from domain_data import LICENCES, load_domain
 from experiment import DOMAINS, changed, option, parse, run
-from measure import peak, restarted_peak
 from model_weights import SMOLLM2_LICENCE, smollm2_path
-from results import ORANGE, grouped_bars, report, score
+from results import grouped_bars, report
+
+from hf_adapt.experiments.memory import peak, restarted_peak
+from hf_adapt.experiments.plots import ORANGE
+from hf_adapt.experiments.summary import score
 
 MODELS = {
     "teacher": "teacher",
@@ -97,7 +100,7 @@ def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) 
 
 
 def texts_of(domain: str, split: str) -> list[str]:
-    return [text for text, _ in load_domain("vader4", domain)[split]]
+    return [text for text, _ in load_domain(domain)[split]]
 
 
 def load_model(path: str) -> PreTrainedModel:

@@ -75,8 +75,10 @@ from experiment import (
     run,
 )
 from model_weights import E5_LICENCE, E5_PREFIX, e5_small_path
-from results import grouped_bars, percent, report
+from results import grouped_bars, report
 from results import summarize as means
+
+from hf_adapt.experiments.summary import percent
 
 METHODS = {
     "alone": "student alone",
@@ -124,7 +126,7 @@ class Data:
 def load(script: ExampleArguments, seed: int) -> Data:
     """A few rows of the source with labels; more of it, and of the target, without."""
     number = script.num_labels + script.num_unlabelled
-    pair = load_pair("vader4", script.source, script.target, number, script.num_test)
+    pair = load_pair(script.source, script.target, number, script.num_test)
     source = pair.source["train"].shuffle(seed=seed)
     labelled = min(script.num_labels, len(source) // 2)
     rest = source.select(range(labelled, len(source))).remove_columns("label")

@@ -62,7 +62,9 @@ from experiment import (
     run,
     tokenized,
 )
-from results import grouped_bars, percent, report, summarize
+from results import grouped_bars, report, summarize
+
+from hf_adapt.experiments.summary import percent
 
 # A new head needs a larger rate than the pretrained layers; the plain script has one rate.
 METHODS = {
@@ -105,7 +107,7 @@ def load(script: ExampleArguments) -> tuple[Dataset, dict[str, Dataset], list[st
     """Training rows of the source; test rows of every domain, and `dev` of the source."""
     tests = {}
     for domain in DOMAINS:
-        pair = load_pair("vader4", script.source, domain, script.num_train, script.num_test)
+        pair = load_pair(script.source, domain, script.num_train, script.num_test)
         tests[domain] = pair.target["test"]
     return pair.source["train"], {"dev": pair.source["dev"], **tests}, pair.labels
 

@@ -90,7 +90,10 @@ from experiment import (
     predict,
     run,
 )
-from results import grouped_bars, percent, report, summarize, write
+from results import grouped_bars, report, summarize
+
+from hf_adapt.experiments.summary import percent
+from hf_adapt.storage.text_file import write_text
 
 METHODS = {
     "plain": "no knowledge",
@@ -154,7 +157,7 @@ def load_knowledge(script: ExampleArguments, console: Console) -> Knowledge:
     """
     graph = KnowledgeGraph.from_wordnet(script.wordnet)
     linker = EntityLinker(graph, inflections="english", stop_surfaces=ENGLISH_FUNCTION_WORDS)
-    pair = load_pair("vader4", script.source, script.target, script.num_pool, script.num_test)
+    pair = load_pair(script.source, script.target, script.num_pool, script.num_test)
     texts = [
         *pair.source["train"]["text"],
         *pair.source["test"]["text"],
@@ -192,7 +195,7 @@ class Data:
 
 def load(script: ExampleArguments, number: int, seed: int) -> Data:
     """A few rows of the source with labels, and both domains' tests."""
-    pair = load_pair("vader4", script.source, script.target, script.num_pool, script.num_test)
+    pair = load_pair(script.source, script.target, script.num_pool, script.num_test)
     train = pair.source["train"].shuffle(seed=seed).select(range(number))
     tests = {"in domain": pair.source["test"], "out of domain": pair.target["test"]}
     return Data(train, tests, pair.labels)
@@ -292,7 +295,7 @@ def show(callback: KnowledgeCallback, console: Console, output_dir: Path) -> Non
     found = [callback.explain(text) for text in EXPLAINED]
     for explanation in found:
         console.print(str(explanation), highlight=False, markup=False)
-    write(output_dir / "explanations.txt", "".join(f"{explanation}\n" for explanation in found))
+    write_text(output_dir / "explanations.txt", "\n".join(map(str, found)) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -47,7 +47,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the ex
 from domain_data import LICENCES
 from experiment import DOMAINS, option, parse, run
 from model_weights import SMOLLM2_LICENCE, smollm2_path
-from results import BLUE, GREY, grouped_bars, report, score
+from results import grouped_bars, report
+
+from hf_adapt.experiments.plots import BLUE, GREY
+from hf_adapt.experiments.summary import score
 
 MODELS = {
     "before": "not trained",

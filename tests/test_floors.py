@@ -14,6 +14,7 @@ FLOORS = (
     ("engine",),
     ("alignment", "distillation", "knowledge", "unfreezing"),
     ("evaluation",),
+    ("experiments",),
     ("cli",),
     ("",),  # hf_adapt itself, which exports names of all of them
 )

@@ -1,27 +1,19 @@
-"""Domain-adversarial training: features that do not reveal the domain."""
+"""What the adversarial objectives share: the reversed gradient, and the adversary's options."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from hf_adapt.engine.adaptation import Objective, Term
-from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.engine.adaptation import Objective
 from hf_adapt.engine.progress import Schedule, dann_ramp, value_at
 from hf_adapt.models.pooling import Pooling
 
 if TYPE_CHECKING:
-    from hf_adapt.engine.batch import Batch, Rows
-
-logger = logging.getLogger(__name__)
-
-FEW_ITEMS = 400
-"""Number of features from which a discriminator's accuracy is known to about five points."""
+    from hf_adapt.engine.batch import Batch
 
 
 class _Reversal(torch.autograd.Function):
@@ -64,127 +56,54 @@ def reverse_gradient(features: torch.Tensor, scale: float = 1.0) -> torch.Tensor
     return reversed_
 
 
-def dann_loss(logits: torch.Tensor, domain: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    r"""Cross-entropy of the domain classification, which the discriminator minimises.
-
-    .. math::
-        L = -\frac{1}{N} \sum_{i=1}^{N} \log \mathrm{softmax}(z_i)_{d_i}
-
-    With a reversed gradient ([`reverse_gradient`]) the model maximises it. [`mmd_loss`] aligns
-    features without a discriminator, which is easier to train.
-
-    Reference:
-        Ganin et al. 2016, Eq. 9, arXiv:1505.07818.
-        Deviation: softmax over any number of domains; for two it equals the paper's logistic loss.
+def perceptron(
+    feature_size: int, hidden_sizes: Sequence[int], num_outputs: int, dropout: float = 0.0
+) -> nn.Sequential:
+    """Linear layers with ReLU and dropout between them; their output is not normalised.
 
     Args:
-        logits: Scores of each domain, any floating dtype; computed in float32.
-        domain: The true domain of each row, 0 for the source.
-        reduction: `"mean"`, `"sum"` or `"none"`.
-
-    Shape:
-        - logits: (N, K), domain: (N,); output: (), in nats.
-
-    Raises:
-        ValueError: If the shapes do not fit, or there are fewer than two domains (a softmax over
-            one is constant, and its gradient 0).
-
-    Example:
-        >>> round(dann_loss(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])).item(), 6)
-        0.693147
-    """
-    if logits.ndim != 2 or domain.shape != logits.shape[:1]:
-        raise ValueError(
-            f"dann_loss expects logits (N, K) and domain (N,), got {tuple(logits.shape)} and "
-            f"{tuple(domain.shape)}."
-        )
-    if logits.shape[1] < 2:
-        raise ValueError(
-            "dann_loss needs logits of at least two domains: over one domain the softmax is the "
-            "constant 1 and no gradient flows."
-        )
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(dtype), domain, reduction=reduction)
-
-
-class DomainDiscriminator(nn.Sequential):
-    """A multi-layer perceptron that scores the domain of a feature.
-
-    Args:
-        feature_size: Size D of a feature.
-        num_domains: Number K of domains, the source included.
-        hidden_sizes: Sizes of the hidden layers; empty for a linear discriminator.
+        feature_size: Size of the input.
+        hidden_sizes: Sizes of the hidden layers; empty for one linear layer.
+        num_outputs: Size of the output.
         dropout: Probability of dropout after each hidden layer.
 
     Shape:
-        - input: (N, D); output: (N, K) logits.
-
-    Example:
-        >>> DomainDiscriminator(8, 2, (16,))(torch.zeros(3, 8)).shape
-        torch.Size([3, 2])
+        - input: (N, feature_size); output: (N, num_outputs).
     """
-
-    def __init__(
-        self,
-        feature_size: int,
-        num_domains: int = 2,
-        hidden_sizes: Sequence[int] = (256,),
-        dropout: float = 0.0,
-    ) -> None:
-        layers: list[nn.Module] = []
-        size = feature_size
-        for hidden in hidden_sizes:
-            layers += [nn.Linear(size, hidden), nn.ReLU(), nn.Dropout(dropout)]
-            size = hidden
-        super().__init__(*layers, nn.Linear(size, num_domains))
+    layers: list[nn.Module] = []
+    size = feature_size
+    for hidden in hidden_sizes:
+        layers += [nn.Linear(size, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        size = hidden
+    return nn.Sequential(*layers, nn.Linear(size, num_outputs))
 
 
-class DANN(Objective):
-    """Domain-adversarial training: trains features from which the domain cannot be predicted.
+class AdversarialObjective(Objective):
+    """A game between the model and auxiliary networks, whose gradient is reversed.
 
-    A discriminator learns to predict the domain from the feature; its gradient is reversed and
-    scaled by λ = `weight` · `ramp`(progress) before it reaches the model. Use it when source and
-    target differ in all classes and have similar label distributions. If they do not, or if the
-    discriminator is unstable, [`MMD`] or [`InformationMaximization`] is often better.
-
-    Reference:
-        Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818.
-        Deviations: the discriminator has its own optimizer (AdamW) and learns at full rate
-        from the first step, while λ ramps for the model. The peak of λ is 0.1 by default, not 1:
-        AdamW fine-tunes a whole transformer faster than a small discriminator can follow, and with
-        1 the model increased the discriminator's loss without limit and did not learn its task.
+    The auxiliary networks learn at full rate from the first step, in an optimizer of their own. The
+    model gets their reversed gradient times λ = `weight` · `ramp`(progress).
 
     Args:
-        weight: Peak λ, or a schedule of it; a constant 0 turns the objective off. With a learning
-            rate of 2e-5 or so, or a frozen lower half, more (0.3 to 1) may be right: watch
-            `dann/domain_accuracy`, which must not fall below chance.
-        ramp: Factor of λ as a function of progress; `dann_ramp()` by default, None for none.
+        weight: Peak λ, or a schedule of it; a constant 0 turns the objective off.
+        ramp: Factor of λ as a function of progress; None for none.
         feature_layer: Dotted name of the module whose output is aligned; by default the last
             hidden state of the base model.
         pooling: `"mean"`, `"cls"`, `"last"`, `"tokens"`, a callable, or `"auto"`.
-        hidden_sizes: Hidden layers of the discriminator.
-        dropout: Dropout of the discriminator.
-        learning_rate: Peak learning rate of the discriminator; follows the run's schedule.
-        weight_decay: Weight decay of the discriminator.
+        hidden_sizes: Hidden layers of the auxiliary networks.
+        dropout: Dropout of the auxiliary networks.
+        learning_rate: Their peak learning rate; follows the run's schedule.
+        weight_decay: Their weight decay.
+        bounded: Reverse no gradient for items that are past the equilibrium of the game; see
+            `leave_settled`.
         name: Prefix of the logs.
-
-    Logs:
-        `loss/dann` (the discriminator's cross-entropy; ln K at chance), `dann/lambda`,
-        `dann/domain_accuracy`, `dann/gradient_ratio` (the term's share of the gradient at the
-        feature layer), `dann/module_gradient_norm`.
 
     Raises:
         ValueError: If the weight is negative, a hidden size or the learning rate not positive, or
             dropout outside [0, 1).
-
-    Example:
-        >>> DANN(weight=0.5, hidden_sizes=(128, 128), learning_rate=5e-4).name
-        'dann'
     """
 
-    name = "dann"
     needs_streams = ("target",)
-    uses_logits = False
 
     def __init__(
         self,
@@ -196,6 +115,7 @@ class DANN(Objective):
         dropout: float = 0.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
+        bounded: bool = True,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, feature_layer, pooling, name)
@@ -205,7 +125,7 @@ class DANN(Objective):
             raise ValueError(f"dropout={dropout} must lie in [0, 1).")
         if not learning_rate > 0:
             raise ValueError(
-                f"learning_rate={learning_rate} must be positive: a discriminator that does not "
+                f"learning_rate={learning_rate} must be positive: an adversary that does not "
                 "learn gives the model a random direction."
             )
         self.ramp = ramp
@@ -213,18 +133,10 @@ class DANN(Objective):
         self.dropout = dropout
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self._num_domains = 2
-        self._forget()
-
-    def _forget(self) -> None:
-        """Reset the statistics of the discriminator."""
-        self._warned: set[str] = set()
-        self._best_margin = float("-inf")
-        self._items = 0
-        self._seen = [0.0, 0.0, 0.0]  # items, and sums over them of accuracy and source share
+        self.bounded = bounded
 
     def term_weight(self, progress: float) -> float:
-        """1: λ acts in the reversal, so that the discriminator learns at full rate."""
+        """1: λ acts in the reversal, so that the auxiliary networks learn at full rate."""
         return 1.0
 
     def lambda_at(self, progress: float) -> float:
@@ -232,124 +144,24 @@ class DANN(Objective):
         ramp = 1.0 if self.ramp is None else self.ramp(progress)
         return value_at(self.weight, progress) * ramp
 
-    def build_modules(self, batch: Batch) -> nn.Module:
-        """The discriminator, as wide as the features are."""
-        features, _ = batch.features()
-        self._forget()
-        self._num_domains = batch.num_domains
-        return DomainDiscriminator(
-            features.shape[1], batch.num_domains, self.hidden_sizes, self.dropout
-        )
-
-    def num_items(self, rows: Rows) -> torch.Tensor:
-        """Every row (or token) is classified."""
-        return rows.num_features()
-
-    def loss(self, batch: Batch) -> Term:
-        """The discriminator's cross-entropy, summed over the features."""
-        assert self.module is not None
-        features, domain = batch.features()
+    def reversed(self, features: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The features with a reversed gradient, scaled by λ, which is logged."""
         scale = self.lambda_at(batch.progress)
+        batch.log("lambda", scale)
         if scale == 0:
             batch.log("gradient_ratio", 0.0)
-        logits = self.module(reverse_gradient(features, scale))
-        with torch.no_grad():
-            source_share = (domain == 0).float().mean()
-            accuracy = (logits.argmax(1) == domain).float().mean()
-        self._items += len(domain)
-        batch.log("domain_accuracy", accuracy, len(domain))
-        batch.log("source_share", source_share, len(domain))
-        batch.log("lambda", scale)
-        count = torch.as_tensor(len(domain), device=logits.device)
-        return dann_loss(logits, domain, reduction="sum"), count
+        return reverse_gradient(features, scale)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The best accuracy of the discriminator so far, for the warnings."""
-        return {"best_margin": self._best_margin}
+    def leave_settled(self, reversed_: torch.Tensor, settled: torch.Tensor) -> None:
+        """Reverse no gradient for items with which the model has reached what it plays for.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state returned by `state_dict`; checkpoints of 0.1 have none."""
-        self._best_margin = state.get("best_margin", float("-inf"))
+        Past the equilibrium of the game the reversed gradient only drives the auxiliary networks'
+        loss up, without limit and the faster the worse they are: the collapse that adversarial
+        training is known for.
 
-    def on_log(self, logs: dict[str, float], progress: float) -> None:
-        """Warn if the discriminator gives the model no useful gradient."""
-        accuracy = logs.get(f"{self.name}/domain_accuracy")
-        source_share = logs.get(f"{self.name}/source_share")
-        norm = logs.get(f"{self.name}/module_gradient_norm")
-        if accuracy is None or source_share is None:
-            return
-        if norm == 0:
-            self._warn(
-                "no gradient", "its discriminator gets no gradient (every gradient is exactly 0)"
-            )
-        items, self._items = self._items, 0
-        self._seen = [
-            x + items * y for x, y in zip(self._seen, (1, accuracy, source_share), strict=True)
-        ]
-        if self._seen[0] < FEW_ITEMS:
-            return  # too few to tell the accuracy from chance
-        accuracy, source_share = self._seen[1] / self._seen[0], self._seen[2] / self._seen[0]
-        self._seen = [0.0, 0.0, 0.0]
-        chance = max(source_share, (1 - source_share) / (self._num_domains - 1))
-        self._best_margin = max(self._best_margin, accuracy - chance)
-        if progress >= 0.3 and accuracy < chance - 0.2:
-            self._warn(
-                "outrun",
-                f"its discriminator is worse than chance (accuracy {accuracy:.2f}, majority "
-                f"{chance:.2f}): the model changes faster than it can learn, and increases its "
-                "loss without limit. Try a lower weight or a higher learning_rate",
-            )
-        elif progress >= 0.3 and self._best_margin < 0.05:
-            self._warn(
-                "chance",
-                f"its discriminator was at chance from the start (accuracy {accuracy:.2f}, "
-                f"majority {chance:.2f}): the domains are alike at this layer, or its "
-                "learning_rate is too low. Try another feature_layer or a higher learning_rate",
-            )
-        if progress >= 0.5 and accuracy > 0.99 and chance < 0.9:
-            self._warn(
-                "saturated",
-                f"its discriminator is saturated (accuracy {accuracy:.3f} past half of training): "
-                "the model does not hide the domain. Try a higher weight, a lower learning_rate "
-                "or fewer frozen layers",
-            )
-
-    def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning("%s: %s.", self.name, text)
-
-
-class DomainAdversarialCallback(AdaptationCallback):
-    """Domain-adversarial training in one line: [`DANN`] on an existing Trainer.
-
-    Reference:
-        Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks", arXiv:1505.07818.
-
-    Args:
-        target_dataset: Rows of the target domain, prepared like `train_dataset`; labels are not
-            needed and never used. A list or dict of datasets for several target domains. May be
-            left out if `train_dataset` has a `domain` column.
-        streams: Further streams of rows by name.
-        **dann: Arguments of [`DANN`]: `weight`, `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`.
-
-    Example:
-        ```python
-        trainer.add_callback(DomainAdversarialCallback(target_dataset=target))
-        trainer.train()
-        ```
-    """
-
-    def __init__(
-        self,
-        target_dataset: Any = None,
-        *,
-        streams: Mapping[str, Any] | None = None,
-        **dann: Any,
-    ) -> None:
-        super().__init__(
-            DANN(**dann),
-            target_dataset=target_dataset,
-            streams=streams,
-        )
+        Args:
+            reversed_: What `reversed` returned, (N, D).
+            settled: (N,) bool.
+        """
+        if self.bounded and reversed_.requires_grad:
+            reversed_.register_hook(lambda grad: grad.masked_fill(settled.unsqueeze(1), 0.0))  # type: ignore[no-untyped-call]

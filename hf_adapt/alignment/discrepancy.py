@@ -1,186 +1,121 @@
-"""Distances between the feature distributions of two domains."""
+"""What the distances between the feature distributions of two domains share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from hf_adapt.engine.adaptation import Objective, Term
-from hf_adapt.engine.progress import Schedule
-from hf_adapt.models.pooling import Pooling
 
 if TYPE_CHECKING:
     from hf_adapt.engine.batch import Batch
 
-SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
-
-def mmd_loss(
+def check_samples(
+    name: str,
     source: torch.Tensor,
     target: torch.Tensor,
-    bandwidths: Sequence[float] | torch.Tensor | None = None,
-    scales: Sequence[float] = SCALES,
-    unbiased: bool = False,
-) -> torch.Tensor:
-    r"""Squared maximum mean discrepancy between two samples, over several Gaussian kernels.
-
-    .. math::
-        \mathrm{MMD}^2 = \frac{1}{N^2} \sum_{i,j} k(s_i, s_j)
-            + \frac{1}{M^2} \sum_{i,j} k(t_i, t_j) - \frac{2}{NM} \sum_{i,j} k(s_i, t_j), \qquad
-        k(x, y) = \frac{1}{Q} \sum_{q=1}^{Q} e^{-\lVert x - y \rVert^2 / 2 \sigma_q^2}
-
-    Minimising it aligns all moments of the two feature distributions, without a discriminator.
-    Where the label distributions of the domains differ, it aligns features of different classes;
-    [`InformationMaximization`] uses the predictions instead.
-
-    Reference:
-        Gretton et al. 2012, "A Kernel Two-Sample Test", Eq. 3 (unbiased) and 5 (biased), JMLR 13;
-        several kernels as in Long et al. 2015, arXiv:1502.02791.
-        Deviation: the mean over the kernels, unweighted.
+    least: int = 1,
+    way_out: str = "Use a larger batch.",
+) -> None:
+    """Refuse two samples of features that a distance is not defined for.
 
     Args:
-        source: Features of the source rows, any floating dtype; computed in at least float32.
-        target: Features of the target rows.
-        bandwidths: σ² of each kernel exp(-d² / 2σ²). By default the median squared distance
-            between different rows of both samples, halved, times each of `scales`; no gradient
-            flows through it.
-        scales: Factors of the median.
-        unbiased: Leave out i = j in the first two sums, and divide them by N (N - 1) and M (M - 1).
-            The result may be negative; needs two rows of each domain.
-
-    Shape:
-        - source: (N, D), target: (M, D); output: (), unitless.
+        name: The function's name, for the message.
+        source: Features of the source rows, (N, D).
+        target: Features of the target rows, (M, D).
+        least: Rows that each sample must have.
+        way_out: What to do where there are too few.
 
     Raises:
-        ValueError: If the shapes do not fit, a sample is empty, or has one row where two are
-            needed.
-
-    Example:
-        >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
-        >>> y = torch.tensor([[1.0, 1.0], [3.0, 5.0], [5.0, 3.0], [0.0, 0.0]])
-        >>> round(mmd_loss(x, y, bandwidths=[1.0]).item(), 6)
-        0.273753
+        ValueError: If the shapes do not fit, or a sample has too few rows.
     """
     if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
         raise ValueError(
-            "mmd_loss expects source (N, D) and target (M, D) with the same D, got "
+            f"{name} expects source (N, D) and target (M, D) with the same D, got "
             f"{tuple(source.shape)} and {tuple(target.shape)}."
         )
-    least = 2 if unbiased else 1
     if len(source) < least or len(target) < least:
         raise ValueError(
-            f"mmd_loss(unbiased={unbiased}) needs at least {least} row(s) of each domain, got "
-            f"{len(source)} and {len(target)}. Use a larger batch"
-            + (" or unbiased=False." if unbiased else ".")
+            f"{name} needs at least {least} row(s) of each domain, got {len(source)} and "
+            f"{len(target)}. {way_out}"
         )
-    dtype = torch.promote_types(source.dtype, torch.float32)
-    rows = torch.cat([source, target]).to(dtype)
-    # Not the Gram expansion: its cancellation would make near distances negative in float32.
-    mode = "donot_use_mm_for_euclid_dist"
-    squared = torch.cdist(rows, rows, compute_mode=mode).square()
-    if bandwidths is None:
-        bandwidths = _median_bandwidth(squared.detach()) * squared.new_tensor(list(scales))
-    sigma2 = torch.as_tensor(bandwidths, dtype=dtype, device=rows.device)
-    kernel = torch.exp(-squared.unsqueeze(-1) / (2 * sigma2)).mean(-1)
-    n, m = len(source), len(target)
-    within_source, within_target, between = kernel[:n, :n], kernel[n:, n:], kernel[:n, n:]
-    if unbiased:
-        source_mean = (within_source.sum() - within_source.diagonal().sum()) / (n * (n - 1))
-        target_mean = (within_target.sum() - within_target.diagonal().sum()) / (m * (m - 1))
-        return source_mean + target_mean - 2 * between.mean()
-    return within_source.mean() + within_target.mean() - 2 * between.mean()
 
 
-def _median_bandwidth(squared: torch.Tensor) -> torch.Tensor:
-    size = len(squared)
-    row, column = torch.triu_indices(size, size, offset=1, device=squared.device)
-    median = squared[row, column].median() / 2
-    # Identical rows have distance 0; the mean, and then 1, keep the kernel defined.
-    median = torch.where(median > 0, median, squared.mean() / 2)
-    return torch.where(median > 0, median, torch.ones_like(median))
-
-
-class MMD(Objective):
-    """Aligns the feature distributions of source and target by maximum mean discrepancy.
-
-    It has no discriminator to balance, so try it first; add [`InformationMaximization`] to use the
-    predictions as well. With several targets, each is aligned with the source. The term couples the
-    rows of a micro-batch: under gradient accumulation it is the mean of the values of the
-    micro-batches, each of which needs a few rows of each domain.
-
-    Reference:
-        Gretton et al. 2012, JMLR 13; Long et al. 2015, "Learning Transferable Features with Deep
-        Adaptation Networks", arXiv:1502.02791.
+def domain_pairs(
+    domain: torch.Tensor, num_domains: int, least: int = 1
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The source's items and those of each target domain that has enough of them.
 
     Args:
-        weight: Factor of the term, or a schedule of it.
-        scales: Factors of the median bandwidth, one kernel each.
-        bandwidths: Fixed σ² instead of the median.
-        unbiased: Leave out the kernel of each row with itself. The biased estimate from n rows is
-            of order 1/n even for equal domains, and its gradient moves the rows of a domain towards
-            each other: with batches of 16 a classifier did not learn at all.
-        feature_layer: Dotted name of the module; by default the base model's last hidden state.
-        pooling: `"mean"`, `"cls"`, `"last"`, `"tokens"`, a callable, or `"auto"`.
-        name: Prefix of the logs.
+        domain: (N,) long, the domain of each item; 0 is the source.
+        num_domains: Number of domains, the source included.
+        least: Items that source and target must have.
 
-    Logs:
-        `loss/mmd`, `mmd/gradient_ratio`.
+    Yields:
+        Two masks, (N,) bool: the source's items and a target's.
+    """
+    source = domain == 0
+    if int(source.sum()) < least:
+        return
+    for number in range(1, num_domains):
+        target = domain == number
+        if int(target.sum()) >= least:
+            yield source, target
 
-    Raises:
-        ValueError: If the weight is negative, or a scale or bandwidth is not positive.
 
-    Example:
-        >>> MMD(weight=0.5).name
-        'mmd'
+class Discrepancy(Objective):
+    """A distance between the features of the source and of each target domain.
+
+    The term couples the rows of a micro-batch: under gradient accumulation it is the mean of the
+    values of the micro-batches, each of which needs a few rows of each domain. With several targets
+    it is the mean over them.
     """
 
-    name = "mmd"
     needs_streams = ("target",)
     uses_logits = False
 
-    def __init__(
-        self,
-        weight: float | Schedule = 1.0,
-        scales: Sequence[float] = SCALES,
-        bandwidths: Sequence[float] | None = None,
-        unbiased: bool = True,
-        feature_layer: str | None = None,
-        pooling: Pooling = "auto",
-        name: str | None = None,
-    ) -> None:
-        super().__init__(weight, feature_layer, pooling, name)
-        for option, values in (("scales", scales), ("bandwidths", bandwidths)):
-            if values is not None and (len(values) == 0 or not all(v > 0 for v in values)):
-                raise ValueError(f"{option}={values}: at least one value, each positive.")
-        self.scales = tuple(scales)
-        self.bandwidths = None if bandwidths is None else tuple(bandwidths)
-        self.unbiased = unbiased
-
     @property
-    def _least(self) -> int:
-        return 2 if self.unbiased else 1
+    def least_rows(self) -> int:
+        """Rows of each domain that the distance is defined for."""
+        return 1
+
+    def distance(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The distance of (N, D) source features and (M, D) target features, a scalar."""
+        raise NotImplementedError
+
+    def pair_distance(
+        self, batch: Batch, features: torch.Tensor, source: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        """The distance of the items of two domains; to be overridden by what sees more of them.
+
+        Args:
+            batch: The micro-batch.
+            features: (N, D) features of all items.
+            source: (N,) bool, the source's items.
+            target: (N,) bool, a target's items.
+        """
+        return self.distance(features[source], features[target])
 
     def build_modules(self, batch: Batch) -> None:
         """Build nothing; refuse batches in which the term can only be 0."""
         _, domain = batch.features()
         counts = torch.bincount(domain, minlength=batch.num_domains).tolist()
-        if counts[0] < self._least or max(counts[1:], default=0) < self._least:
+        if counts[0] < self.least_rows or max(counts[1:], default=0) < self.least_rows:
             raise ValueError(
-                f"MMD(unbiased={self.unbiased}) needs at least {self._least} rows of the source "
+                f"{type(self).__name__} needs at least {self.least_rows} rows of the source "
                 f"and of a target in each micro-batch; the first has {counts} rows of each "
                 "domain. Raise per_device_train_batch_size (and lower "
                 "gradient_accumulation_steps) or the stream's ratio."
             )
 
     def loss(self, batch: Batch) -> Term:
-        """The discrepancy of source and target, averaged over the target domains."""
+        """The distance of source and target, averaged over the target domains."""
         features, domain = batch.features()
-        source = features[domain == 0]
-        terms = []
-        for index in range(1, batch.num_domains):
-            target = features[domain == index]
-            if len(target) >= self._least and len(source) >= self._least:
-                terms.append(mmd_loss(source, target, self.bandwidths, self.scales, self.unbiased))
+        terms = [
+            self.pair_distance(batch, features, source, target)
+            for source, target in domain_pairs(domain, batch.num_domains, self.least_rows)
+        ]
         return torch.stack(terms).mean() if terms else features.sum() * 0.0

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.engine.adaptation import Objective, Term
+from hf_adapt.alignment.predictions import ClassPredictions
+from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors
+from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.progress import Schedule
+from hf_adapt.engine.streams import TARGET
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
     from hf_adapt.engine.batch import Batch, Rows
 
 
@@ -65,23 +66,64 @@ def prediction_diversity(logits: torch.Tensor) -> torch.Tensor:
         >>> round(prediction_diversity(logits).item(), 4)
         0.6931
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    mean = F.log_softmax(logits.to(dtype), dim=-1).logsumexp(0) - torch.log(
-        torch.tensor(float(len(logits)), dtype=dtype, device=logits.device)
-    )
+    mean = _log_mean(logits)
     return -(mean.exp() * mean).sum()
 
 
-class InformationMaximization(Objective):
+def prior_divergence(logits: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
+    r"""Divergence of the mean prediction from the class frequencies of the target.
+
+    .. math::
+        \mathrm{KL}(\bar p \,\Vert\, \pi) = \sum_{c=1}^{C} \bar p_c \log \frac{\bar p_c}{\pi_c}
+
+    With uniform frequencies it is ln C minus [`prediction_diversity`].
+
+    Reference:
+        Krause et al. 2010, "Discriminative Clustering by Regularized Information Maximization",
+        Section 3.2 (a prior other than the uniform one).
+
+    Args:
+        logits: Scores of each class, any floating dtype; computed in at least float32.
+        priors: Class frequencies π; a 0 counts as 0.0001.
+
+    Shape:
+        - logits: (N, C), N at least 1; priors: (C,); output: (), in nats.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Example:
+        >>> even, rare = torch.zeros(1, 2), torch.tensor([0.9, 0.1])
+        >>> round(prior_divergence(even, rare).item(), 4)  # ln (0.5 / 0.3)
+        0.5108
+    """
+    if priors.shape != logits.shape[1:]:
+        raise ValueError(
+            f"prior_divergence expects logits (N, C) and priors (C,), got {tuple(logits.shape)} "
+            f"and {tuple(priors.shape)}."
+        )
+    mean = _log_mean(logits)
+    return (mean.exp() * (mean - priors.to(mean).clamp_min(LEAST).log())).sum()
+
+
+def _log_mean(logits: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the mean prediction, (C,)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.log_softmax(logits.to(dtype), dim=-1).logsumexp(0) - torch.log(
+        torch.tensor(float(len(logits)), dtype=dtype, device=logits.device)
+    )
+
+
+class InformationMaximization(PriorObjective):
     r"""Trains confident predictions on target rows that use all classes.
 
     .. math::
         L = \frac{1}{N} \sum_{i=1}^{N} H(p_i) - H(\bar p)
 
     Minimising it maximises the mutual information of input and prediction: low entropy of each
-    prediction, high entropy of the mean prediction. It works best if the classes of the target are
-    about equally frequent. If one is rare (a few per cent), the diversity term pushes the
-    predictions away from the true frequencies: lower `diversity_weight`, or use [`MMD`].
+    prediction, high entropy of the mean prediction. That is right where the classes of the target
+    are about equally frequent. Where they are not, give the run's `target_priors` π: the mean
+    prediction is then drawn to them, by [`prior_divergence`] in place of :math:`-H(\bar p)`.
 
     Reference:
         Krause et al. 2010, "Discriminative Clustering by Regularized Information Maximization";
@@ -90,13 +132,16 @@ class InformationMaximization(Objective):
     Args:
         weight: Factor of the term, or a schedule of it.
         entropy_weight: Factor of the rows' entropy within the term.
-        diversity_weight: Factor of the mean prediction's entropy, which is subtracted. It couples
-            the rows of a micro-batch; with 0 the term is exact under any accumulation.
+        diversity_weight: Factor of the mean prediction's entropy, which is subtracted (or of its
+            divergence from the class frequencies). It couples the rows of a micro-batch; with 0
+            the term is exact under any accumulation.
+        prior: Class frequencies for this objective alone, in place of the run's `target_priors`.
+            With `"estimate"` they are estimated at each fifth of training.
         name: Prefix of the logs.
 
     Logs:
         `loss/information_maximization`, `information_maximization/entropy`,
-        `information_maximization/negative_diversity`.
+        `information_maximization/negative_diversity` (`.../divergence` with class frequencies).
 
     Raises:
         ValueError: If a weight is negative.
@@ -114,9 +159,11 @@ class InformationMaximization(Objective):
         weight: float | Schedule = 1.0,
         entropy_weight: float = 1.0,
         diversity_weight: float = 1.0,
+        prior: Priors | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name=name)
+        self.prior = prior
         if entropy_weight < 0 or diversity_weight < 0:
             raise ValueError(
                 f"entropy_weight={entropy_weight} and diversity_weight={diversity_weight} must "
@@ -125,9 +172,15 @@ class InformationMaximization(Objective):
         self.entropy_weight = entropy_weight
         self.diversity_weight = diversity_weight
 
-    def setup(self, trainer: Trainer) -> None:
-        """Refuse a model without classes."""
-        _refuse_other_problems(trainer.model)
+    def before_step(self, step: int) -> None:
+        """Estimate the class frequencies, where that was asked for."""
+        super().before_step(step)
+        if not self.estimates_priors:
+            return
+        times = [round(fifth * self._trainer.state.max_steps / 5) for fifth in range(1, 5)]
+        if step in times:
+            read = self._trainer.sweep(self, TARGET, lambda batch: {"logits": batch.logits()[0]})
+            self.refresh_priors(read["logits"])
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The number of target rows (or tokens), each of which has a prediction."""
@@ -135,14 +188,7 @@ class InformationMaximization(Objective):
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         """The two components, on the target rows."""
-        # Models without a problem_type choose one when they get the first labels.
-        _refuse_other_problems(batch.model)
-        logits, domain = batch.logits()
-        if logits.ndim != 2 or logits.shape[-1] < 2:
-            raise ValueError(
-                f"InformationMaximization needs logits of at least two classes, got "
-                f"{tuple(logits.shape)}. For a regression head, use DANN or MMD."
-            )
+        logits, domain = self.class_logits(batch)
         target = logits[domain > 0]
         count = torch.as_tensor(len(target), device=logits.device)
         terms: dict[str, Term] = {
@@ -150,21 +196,57 @@ class InformationMaximization(Objective):
         }
         if self.diversity_weight:
             none = logits.sum() * 0.0
-            diversity = prediction_diversity(target) if len(target) else none
-            terms["negative_diversity"] = -self.diversity_weight * diversity
+            if self.knows_priors:
+                divergence = prior_divergence(target, self.target_priors()) if len(target) else none
+                terms["divergence"] = self.diversity_weight * divergence
+            else:
+                diversity = prediction_diversity(target) if len(target) else none
+                terms["negative_diversity"] = -self.diversity_weight * diversity
         return terms
 
 
-def _refuse_other_problems(model: Any) -> None:
-    """Refuse a model whose outputs are not scores of exclusive classes.
+class EntropyMinimization(ClassPredictions):
+    r"""Trains confident predictions on target rows.
+
+    .. math::
+        L = \frac{1}{N} \sum_{i=1}^{N} H(p_i)
+
+    It moves the decision boundary to where target rows are few. A sum over rows, it needs no large
+    batch and says nothing of class frequencies; but what the model takes for a class it becomes
+    surer of, right or wrong, and alone it may put all rows into one class. Use it with a small
+    weight, late in a run (a schedule), or beside a method that aligns features ([`MMD`],
+    [`CORAL`]); else [`MCC`], [`BNM`] or [`InformationMaximization`].
+
+    Reference:
+        Grandvalet & Bengio 2004, "Semi-supervised Learning by Entropy Minimization".
+
+    Args:
+        weight: Factor of the term, or a schedule of it.
+        name: Prefix of the logs.
+
+    Logs:
+        `loss/entropy_minimization`.
 
     Raises:
-        ValueError: If it is a regression, or may give a row several labels.
+        ValueError: If the weight is negative.
+
+    Example:
+        >>> EntropyMinimization().weight
+        0.1
     """
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(
-            f"InformationMaximization needs predictions over exclusive classes; this model's "
-            f"problem_type is {problem!r}, as its configuration or its labels say (vectors of "
-            "floats are several labels per row). Use an objective on features (DANN, MMD)."
-        )
+
+    name = "entropy_minimization"
+    needs_streams = ("target",)
+
+    def __init__(self, weight: float | Schedule = 0.1, name: str | None = None) -> None:
+        super().__init__(weight, name=name)
+
+    def num_items(self, rows: Rows) -> torch.Tensor:
+        """The number of target rows (or tokens), each of which has a prediction."""
+        return rows.num_predictions(target_only=True)
+
+    def loss(self, batch: Batch) -> Term:
+        """The entropy of the target rows' predictions, summed."""
+        logits, domain = self.class_logits(batch)
+        target = logits[domain > 0]
+        return prediction_entropy(target).sum(), torch.as_tensor(len(target), device=logits.device)

@@ -1,4 +1,4 @@
-"""The command line: `hf-adapt schedule MODEL`, `hf-adapt cache-teacher TEACHER DATA`.
+"""The command line: `hf-adapt run`, `schedule MODEL` and `cache-teacher TEACHER DATA`.
 
 torch and transformers take seconds to import, so each command imports them itself.
 """
@@ -9,11 +9,13 @@ import typer
 
 from hf_adapt import __version__
 from hf_adapt.cli.cache_teacher import cache_teacher
+from hf_adapt.cli.run import run
 from hf_adapt.cli.schedule import schedule
 
 HELP = "Domain adaptation and knowledge transfer for the Hugging Face Trainer."
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
 app.command()(schedule)
 app.command()(cache_teacher)
 

@@ -19,16 +19,37 @@ FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet
 def read_rows(
     source: str, split: str | None = None, columns: Sequence[str] = ()
 ) -> datasets.Dataset:
-    """Rows of a folder made by `save_to_disk`, a csv/tsv/json/jsonl/parquet file, or a hub id.
+    """The rows of one split: see [`read_splits`].
 
     Args:
         source: The folder, file or id.
         split: Which split, if there are several.
-        columns: Columns with texts: in a csv or tsv file their cells are read unchanged (`NA`,
-            `007`), and only an empty one is missing.
+        columns: Columns with texts.
 
     Raises:
         ValueError: If there are several splits and none is named, or the file cannot be read.
+    """
+    found = read_splits(source, columns)
+    if split is None and len(found) > 1:
+        raise ValueError(f"{source} has the splits {', '.join(found)}: name one with --split.")
+    if split is not None and split not in found:
+        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(found)}.")
+    return found[split or next(iter(found))]
+
+
+def read_splits(source: str, columns: Sequence[str] = ()) -> dict[str, datasets.Dataset]:
+    """Rows of a folder made by `save_to_disk`, a csv/tsv/json/jsonl/parquet file, or a hub id.
+
+    Args:
+        source: The folder, file or id; `id:configuration` names a configuration.
+        columns: Columns with texts: in a csv or tsv file their cells are read unchanged (`NA`,
+            `007`), and only an empty one is missing.
+
+    Returns:
+        The rows by split; a file is the split `"train"`.
+
+    Raises:
+        ValueError: If the file cannot be read.
     """
     path = Path(source)
     suffix = next((s[1:] for s in reversed(path.suffixes) if s.lower() != ".gz"), "").lower()
@@ -61,16 +82,13 @@ def read_rows(
             "folder made by save_to_disk."
         )
     else:
-        check_hub_name(source)
-        found = datasets.load_dataset(source)
+        name, _, configuration = source.partition(":")
+        check_hub_name(name)
+        found = datasets.load_dataset(name, configuration or None)
     if isinstance(found, datasets.DatasetDict):
-        if split is None and len(found) > 1:
-            raise ValueError(f"{source} has the splits {', '.join(found)}: name one with --split.")
-        if split is not None and split not in found:
-            raise ValueError(f"{source} has no split {split!r}; it has {', '.join(found)}.")
-        found = found[split or next(iter(found))]
+        return {str(split): rows for split, rows in found.items()}
     assert isinstance(found, datasets.Dataset)
-    return found
+    return {"train": found}
 
 
 def _fix(reason: str) -> str:

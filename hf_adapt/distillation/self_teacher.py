@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_adapt.distillation.placement import on_device_of
 from hf_adapt.distillation.teachers import Teacher
+from hf_adapt.models.averages import move_towards
 from hf_adapt.models.copies import copied
 
 if TYPE_CHECKING:
@@ -94,12 +95,11 @@ class SelfTeacher(Teacher):
                 self.module.load_state_dict(self._student.state_dict())
             return
         assert self.decay is not None
+        # Each tensor once: tied weights have several names in a state dict.
+        own = dict(self._student.named_parameters())
+        move_towards(dict(self.module.named_parameters()), own, self.decay)
+        buffers = dict(self._student.named_buffers())
         with torch.no_grad():
-            # Each tensor once: tied weights have several names in a state dict.
-            own = dict(self._student.named_parameters())
-            for name, average in self.module.named_parameters():
-                average.lerp_(own[name].to(average.dtype), 1.0 - self.decay)
-            buffers = dict(self._student.named_buffers())
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
 

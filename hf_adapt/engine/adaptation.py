@@ -212,6 +212,14 @@ class Objective(Adaptation):
         """
         return 1.0
 
+    def reads_first_forward(self, trainer: Trainer) -> bool:
+        """Whether `loss` reads the outputs of the first forward on the rows of its streams.
+
+        Where no objective does, the rows of a stream without a loss of its own go through the model
+        in further forwards alone.
+        """
+        return True
+
     def captures(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """Modules whose outputs `loss` wants to see, in `part.hidden` by the module's id.
 

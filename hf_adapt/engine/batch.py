@@ -12,6 +12,7 @@ import torch
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.parts import Layout, Part
 from hf_adapt.engine.streams import TARGET, TRAINING
+from hf_adapt.models.hashing import item_keys, row_keys
 from hf_adapt.models.heads import is_causal_lm
 from hf_adapt.models.pooling import (
     Pooling,
@@ -59,6 +60,10 @@ class Rows:
         """Number of domains, the source included."""
         return len(self.domain_streams)
 
+    def ratio(self, stream: str = TARGET) -> float:
+        """How many rows of a stream each training row brings along; 0 where there is none."""
+        return self._layout.table.ratios.get(stream, 0.0)
+
     def for_objective(self, objective: Reader) -> Self:
         """The rows of this objective's streams, as seen with its feature layer and pooling."""
         bound = copy.copy(self)
@@ -100,6 +105,21 @@ class Rows:
         numbers = [n for n, name in enumerate(self.domain_streams) if name in streams]
         return torch.isin(domain, torch.tensor(numbers, dtype=domain.dtype, device=domain.device))
 
+    def keys(self) -> torch.Tensor:
+        """(N,) long, a key of each item of `logits()` by its row's content: see [`row_keys`]."""
+        found = []
+        for part in self.parts:
+            keys = row_keys(part.inputs)
+            tokens = self._layout.token_logits
+            found.append(item_keys(keys, part.token_counts) if tokens else keys)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
+    def item_domain(self) -> torch.Tensor:
+        """(N,) long, the domain of each item of `logits()`, before the forward too."""
+        if not self._layout.token_logits:
+            return self.domain
+        return torch.cat([p.domain.repeat_interleave(p.token_counts) for p in self.parts])
+
     @property
     def domain(self) -> torch.Tensor:
         """(B,) long: 0 for source rows, 1 and up for the target domains."""
@@ -121,94 +141,6 @@ class Rows:
     def num_predictions(self, target_only: bool = False) -> torch.Tensor:
         """How many items `logits()` has, as a tensor: rows, or tokens for token heads."""
         return self._count(self._layout.token_logits, target_only)
-
-    def _count(self, tokens: bool, target_only: bool, choices: bool = False) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.long, device=self.parts[0].domain.device)
-        for part in self.parts:
-            ones = torch.full_like(part.domain, part.num_choices if choices else 1)
-            per_row = part.token_counts if tokens else ones
-            total = total + (per_row * (part.domain > 0) if target_only else per_row).sum()
-        return total
-
-
-class Batch(Rows):
-    """One training micro-batch after the forward, as an objective sees it.
-
-    Attributes:
-        progress: `global_step / max_steps`.
-    """
-
-    def __init__(
-        self,
-        parts: list[Part],
-        layout: Layout,
-        progress: float,
-        metrics: MetricAverager,
-        run: Callable[[Part], Part],
-    ) -> None:
-        super().__init__(parts, layout)
-        self.progress = progress
-        self._metrics = metrics
-        self._run = run
-
-    def forward(
-        self,
-        change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-        streams: Collection[str] | None = None,
-    ) -> Self:
-        """A further forward of these rows, captured like the first.
-
-        For noised, masked or augmented inputs, or other weights. It counts in neither the task's
-        loss nor the metrics of the Trainer's own `compute_loss`, and the model gets no labels. With
-        several processes all must call it, whether they have such rows or not.
-
-        Args:
-            change: Makes the inputs of the further forward from those of the first; each tensor
-                keeps one entry per row, and a changed attention mask changes which tokens are
-                items. None for the same inputs (with other dropout).
-            streams: The streams whose rows are run, `"train"` for the training rows; None for all
-                that the objective sees.
-
-        Returns:
-            A batch whose features and predictions are those of the further forward.
-
-        Example:
-            ```python
-            def loss(self, batch):
-                noised = batch.forward(lambda inputs: {**inputs, "input_ids": mask(inputs)})
-                return (batch.features()[0] - noised.features()[0]).square().mean()
-            ```
-        """
-        further = copy.copy(self)
-        further.parts = []
-        for part in [*self.parts, *self._stand_ins]:
-            kept = torch.ones_like(part.domain, dtype=torch.bool)
-            if streams is not None:
-                kept = self._is_in_any(part.domain, streams)
-                if part.stream != TRAINING and part.stream not in streams:
-                    continue  # in no process
-            # All processes must run the same forwards: one row is run where there is none.
-            empty = not bool(kept.any())
-            if empty:
-                kept[0] = True
-            part_rows = part if bool(kept.all()) else part.select(kept)
-            inputs = dict(part_rows.inputs) if change is None else change(dict(part_rows.inputs))
-            plain = replace(
-                part_rows,
-                inputs=inputs,
-                hidden={},
-                masks={},
-                outputs=None,
-                is_fused=False,
-                whole=None,
-                kept=None,
-            )
-            made = self._run(plain)
-            if empty:
-                made = made.select(torch.zeros_like(made.domain, dtype=torch.bool))
-            if not part.is_stand_in:
-                further.parts.append(made)
-        return further
 
     def labels(self, of: str = "logits") -> torch.Tensor:
         """The labels of the items, -100 where they are hidden or there are none.
@@ -250,6 +182,96 @@ class Batch(Rows):
                 value = value.flatten() if mask is None else value[mask.bool()]
             found.append(value)
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
+    def _count(self, tokens: bool, target_only: bool, choices: bool = False) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.long, device=self.parts[0].domain.device)
+        for part in self.parts:
+            ones = torch.full_like(part.domain, part.num_choices if choices else 1)
+            per_row = part.token_counts if tokens else ones
+            total = total + (per_row * (part.domain > 0) if target_only else per_row).sum()
+        return total
+
+
+class Batch(Rows):
+    """One training micro-batch after the forward, as an objective sees it.
+
+    Attributes:
+        progress: `global_step / max_steps`.
+    """
+
+    def __init__(
+        self,
+        parts: list[Part],
+        layout: Layout,
+        progress: float,
+        metrics: MetricAverager,
+        run: Callable[[Part], Part],
+    ) -> None:
+        super().__init__(parts, layout)
+        self.progress = progress
+        self._metrics = metrics
+        self._run = run
+        self._is_further = False
+
+    def forward(
+        self,
+        change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        streams: Collection[str] | None = None,
+    ) -> Self:
+        """A further forward of these rows, captured like the first.
+
+        For noised, masked or augmented inputs, or other weights. It counts in neither the task's
+        loss nor the metrics of the Trainer's own `compute_loss`, and the model gets no labels. With
+        several processes all must call it, whether they have such rows or not.
+
+        Args:
+            change: Makes the inputs of the further forward from those of the first; each tensor
+                keeps one entry per row, and a changed attention mask changes which tokens are
+                items. None for the same inputs (with other dropout).
+            streams: The streams whose rows are run, `"train"` for the training rows; None for all
+                that the objective sees.
+
+        Returns:
+            A batch whose features and predictions are those of the further forward.
+
+        Example:
+            ```python
+            def loss(self, batch):
+                noised = batch.forward(lambda inputs: {**inputs, "input_ids": mask(inputs)})
+                return (batch.features()[0] - noised.features()[0]).square().mean()
+            ```
+        """
+        further = copy.copy(self)
+        further.parts, further._is_further = [], True
+        for part in [*self.parts, *self._stand_ins]:
+            kept = torch.ones_like(part.domain, dtype=torch.bool)
+            if streams is not None:
+                kept = self._is_in_any(part.domain, streams)
+                joins = part.stream == TRAINING and set(streams) - self._layout.table.separate
+                if part.stream not in streams and not joins:
+                    continue  # in no process
+            # All processes must run the same forwards: one row is run where there is none.
+            empty = not bool(kept.any())
+            if empty:
+                kept[0] = True
+            part_rows = part if bool(kept.all()) else part.select(kept)
+            inputs = dict(part_rows.inputs) if change is None else change(dict(part_rows.inputs))
+            plain = replace(
+                part_rows,
+                inputs=inputs,
+                hidden={},
+                masks={},
+                outputs=None,
+                is_fused=False,
+                whole=None,
+                kept=None,
+            )
+            made = self._run(plain)
+            if empty:
+                made = made.select(torch.zeros_like(made.domain, dtype=torch.bool))
+            if not part.is_stand_in:
+                further.parts.append(made)
+        return further
 
     def features(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The pooled features and the domain of each, source and target rows together.
@@ -360,7 +382,7 @@ class Batch(Rows):
                     "{'use_reentrant': False}."
                 )
             return hidden
-        if self._objective is None:
+        if self._objective is None or self._is_further:  # no other term reads those rows
             return hidden
         alias = hidden.view_as(hidden)
         _measure_share(alias, hidden, f"{self._objective.name}/gradient_ratio", self._metrics)

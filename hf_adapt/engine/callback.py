@@ -39,6 +39,7 @@ def adapt(
     trainer: TrainerT,
     *adaptations: Adaptation,
     target_dataset: Any = None,
+    target_priors: Any = None,
     streams: Mapping[str, Any] | None = None,
 ) -> TrainerT:
     """Add adaptations to a Trainer that already exists, of any class.
@@ -50,6 +51,9 @@ def adapt(
         *adaptations: What to add.
         target_dataset: Rows of the target domain, prepared like `train_dataset`: datasets, or a
             [`Stream`] of them with options.
+        target_priors: How frequent each class is in the target, for the methods that use it: a dict
+            by label name, an array, `"uniform"`, `"source"` or `"estimate"` (see
+            [`hf_adapt.alignment.priors`]).
         streams: Further streams of rows by name: datasets or [`Stream`]s.
 
     Returns:
@@ -63,7 +67,7 @@ def adapt(
         adapt(trainer, MMD(), InformationMaximization(), target_dataset=target).train()
         ```
     """
-    _attach(trainer, Plan.of(adaptations, target_dataset, streams))
+    _attach(trainer, Plan.of(adaptations, target_dataset, streams, target_priors=target_priors))
     return trainer
 
 
@@ -119,6 +123,9 @@ class AdaptationCallback(TrainerCallback):
             labels may be missing and are hidden. A list or dict of datasets for several target
             domains, or a [`Stream`] of them with options. May be left out if `train_dataset` has a
             `domain` column.
+        target_priors: How frequent each class is in the target, for the methods that use it: a dict
+            by label name, an array, `"uniform"`, `"source"` or `"estimate"` (see
+            [`hf_adapt.alignment.priors`]).
         streams: Further streams of rows by name: datasets or [`Stream`]s.
 
     Raises:
@@ -136,12 +143,13 @@ class AdaptationCallback(TrainerCallback):
         self,
         *adaptations: Adaptation,
         target_dataset: Any = None,
+        target_priors: Any = None,
         streams: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
             raise TypeError(_unknown(type(self).__name__, unknown))
-        self.plan = Plan.of(adaptations, target_dataset, streams, origin=self)
+        self.plan = Plan.of(adaptations, target_dataset, streams, self, target_priors)
         self._trainer: weakref.ref[Trainer] | None = None
         _wrap_trainer()
 

@@ -131,6 +131,20 @@ class AdaptationCollator:
             batch[STREAM_BATCHES] = batches
         return batch
 
+    def stream_batch(self, stream: str, rows: Sequence[tuple[int, Any]], like: Any) -> Any:
+        """The batch of rows of one stream alone.
+
+        Args:
+            stream: The stream's name; `"train"` for training rows.
+            rows: Each with its domain number.
+            like: A training row, which has the columns that the model needs.
+        """
+        like = self._without_domain(like)
+        plain = [self._without_domain(row) for _, row in rows]
+        if stream != TRAINING:
+            plain = [self._companion(row, [like], stream) for row in plain]
+        return self._collate(plain, [domain for domain, _ in rows], like)
+
     def _check_labelled(self, stream: str, rows: Sequence[PairedRow], like: Any) -> None:
         """Refuse a stream whose labels are to be trained on and whose rows have none."""
         assert self.table is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.mixins import (
@@ -50,6 +52,7 @@ class Plan:
         target_dataset: Any = None,
         streams: Mapping[str, Any] | None = None,
         origin: Any = None,
+        target_priors: Any = None,
     ) -> Plan:
         """A plan of what a user passes.
 
@@ -58,6 +61,7 @@ class Plan:
             target_dataset: The stream `"target"`: datasets or a [`Stream`].
             streams: Further streams by name: datasets or [`Stream`]s.
             origin: The callback that the plan comes with.
+            target_priors: How frequent each class is in the target.
 
         Raises:
             TypeError: If an adaptation or a dataset is none.
@@ -74,6 +78,14 @@ class Plan:
             if TARGET in found:
                 raise ValueError("The target is given twice: as target_dataset= and in streams=.")
             found = {TARGET: Stream.of(target_dataset), **found}
+        if target_priors is not None:
+            target = found.get(TARGET, Stream())
+            if target.priors is not None:
+                raise ValueError(
+                    "The target's class frequencies are given twice: as target_priors= and in "
+                    "Stream(priors=...)."
+                )
+            found[TARGET] = replace(target, priors=target_priors)
         wanting = [a for a in adaptations if isinstance(a, Objective) or a.needs_streams]
         if not wanting and any(stream.labels == "hide" for stream in found.values()):
             raise ValueError(
@@ -188,9 +200,9 @@ def _check_agree(name: str, first: Stream, second: Stream) -> None:
             "Pass the same dataset to both, give it to one of them only, or a list of all domains "
             "to one: target_dataset=[a, b]."
         )
-    for option in ("ratio", "labels", "forward", "weight"):
+    for option in ("ratio", "labels", "forward", "weight", "priors"):
         ours, theirs = getattr(first, option), getattr(second, option)
-        if ours != theirs:
+        if ours is not theirs and not np.array_equal(ours, theirs):
             raise ValueError(
                 f"Two adaptations of one run disagree on the {option} of the stream {name!r}: "
                 f"{ours!r} and {theirs!r}. Give the stream and its options to one."

@@ -69,6 +69,7 @@ class AdaptationRun:
         self.weights = SwappedWeights(self.model, average)
         self.saved = SavedState(None)
         self._resumes = False
+        self._begun: int | None = None
         self._schedule: Callable[[int], float] | None = None
         self._divided_groups = DividedGroups()
 
@@ -173,12 +174,16 @@ class AdaptationRun:
         if not self.step.is_ready:
             first = self.trainer._prepare_inputs(dict(self.step.first_labelled(batches)))
             self.ensure_ready(self.trainer.model_wrapped, first)
+        self.before_step()  # which items count may depend on it
         self.step.count(batches)
 
     def before_step(self) -> None:
-        """An optimizer step begins."""
-        for adaptation in self.adaptations:
-            adaptation.before_step(self.trainer.state.global_step)
+        """An optimizer step begins; called again for the same step it does nothing."""
+        step = self.trainer.state.global_step
+        if step != self._begun:
+            self._begun = step
+            for adaptation in self.adaptations:
+                adaptation.before_step(step)
 
     def after_backward(self) -> None:
         """The last backward of an optimizer step is done, and nothing is clipped yet."""

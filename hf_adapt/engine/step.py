@@ -126,6 +126,15 @@ class TrainingStep:
 
         return Batch(parts, self.layout, self.progress, self.metrics, run)
 
+    def evaluated(self, inputs: Mapping[str, Any], stream: str) -> Batch:
+        """Rows of one stream after a forward without a loss, outside the run's own batches."""
+        model = self.trainer.model_wrapped
+        part, *_ = self._parts(inputs)
+        part.stream = stream if stream in self.layout.table.separate else TRAINING
+        with self.trainer.compute_loss_context_manager():
+            self.forward.features(model, part)
+        return self._batch(model, [part])
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[torch.Tensor, Any]:
@@ -155,6 +164,8 @@ class TrainingStep:
         nothing = torch.zeros((), device=self.trainer.args.device)
         own_losses = dict.fromkeys(sorted(self.layout.table.labelled), nothing)
         for part in parts[1:]:
+            if part.stream in self.layout.table.unread:
+                continue
             if part.is_stand_in or part.stream not in own_losses:
                 self.forward.features(model, part)
                 continue

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.collating import (
     DOMAIN,
     AdaptationCollator,
@@ -18,7 +18,7 @@ from hf_adapt.engine.collating import (
     missing_columns_message,
 )
 from hf_adapt.engine.columns import dataset_columns, model_inputs
-from hf_adapt.engine.pairing import StreamRows, is_map_style, pair
+from hf_adapt.engine.pairing import StreamRows, is_map_style, pair, rows_at
 from hf_adapt.engine.streams import HF_DATASETS, TRAINING, Stream, StreamTable
 from hf_adapt.engine.trainer_kinds import is_sentence_trainer, refuse_answers
 
@@ -84,14 +84,18 @@ class StreamData:
             rows.append(StreamRows(data, stream.ratio, len(names), name))
             names += [name] * len(data)
         apart = is_sentence_trainer(trainer)
+        unread = frozenset() if apart else _unread(trainer, streams, adaptations)
         self.table = StreamTable(
             tuple(names),
-            frozenset(n for n, stream in streams.items() if stream.is_separate or apart),
+            unread | {n for n, stream in streams.items() if stream.is_separate or apart},
             frozenset(n for n, stream in streams.items() if stream.labels == "keep"),
+            unread,
+            {n: stream.ratio for n, stream in streams.items()},
         )
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
         self.source = source
         """The training rows, as the user's sampler must see them."""
+        self._source_rows, self._rows = source_rows, rows
         self._paired = pair(source_rows, rows, seed, apart)
 
     def set_epoch(self, epoch: int) -> None:
@@ -105,15 +109,25 @@ class StreamData:
         """Put the paired set and its collator where the user's were, while a loader is built."""
         trainer = self.trainer
         dataset, collator = trainer.train_dataset, trainer.data_collator
-        clean = None
+        trainer.train_dataset = self._paired
+        trainer.data_collator = self.collator(columns, transforms)
+        try:
+            yield
+        finally:
+            trainer.train_dataset, trainer.data_collator = dataset, collator
+
+    def collator(
+        self, columns: Sequence[str], transforms: Sequence[BatchTransform]
+    ) -> AdaptationCollator:
+        """The user's collator, for paired rows and with what adaptations add."""
+        trainer, clean = self.trainer, None
         if not isinstance(self.source, datasets.Dataset) and not is_sentence_trainer(trainer):
             # The Trainer cleans the rows of other datasets in the collator; ours are wrapped.
             def clean(inner: Any) -> Any:
                 return trainer._get_collator_with_removed_columns(inner, description="training")
 
-        trainer.train_dataset = self._paired
-        trainer.data_collator = AdaptationCollator(
-            collator,
+        return AdaptationCollator(
+            trainer.data_collator,
             columns,
             transforms,
             self.table,
@@ -123,10 +137,32 @@ class StreamData:
             model_inputs(trainer),
             stands_in=trainer.accelerator.num_processes > 1,
         )
-        try:
-            yield
-        finally:
-            trainer.train_dataset, trainer.data_collator = dataset, collator
+
+    def rows_of(self, stream: str) -> list[tuple[int, Any]]:
+        """The datasets of a stream, each with its domain number, for reading every row once.
+
+        Args:
+            stream: The stream's name; `"train"` for the training rows.
+
+        Raises:
+            ValueError: If one cannot be read by row number.
+        """
+        found = [(0, self._source_rows)] if stream == TRAINING else []
+        for rows in self._rows:
+            if rows.name == stream:
+                found += list(enumerate(rows.datasets, rows.first_domain))
+        if not all(is_map_style(dataset) for _, dataset in [*found, (0, self._source_rows)]):
+            raise ValueError(
+                f"All rows of the {dataset_name(stream)} are read between two steps of training, "
+                "and a dataset of this run is a stream. Make it map-style "
+                "(`datasets.Dataset.from_list(list(itertools.islice(target, 10_000)))`)."
+            )
+        return found
+
+    @property
+    def example_row(self) -> Any:
+        """A training row, which has the columns that the model needs."""
+        return rows_at(self._source_rows, [0])[0]
 
     def _without_unused_columns(self, dataset: Any) -> Any:
         if isinstance(dataset, datasets.Dataset) and not is_sentence_trainer(self.trainer):
@@ -223,6 +259,19 @@ def _prepared(trainer: Trainer, source: Any, target: Any) -> Any:
         return target
     formatting = getattr(trainer, "_formatting_func", None)
     return prepare(target, trainer.processing_class, trainer.args, False, formatting, "target")
+
+
+def _unread(
+    trainer: Trainer, streams: Mapping[str, Stream], adaptations: Sequence[Adaptation]
+) -> frozenset[str]:
+    """The streams without a loss of their own, of which no objective reads the first forward."""
+    unread = set()
+    for name, stream in streams.items():
+        readers = [a for a in adaptations if isinstance(a, Objective) and name in a.streams]
+        used = stream.labels == "keep" or any(a.reads_first_forward(trainer) for a in readers)
+        if readers and not used:
+            unread.add(name)
+    return frozenset(unread)
 
 
 def _check_not_empty(target: Any, stream: str) -> None:

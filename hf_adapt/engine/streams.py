@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import datasets
@@ -50,6 +50,8 @@ class Stream:
         weight: Factor of the stream's own loss, or a schedule of it; with `labels="keep"`.
         source_domain: Which value of a `domain` column in `train_dataset` is the source (0 or
             "source" by default); with `dataset=None`.
+        priors: What is known of how frequent each class is among its rows, for the methods that use
+            it: see [`hf_adapt.alignment.priors`].
 
     Raises:
         TypeError: If the dataset is none.
@@ -67,6 +69,7 @@ class Stream:
     forward: StreamForward = "joint"
     weight: float | Schedule = 1.0
     source_domain: int | str | None = None
+    priors: Any = None
 
     def __post_init__(self) -> None:
         if self.dataset is not None:
@@ -126,11 +129,15 @@ class StreamTable:
         names: The stream of each domain number; the training rows' is `"train"`, number 0.
         separate: The streams whose rows go through the model in a forward of their own.
         labelled: The streams whose labels are trained on.
+        unread: The streams whose rows need no forward: their objectives make further ones.
+        ratios: Rows of each stream per training row.
     """
 
     names: tuple[str, ...] = (TRAINING,)
     separate: frozenset[str] = frozenset()
     labelled: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+    ratios: Mapping[str, float] = field(default_factory=dict)
 
     def domains(self, streams: Collection[str]) -> list[int]:
         """The domain numbers of these streams, and 0 for the training rows."""

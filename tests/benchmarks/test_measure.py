@@ -4,19 +4,12 @@ import json
 
 import pytest
 import torch
-from measure import (
-    Clock,
-    in_fresh_process,
-    in_turns,
-    markdown,
-    peak,
-    print_table,
-    ratio,
-    resident,
-    restarted_peak,
-)
+from measure import Clock, in_fresh_process, in_turns, print_table, ratio
 from transformers import BertForSequenceClassification, TrainerCallback
 from workload import bert, random_rows, step_seconds
+
+from hf_adapt.experiments.memory import peak, resident, restarted_peak
+from hf_adapt.experiments.tables import markdown
 
 
 def test_the_median_is_that_of_the_steps_after_the_warm_up():

@@ -30,7 +30,7 @@ LAMBDA = 0.7
 def uncoupled() -> list[Objective]:
     """Objectives that are sums over rows or tokens."""
     return [
-        DANN(weight=LAMBDA, ramp=None),
+        DANN(weight=LAMBDA, ramp=None, bounded=False),
         InformationMaximization(weight=0.3, diversity_weight=0.0),
     ]
 

@@ -16,7 +16,7 @@ from tests.helpers.word_classifier import WORDS, save_tiny_model
 def command(tmp_path, monkeypatch):
     """Options for a tiny teacher and a tiny student, on sentences of two words."""
 
-    def load_domain(benchmark, domain):
+    def load_domain(domain):
         rows = [
             (f"{WORDS[i % 4]} {WORDS[4 + i % 5]} {WORDS[8 + i % 6]}", ("pos", "neg")[i % 2])
             for i in range(40)

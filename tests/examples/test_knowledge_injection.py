@@ -34,7 +34,7 @@ def tiny_wordnet(folder: Path) -> str:
 def command(tmp_path, monkeypatch):
     """Options for a tiny model, on sentences of three words."""
 
-    def load_domain(benchmark, domain):
+    def load_domain(domain):
         rows = [
             (f"{WORDS[i % 4]} {WORDS[4 + i % 4]} {WORDS[8 + i % 6]}", ("pos", "neg")[i % 2])
             for i in range(40)

@@ -15,6 +15,7 @@ from hf_adapt.knowledge.injection.injection_layers import Record
 from hf_adapt.knowledge.injection.injection_points import InjectionPoint, find_injection_points
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import NAMES, Knowledge, take_knowledge
+from hf_adapt.models.hashing import mixed_bits, row_hash
 from hf_adapt.models.structure import reader_of
 
 CACHES = ("past_key_values", "cache")
@@ -107,9 +108,9 @@ class InjectorAttachment(Attachment):
     ) -> torch.Tensor:
         """Which mentions are masked in this step, (B, M) bool: by seed and row."""
         there = knowledge.entities[..., 0] >= 0
-        number = 7919 * torch.arange(there.shape[1], device=there.device)
-        mixed = _mixed(row_hash(input_ids, mask).unsqueeze(1) + number)
-        mixed = _mixed(mixed + self.mask_seed.to(there.device))
+        number = torch.arange(there.shape[1], device=there.device)
+        mixed = mixed_bits(row_hash(input_ids, mask).unsqueeze(1) + 7919 * number)
+        mixed = mixed_bits(mixed + self.mask_seed.to(there.device))
         return there & ((mixed & 0xFFFFFF) < int(self.mask_rate * 2**24))
 
     def _linked(
@@ -211,21 +212,6 @@ class KnowledgeCheckpoint:
                 attachment.current = before
 
         return self.function(run_again, *args, **kwargs)
-
-
-def row_hash(input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """A number for each row that its tokens decide, whatever its padding, (B,) long."""
-    ids = input_ids.long()
-    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-        ids = ids * mask.bool()
-    return _mixed((ids * 2654435761 + ids * ids).sum(1))
-
-
-def _mixed(number: torch.Tensor) -> torch.Tensor:
-    """Bits well stirred: numbers that are near each other become far apart."""
-    number = (number ^ (number >> 33)) * -49064778989728563
-    number = (number ^ (number >> 33)) * -4265267296055464877
-    return number ^ (number >> 33)
 
 
 def _cached_length(cache: Any) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.vectors.table import EntityVectors
+from hf_adapt.storage.text_file import write_text
 
 FOLDER = "knowledge"
 SETTINGS_FILE = "knowledge.json"
@@ -43,9 +44,7 @@ def save_knowledge(
     for name, part in wanted.items():
         if part is not None and not _is_saved(part, own / name):
             part.save(own / name)
-    temporary = own / f"{SETTINGS_FILE}.tmp"
-    temporary.write_text(json.dumps(written, indent=1), encoding="utf-8")
-    temporary.replace(own / SETTINGS_FILE)
+    write_text(own / SETTINGS_FILE, json.dumps(written, indent=1))
     _write_card(Path(folder), graph)
 
 

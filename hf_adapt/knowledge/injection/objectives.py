@@ -21,11 +21,11 @@ from hf_adapt.engine.batch import Batch, Rows
 from hf_adapt.engine.mixins import BatchTransform
 from hf_adapt.engine.parts import Part
 from hf_adapt.engine.progress import Schedule
-from hf_adapt.knowledge.injection.injector_attachment import row_hash
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
 from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
 from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.capture import Extract
+from hf_adapt.models.hashing import row_hash
 from hf_adapt.models.pooling import pool
 
 NEGATIVES = "knowledge_negatives"

@@ -19,8 +19,8 @@ from hf_adapt.knowledge import (
     LinkPrediction,
     TextTriples,
 )
-from hf_adapt.knowledge.injection.injector_attachment import row_hash
 from hf_adapt.knowledge.injection.objectives import entity_scores_loss
+from hf_adapt.models.hashing import row_hash
 from tests.helpers import toy
 from tests.helpers.injectors import injection, trainer
 from tests.helpers.trainers import GradientRecorder, StopAt, cosine_and_ratio, same_bits, weights

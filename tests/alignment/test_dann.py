@@ -13,8 +13,12 @@ from torch import nn
 from torch.autograd.gradcheck import GradcheckError
 
 from hf_adapt import DANN, DomainAdversarialCallback
-from hf_adapt.alignment import DomainDiscriminator, dann_loss, reverse_gradient
+from hf_adapt.alignment import CDAN, DomainDiscriminator, dann_loss, reverse_gradient
+from hf_adapt.alignment import dann as dann_module
 from hf_adapt.engine.progress import linear_ramp
+from tests.helpers.alignment import make_trainer, target
+from tests.helpers.fake_batch import FakeBatch
+from tests.helpers.models import bert
 
 # ---- dann_loss ----
 
@@ -183,26 +187,11 @@ def test_weight_0_is_inactive_and_a_schedule_is_active():
     assert DANN(weight=lambda p: 0.0).is_active and DANN().is_active
 
 
-class FakeBatch:
-    """Features as an engine's batch gives them, and what is logged."""
-
-    num_domains, progress = 3, 0.25
-
-    def __init__(self, features, domain):
-        self.given, self.logged = (features, domain), {}
-
-    def features(self):
-        return self.given
-
-    def log(self, name, value, count=1.0):
-        self.logged[name] = (float(value), float(count))
-
-
 def test_loss_is_a_sum_over_the_features_and_reverses_by_lambda():
     torch.manual_seed(0)
     features = torch.randn(5, 4, requires_grad=True)
     domain = torch.tensor([0, 0, 0, 1, 2])
-    batch, dann = FakeBatch(features, domain), DANN(weight=0.5, hidden_sizes=(6,))
+    batch, dann = FakeBatch(features, domain), DANN(weight=0.5, hidden_sizes=(6,), bounded=False)
     dann.module = dann.build_modules(batch)
     assert dann.module[0].in_features == 4 and dann.module[-1].out_features == 3
     total, count = dann.loss(batch)
@@ -219,6 +208,26 @@ def test_loss_is_a_sum_over_the_features_and_reverses_by_lambda():
     assert batch.logged["domain_accuracy"] == pytest.approx((hits, 5))
     assert batch.logged["source_share"] == pytest.approx((0.6, 5))
     assert batch.logged["lambda"][0] == pytest.approx(0.5 * 0.848284, abs=1e-6)
+
+
+def test_no_gradient_is_reversed_for_rows_that_the_discriminator_gets_wrong():
+    """It would drive the discriminator's loss up without limit; the discriminator learns of all."""
+    torch.manual_seed(0)
+    features, domain = torch.randn(9, 4), torch.arange(9) % 3
+    gradients = {}
+    for bounded in (True, False):
+        own = features.clone().requires_grad_()
+        dann = DANN(weight=0.5, hidden_sizes=(6,), bounded=bounded)
+        torch.manual_seed(1)
+        dann.module = dann.build_modules(FakeBatch(own, domain))
+        dann.loss(FakeBatch(own, domain))[0].backward()
+        gradients[bounded] = own.grad, dann.module[0].weight.grad
+    losses = F.cross_entropy(dann.module(features), domain, reduction="none")
+    wrong = losses > math.log(3)
+    assert wrong.any() and not wrong.all()
+    assert (gradients[True][0][wrong] == 0).all()
+    assert torch.equal(gradients[True][0][~wrong], gradients[False][0][~wrong])
+    assert torch.equal(gradients[True][1], gradients[False][1])
 
 
 def test_domain_column_is_driven_out():
@@ -257,7 +266,7 @@ def test_domain_column_is_driven_out():
 def log(dann, caplog, progress, accuracy, norm=1.0, source_share=0.5):
     """Let `dann` see a logging step; the warnings it gave."""
     caplog.clear()
-    dann._items = 1000  # as many as `loss` has seen since the last log
+    dann.watch.since_log = 1000  # as many as `loss` has seen
     with caplog.at_level(logging.WARNING, logger="hf_adapt"):
         dann.on_log(
             {
@@ -282,7 +291,7 @@ def test_warns_once_of_a_discriminator_at_chance(caplog):
 def test_a_few_rows_say_nothing_of_a_discriminator(caplog):
     dann = DANN()
     for progress in (0.5, 0.6, 0.7):
-        dann._items = 16
+        dann.watch.since_log = 16
         with caplog.at_level(logging.WARNING, logger="hf_adapt"):
             dann.on_log({"dann/domain_accuracy": 0.5, "dann/source_share": 0.5}, progress)
     assert not caplog.records
@@ -295,10 +304,22 @@ def test_chance_after_a_success_is_what_dann_wants(caplog):
 
 
 def test_a_resumed_run_knows_how_good_the_discriminator_was(caplog):
-    before, after = DANN(), DANN()
+    before, after, other = DANN(), DANN(), DANN()
     assert log(before, caplog, 0.1, 0.9) == []
+    before.watch.since_log = 300  # of a logging step under way, and of a few small ones
+    before.watch.unjudged = [200.0, 20.0, 100.0]
     after.load_state_dict(before.state_dict())
     assert log(after, caplog, 0.9, 0.5) == []
+    assert log(before, caplog, 0.9, 0.5) == [] and after.state_dict() == before.state_dict()
+    other.load_state_dict({"best_margin": 0.4})  # a checkpoint of 0.1
+    assert log(other, caplog, 0.9, 0.5) == []
+
+
+def test_a_resumed_run_does_not_warn_again(caplog):
+    before, after = DANN(), DANN()
+    assert log(before, caplog, 0.4, 0.5)
+    after.load_state_dict(before.state_dict())
+    assert log(after, caplog, 0.5, 0.5) == []
 
 
 @pytest.mark.parametrize(
@@ -308,9 +329,8 @@ def test_chance_is_the_largest_domains_share(caplog, num_domains, source_share, 
     """Of a constant discriminator; several targets have equal shares."""
 
     def dann():
-        dann, batch = DANN(), FakeBatch(torch.zeros(2, 3), torch.tensor([0, 1]))
-        batch.num_domains = num_domains
-        dann.build_modules(batch)
+        dann = DANN()
+        dann.build_modules(FakeBatch(torch.zeros(2, 3), torch.tensor([0, num_domains - 1])))
         return dann
 
     (message,) = log(dann(), caplog, 0.4, chance + 0.01, source_share=source_share)
@@ -361,3 +381,55 @@ def test_says_nothing_of_steps_without_its_metrics(caplog):
 def test_num_items_counts_every_feature():
     rows = SimpleNamespace(num_features=lambda: torch.tensor(11))
     assert int(DANN().num_items(rows)) == 11
+
+
+# ---- in the engine ----
+
+
+def test_several_sources_are_told_apart(tmp_path):
+    """With a column of sources the discriminator has a class for each, and for each target."""
+    model, dann = bert(), DANN(ramp=None, hidden_sizes=(8,), several_sources=True)
+    trainer = make_trainer(tmp_path, [dann], model, [target(), target()])
+    sources = ["news" if number % 3 else "blogs" for number in range(40)]
+    trainer.train_dataset = trainer.train_dataset.add_column("domain", sources)
+    given, dann_losses = [], dann_module.dann_loss
+
+    def keep(logits, domain, reduction="mean"):
+        given.append((logits.shape[1], domain.tolist()))
+        return dann_losses(logits, domain, reduction)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dann_module, "dann_loss", keep)
+        trainer.train()
+    counts = np.bincount([number for classes, numbers in given[1:] for number in numbers])
+    assert all(classes == 4 for classes, _ in given) and len(counts) == 4
+    assert counts[0] + counts[3] == counts[1] + counts[2] == 12 and counts.all()
+    assert counts[3] > counts[0]  # "blogs" is first in the alphabet
+
+
+@pytest.mark.parametrize("values", [[], ["one"]])
+def test_several_sources_need_a_column(values, tmp_path):
+    trainer = make_trainer(tmp_path, [DANN(several_sources=True)])
+    for value in values:
+        trainer.train_dataset = trainer.train_dataset.add_column("domain", [value] * 40)
+    found = r"\['one'\]" if values else "none"
+    with pytest.raises(ValueError, match=f"'domain' of train_dataset has the values {found}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", [DANN, CDAN])
+def test_tokens_are_aligned(method, tmp_path):
+    """Of a tagger by default, and of a classifier of rows by pooling='tokens'."""
+    losses = {}
+    for head, pooling in (("token", "auto"), ("sequence", "tokens"), ("sequence", "auto")):
+        objective = method(ramp=None, hidden_sizes=(8,), pooling=pooling)
+        labels = "token" if head == "token" else "row"
+        trainer = make_trainer(tmp_path, [objective], bert(head), labels=labels, max_steps=1)
+        if method is CDAN and (head, pooling) == ("sequence", "tokens"):
+            with pytest.raises(ValueError, match="CDAN needs a prediction for each feature"):
+                trainer.train()
+            continue
+        trainer.train()
+        losses[head, pooling] = objective.watch.unjudged[0]
+    assert losses["sequence", "auto"] == 8
+    assert all(count > 30 for key, count in losses.items() if key != ("sequence", "auto"))

@@ -9,7 +9,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 
 from hf_adapt import MMD
 from hf_adapt.alignment import mmd_loss
-from hf_adapt.alignment.discrepancy import SCALES
+from hf_adapt.alignment.mmd import SCALES
 
 X = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
 Y = torch.tensor([[1.0, 1.0], [3.0, 5.0], [5.0, 3.0], [0.0, 0.0]])

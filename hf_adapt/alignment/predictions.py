@@ -1,0 +1,129 @@
+"""What the objectives on the model's own predictions share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_adapt.engine.adaptation import Objective, Term
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from hf_adapt.engine.batch import Batch
+
+
+def check_logits(name: str, logits: torch.Tensor) -> None:
+    """Refuse scores that a loss is not defined for.
+
+    Args:
+        name: The function's name, for the message.
+        logits: Scores of each class.
+
+    Raises:
+        ValueError: If they are not (N, C) with N at least 1 and C at least 2.
+    """
+    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
+        raise ValueError(
+            f"{name} expects logits (N, C) of at least one row and two classes, got "
+            f"{tuple(logits.shape)}."
+        )
+
+
+def class_logits(batch: Batch, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of exclusive classes, and the domain of each item.
+
+    Args:
+        batch: The micro-batch.
+        method: Who asks, for the message.
+
+    Shape:
+        - logits: (N, C), C at least 2; domain: (N,).
+
+    Raises:
+        ValueError: If the predictions are not scores of exclusive classes.
+    """
+    # Models without a problem_type choose one when they get the first labels.
+    refuse_other_problems(batch.model, method)
+    logits, domain = batch.logits()
+    if logits.ndim != 2 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"{method} needs logits of at least two classes, got {tuple(logits.shape)}. For a "
+            "regression head, use DANN or MMD."
+        )
+    return logits, domain
+
+
+def predicted_features(
+    batch: Batch, method: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The features, the scores of exclusive classes and the domain of each item.
+
+    Args:
+        batch: The micro-batch.
+        method: Who asks, for the message.
+
+    Shape:
+        - features: (N, D); logits: (N, C), C at least 2; domain: (N,).
+
+    Raises:
+        ValueError: If the predictions are not scores of exclusive classes, or of other items than
+            the features.
+    """
+    features, domain = batch.features()
+    logits, _ = class_logits(batch, method)
+    if len(logits) != len(features):
+        raise ValueError(
+            f"{method} needs a prediction for each feature, and there are {len(features)} features "
+            f"and {len(logits)} predictions. Leave pooling='auto': rows for heads that classify "
+            "rows, tokens for those that classify tokens."
+        )
+    return features, logits, domain
+
+
+def refuse_other_problems(model: Any, method: str) -> None:
+    """Refuse a model whose outputs are not scores of exclusive classes.
+
+    Raises:
+        ValueError: If it is a regression, or may give a row several labels.
+    """
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"{method} needs predictions over exclusive classes; this model's problem_type is "
+            f"{problem!r}, as its configuration or its labels say (vectors of floats are several "
+            "labels per row). Use an objective on features (DANN, MMD)."
+        )
+
+
+class ClassPredictions(Objective):
+    """An objective on the model's predictions over exclusive classes."""
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse a model without classes."""
+        refuse_other_problems(trainer.model, type(self).__name__)
+
+    def class_logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores of exclusive classes, (N, C), and the domain of each item, (N,)."""
+        return class_logits(batch, type(self).__name__)
+
+
+class TargetPredictions(ClassPredictions):
+    """An objective on the predictions of the target rows of a micro-batch together.
+
+    The term couples the rows: under gradient accumulation it is the mean of the values of the
+    micro-batches. Where one has no target rows, its value is 0.
+    """
+
+    needs_streams = ("target",)
+
+    def batch_term(self, target_logits: torch.Tensor) -> torch.Tensor:
+        """The term of (N, C) logits of at least one target row, a scalar."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> Term:
+        """The term of the target rows."""
+        logits, domain = self.class_logits(batch)
+        target = logits[domain > 0]
+        return self.batch_term(target) if len(target) else logits.sum() * 0.0

@@ -1,0 +1,233 @@
+"""What an experiment is: a model, domains, methods, seeds, and how to train."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from transformers import TrainingArguments
+
+from hf_adapt.experiments.methods import RECOMMENDED, Method, read_method
+from hf_adapt.experiments.settings import ConfigError, Settings
+from hf_adapt.experiments.tasks import TASKS
+
+FIRST_SEED = 42
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 1e-4,
+    "logging_steps": 20,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+"""What differs from the defaults of `TrainingArguments`."""
+
+_PLAIN_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    str(int): ((int,), "a whole number"),
+    str(bool): ((bool,), "true or false"),
+    str(str): ((str,), "a text"),
+    str(int | None): ((int, type(None)), "a whole number"),
+    str(str | None): ((str, type(None)), "a text"),
+}
+
+SET_BY_THE_RUN = ("output_dir", "seed", "resume_from_checkpoint", "do_train", "do_eval")
+
+
+@dataclass(frozen=True)
+class DomainFiles:
+    """Where the rows of a domain are.
+
+    Args:
+        train: A csv, tsv, json, jsonl or parquet file, a folder made by `save_to_disk`, or a hub id
+            (`id:configuration`).
+        dev: Rows that are not trained on, in the same way; split off by default.
+        test: Rows to test on, in the same way; split off by default.
+        text_column: Column with the text, or whatever the task reads.
+        label_column: Column with the label.
+    """
+
+    train: str
+    dev: str | None = None
+    test: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Methods × pairs of domains × seeds.
+
+    Args:
+        data: Domains by name.
+        methods: Methods by name, in the order of the table.
+        pairs: (source, target) names.
+        model: Folder or hub id of the model that every run starts from.
+        task: What the model's head predicts.
+        seeds: The seed of each run of a method.
+        training: `TrainingArguments`.
+        freeze_layers: Train neither the embeddings nor the first N layers; 0 trains all.
+        cache_prefix: Compute the frozen layers once per row for all runs. Turns their dropout off.
+        max_length: Tokens of a text that are read.
+        num_train: Training rows of each domain, at most.
+        num_test: Dev and test rows of each domain, at most.
+        balanced: Keep as many rows of every label, in all splits; for study only, as it needs the
+            target's labels.
+        save_models: Save every model.
+        output_dir: Folder of the results.
+    """
+
+    data: Mapping[str, DomainFiles]
+    methods: Mapping[str, Method]
+    pairs: Sequence[tuple[str, str]]
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    task: str = "sequence-classification"
+    seeds: Sequence[int] = (FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    freeze_layers: int = 0
+    cache_prefix: bool = False
+    max_length: int = 128
+    num_train: int | None = None
+    num_test: int | None = None
+    balanced: bool = False
+    save_models: bool = False
+    output_dir: str = "runs/experiment"
+
+    @classmethod
+    def read(cls, settings: Settings, folder: Path = Path()) -> Experiment:
+        """Check a configuration and fill in the defaults.
+
+        Args:
+            settings: The configuration.
+            folder: Where relative paths of data and of the model start.
+
+        Raises:
+            ConfigError: Naming the line of what is wrong, and the nearest right name.
+        """
+        values = dict(settings.values)
+        known = [each.name for each in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise settings.unknown((str(key),), known, "the key")
+        for key in ("data", "methods"):
+            if not isinstance(values.get(key), dict) or not values[key]:
+                raise settings.error((key,), f"{key}: is missing, or is no mapping of names.")
+        _check_types(settings, values, cls, ())
+        task = values.get("task", cls.task)
+        if task not in TASKS:
+            raise settings.unknown(("task", task), TASKS, "the task")
+        values["data"] = {
+            str(name): _domain(settings, str(name), given, folder)
+            for name, given in values["data"].items()
+        }
+        values["methods"] = {
+            str(name): read_method(settings, str(name), spec)
+            for name, spec in values["methods"].items()
+        }
+        values["pairs"] = _pairs(settings, values.get("pairs", "all"), list(values["data"]))
+        values["seeds"] = _seeds(settings, values.get("seeds", len(cls.seeds)))
+        values["training"] = TRAINING_DEFAULTS | (values.get("training") or {})
+        _check_training(settings, ("training",), values["training"])
+        for name, method in values["methods"].items():
+            _check_training(settings, ("methods", name, "training"), method.training)
+        if "model" in values:
+            values["model"] = _located(values["model"], folder)
+        return cls(**values)
+
+
+def built_in() -> Settings:
+    """The configuration of `--source A --target B`, to which the two domains are added."""
+    return Settings(
+        {
+            "methods": {"source only": [], RECOMMENDED: RECOMMENDED},
+            "seeds": 1,
+            "save_models": True,
+        }
+    )
+
+
+def _check_types(settings: Settings, values: Mapping[str, Any], cls: type, path: Any) -> None:
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        expected = _PLAIN_TYPES.get(str(hints[key]))
+        if expected is None:
+            continue
+        kinds, name = expected
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise settings.error((*path, key), f"{key}: expected {name}, got {value!r}.")
+        if type(value) is int and value < 0:
+            raise settings.error((*path, key), f"{key}: {value} must not be negative.")
+
+
+def _domain(settings: Settings, name: str, given: Any, folder: Path) -> DomainFiles:
+    if isinstance(given, str):
+        given = {"train": given}
+    if not isinstance(given, dict) or "train" not in given:
+        raise settings.error(
+            ("data", name),
+            f"data: {name!r} must be a file or hub id, or {{train: …, dev: …, test: …}} of them.",
+        )
+    known = [each.name for each in fields(DomainFiles)]
+    for key in given:
+        if key not in known:
+            raise settings.unknown(("data", name, str(key)), known, f"data: {name!r}: the key")
+    _check_types(settings, given, DomainFiles, ("data", name))
+    paths = {key: _located(given[key], folder) for key in ("train", "dev", "test") if key in given}
+    return DomainFiles(**given | paths)
+
+
+def _located(name: str, folder: Path) -> str:
+    """A path with `~` and variables expanded, from this folder; another name as it is."""
+    expanded = os.path.expanduser(os.path.expandvars(name))
+    return str(folder / expanded) if (folder / expanded).exists() else expanded
+
+
+def _pairs(settings: Settings, given: Any, domains: Sequence[str]) -> list[tuple[str, str]]:
+    if given == "all":
+        if len(domains) < 2:
+            raise settings.error(("data",), "pairs: all needs at least two domains in data:.")
+        return list(itertools.permutations(domains, 2))
+    if not isinstance(given, list) or not given:
+        raise settings.error(("pairs",), "pairs must be all, or [[source, target], …].")
+    pairs: list[tuple[str, str]] = []
+    for number, pair in enumerate(given):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise settings.error(("pairs", number), f"pairs: expected [source, target]: {pair!r}.")
+        for name in pair:
+            if name not in domains:
+                raise settings.unknown(("pairs", number, name), domains, "pairs: the domain")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def _seeds(settings: Settings, given: Any) -> list[int]:
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return list(range(FIRST_SEED, FIRST_SEED + given))
+    if isinstance(given, list) and given and all(type(each) is int for each in given):
+        return given
+    raise settings.error(
+        ("seeds",), f"seeds: expected a number of seeds, or a list of seeds, got {given!r}."
+    )
+
+
+def _check_training(settings: Settings, path: Any, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise settings.error(path, "training must hold TrainingArguments by name.")
+    known = [each.name for each in fields(TrainingArguments) if each.init]
+    for key in given:
+        if key in SET_BY_THE_RUN:
+            raise settings.error((*path, key), f"training: {key} is set by each run.")
+        if key not in known:
+            close = [name for name in known if name[0] == str(key)[:1]] or known
+            raise settings.unknown((*path, str(key)), close, "training: the argument")
+
+
+__all__ = ["ConfigError", "DomainFiles", "Experiment", "built_in"]

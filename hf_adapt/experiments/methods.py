@@ -1,0 +1,216 @@
+"""Methods as plain data: adaptations by their class names, with arguments."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
+
+from hf_adapt import alignment, distillation, unfreezing
+from hf_adapt.engine import progress
+from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.streams import Stream
+from hf_adapt.experiments.settings import KeyPath, Settings, nearest
+
+FAMILIES = (alignment, unfreezing, distillation)
+RECOMMENDED = "recommended"
+TARGET = "target"
+GIVEN = "given"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train, as a row of the table.
+
+    Args:
+        adaptations: Plain data: names of classes, or `{name: arguments}`; or `"recommended"`.
+        train_on: The domain whose labels are trained on. `"target"` is the bound.
+        target_priors: `"given"`: the class frequencies of the target's training rows, counted on
+            their labels, which nothing else reads; `{"given": 0.1}`: the same, wrong by ten points;
+            or what `target_priors=` of `AdaptationCallback` takes. None leaves it out.
+        stream: Options of the [`Stream`] of target rows, such as `ratio`.
+        training: `TrainingArguments` of this method alone.
+    """
+
+    adaptations: Any = ()
+    train_on: str = "source"
+    target_priors: Any = None
+    stream: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it trains on the source's labels and nothing else."""
+        return self.train_on == "source" and not self.adaptations
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it trains on the target's labels."""
+        return self.train_on == TARGET
+
+    def build(self) -> list[Adaptation]:
+        """New adaptations, for one run."""
+        if self.adaptations == RECOMMENDED:
+            return recommended_recipe()
+        return [built(each) for each in self.adaptations]
+
+    def described(self) -> dict[str, Any]:
+        """All that changes its result, as plain data."""
+        described = {each.name: getattr(self, each.name) for each in fields(self)}
+        if self.adaptations == RECOMMENDED:
+            described["adaptations"] = [type(each).__name__ for each in recommended_recipe()]
+        return described
+
+
+def recommended_recipe() -> list[Adaptation]:
+    """The adaptations that are recommended where nothing is known about a shift."""
+    return [alignment.MMD(), alignment.InformationMaximization()]
+
+
+def read_method(settings: Settings, name: str, spec: Any) -> Method:
+    """Read a method of a configuration, and make sure that it can be built.
+
+    Args:
+        settings: For the places of errors; the method stands under `methods`.
+        name: The method's name.
+        spec: A list of adaptations, `"recommended"`, `"target"`, or a mapping with the arguments of
+            [`Method`].
+
+    Raises:
+        ConfigError: Naming the line, and the nearest name.
+    """
+    path: KeyPath = ("methods", name)
+    if spec == TARGET:
+        return Method(train_on=TARGET)
+    adaptations: KeyPath = path
+    if isinstance(spec, Mapping):
+        known = [each.name for each in fields(Method)]
+        if unknown := [key for key in spec if key not in known]:
+            if all(isinstance(key, str) and key in adaptation_classes() for key in spec):
+                raise settings.error(
+                    path, f"methods: {name!r}: write a list, [{', '.join(spec)}: …]."
+                )
+            raise settings.unknown((*path, unknown[0]), known, f"methods: {name!r}: the key")
+        method = Method(**spec)
+        adaptations = (*path, "adaptations")
+    else:
+        method = Method(adaptations=spec or ())
+    if method.train_on not in ("source", TARGET):
+        raise settings.error((*path, "train_on"), "train_on must be source or target.")
+    given = method.adaptations
+    if given != RECOMMENDED and (isinstance(given, str) or not isinstance(given, Sequence)):
+        raise settings.error(
+            adaptations,
+            f"methods: {name!r} must be a list such as [MMD, {{InformationMaximization: "
+            "{weight: 0.5}}], or recommended, or target.",
+        )
+    if given != RECOMMENDED:
+        for number, each in enumerate(given):
+            _check_adaptation(settings, (*adaptations, number), each)
+    known = [each.name for each in fields(Stream) if each.name not in ("dataset", "priors")]
+    for key in method.stream:
+        if key not in known:
+            raise settings.unknown((*path, "stream", key), known, "stream: the option")
+    if not given and (method.target_priors is not None or method.stream):
+        raise settings.error(
+            path, f"methods: {name!r} has target_priors or stream, and no adaptations that use it."
+        )
+    return method
+
+
+def _check_adaptation(settings: Settings, path: KeyPath, spec: Any) -> None:
+    name, arguments = _call(spec)
+    if name not in adaptation_classes():
+        raise settings.error(
+            path, f"the adaptation {name!r} is unknown.{nearest(str(name), adaptation_classes())}"
+        )
+    _check_arguments(settings, (*path, name), name, arguments)
+    try:
+        built(spec)
+    except (TypeError, ValueError) as error:
+        raise settings.error(path, f"{name}: {error}") from error
+
+
+def _check_arguments(settings: Settings, path: KeyPath, name: str, arguments: Any) -> None:
+    if not isinstance(arguments, Mapping):
+        raise settings.error(path, f"{name} takes its arguments by name: {{{name}: {{weight: 1}}}}")
+    parameters = inspect.signature(callables()[name]).parameters
+    known = [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
+    is_open = len(known) < len(parameters)
+    for argument, value in arguments.items():
+        if argument not in known and not is_open:
+            raise settings.unknown((*path, argument), known, f"{name}: the argument")
+        if is_call(value):
+            inner, its = _call(value)
+            _check_arguments(settings, (*path, argument, inner), inner, its)
+
+
+def built(spec: Any) -> Any:
+    """What plain data stands for: `{name: arguments}` is a call, and all else is itself.
+
+    Example:
+        >>> built({"MMD": {"weight": {"linear_ramp": {"end_value": 0.5}}}}).weight(1.0)
+        0.5
+    """
+    name, arguments = _call(spec)
+    return callables()[name](
+        **{key: built(value) if is_call(value) else value for key, value in arguments.items()}
+    )
+
+
+def is_call(value: Any) -> bool:
+    """Whether plain data is a call of something that a configuration can name."""
+    return isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in callables()
+
+
+def _call(spec: Any) -> tuple[str, Any]:
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        name, arguments = next(iter(spec.items()))
+        return name, {} if arguments is None else arguments
+    return spec if isinstance(spec, str) else repr(spec), {}
+
+
+@cache
+def adaptation_classes() -> dict[str, Any]:
+    """The adaptations by name."""
+    exported = {name: getattr(family, name) for family in FAMILIES for name in family.__all__}
+    return {
+        name: value
+        for name, value in sorted(exported.items())
+        if isinstance(value, type) and issubclass(value, Adaptation)
+    }
+
+
+@cache
+def callables() -> dict[str, Any]:
+    """All that a configuration can call: classes of the families, and schedules of progress."""
+    exported = {name: getattr(family, name) for family in FAMILIES for name in family.__all__}
+    classes = {name: value for name, value in exported.items() if isinstance(value, type)}
+    schedules = {
+        name: value
+        for name, value in vars(progress).items()
+        if inspect.isfunction(value)
+        and typing.get_type_hints(value).get("return") == progress.Schedule
+    }
+    return classes | schedules
+
+
+def shifted(shares: Mapping[str, float], points: float) -> dict[str, float]:
+    """Class frequencies that are wrong on purpose, and still sum to 1.
+
+    Args:
+        shares: The share of each class.
+        points: What is added to the most frequent class, of 1; the others give it in proportion.
+
+    Example:
+        >>> wrong = shifted({"ham": 0.8, "spam": 0.2}, -0.1)
+        >>> {name: round(share, 3) for name, share in wrong.items()}
+        {'ham': 0.7, 'spam': 0.3}
+    """
+    largest = max(shares, key=lambda name: shares[name])
+    share = min(max(shares[largest] + points, 0.01), 0.99)
+    rest = (1 - share) / max(1 - shares[largest], 1e-12)
+    return {name: share if name == largest else value * rest for name, value in shares.items()}

@@ -1,0 +1,135 @@
+"""What is printed and written about an experiment."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hf_adapt.experiments import plots, tables
+from hf_adapt.experiments.cell import cached_pair
+from hf_adapt.experiments.config import Experiment
+from hf_adapt.experiments.summary import Results, summarize
+from hf_adapt.experiments.tables import Cells
+from hf_adapt.experiments.tasks import TASKS
+from hf_adapt.experiments.versions import installed
+from hf_adapt.storage.text_file import write_text
+
+MOST_CLASSES = 12
+"""Above this number of classes their shares are in results.csv alone."""
+
+
+def describe_pairs(experiment: Experiment, console: Console) -> None:
+    """Print how many rows each pair has."""
+    for source, target in experiment.pairs:
+        pair = cached_pair(experiment, source, target)
+        task = TASKS[experiment.task]
+        name = escape(f"{source} → {target}")
+        text = (
+            f"[bold]{name}[/bold]: {len(pair.source['train'])} training rows with "
+            f"labels, {len(pair.target_unlabelled)} of the target without; "
+            f"{len(pair.source['test'])} and {len(pair.target['test'])} to test on."
+        )
+        if len(pair.target["test"]):
+            truth = list(task.class_numbers(pair.target["test"][task.label_column]))
+            share = max(map(truth.count, set(truth))) / len(truth)
+            text += f" Always answering the most frequent class of the target gives {share:.1%}."
+        console.print(text, highlight=False)
+
+
+def publish(experiment: Experiment, results: Results, console: Console) -> None:
+    """Print the tables; write results.csv, table.md and accuracy.png to the output folder."""
+    rows = summarize(experiment, results)
+    folder = Path(experiment.output_dir)
+    several = len(experiment.pairs) > 1
+    scored = any(run.get("target_accuracy") is not None for run in results)
+    shown: list[tuple[str, Cells]] = []
+    if several:
+        shown.append(("Average over the pairs", tables.summary_table(rows, results)))
+        shown.append(("Accuracy on the target", tables.accuracy_table(experiment, rows)))
+    else:
+        title = " → ".join(experiment.pairs[0])
+        shown.append((title, tables.pair_table(experiment, rows, results)))
+    shares = tables.shares_table(experiment, results)
+    if 2 < len(shares[0]) <= MOST_CLASSES + 2 and len(shares) > 1:
+        shown.append(("Predicted shares of the classes", shares))
+    legend = tables.legend(experiment)
+    for number, (title, cells) in enumerate(shown):
+        is_shares = cells is shares
+        if not is_shares or not scored:
+            _print_table(console, title, cells, legend if number == 0 else None)
+    files = {
+        "table.md": _document(shown, legend),
+        "results.csv": tables.to_csv(results),
+    }
+    for name, text in files.items():
+        write_text(folder / name, text)
+    if scored:
+        plots.save(plots.plot(experiment, rows, results), folder / "accuracy.png")
+    for name in [*files, *(["accuracy.png"] if scored else [])]:
+        console.print(f"wrote {folder / name}", soft_wrap=True, highlight=False)
+
+
+def _document(shown: Sequence[tuple[str, Cells]], legend: str) -> str:
+    parts = [f"## {title}\n\n{tables.markdown(cells)}\n" for title, cells in shown]
+    versions = ", ".join(f"{name} {version}" for name, version in installed().items())
+    script = Path(sys.argv[0])
+    is_script = script.suffix == ".py" and script.name != "__main__.py"
+    command = shlex.join([*(["python", str(script)] if is_script else ["hf-adapt"]), *sys.argv[1:]])
+    return "\n".join(
+        [*parts, legend, "", f"Command: `{command}`", "", f"Versions: {versions}.", ""]
+    )
+
+
+def _print_table(console: Console, title: str, cells: Cells, legend: str | None) -> None:
+    widths = [max(map(len, column)) + 2 for column in zip(*cells[1:], strict=True)]
+    if console.is_terminal and sum(widths) > console.width:
+        console.print(f"{title}: too wide for this terminal, see table.md")
+        return
+    table = Table(
+        title=title,
+        caption=legend,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for number, heading in enumerate(cells[0]):
+        left = number == 0 or (cells[0][:2] == ["pair", "method"] and number == 1)
+        table.add_column(
+            heading if left else heading.replace(" ", "\n"),
+            justify="left" if left else "right",
+            no_wrap=not left,
+        )
+    for row in cells[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def tell_models(experiment: Experiment, results: Results, console: Console) -> None:
+    """Print where the models are, and how to try one."""
+    saved: list[Any] = [run for run in results if run.get("model")]
+    for run in saved:
+        console.print(
+            f"model of {run['method']}, seed {run['seed']}: {run['model']}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    adapted = [run for run in saved if experiment.methods[run["method"]].adaptations]
+    if saved:
+        last = (adapted or saved)[-1]
+        pipeline = TASKS[experiment.task].pipeline
+        console.print("Try it:")
+        console.print(
+            f"  python -c \"from transformers import pipeline; print(pipeline('{pipeline}', "
+            f"'{last['model']}')('{TASKS[experiment.task].example}'))\"",
+            soft_wrap=True,
+            highlight=False,
+        )

@@ -1,0 +1,128 @@
+"""All cells of an experiment: those that are missing are run, several at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_adapt.experiments.cell import Cell, cell_folder, finished_result, run_cell
+from hf_adapt.experiments.config import Experiment
+
+Report = Callable[[Cell, dict[str, Any] | None, bool], None]
+"""Called with a cell when it starts (no result yet) and ends, and whether it was kept."""
+
+
+def cells_of(experiment: Experiment) -> list[Cell]:
+    """Every combination, one seed of all methods after the other."""
+    return [
+        Cell(source, target, method, seed)
+        for source, target in experiment.pairs
+        for seed in experiment.seeds
+        for method in experiment.methods
+    ]
+
+
+def default_jobs() -> int:
+    """One process for two cores; one in all where there is a GPU."""
+    return 1 if torch.cuda.is_available() else max(1, _cores() // 2)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_experiment(
+    experiment: Experiment,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    report: Report = lambda cell, result, kept: None,
+) -> list[dict[str, Any]]:
+    """Run what is missing.
+
+    Args:
+        experiment: What to run.
+        jobs: Processes; the cores are divided among them.
+        overwrite: Run again what is finished.
+        report: Called when a cell starts and when it ends.
+
+    Returns:
+        A result for each cell, in the order of [`cells_of`]; failed ones have the key `error`.
+
+    Raises:
+        RuntimeError: If a process was killed.
+    """
+    jobs = jobs or default_jobs()
+    cells = cells_of(experiment)
+    folders = {cell: cell_folder(experiment, cell) for cell in cells}
+    results: dict[Cell, dict[str, Any]] = {}
+    for cell, folder in folders.items():
+        kept = None if overwrite else finished_result(folder, experiment.save_models)
+        if kept is not None:
+            results[cell] = kept
+            report(cell, kept, True)
+    missing = [cell for cell in cells if cell not in results]
+    threads = max(1, _cores() // jobs)
+    run = _in_processes if min(jobs, len(missing)) > 1 else _here
+    for cell, result in run(experiment, missing, folders, min(jobs, len(missing)), threads, report):
+        results[cell] = result
+        report(cell, result, False)
+    return [results[cell] for cell in cells]
+
+
+def _here(
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    folders: dict[Cell, Path],
+    jobs: int,
+    threads: int,
+    report: Report,
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, threads))
+    try:
+        for cell in cells:
+            report(cell, None, False)
+            yield cell, run_cell(experiment, cell, folders[cell])
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_processes(
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    folders: dict[Cell, Path],
+    jobs: int,
+    threads: int,
+    report: Report,
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,))
+    waiting = list(reversed(cells))
+    running: dict[Any, Cell] = {}
+
+    def start() -> None:
+        cell = waiting.pop()
+        running[pool.submit(run_cell, experiment, cell, folders[cell])] = cell
+        report(cell, None, False)
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                start()
+            done = next(as_completed(running))
+            cell = running.pop(done)
+            yield cell, done.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"A process was killed while {cell} ran, perhaps for want of memory. Run the same "
+            "command again with fewer --jobs: what is finished is kept."
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

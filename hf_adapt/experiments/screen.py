@@ -1,0 +1,98 @@
+"""An experiment with a progress bar, and its tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hf_adapt.experiments.cell import Cell
+from hf_adapt.experiments.config import Experiment
+from hf_adapt.experiments.methods import RECOMMENDED, recommended_recipe
+from hf_adapt.experiments.report import describe_pairs, publish, tell_models
+from hf_adapt.experiments.runner import cells_of, run_experiment
+
+
+def execute(
+    experiment: Experiment,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> bool:
+    """Run what is missing of an experiment, with a progress bar; print and write its tables.
+
+    Args:
+        experiment: What to run.
+        jobs: Processes.
+        overwrite: Run again what is finished.
+        console: Where to print.
+
+    Returns:
+        Whether every run ended well.
+
+    Raises:
+        DataError: If rows cannot be read.
+        RuntimeError: If a process was killed.
+    """
+    console = console or Console()
+    datasets.disable_progress_bars()
+    describe_pairs(experiment, console)
+    if any(method.adaptations == RECOMMENDED for method in experiment.methods.values()):
+        names = ", ".join(type(each).__name__ for each in recommended_recipe())
+        console.print(f"The recommended recipe is {names}.", highlight=False)
+    columns = (
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    running: list[Cell] = []
+    kept = 0
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(cells_of(experiment)))
+
+        def report(cell: Cell, result: dict[str, Any] | None, was_kept: bool) -> None:
+            nonlocal kept
+            if result is None:
+                running.append(cell)
+            elif was_kept:
+                kept += 1
+                progress.advance(bar)
+            else:
+                running.remove(cell)
+                progress.advance(bar)
+                console.print(_line(cell, result), soft_wrap=True, highlight=False)
+            more = f" and {len(running) - 1} more" if len(running) > 1 else ""
+            now = f"{running[0]}{more}" if running else ""
+            progress.update(bar, description=escape(now))
+
+        results = run_experiment(experiment, jobs, overwrite, report)
+    if kept:
+        console.print(f"{kept} of {len(results)} runs are kept from earlier.", highlight=False)
+    publish(experiment, results, console)
+    tell_models(experiment, results, console)
+    return not any("error" in result for result in results)
+
+
+def _line(cell: Cell, result: dict[str, Any]) -> str:
+    if "error" in result:
+        problem = escape(f"{cell}: {result['error']}")
+        return f"[red]failed[/red] {problem}"
+    accuracy = result.get("target_accuracy")
+    score = "" if accuracy is None else f"{accuracy:.1%} on {cell.target}, "
+    line = escape(f"{cell}: {score}{result['seconds']:.0f} s")
+    if not result["warnings"]:
+        return line
+    return f"{line} [yellow]warned: {escape(result['first_warning'])}[/yellow]"

@@ -1,0 +1,225 @@
+"""Class frequencies: intervals, estimates against independent formulas, what is refused."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from transformers import Trainer
+
+from hf_adapt import AdaptationCallback, InformationMaximization, Stream, adapt
+from hf_adapt.alignment import (
+    PriorCorrection,
+    SelfTraining,
+    corrected_logits,
+    estimate_priors,
+    priors_from_sample,
+)
+from hf_adapt.alignment.prior_correction import head_bias
+from hf_adapt.alignment.priors import resolved_priors
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
+
+NAMES = {0: "ham", 1: "spam", 2: "other"}
+
+
+def test_an_interval_is_wilsons() -> None:
+    """Its bounds are where the true frequency is z standard errors of its own from the sample's."""
+    sample = priors_from_sample([0] * 40 + [1] * 10, num_classes=3)
+    assert sample.priors.tolist() == pytest.approx([0.8, 0.2, 0.0])
+    z, n, p = 1.959964, 50, 0.2
+    bounds = sorted(np.roots([1 + z * z / n, -(2 * p + z * z / n), p * p]).real)
+    assert [sample.lower[1].item(), sample.upper[1].item()] == pytest.approx(bounds, abs=1e-5)
+    assert (
+        float(sample.lower[2]) == pytest.approx(0, abs=1e-9)
+        and 0.05 < float(sample.upper[2]) < 0.08
+    )
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    draws = [priors_from_sample(generator.random(50) < 0.13, 2) for _ in range(400)]
+    hits = [float(s.lower[1]) <= 0.13 <= float(s.upper[1]) for s in draws]
+    assert 0.92 < np.mean(hits) < 0.99
+
+
+@pytest.mark.parametrize("labels", [[], [0, 1, 5], [-1, 0], [0.5, 1.0]])
+def test_labels_that_are_none_are_refused(labels: list[Any]) -> None:
+    with pytest.raises(ValueError, match="at least one label, each an integer from 0 to"):
+        priors_from_sample(labels, num_classes=3)
+
+
+# ---- estimates ----
+
+
+def label_shift(priors: list[float], seed: int, n: int = 4000) -> tuple[Any, Any]:
+    """Three Gaussians on a line whose rows look alike in both domains; only frequencies differ."""
+    generator = np.random.default_rng(seed)
+    labels = generator.choice(3, n, p=priors)
+    return generator.normal(2.0 * labels, 1.0)[:, None], labels
+
+
+@pytest.mark.parametrize("method", ["em", "bbse", "rlls"])
+def test_estimates_find_the_frequencies_under_label_shift(method: Any) -> None:
+    x, y = label_shift([0.4, 0.3, 0.3], 0)
+    held_x, held_y = label_shift([0.4, 0.3, 0.3], 1)
+    target, truth = label_shift([0.15, 0.15, 0.7], 2)
+    model = LogisticRegression().fit(x, y)
+    # Overconfident, as a fine-tuned transformer is: EM must calibrate first.
+    logits = [3.0 * torch.tensor(model.decision_function(z)) for z in (held_x, target)]
+    found = estimate_priors(logits[0], torch.tensor(held_y), logits[1], method)
+    assert found.sum().item() == pytest.approx(1, abs=1e-6)
+    wanted = np.bincount(truth) / len(truth)
+    assert np.abs(found.numpy() - wanted).max() < 0.05
+    source_only = np.bincount(held_y) / len(held_y)
+    assert np.abs(source_only - wanted).max() > 0.35
+
+
+def test_bbse_is_its_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    source, target = (
+        torch.randn(60, 3, generator=generator),
+        torch.randn(50, 3, generator=generator),
+    )
+    labels = torch.randint(0, 3, (60,), generator=generator)
+    source[torch.arange(60), labels] += 2
+    confusion = np.zeros((3, 3))
+    for i, j in zip(source.argmax(1).tolist(), labels.tolist(), strict=True):
+        confusion[i, j] += 1 / 60
+    mean = np.bincount(target.argmax(1), minlength=3) / 50
+    weights = np.clip(np.linalg.solve(confusion, mean), 0, None)
+    wanted = weights * np.bincount(labels, minlength=3) / 60
+    found = estimate_priors(source, labels, target, "bbse")
+    assert found.numpy() == pytest.approx(wanted / wanted.sum(), abs=1e-5)
+
+
+def test_estimates_refuse() -> None:
+    logits, labels = torch.eye(2), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"source rows \[2, 0\] by class"):
+        estimate_priors(logits, torch.tensor([0, 0]), logits)
+    with pytest.raises(ValueError, match=r"got \(2, 2\), \(3,\) and \(2, 2\)"):
+        estimate_priors(logits, torch.tensor([0, 1, 1]), logits)
+    with pytest.raises(ValueError, match="not finite"):
+        estimate_priors(logits, labels, logits * float("nan"))
+    with pytest.raises(ValueError, match="'mlls' is unknown: use 'em', 'bbse' or 'rlls'"):
+        estimate_priors(logits, labels, logits, "mlls")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 target rows"):
+        estimate_priors(logits, labels, logits[:0])
+
+
+def test_corrected_predictions_follow_bayes() -> None:
+    p = torch.tensor([[0.7, 0.2, 0.1]])
+    source, target = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.3, 0.6])
+    wanted = p * target / source
+    found = corrected_logits(p.log(), source, target).softmax(1)
+    torch.testing.assert_close(found, wanted / wanted.sum())
+
+
+# ---- what a user gives ----
+
+
+def test_frequencies_by_name_number_and_order() -> None:
+    for given in (
+        {"spam": 0.2, "other": 0.1, "ham": 0.7},
+        {2: 0.1, 0: 0.7, 1: 0.2},
+        (0.7, 0.2, 0.1),
+    ):
+        assert resolved_priors(given, NAMES).tolist() == pytest.approx([0.7, 0.2, 0.1])
+    assert resolved_priors("uniform", NAMES).tolist() == pytest.approx([1 / 3] * 3)
+    assert resolved_priors([1.0, 0, 0], NAMES).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ham": 0.5, "spam": 0.5}, "names the classes 'ham', 'spam'; the model has 'ham', 'spam'"),
+        ({"ham": 0.5, "spam": 0.3, "eggs": 0.2}, "'eggs'; the model has 'ham', 'spam', 'other'"),
+        ([0.5, 0.5], "expected 3 numbers of 0 or more"),
+        ([0.5, 0.7, -0.2], "expected 3 numbers of 0 or more"),
+        ([0.5, 0.4, 0.2], r"add up to 1\.100; frequencies add up to 1"),
+        ([13, 80, 7], r"add up to 100\.000"),
+        ([0.5, float("nan"), 0.5], "expected 3 numbers of 0 or more"),
+        ("source-like", "'source-like' is unknown: use 'uniform', 'source', 'estimate'"),
+    ],
+)
+def test_frequencies_that_are_none_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolved_priors(given, NAMES)
+
+
+def trainer(folder: Path, **settings: Any) -> Trainer:
+    return Trainer(
+        bert(), arguments(folder, **settings), train_dataset=rows(16, 1), data_collator=collate
+    )
+
+
+@pytest.mark.parametrize("way", ["callback", "adapt", "stream"])
+def test_one_option_is_read_by_every_method_that_uses_it(way: str, tmp_path: Path) -> None:
+    methods, target = (SelfTraining(), InformationMaximization()), rows(12, 2, None)
+    run, priors = trainer(tmp_path), [0.5, 0.3, 0.2]
+    if way == "callback":
+        run.add_callback(AdaptationCallback(*methods, target_dataset=target, target_priors=priors))
+    elif way == "adapt":
+        adapt(run, *methods, target_dataset=target, target_priors=priors)
+    else:
+        adapt(run, *methods, target_dataset=Stream(target, priors=priors))
+    run.train()
+    assert "information_maximization/divergence" in run.state.log_history[0]
+    for method in methods:
+        assert method.state_dict()["priors"].tolist() == pytest.approx(priors)
+
+
+def test_frequencies_given_twice_or_wrongly_are_refused_before_training(tmp_path: Path) -> None:
+    target = Stream(rows(12, 2, None), priors="uniform")
+    with pytest.raises(ValueError, match="class frequencies are given twice"):
+        AdaptationCallback(SelfTraining(), target_dataset=target, target_priors="source")
+    run = adapt(
+        trainer(tmp_path),
+        SelfTraining(),
+        target_dataset=rows(12, 2, None),
+        target_priors=[0.5, 0.5],
+    )
+    with pytest.raises(ValueError, match="expected 3 numbers"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_the_sources_own_frequencies_are_counted(tmp_path: Path) -> None:
+    method = SelfTraining(prior="source")
+    run = adapt(trainer(tmp_path), method, target_dataset=rows(12, 2, None))
+    run.train()
+    counts = np.bincount([row["labels"] for row in rows(16, 1)], minlength=3)
+    assert method.state_dict()["priors"].numpy() == pytest.approx(counts / 16)
+
+
+# ---- correction ----
+
+
+def test_correction_weights_the_source_and_moves_the_bias(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1, learning_rate=0.0, per_device_train_batch_size=16)
+    before = run.model.classifier.bias.detach().clone()  # type: ignore[union-attr]
+    priors = torch.tensor([0.6, 0.3, 0.1])
+    method = PriorCorrection(prior=priors)
+    adapt(run, method, target_dataset=rows(12, 2, None)).train()
+    after = run.model.classifier.bias.detach()  # type: ignore[union-attr]
+    torch.testing.assert_close(after - before, (3 * priors).log())
+    labels = torch.tensor([row["labels"] for row in rows(16, 1)])
+    batch = collate(list(rows(16, 1)))
+    with torch.no_grad():
+        run.model.classifier.bias.copy_(before)  # type: ignore[union-attr]
+        logits = run.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    balanced = torch.nn.functional.cross_entropy(
+        logits, labels, weight=16 / (3 * torch.bincount(labels, minlength=3)), reduction="none"
+    ).mean()
+    assert run.state.log_history[0]["loss"] == pytest.approx(balanced.item(), abs=1e-5)
+
+
+def test_a_head_without_a_bias_is_refused() -> None:
+    model = torch.nn.Linear(4, 3, bias=False)
+    model.config = SimpleNamespace(num_labels=3)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="no linear layer of 3 classes with a bias"):
+        head_bias(model)

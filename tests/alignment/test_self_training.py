@@ -1,0 +1,133 @@
+"""Self-training: quotas by hand, and the loss of a run against one made by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Trainer
+
+from hf_adapt import adapt
+from hf_adapt.alignment import SelfTraining, aligned_predictions, balanced_pseudo_labels
+from hf_adapt.alignment.row_bank import RowBank
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments
+
+PRIORS = (0.5, 0.3, 0.2)
+
+
+def test_aligned_predictions_have_the_given_mean_and_keep_the_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(200, 3, generator=generator).mul(3).softmax(1)
+    priors = torch.tensor([0.1, 0.2, 0.7])
+    aligned = aligned_predictions(p, priors)
+    torch.testing.assert_close(aligned.mean(0), priors, atol=1e-4, rtol=0)
+    # One bias for each class: log ratios between two classes differ by a constant.
+    change = (aligned / p).log()
+    torch.testing.assert_close(
+        (change[:, 0] - change[:, 2]).std(), torch.tensor(0.0), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(aligned_predictions(p, p.mean(0)), p, atol=1e-5, rtol=1e-4)
+
+
+def test_of_each_class_the_most_confident_share_is_kept() -> None:
+    """Of ten rows, 60 % of frequency .3 and .7: 1.8 and 4.2 rows, rounded."""
+    first = torch.tensor([0.99, 0.9, 0.8, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.01])
+    labels, kept = balanced_pseudo_labels(
+        torch.stack([first, 1 - first], 1), torch.tensor([0.3, 0.7]), 0.6
+    )
+    assert labels.tolist() == [0] * 3 + [1] * 7
+    assert kept.tolist() == [True, True, False] + [False] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize("priors", [(1.0, 0.0), (0.0, 1.0)])
+def test_a_class_of_frequency_0_keeps_no_row(priors: tuple[float, float]) -> None:
+    p = torch.rand(20, 2, generator=torch.Generator().manual_seed(0)).softmax(1)
+    labels, kept = balanced_pseudo_labels(p, torch.tensor(priors), 1.0)
+    assert labels[kept].tolist() == [priors.index(1.0)] * int(kept.sum())
+    assert int(kept.sum()) >= 18
+
+
+def test_more_classes_than_rows() -> None:
+    p = torch.rand(3, 8, generator=torch.Generator().manual_seed(0)).softmax(1)
+    labels, kept = balanced_pseudo_labels(p, torch.full((8,), 1 / 8), 1.0)
+    assert labels.shape == kept.shape == (3,)
+
+
+def test_a_bank_keeps_one_of_equal_rows_and_knows_what_it_has_not() -> None:
+    bank = RowBank()
+    assert not bank.find(torch.tensor([1]))[1].any()
+    bank.fill(torch.tensor([9, -4, 9, 2]), x=torch.tensor([1.0, 2.0, 1.0, 3.0]))
+    places, known = bank.find(torch.tensor([2, 100, -4, -100, 9]))
+    assert len(bank) == 3 and known.tolist() == [True, False, True, False, True]
+    assert bank.values["x"][places[known]].tolist() == [3.0, 2.0, 1.0]
+    again = RowBank()
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(again.find(torch.tensor([2]))[0], bank.find(torch.tensor([2]))[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shares": (0.0, 0.5)}, "two numbers above 0 and at most 1"),
+        ({"shares": (0.5,)}, "two numbers above 0"),
+        ({"refreshes": ()}, "at least one number from 0 to below 1"),
+        ({"refreshes": (1.0,)}, "at least one number from 0 to below 1"),
+        ({"teacher_decay": 1.0}, r"teacher_decay=1.0 must lie in \[0, 1\)"),
+        ({"weight": -1.0}, "finite number >= 0"),
+    ],
+)
+def test_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfTraining(**options)
+
+
+def test_shares_grow_over_the_refreshes() -> None:
+    method = SelfTraining(shares=(0.2, 0.8), refreshes=(0.25, 0.5, 0.75))
+    found = {step: method.share_at(step, 40) for step in range(40)}
+    assert {s: v for s, v in found.items() if v is not None} == pytest.approx(
+        {10: 0.2, 20: 0.5, 30: 0.8}
+    )
+    assert SelfTraining(shares=(0.2, 0.8)).share_at(20, 40) == 0.8
+
+
+def test_the_loss_is_that_of_a_loop_written_by_hand(tmp_path: Path) -> None:
+    """Two micro-batches; the model labels the rows before the step, in evaluation mode."""
+    source, target = rows(8, 1), rows(8, 2, None, low=20)
+    trainer = Trainer(
+        bert(dropout=False),
+        arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2, learning_rate=0.0),
+        train_dataset=source,
+        data_collator=collate,
+    )
+    method = SelfTraining(shares=(0.5, 0.5), refreshes=(0.0,), prior=PRIORS)
+    adapt(trainer, method, target_dataset=target).train()
+
+    with torch.no_grad():
+        logits = trainer.model.eval()(**collate(list(target))).logits
+    labels, kept = balanced_pseudo_labels(logits.softmax(1), torch.tensor(PRIORS), 0.5)
+    wanted = F.cross_entropy(logits[kept], labels[kept])
+    assert 0 < int(kept.sum()) < 8
+    assert trainer.state.log_history[0]["loss/self_training"] == pytest.approx(
+        wanted.item(), abs=1e-5
+    )
+
+
+def test_a_sparse_head_of_tokens_and_a_view_that_drops_some(tmp_path: Path) -> None:
+    def shorter(inputs: dict[str, Any]) -> dict[str, Any]:
+        mask = inputs["attention_mask"].clone()
+        mask[:, 2] = 0
+        return {**inputs, "attention_mask": mask}
+
+    trainer = Trainer(
+        bert("token"),
+        arguments(tmp_path, max_steps=2),
+        train_dataset=rows(8, 1, "token"),
+        data_collator=collate,
+    )
+    method = SelfTraining(refreshes=(0.0,), view=shorter)
+    adapt(trainer, method, target_dataset=rows(8, 2, None))
+    with pytest.raises(ValueError, match="it must keep the attention mask"):
+        trainer.train()

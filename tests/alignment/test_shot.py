@@ -1,0 +1,69 @@
+"""SHOT: centroids by hand, what is frozen, what labels do, and a target that is found again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_adapt import adapt
+from hf_adapt.alignment import SHOT, centroid_labels, shot
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments, same_bits, weights
+
+
+def test_centroids_by_hand() -> None:
+    """Row 1 is predicted as class 1 and lies by class 0's centroid."""
+    features = torch.tensor([[4.0, 0.0], [3.0, 1.0], [0.0, 4.0], [1.0, 3.0]])
+    p = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.1, 0.9], [0.2, 0.8]])
+    x = torch.cat([features, torch.ones(4, 1)], 1)
+    x = x / x.norm(dim=1, keepdim=True)
+    centroids = torch.stack([(p[:, k : k + 1] * x).sum(0) / p[:, k].sum() for k in range(2)])
+    centroids = centroids / centroids.norm(dim=1, keepdim=True)
+    assert centroid_labels(features, p, rounds=0).tolist() == (x @ centroids.T).argmax(1).tolist()
+    assert centroid_labels(features, p).tolist() == [0, 0, 1, 1]
+
+
+def test_a_class_that_no_row_has_gets_none() -> None:
+    p = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert centroid_labels(torch.eye(2), p).tolist() == [0, 1]
+
+
+def test_the_head_stays_and_labels_do_not_matter(tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("none", None), ("some", 7)):
+        data = rows(12, 2, None)
+        if seed is not None:
+            data = data.add_column("labels", [row["labels"] for row in rows(12, seed)])
+        model = bert(dropout=True)
+        before = weights(model)
+        args = arguments(tmp_path / name, max_steps=4, seed=3)
+        shot(model, data, args, data_collator=collate, target_priors=[0.5, 0.3, 0.2])
+        after = weights(model)
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert moved and not any(key.startswith("classifier") for key in moved)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        found.append(after)
+    assert same_bits(*found)
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    def run(folder: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
+        trainer = Trainer(
+            bert(dropout=True),
+            arguments(folder, max_steps=6, save_strategy="steps", save_steps=2, num_train_epochs=2),
+            train_dataset=rows(12, 2, None),
+            data_collator=collate,
+        )
+        adapt(trainer, SHOT()).train(resume_from_checkpoint=resume and str(resume))
+        return weights(trainer.model)
+
+    whole = run(tmp_path / "whole")
+    assert same_bits(whole, run(tmp_path / "again", tmp_path / "whole" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("prior", ["source", "estimate"])
+def test_frequencies_of_a_source_are_refused(prior: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no source rows, so prior='{prior}'"):
+        shot(bert(), rows(8, 1, None), arguments(tmp_path), None, collate, prior)

@@ -1,0 +1,173 @@
+"""Configurations: what they hold, and where an error says that something is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_adapt.alignment import DANN, MMD
+from hf_adapt.cli.run_options import experiment, split_arguments
+from hf_adapt.experiments.config import Experiment
+from hf_adapt.experiments.methods import shifted
+from hf_adapt.experiments.settings import ConfigError, Settings
+
+GOOD = """\
+data:
+  a: a.csv
+  b: {train: b.csv, test: c.csv, text_column: review}
+methods:
+  source only: []
+  DANN: [DANN]
+  both: [MMD, {DANN: {weight: {linear_ramp: {end_value: 0.5}}, ramp: null}}]
+  priors: {adaptations: recommended, target_priors: given, stream: {ratio: 0.5}}
+  bound: target
+seeds: 2
+training: {learning_rate: 3e-4}
+"""
+
+
+def read(text: str, **flags: Any) -> Experiment:
+    return Experiment.read(Settings.parse(text, "config.yaml"))
+
+
+def test_a_configuration_is_read_and_methods_are_built() -> None:
+    found = read(GOOD)
+    assert found.pairs == [("a", "b"), ("b", "a")] and found.seeds == [42, 43]
+    assert found.data["b"].test == "c.csv" and found.data["b"].text_column == "review"
+    assert found.training["learning_rate"] == 3e-4  # YAML 1.1 has a text there
+    mmd, dann = found.methods["both"].build()
+    assert isinstance(mmd, MMD) and isinstance(dann, DANN)
+    assert dann.lambda_at(0.5) == 0.25
+    assert found.methods["both"].build()[0] is not mmd
+    assert [m for m, method in found.methods.items() if method.is_baseline] == ["source only"]
+    assert [m for m, method in found.methods.items() if method.is_bound] == ["bound"]
+    assert found.methods["priors"].stream == {"ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line", "message"),
+    [
+        ("seeds: 2", "sedes: 2", 10, "'sedes' is unknown. Did you mean seeds?"),
+        ("seeds: 2", "seeds: two", 10, "expected a number of seeds"),
+        ("seeds: 2", "num_train: many", 10, "num_train: expected a whole number, got 'many'"),
+        ("seeds: 2", "balanced: 1", 10, "balanced: expected true or false, got 1"),
+        ("seeds: 2", "max_length: -1", 10, "must not be negative"),
+        ("seeds: 2", "task: tagging", 10, "'tagging' is unknown"),
+        ("seeds: 2", "pairs: [[a, c]]", 10, "the domain 'c' is unknown"),
+        ("seeds: 2", "pairs: [[a, b, a]]", 10, "expected [source, target]"),
+        ("seeds: 2", "data: {}", 10, "stands here a second time"),
+        ("test: c.csv", "tset: c.csv", 3, "'tset' is unknown. Did you mean test?"),
+        ("[DANN]", "[DAN]", 6, "'DAN' is unknown. Did you mean DANN?"),
+        ("[DANN]", "DANN", 6, "must be a list"),
+        ("[DANN]", "{DANN: {}}", 6, "write a list, [DANN: …]"),
+        ("[DANN]", "[{DANN: {wieght: 1}}]", 6, "'wieght' is unknown. Did you mean weight?"),
+        ("[DANN]", "[{DANN: {learning_rate: -1}}]", 6, "must be positive"),
+        ("end_value", "stop", 7, "linear_ramp: the argument 'stop' is unknown"),
+        ("stream:", "strem:", 8, "'strem' is unknown. Did you mean stream?"),
+        ("{ratio: 0.5}", "{ratoi: 0.5}", 8, "'ratoi' is unknown. Did you mean ratio?"),
+        ("learning_rate:", "learnin_rate:", 11, "Did you mean learning_rate?"),
+        ("learning_rate:", "seed:", 11, "training: seed is set by each run"),
+        ("training: {", "training: {{", 12, ""),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(
+    before: str, after: str, line: int, message: str
+) -> None:
+    assert before in GOOD
+    with pytest.raises(ConfigError) as caught:
+        read(GOOD.replace(before, after))
+    assert str(caught.value).startswith(f"config.yaml:{line}: ")
+    assert message in str(caught.value)
+
+
+def test_a_configuration_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        Settings.read(tmp_path / "no.yaml")
+    with pytest.raises(ConfigError, match="must hold keys"):
+        Settings.parse("- a", "x.yaml")
+    with pytest.raises(ConfigError, match="data: is missing"):
+        read("methods: {a: []}")
+
+
+def test_paths_start_at_the_file_and_variables_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").touch()
+    monkeypatch.setenv("ROWS", str(tmp_path / "rows"))
+    text = GOOD.replace("b.csv", "'${ROWS}/b.csv'")
+    found = Experiment.read(Settings.parse(text, "config.yaml"), tmp_path)
+    assert found.data["a"].train == str(tmp_path / "a.csv")
+    assert found.data["b"].train == str(tmp_path / "rows" / "b.csv")
+
+
+# ---------------------------------------------------------------- the command line
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "config.yaml").write_text(GOOD)
+    return str(tmp_path / "config.yaml")
+
+
+def test_options_replace_keys(file: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").touch()
+    flags = {
+        "num_train": 7,
+        "seeds": "5,6",
+        "method": ["bound", "DANN"],
+        "pair": ["b:a"],
+        "text_column": "words",
+        "target_priors": "{x: 0.5}",
+    }
+    found = experiment(file, flags, {"max_steps": 3})
+    assert (found.num_train, found.seeds, found.pairs) == (7, [5, 6], [("b", "a")])
+    assert list(found.methods) == ["bound", "DANN"]
+    assert found.methods["DANN"].target_priors == {"x": 0.5}
+    assert found.methods["bound"].target_priors is None
+    assert found.training["max_steps"] == 3 and found.training["learning_rate"] == 3e-4
+    assert {domain.text_column for domain in found.data.values()} == {"words"}
+    assert found.output_dir == str(Path("runs", "config"))
+    own = experiment(file, {"source": "a", "target": str(tmp_path / "c.csv")}, {})
+    assert own.pairs == [("a", "c")] and list(own.methods) == list(read(GOOD).methods)
+    assert list(own.data) == ["a", "c"]
+
+
+def test_two_files_of_the_same_name_are_two_domains() -> None:
+    found = experiment(None, {"source": "x/rows.csv", "target": "y/rows.csv"}, {})
+    assert found.pairs == [("rows", "target")]
+    assert found.data["target"].train == "y/rows.csv"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "Give --source and --target"),
+        ({"source": "a.csv"}, "--source is given alone"),
+        ({"source": "a", "target": "b", "seeds": "x"}, "--seeds x: expected"),
+        ({"source": "a", "target": "b", "num_train": -1}, "^--num-train: num_train: -1"),
+        ({"source": "a", "target": "b", "method": ["DAN"]}, "--method 'DAN' is unknown"),
+    ],
+)
+def test_wrong_options_are_named(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        experiment(None, flags, {})
+
+
+def test_options_of_training_arguments() -> None:
+    words = ["--max_steps", "2", "--learning-rate=3e-4", "--bf16", "--lr_scheduler_type", "linear"]
+    assert split_arguments("c.yaml", words, []) == (
+        "c.yaml",
+        {"max_steps": 2, "learning_rate": 3e-4, "bf16": True, "lr_scheduler_type": "linear"},
+    )
+    assert split_arguments("--max_steps", ["2", "c.yaml"], [])[0] == "c.yaml"
+    with pytest.raises(ConfigError, match=r"--num_trian is unknown. Did you mean --num-train\?"):
+        split_arguments("--num_trian", ["3"], ["num_train"])
+    with pytest.raises(ConfigError, match="one argument too many"):
+        split_arguments("a.yaml", ["b.yaml"], [])
+
+
+def test_wrong_frequencies_still_add_up_to_one() -> None:
+    shares = {"a": 0.7, "b": 0.2, "c": 0.1}
+    for points in (-0.8, -0.1, 0.1, 0.5):
+        wrong = shifted(shares, points)
+        assert sum(wrong.values()) == pytest.approx(1)
+        assert all(0 < share < 1 for share in wrong.values())
+        assert wrong["b"] == pytest.approx(2 * wrong["c"])

@@ -1,0 +1,143 @@
+"""Rows of domains: splits, labels and what is refused."""
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hf_adapt.experiments import data
+from hf_adapt.experiments.cell import resolved_priors
+from hf_adapt.experiments.config import DomainFiles
+from hf_adapt.experiments.data import DataError, Pair, load_domain, paired, split_rows
+from hf_adapt.experiments.methods import Method
+from hf_adapt.experiments.tasks import SequenceClassification
+from tests.experiments.conftest import write_csv
+
+TASK = SequenceClassification()
+ROWS = [(f"Sentence number {i}", "even" if i % 2 == 0 else "odd") for i in range(200)]
+
+
+def test_split_sizes_and_order():
+    split = split_rows(ROWS, TASK)
+    sizes = {name: len(rows) for name, rows in split.items()}
+    assert sizes == {"train": 130, "dev": 20, "test": 50}
+    assert sorted(row for rows in split.values() for row in rows) == sorted(ROWS)
+    assert split == split_rows(reversed(ROWS), TASK)  # not the order of the file
+    assert split["train"] != sorted(split["train"], key=ROWS.index)
+
+
+def test_repeats_of_a_text_do_not_straddle_splits():
+    variants = [(text.upper().replace(" ", "  ") + "!", label) for text, label in ROWS]
+    split = split_rows([*ROWS, *variants, ("  ", "even")], TASK)
+    seen = [text.lower() for rows in split.values() for text, _ in rows]
+    assert len(seen) == len(set(seen)) == 200
+
+
+def test_rows_without_a_label_are_training_rows():
+    split = split_rows([*ROWS[:20], *((text, None) for text, _ in ROWS[20:])], TASK)
+    assert {name: len(rows) for name, rows in split.items()} == {
+        "train": 193,
+        "dev": 2,
+        "test": 5,
+    }
+    assert all(label is not None for name in ("dev", "test") for _, label in split[name])
+
+
+def pair(target_rows, **options) -> Pair:
+    domains = {"here": split_rows(ROWS, TASK), "there": split_rows(target_rows, TASK)}
+    return paired(domains, TASK, **options)
+
+
+def test_limits_and_what_adaptation_may_see():
+    found = pair([(f"Other {text}", label) for text, label in ROWS], num_train=50, num_test=10)
+    assert found.labels == ["even", "odd"]
+    assert found.source.num_rows == found.target.num_rows == {"train": 50, "dev": 10, "test": 10}
+    assert found.target_unlabelled.column_names == ["text"]
+    assert found.target_unlabelled["text"][:] == found.target["train"]["text"][:]
+    row = found.source["train"][0]
+    assert found.labels[row["label"]] == dict(ROWS)[row["text"]]
+
+
+def test_balanced_pair_has_as_many_rows_of_each_label():
+    rows = [(text, "odd" if i % 5 == 0 else "even") for i, (text, _) in enumerate(ROWS)]
+    for split in pair(rows, balanced=True).target.values():
+        labels = split["label"][:]
+        assert labels.count(0) == labels.count(1) > 0
+    with pytest.raises(DataError, match="balanced needs one label for each row"):
+        pair([(text, None) for text, _ in ROWS], balanced=True)
+
+
+def test_classes_that_differ_are_refused():
+    with pytest.raises(DataError, match=r"\['even', 'odd'\].*\['is even', 'is odd'\]"):
+        pair([(text, f"is {label}") for text, label in ROWS])
+    with pytest.raises(DataError, match="at least two are needed"):
+        paired({name: split_rows(ROWS[::2], TASK) for name in ("here", "there")}, TASK)
+
+
+def test_missing_column_names_the_columns_and_the_option(tmp_path):
+    path = str(write_csv(tmp_path / "a.csv", ROWS, header="review,label"))
+    with pytest.raises(DataError, match=r"\['review', 'label'\].*text_column"):
+        load_domain(DomainFiles(path), TASK)
+    assert len(load_domain(DomainFiles(path, text_column="review"), TASK)["train"]) == 130
+
+
+def test_numbers_and_missing_words_in_a_csv_file_stay_as_they_are(tmp_path):
+    rows = [("NA", "007"), ("null", "1"), ("3", "1"), ("4", "")]
+    split = load_domain(DomainFiles(str(write_csv(tmp_path / "a.csv", rows))), TASK)
+    found = sorted(row for rows in split.values() for row in rows if row[1] is not None)
+    assert found == [("3", "1"), ("NA", "007"), ("null", "1")]
+
+
+def test_named_test_file_is_kept_and_not_trained_on(tmp_path):
+    train = str(write_csv(tmp_path / "a.csv", ROWS))
+    test = str(write_csv(tmp_path / "b.csv", [(t.upper(), label) for t, label in ROWS[:40]]))
+    split = load_domain(DomainFiles(train, test=test), TASK)
+    assert sorted(split["test"]) == sorted((text.upper(), label) for text, label in ROWS[:40])
+    assert sorted(split["train"] + split["dev"]) == sorted(ROWS[40:])
+    assert len(split["dev"]) == 16
+    split = load_domain(DomainFiles(train, dev=test), TASK)
+    assert len(split["dev"]) == 40 and len(split["test"]) == 40
+
+
+def test_test_split_of_a_hub_data_set_is_kept_and_not_trained_on(monkeypatch):
+    labels = datasets.ClassLabel(names=["even", "odd"])
+
+    def dataset(rows, hidden=False):
+        columns = {"text": [r[0] for r in rows], "label": [-1 if hidden else r[1] for r in rows]}
+        features = datasets.Features({"text": datasets.Value("string"), "label": labels})
+        return Dataset.from_dict(columns, features=features)
+
+    hub = DatasetDict(
+        train=dataset(ROWS),
+        validation=dataset([(text.upper(), label) for text, label in ROWS[:40]]),
+        test=dataset([("without label", "odd")], hidden=True),
+    )
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or hub)
+    split = load_domain(DomainFiles("someone/data:config"), TASK)
+    assert asked == [("someone/data", "config")]
+    assert sorted(split["test"]) == sorted((text.upper(), label) for text, label in ROWS[:40])
+    assert sorted(split["train"] + split["dev"]) == sorted(ROWS[40:])
+
+
+# ---------------------------------------------------------------- class frequencies
+def test_given_frequencies_are_counted_on_training_rows():
+    rows = [(text, "odd" if i % 5 == 0 else "even") for i, (text, _) in enumerate(ROWS)]
+    found = pair(rows)
+    true = found.target["train"]["label"][:].count(0) / 130
+    assert resolved_priors(Method(["MMD"], target_priors="given"), found, TASK) == pytest.approx(
+        {"even": true, "odd": 1 - true}
+    )
+    for points in (0.1, -0.1):
+        method = Method(["MMD"], target_priors={"given": points})
+        wrong = resolved_priors(method, found, TASK)
+        assert wrong == pytest.approx({"even": true + points, "odd": 1 - true - points})
+    for other in ("uniform", "estimate", {"even": 0.3, "odd": 0.7}, None):
+        assert resolved_priors(Method(["MMD"], target_priors=other), found, TASK) == other
+
+
+def test_frequencies_of_a_target_without_labels_cannot_be_counted():
+    found = pair([(text, None) for text, _ in ROWS])
+    assert found.target_unlabelled.num_rows == 200 and found.target["test"].num_rows == 0
+    with pytest.raises(DataError, match="Give the class frequencies"):
+        resolved_priors(Method(["MMD"], target_priors="given"), found, TASK)
+    assert data.TEST_SHARE == 0.25

@@ -1,0 +1,183 @@
+"""`hf-adapt run`, as a person runs it: what it trains, keeps, prints and writes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import Trainer, pipeline
+
+from tests.experiments.conftest import results, rows, run, write_csv
+
+Config = Callable[..., str]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every training run."""
+    calls: list[int] = []
+    train = Trainer.train
+
+    def counted(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", counted)
+    return calls
+
+
+def test_every_cell_is_a_line_and_a_table_is_written(write_config: Config, tmp_path: Path) -> None:
+    printed = run(write_config(pairs="all"), "--seeds", "2")
+    lines = results(tmp_path / "out")
+    assert [(r["source"], r["target"], r["seed"], r["method"]) for r in lines] == [
+        (*pair, seed, method)
+        for pair in (("films", "phones"), ("phones", "films"))
+        for seed in ("42", "43")
+        for method in ("source only", "MMD", "bound")
+    ]
+    for line in lines:
+        assert 0 <= float(line["target_accuracy"]) <= 1 and 0 <= float(line["source_f1"]) <= 1
+        assert float(line["seconds"]) > 0 and float(line["peak_memory_mb"]) > 0
+        assert sum(json.loads(line["target_predicted_shares"]).values()) == pytest.approx(1)
+        assert line["error"] == ""
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| pair | source only | MMD | bound |" in table
+    assert table.count("| films → phones | ") == 5  # accuracies; true and three predicted shares
+    assert "±" in table and "transformers" in table
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "below source only" in table and str(tmp_path / "out" / "table.md") in printed
+
+
+def test_only_what_is_missing_is_run(
+    write_config: Config, tmp_path: Path, trained: list[int]
+) -> None:
+    run(write_config(), "--method", "source only")
+    assert len(trained) == 1
+    run(write_config())
+    assert len(trained) == 3
+    (tmp_path / "out" / "results.csv").unlink()
+    assert "3 of 3 runs are kept" in run(write_config())
+    assert len(trained) == 3 and len(results(tmp_path / "out")) == 3
+    run(write_config(), "--learning_rate", "0.01", "--method", "MMD")
+    assert len(trained) == 4
+    run(write_config())  # the first settings' results are still there
+    assert len(trained) == 4
+    run(write_config(), "--overwrite", "--method", "MMD")
+    assert len(trained) == 5
+
+
+def test_failed_run_is_shown_and_tried_again_and_the_others_go_on(
+    write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_adapt.alignment import MMD
+
+    def broken(self: Any, *args: Any) -> Any:
+        raise ArithmeticError("no such kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MMD, "loss", broken)
+        printed = run(write_config(), fails=True)
+    assert "failed films → phones, MMD, seed 42: ArithmeticError: no such kernel" in printed
+    lines = results(tmp_path / "out")
+    assert [bool(line["error"]) for line in lines] == [False, True, False]
+    assert "MMD (1 failed)" in (tmp_path / "out" / "table.md").read_text()
+    (error,) = (tmp_path / "out").rglob("error.txt")
+    assert "in broken" in error.read_text()
+    assert "2 of 3 runs are kept" in run(write_config())
+    assert not error.exists()
+
+
+def test_results_of_two_processes_are_those_of_one(write_config: Config, tmp_path: Path) -> None:
+    both = ("--method", "source only", "--method", "MMD")
+    kept = ("target_accuracy", "target_f1", "source_predicted_shares")
+    run(write_config(), *both, "--jobs", "1", "--save-models")
+    one = results(tmp_path / "out")
+    run(write_config(), *both, "--jobs", "2", "--overwrite", "--output-dir", str(tmp_path / "two"))
+    two = results(tmp_path / "two")
+    assert [[line[key] for key in kept] for line in one] == [
+        [line[key] for key in kept] for line in two
+    ]
+
+
+def test_labels_of_the_target_reach_the_bound_alone(
+    write_config: Config, domains: dict[str, str], tmp_path: Path
+) -> None:
+    """With the target's labels flipped, every other model is the same to the last bit."""
+    weights = {}
+    for flip in (False, True):
+        write_csv(Path(domains["phones"]), rows("phone", flip))
+        out = tmp_path / f"out{flip}"
+        run(write_config(output_dir=str(out)), "--save-models")
+        for method in ("source_only", "mmd", "bound"):
+            (path,) = out.rglob(f"{method}-seed42-*/model.safetensors")
+            weights[method, flip] = load_file(path)
+    for method in ("source_only", "mmd", "bound"):
+        before, after = weights[method, False], weights[method, True]
+        same = all(before[name].equal(after[name]) for name in before)
+        assert same == (method != "bound"), method
+
+
+@pytest.mark.parametrize("extra", [(), ("--cache-prefix",)])
+def test_first_layers_are_frozen_and_the_rest_is_trained(
+    write_config: Config, tmp_path: Path, model_dir: Path, extra: tuple[str, ...]
+) -> None:
+    run(
+        write_config(methods={"MMD": ["MMD"]}),
+        *("--freeze-layers", "1", "--save-models", "--max_steps", "24", *extra),
+    )
+    (path,) = (tmp_path / "out").rglob("model.safetensors")
+    before, after = load_file(model_dir / "model.safetensors"), load_file(path)
+    moved = {name for name in after if not before[name].equal(after[name])}
+    assert any("layer.1." in name for name in moved)
+    assert any("classifier" in name for name in moved)
+    assert not any("embeddings" in name or "layer.0." in name for name in moved)
+
+
+# ---------------------------------------------------------------- a person's own files
+def own_files(tmp_path: Path, model_dir: Path, target: Path) -> list[str]:
+    source = write_csv(tmp_path / "mine.csv", rows("film"), "text,label")
+    options = {
+        "--source": source,
+        "--target": target,
+        "--model": model_dir,
+        "--output-dir": tmp_path / "out",
+        "--max_steps": 2,
+    }
+    return [str(part) for option in options.items() for part in option]
+
+
+def test_target_without_labels_gives_a_model_and_no_score(tmp_path: Path, model_dir: Path) -> None:
+    texts = [(text,) for text, _ in rows("phone")]
+    target = write_csv(tmp_path / "theirs.csv", texts, "text")
+    printed = run(*own_files(tmp_path, model_dir, target))
+    lines = results(tmp_path / "out")
+    assert [line["method"] for line in lines] == ["source only", "recommended"]
+    assert [line["target_accuracy"] for line in lines] == ["", ""]
+    assert "48 of the target without; 12 and 0 to test on" in printed
+    assert "Predicted shares" in printed and "target acc." not in printed
+    folder = lines[1]["model"]
+    assert f"'{folder}'" in printed
+    (said,) = pipeline("text-classification", folder)("a good phone")
+    assert said["label"] in ("pos", "neg")
+
+
+def test_target_with_labels_gives_a_score(tmp_path: Path, model_dir: Path) -> None:
+    target = write_csv(tmp_path / "theirs.tsv", [("review\tstars",)], "text")
+    lines = "\n".join(f"{text}\t{label}" for text, label in rows("phone"))
+    target.write_text(f"review\tstars\n{lines}\n")
+    source = tmp_path / "mine.jsonl"
+    source.write_text(
+        "\n".join(json.dumps({"review": text, "stars": label}) for text, label in rows("film"))
+    )
+    words = own_files(tmp_path, model_dir, target)
+    words[1] = str(source)
+    run(*words, "--text-column", "review", "--label-column", "stars")
+    assert all(float(line["target_accuracy"]) >= 0 for line in results(tmp_path / "out"))
+
+
+def test_rows_without_a_label_are_training_rows(tmp_path: Path, model_dir: Path) -> None:
+    partly = [(text, label if i % 2 else "") for i, (text, label) in enumerate(rows("phone"))]
+    printed = run(*own_files(tmp_path, model_dir, write_csv(tmp_path / "theirs.csv", partly)))
+    assert "40 of the target without; 12 and 6 to test on" in printed

@@ -1,0 +1,191 @@
+"""A table of the methods that train with target rows; what each must hold is tested by its rows.
+
+A new method is one more row of `METHODS`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_adapt import Adaptation, adapt
+from hf_adapt.alignment import (
+    ADDA,
+    AFN,
+    ATDOC,
+    BNM,
+    CDAN,
+    CMD,
+    CORAL,
+    DANN,
+    FGM,
+    JMMD,
+    MCC,
+    MCD,
+    MDD,
+    MMD,
+    PADA,
+    SAM,
+    VAT,
+    AaD,
+    DeepJDOT,
+    EntropyMinimization,
+    ImportanceWeighting,
+    InformationMaximization,
+    RDrop,
+    SelfTraining,
+    SupervisedContrastive,
+    TargetLanguageModeling,
+)
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.toy import tokenizer
+from tests.helpers.trainers import arguments, weights
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of alignment, with settings for tiny models and a constant weight.
+
+    Attributes:
+        make: Makes its adaptations, new for each run.
+        accumulation: What several micro-batches of an optimizer step are: `"rows"`: one large
+            micro-batch, as the term is a sum over rows; `"batches"`: the mean of their terms, as
+            the term couples rows; None: neither can be compared, as it draws random numbers or
+            remembers its micro-batches, and its own tests show it.
+        refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
+    """
+
+    make: Callable[[], list[Adaptation]]
+    accumulation: Literal["rows", "batches"] | None
+    refuses_tokens: str | None = None
+
+
+PRIORS = (0.5, 0.3, 0.2)
+
+
+def masked(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A view in which every third token is another one."""
+    tokens = inputs["input_ids"].clone()
+    tokens[:, 1::3] = 3
+    return {**inputs, "input_ids": tokens}
+
+
+METHODS = {
+    "aad": Method(lambda: [AaD(weight=0.5, decay=0)], "batches"),
+    # Its memory holds predictions as they stand out in their micro-batch.
+    "atdoc": Method(lambda: [ATDOC(weight=0.5, prior=PRIORS)], None),
+    "afn": Method(lambda: [AFN()], "rows"),
+    "afn_hard": Method(lambda: [AFN(radius=5.0)], "batches"),
+    "bnm": Method(lambda: [BNM(weight=0.3)], "batches"),
+    "cmd": Method(lambda: [CMD()], "batches"),
+    "coral": Method(lambda: [CORAL(weight=100.0)], "batches"),
+    "dann": Method(lambda: [DANN(ramp=None, hidden_sizes=(8,))], "rows"),
+    "deep_jdot": Method(lambda: [DeepJDOT()], "batches"),
+    "deep_jdot_unbalanced": Method(lambda: [DeepJDOT(unbalanced=1.0)], "batches"),
+    "entropy_minimization": Method(lambda: [EntropyMinimization()], "rows"),
+    "fgm": Method(lambda: [FGM()], "rows"),
+    "adda": Method(lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)], "rows"),
+    "cdan": Method(lambda: [CDAN(ramp=None, hidden_sizes=(8,))], "batches"),
+    "cdan_rows": Method(
+        lambda: [CDAN(ramp=None, hidden_sizes=(8,), entropy_conditioning=False)], "rows"
+    ),
+    "importance_weighting": Method(lambda: [ImportanceWeighting(learning_rate=0.1)], "batches"),
+    "information_maximization": Method(lambda: [InformationMaximization(weight=0.3)], "batches"),
+    "information_maximization_prior": Method(
+        lambda: [InformationMaximization(weight=0.3, prior=PRIORS)], "batches"
+    ),
+    "mcd": Method(lambda: [MCD(ramp=None, hidden_sizes=(8,))], "rows"),
+    "mdd": Method(lambda: [MDD(ramp=None, hidden_sizes=(8,))], "rows"),
+    "mmd": Method(lambda: [MMD(weight=0.5)], "batches"),
+    "pada": Method(lambda: [PADA(ramp=None, hidden_sizes=(8,), momentum=0.3)], "rows"),
+    "self_training": Method(
+        lambda: [SelfTraining(shares=(0.9, 0.9), refreshes=(0, 0.5), prior=PRIORS)], "rows"
+    ),
+    "self_training_teacher": Method(
+        lambda: [
+            SelfTraining(refreshes=(0, 0.4, 0.7), teacher_decay=0.5, view=masked, prior="estimate")
+        ],
+        None,
+    ),
+    "jmmd": Method(lambda: [JMMD(weight=0.5)], "batches"),
+    "mcc": Method(lambda: [MCC(weight=0.3)], "batches"),
+    "rdrop": Method(lambda: [RDrop()], "rows"),
+    "sam": Method(lambda: [MMD(weight=0.5), SAM()], "batches"),
+    "supervised_contrastive": Method(lambda: [SupervisedContrastive()], "batches"),
+    "target_language_modeling": Method(
+        lambda: [TargetLanguageModeling(tokenizer=tokenizer(), mask_probability=0.3, warmup=0)],
+        "rows",
+    ),
+    "vat": Method(lambda: [VAT()], None),
+}
+SUMS = [name for name, method in METHODS.items() if method.accumulation == "rows"]
+COUPLED = [name for name, method in METHODS.items() if method.accumulation == "batches"]
+
+
+def target(labels: int | None = None, head: str = "row") -> Any:
+    """Rows of other tokens than the source's; with labels drawn by a seed, or without."""
+    made = rows(23, 2, None, low=20)
+    if labels is None:
+        return made
+    own = rows(23, labels, head)
+    return made.add_column("labels", [row["labels"] for row in own])
+
+
+def make_trainer(
+    folder: Path,
+    adaptations: Sequence[Adaptation],
+    model: Any = None,
+    target_dataset: Any = None,
+    labels: str = "row",
+    args: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **settings: Any,
+) -> Trainer:
+    """A Trainer of a tiny BERT with 40 source rows, adapted to 23 target rows."""
+    trainer = Trainer(
+        bert() if model is None else model,
+        arguments(folder, **settings) if args is None else args,
+        train_dataset=rows(40, 1, labels),
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+    return adapt(
+        trainer,
+        *adaptations,
+        target_dataset=target() if target_dataset is None else target_dataset,
+    )
+
+
+def state_of(adaptations: Sequence[Adaptation]) -> dict[str, Any]:
+    """All that adaptations learn and keep: their modules' weights and their states."""
+    state: dict[str, Any] = {}
+    for adaptation in adaptations:
+        state |= _flat(adaptation.name, adaptation.state_dict())
+        if adaptation.module is not None:
+            state |= _flat(f"{adaptation.name}.module", weights(adaptation.module))  # type: ignore[arg-type]
+    return state
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Nested dicts and lists as one dict."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        return {name: value.detach().clone() if isinstance(value, torch.Tensor) else value}
+    return {k: v for key, each in items for k, v in _flat(f"{name}.{key}", each).items()}
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """The same names and values, tensors to the last bit."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
