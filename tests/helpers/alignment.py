@@ -57,11 +57,13 @@ class Method:
             the term couples rows; None: neither can be compared, as it draws random numbers or
             remembers its micro-batches, and its own tests show it.
         refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
+        keeps: How the names of the weights begin that it does not train.
     """
 
     make: Callable[[], list[Adaptation]]
     accumulation: Literal["rows", "batches"] | None
     refuses_tokens: str | None = None
+    keeps: tuple[str, ...] = ()
 
 
 PRIORS = (0.5, 0.3, 0.2)
@@ -78,6 +80,11 @@ METHODS = {
     "aad": Method(lambda: [AaD(weight=0.5, decay=0)], "batches"),
     # Its memory holds predictions as they stand out in their micro-batch.
     "atdoc": Method(lambda: [ATDOC(weight=0.5, prior=PRIORS)], None),
+    "adda": Method(
+        lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)],
+        "rows",
+        keeps=("bert.pooler", "classifier"),
+    ),
     "afn": Method(lambda: [AFN()], "rows"),
     "afn_hard": Method(lambda: [AFN(radius=5.0)], "batches"),
     "bnm": Method(lambda: [BNM(weight=0.3)], "batches"),
@@ -88,7 +95,6 @@ METHODS = {
     "deep_jdot_unbalanced": Method(lambda: [DeepJDOT(unbalanced=1.0)], "batches"),
     "entropy_minimization": Method(lambda: [EntropyMinimization()], "rows"),
     "fgm": Method(lambda: [FGM()], "rows"),
-    "adda": Method(lambda: [ADDA(bert(), ramp=None, hidden_sizes=(8,), bounded=False)], "rows"),
     "cdan": Method(lambda: [CDAN(ramp=None, hidden_sizes=(8,))], "batches"),
     "cdan_rows": Method(
         lambda: [CDAN(ramp=None, hidden_sizes=(8,), entropy_conditioning=False)], "rows"
