@@ -13,11 +13,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
-from hf_adapt import MMD, Adaptation, Stream
+from hf_adapt import MMD, Adaptation, Stream, adapt
 from hf_adapt.alignment import (
     FGM,
+    JMMD,
     SAM,
     VAT,
+    DeepJDOT,
     RDrop,
     SupervisedContrastive,
     mmd_loss,
@@ -26,8 +28,9 @@ from hf_adapt.alignment import (
 from hf_adapt.engine.collating import DOMAIN
 from tests.helpers.alignment import make_trainer, target
 from tests.helpers.fake_batch import FakeBatch
+from tests.helpers.heads import CASES
 from tests.helpers.models import bert, enlarged
-from tests.helpers.trainers import GradientRecorder, flat_gradient, same_bits, weights
+from tests.helpers.trainers import GradientRecorder, arguments, flat_gradient, same_bits, weights
 
 
 def model() -> Any:
@@ -217,6 +220,55 @@ def test_models_without_input_embeddings_are_refused(tmp_path: Path) -> None:
     for make in (FGM, VAT):
         with pytest.raises(ValueError, match=r"epsilon=0.0 must be positive"):
             make(epsilon=0.0)
+
+
+# ---- other heads ----
+
+
+def on_head(folder: Path, head: str, *adaptations: Adaptation) -> dict[str, Any]:
+    """The log of a first step with a kind of head."""
+    case = CASES[head]
+    trainer = Trainer(
+        case.model(0),
+        arguments(folder, max_steps=1),
+        train_dataset=case.data(16),
+        data_collator=case.collate,
+    )
+    adapt(trainer, *adaptations, target_dataset=case.data(9)).train()
+    return trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("head", ["image", "llama", "masked_lm", "choices"])
+def test_a_perturbation_of_patches_tokens_and_choices_hurts(head: str, tmp_path: Path) -> None:
+    log = on_head(tmp_path, head, FGM(epsilon=0.1), VAT(epsilon=0.1))
+    assert log["loss/fgm"] > log["loss/task"] + 0.01
+    assert log["loss/vat"] > 1e-3
+
+
+@pytest.mark.parametrize("head", ["image", "llama", "seq2seq", "choices"])
+def test_sharpness_is_found_on_other_heads(head: str, tmp_path: Path) -> None:
+    losses = [
+        on_head(tmp_path, head, MMD(weight=1e-6), *others)["loss/task"]
+        for others in ([], [SAM(rho=0.005)])
+    ]
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize(
+    ("head", "make", "message"),
+    [
+        ("llama", DeepJDOT, "8 features and 52 predictions. Pass pooling='tokens'"),
+        ("choices", JMMD, "16 features and 8 predictions"),
+        ("choices", SupervisedContrastive, "items of features.. are choices: they have no labels"),
+        ("spans", VAT, "outputs hold no logits"),
+        ("seq2seq", RDrop, "the decoder of an encoder-decoder has none"),
+    ],
+)
+def test_what_a_head_cannot_do_is_refused(
+    head: str, make: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        on_head(tmp_path, head, make())
 
 
 # ---- R-Drop ----
