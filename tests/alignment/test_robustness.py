@@ -34,8 +34,13 @@ from tests.helpers.trainers import GradientRecorder, arguments, flat_gradient, s
 
 
 def model() -> Any:
-    """Larger weights: with the usual 0.02 a perturbation would change nothing."""
-    return enlarged(bert(), 5)
+    """Larger weights: with the usual 0.02 a perturbation would change nothing.
+
+    The embedding of padding is not 0, as it is in models that were trained without `padding_idx`.
+    """
+    made = enlarged(bert(), 5)
+    made.get_input_embeddings().weight.data[0] = 0.5
+    return made
 
 
 def one_step(
