@@ -77,7 +77,7 @@ class CORAL(Discrepancy):
 
     Example:
         >>> CORAL().weight
-        300.0
+        100.0
     """
 
     name = "coral"
@@ -85,7 +85,7 @@ class CORAL(Discrepancy):
 
     def __init__(
         self,
-        weight: float | Schedule = 300.0,
+        weight: float | Schedule = 100.0,
         feature_layer: str | None = None,
         pooling: Pooling = "auto",
         name: str | None = None,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_adapt.alignment.predictions import TargetPredictions, check_logits
+from hf_adapt.engine.progress import Schedule
 
 
 def bnm_loss(target_logits: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,8 @@ class BNM(TargetPredictions):
         under Label Insufficient Situations", arXiv:2003.12237.
 
     Args:
-        weight: Factor of the term, or a schedule of it. 1 is the authors' value.
+        weight: Factor of the term, or a schedule of it. The authors' 1 put most rows into one class
+            on text.
         name: Prefix of the logs.
 
     Logs:
@@ -78,6 +80,9 @@ class BNM(TargetPredictions):
     """
 
     name = "bnm"
+
+    def __init__(self, weight: float | Schedule = 0.3, name: str | None = None) -> None:
+        super().__init__(weight, name=name)
 
     def batch_term(self, target_logits: torch.Tensor) -> torch.Tensor:
         """The negative nuclear norm of the micro-batch's predictions."""

@@ -95,9 +95,9 @@ def source_only(toy: Callable[..., Domain]) -> float:
 
 
 SOLVE_THE_MOVE: list[Callable[[], Objective]] = [
-    BNM,
-    CMD,
-    lambda: CORAL(weight=100.0),
+    lambda: BNM(weight=1.0),
+    lambda: CMD(weight=1.0),
+    CORAL,
     DeepJDOT,
     lambda: DeepJDOT(weight=0.5, unbalanced=1.0),
     lambda: InformationMaximization(weight=0.5),
@@ -133,6 +133,6 @@ def test_where_class_frequencies_differ_exact_transport_loses() -> None:
         statistics.mean(accuracies(scarce, lambda rho=rho: DeepJDOT(weight=0.5, unbalanced=rho)))
         for rho in (None, 1.0)
     )
-    assert relaxed > exact + 0.2
+    assert relaxed > exact + 0.05
     assert statistics.mean(accuracies(scarce, MMD)) < 0.8  # 0.99 where they agree
     assert statistics.mean(accuracies(scarce, MCC)) > 0.85

@@ -251,16 +251,16 @@ def test_jdot_is_its_formula(unbalanced: float | None) -> None:
         tensor.requires_grad_()
     squared = (source[:, None] - target[None]).square().sum(-1)
     cross_entropy = -logits.log_softmax(-1)[:, labels].T
-    cost = 0.5 * squared / squared.detach().median() + 2.0 * cross_entropy
-    fixed = cost.detach().numpy()
-    scale = float(cost.detach().median())
+    fixed = (0.5 * squared / squared.median() + 2.0 * cross_entropy).detach().numpy()
+    scale = float(torch.tensor(fixed).median())
     kernel, u, v = np.exp(-fixed / (0.3 * scale)), np.ones(4), np.ones(5)
     power = 1.0 if unbalanced is None else unbalanced / (unbalanced + 0.3)
     for _ in range(50):
         u = (1 / (kernel @ (v / 5))) ** power
         v = (1 / (kernel.T @ (u / 4))) ** power
     plan = torch.tensor(u[:, None] * kernel * v[None] / 20)
-    expected = (plan * cost).sum()
+    norm = ((source**2).sum() / 4 + (target**2).sum() / 5).detach() / 2
+    expected = (plan * (0.5 * squared / norm + 2.0 * cross_entropy)).sum()
     found = jdot_loss(source, labels, target, logits, 0.5, 2.0, 0.3, unbalanced)
     assert found.item() == pytest.approx(expected.item(), rel=1e-9)
     inputs = [source, target, logits]

@@ -87,7 +87,7 @@ METHODS = {
     ),
     "afn": Method(lambda: [AFN()], "rows"),
     "afn_hard": Method(lambda: [AFN(radius=5.0)], "batches"),
-    "bnm": Method(lambda: [BNM(weight=0.3)], "batches"),
+    "bnm": Method(lambda: [BNM()], "batches"),
     "cmd": Method(lambda: [CMD()], "batches"),
     "coral": Method(lambda: [CORAL()], "batches"),
     "dann": Method(lambda: [DANN(ramp=None, hidden_sizes=(8,))], "rows"),
