@@ -20,6 +20,10 @@ FLOORS = (
 )
 EXCEPTIONS = {
     ("hf_adapt.cli", "hf_adapt"): "--version prints the version of the package",
+    (
+        "hf_adapt.engine.plan",
+        "hf_adapt.alignment.recommended",
+    ): "a target that is given without adaptations is adapted to by the recommended ones",
 }
 """Pairs of (folder or module, module that it may import from a floor above), with the reason."""
 

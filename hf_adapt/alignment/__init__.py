@@ -27,10 +27,12 @@ from hf_adapt.alignment.nuclear_norm import BNM, bnm_loss
 from hf_adapt.alignment.optimal_transport import DeepJDOT, jdot_loss, sinkhorn_plan
 from hf_adapt.alignment.pada import PADA
 from hf_adapt.alignment.perturbation import FGM, VAT
+from hf_adapt.alignment.prediction_time import T3A, Tent
 from hf_adapt.alignment.pretraining import adapt_pretrain
 from hf_adapt.alignment.prior_correction import PriorCorrection
 from hf_adapt.alignment.priors import corrected_logits, estimate_priors, priors_from_sample
 from hf_adapt.alignment.rdrop import RDrop, rdrop_loss
+from hf_adapt.alignment.recommended import recommended
 from hf_adapt.alignment.self_training import (
     SelfTraining,
     aligned_predictions,
@@ -57,6 +59,7 @@ __all__ = [
     "PADA",
     "SAM",
     "SHOT",
+    "T3A",
     "VAT",
     "AaD",
     "DeepJDOT",
@@ -70,6 +73,7 @@ __all__ = [
     "SelfTraining",
     "SupervisedContrastive",
     "TargetLanguageModeling",
+    "Tent",
     "adapt_pretrain",
     "aligned_predictions",
     "balanced_pseudo_labels",
@@ -96,6 +100,7 @@ __all__ = [
     "prediction_entropy",
     "priors_from_sample",
     "rdrop_loss",
+    "recommended",
     "reverse_gradient",
     "shot",
     "sinkhorn_plan",

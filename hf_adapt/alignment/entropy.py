@@ -11,7 +11,6 @@ from hf_adapt.alignment.predictions import ClassPredictions
 from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.progress import Schedule
-from hf_adapt.engine.streams import TARGET
 
 if TYPE_CHECKING:
     from hf_adapt.engine.batch import Batch, Rows
@@ -171,16 +170,6 @@ class InformationMaximization(PriorObjective):
             )
         self.entropy_weight = entropy_weight
         self.diversity_weight = diversity_weight
-
-    def before_step(self, step: int) -> None:
-        """Estimate the class frequencies, where that was asked for."""
-        super().before_step(step)
-        if not self.estimates_priors:
-            return
-        times = [round(fifth * self._trainer.state.max_steps / 5) for fifth in range(1, 5)]
-        if step in times:
-            read = self._trainer.sweep(self, TARGET, lambda batch: {"logits": batch.logits()[0]})
-            self.refresh_priors(read["logits"])
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The number of target rows (or tokens), each of which has a prediction."""

@@ -57,7 +57,6 @@ class NeighbourObjective(PriorObjective):
                     f"target rows than neighbours; there are {len(found['keys'])}."
                 )
             self.bank.fill(found.pop("keys"), **found)
-            self.refresh_priors(found["logits"])
             self.bank.values["predictions"] = self.remembered(self.bank.values.pop("logits"))
         self.bank.to(self._trainer.args.device)
         self._take_in()

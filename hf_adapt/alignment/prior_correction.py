@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from hf_adapt.alignment.heads import last_linear
 from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors
 from hf_adapt.alignment.source_weights import (
     num_source_labels,
@@ -89,8 +91,11 @@ class PriorCorrection(PriorObjective):
         """Count the classes of the source."""
         if self._source is None:
             self._source = self.source_priors()
-        if self._priors is None:
-            self._priors = self._source
+        super().before_step(step)
+
+    def estimation_steps(self) -> Collection[int]:
+        """None: they are estimated at the end."""
+        return ()
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The labels of the source."""
@@ -138,12 +143,11 @@ def head_bias(model: nn.Module) -> torch.Tensor:
     Raises:
         ValueError: If there is none.
     """
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    if not layers or layers[-1].bias is None:
+    layer = last_linear(model, "PriorCorrection")
+    if layer.bias is None:
         raise ValueError(
-            "PriorCorrection corrects the bias of the head's last layer, and this "
-            f"{type(model).__name__} has no linear layer of {classes} classes with a bias. Correct "
-            "its predictions instead, with hf_adapt.alignment.corrected_logits."
+            "PriorCorrection corrects the bias of the head's last layer, and the one of this "
+            f"{type(model).__name__} has none. Correct its predictions instead, with "
+            "hf_adapt.alignment.corrected_logits."
         )
-    return layers[-1].bias
+    return layer.bias

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -332,9 +332,16 @@ class PriorObjective(ClassPredictions):
         return isinstance(given, str) and given == "estimate"
 
     def before_step(self, step: int) -> None:
-        """Count the source's frequencies, where they are asked for; an estimate starts there."""
+        """Count the source's frequencies, where they are asked for; estimate again from there."""
         if self._priors is None:
             self._priors = self.source_priors()
+        if self.estimates_priors and step in self.estimation_steps():
+            read = self._trainer.sweep(self, TARGET, lambda batch: {"logits": batch.logits()[0]})
+            self.refresh_priors(read["logits"])
+
+    def estimation_steps(self) -> Collection[int]:
+        """Before which steps frequencies are estimated, if they are: at each fifth of training."""
+        return [round(fifth * self._trainer.state.max_steps / 5) for fifth in range(1, 5)]
 
     def source_priors(self) -> torch.Tensor:
         """The class frequencies of the training rows, (C,)."""
@@ -344,8 +351,10 @@ class PriorObjective(ClassPredictions):
 
     def target_priors(self) -> torch.Tensor:
         """The frequency of each class, (C,), on the device of the run."""
-        assert self._priors is not None
-        return self._priors.to(self._trainer.args.device)
+        priors = self._priors
+        if priors is None:  # a first batch is looked at before they are counted
+            priors = resolved_priors("uniform", class_names(self._trainer))
+        return priors.to(self._trainer.args.device)
 
     def refresh_priors(self, target_logits: torch.Tensor) -> None:
         """Estimate the frequencies again from predictions for the target rows, (M, C).

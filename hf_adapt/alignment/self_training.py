@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +15,13 @@ from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import TARGET
 from hf_adapt.models.averages import RunningAverage
+from hf_adapt.models.hashing import row_keys
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from hf_adapt.engine.batch import Batch, Rows
+    from hf_adapt.engine.parts import Part
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +110,8 @@ class SelfTraining(PriorObjective):
         L = \frac{1}{|K|} \sum_{i \in K} -\log p_{i, \hat y_i}
 
     It is the strongest of the methods here where the class frequencies of the target are known at
-    least roughly (`target_priors`), and may do harm where they are wrong by 20 points. Between the
-    refreshes it costs nothing but the target rows' own forward.
+    least roughly (`target_priors`), and may do harm where they are wrong by 20 points. A refresh
+    costs a forward of all target rows; between them only rows with a label go through the model.
 
     Reference:
         Zou et al. 2018, arXiv:1810.07911 (class balance); Tarvainen & Valpola 2017,
@@ -132,8 +134,8 @@ class SelfTraining(PriorObjective):
         name: Prefix of the logs.
 
     Logs:
-        `loss/self_training`, `self_training/kept` (the share of the micro-batch's target rows that
-        are trained on), `self_training/agreement` (of those, which the model still labels alike).
+        `loss/self_training`, `self_training/kept` (the share of the target rows that are trained
+        on), `self_training/agreement` (of those, which the model still labels alike).
 
     Raises:
         ValueError: If an option is out of range.
@@ -169,11 +171,12 @@ class SelfTraining(PriorObjective):
         self.prior = prior
         self.average = None if teacher_decay is None else RunningAverage(teacher_decay)
         self.bank = RowBank()
+        self._kept = 0.0
 
     def setup(self, trainer: Trainer) -> None:
         """Forget the labels of an earlier run."""
         super().setup(trainer)
-        self.bank = RowBank()
+        self.bank, self._kept = RowBank(), 0.0
 
     def begin(self, trainer: Trainer) -> None:
         """Start the average at the weights that training starts from."""
@@ -201,7 +204,12 @@ class SelfTraining(PriorObjective):
             self.refresh(share)
 
     def _predictions(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"logits": self.class_logits(batch)[0], "keys": batch.keys()}
+        logits, rows = self.class_logits(batch)[0], batch.row_keys()
+        return {"logits": logits, "keys": batch.keys(), "rows": rows}
+
+    def estimation_steps(self) -> Collection[int]:
+        """None: they are estimated whenever rows are labelled."""
+        return ()
 
     def refresh(self, share: float) -> None:
         """Label the target rows by the model (or its average) as it is now."""
@@ -225,7 +233,8 @@ class SelfTraining(PriorObjective):
             int(kept.sum()),
             [round(x, 3) for x in shares.tolist()],
         )
-        self.bank.fill(found["keys"][kept], label=labels[kept])
+        self.bank.fill(found["keys"][kept], label=labels[kept], row=found["rows"][kept])
+        self._kept = float(kept.float().mean())
         self.bank.to(trainer.args.device)
 
     def _labels(self, rows: Rows, domain: torch.Tensor) -> torch.Tensor:
@@ -236,6 +245,13 @@ class SelfTraining(PriorObjective):
         labels = torch.where(known, self.bank.values["label"][places], -1).to(domain.device)
         return torch.where(rows.is_in(domain), labels, -1)
 
+    def wanted_rows(self, part: Part) -> torch.Tensor:
+        """The rows with a pseudo-label."""
+        keys = row_keys(part.inputs)
+        if not len(self.bank):
+            return torch.zeros_like(keys, dtype=torch.bool)
+        return torch.isin(keys, self.bank.values["row"].to(keys.device))
+
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The number of target rows (or tokens) with a pseudo-label."""
         return (self._labels(rows, rows.item_domain()) >= 0).sum()
@@ -243,7 +259,7 @@ class SelfTraining(PriorObjective):
     def loss(self, batch: Batch) -> Term:
         """The cross-entropy with the pseudo-labels, summed over the rows that have one."""
         seen = batch if self.view is None else batch.forward(self.view, streams=(TARGET,))
-        logits, domain = self.class_logits(seen)
+        logits, _ = self.class_logits(seen)
         labels = self._labels(batch, batch.item_domain())
         if self.view is not None:
             labels = labels[batch.is_in(batch.item_domain())]
@@ -252,22 +268,22 @@ class SelfTraining(PriorObjective):
                     f"{self.name}: the view has {len(logits)} predictions for {len(labels)} tokens."
                     " For a model with a prediction per token it must keep the attention mask."
                 )
-        target = seen.is_in(domain)
-        kept = labels >= 0
-        count = kept.sum()
-        batch.log("kept", kept.sum() / target.sum().clamp_min(1), target.sum())
+        count = (labels >= 0).sum()
+        batch.log("kept", self._kept)
         batch.log("agreement", (logits.argmax(1) == labels).sum() / count.clamp_min(1), count)
         return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum"), count
 
     def state_dict(self) -> dict[str, Any]:
         """The pseudo-labels, the class frequencies and the average."""
         average = {} if self.average is None else {"average": self.average.state_dict()}
-        return {**super().state_dict(), **average, "bank": self.bank.state_dict()}
+        own = {"bank": self.bank.state_dict(), "kept": self._kept}
+        return {**super().state_dict(), **average, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
         super().load_state_dict(state)
         if "bank" in state:
             self.bank.load_state_dict(state["bank"])
+            self._kept = state["kept"]
         if self.average is not None and "average" in state:
             self.average.load_state_dict(state["average"])

@@ -85,6 +85,7 @@ def run(
         _fail(f"hf-adapt run needs {', '.join(missing)}: pip install 'hf-adapt[run]'")
 
     from hf_adapt.cli import run_options
+    from hf_adapt.experiments.cell import ModelError
     from hf_adapt.experiments.data import DataError
     from hf_adapt.experiments.screen import execute
     from hf_adapt.experiments.settings import ConfigError
@@ -98,7 +99,7 @@ def run(
         file, training = run_options.split_arguments(config, context.args, list(context.params))
         experiment = run_options.experiment(file, flags, training)
         complete = execute(experiment, jobs, overwrite)
-    except (ConfigError, DataError, RuntimeError) as error:
+    except (ConfigError, DataError, ModelError, RuntimeError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command goes on where it stopped.", err=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from hf_adapt.engine.batch import Batch, Rows
+    from hf_adapt.engine.parts import Part
     from hf_adapt.engine.streams import Stream
     from hf_adapt.models.capture import Extract
     from hf_adapt.models.pooling import Pooling
@@ -219,6 +220,14 @@ class Objective(Adaptation):
         in further forwards alone.
         """
         return True
+
+    def wanted_rows(self, part: Part) -> torch.Tensor | None:
+        """Which rows of its streams `loss` looks at in this step, (B,) bool; None for all.
+
+        Rows of a stream without a loss of its own that no objective looks at are left out of the
+        forward. A pure function of the rows, and of what changes between steps alone.
+        """
+        return None
 
     def captures(self, model: nn.Module) -> Mapping[nn.Module, Extract | None]:
         """Modules whose outputs `loss` wants to see, in `part.hidden` by the module's id.

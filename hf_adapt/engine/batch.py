@@ -114,6 +114,15 @@ class Rows:
             found.append(item_keys(keys, part.token_counts) if tokens else keys)
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
+    def row_keys(self) -> torch.Tensor:
+        """(N,) long, the key of the row of each item of `logits()`."""
+        found = []
+        for part in self.parts:
+            keys = row_keys(part.inputs)
+            by_token = self._layout.token_logits
+            found.append(keys.repeat_interleave(part.token_counts) if by_token else keys)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
     def item_domain(self) -> torch.Tensor:
         """(N,) long, the domain of each item of `logits()`, before the forward too."""
         if not self._layout.token_logits:

@@ -48,7 +48,8 @@ def adapt(
 
     Args:
         trainer: The Trainer; it is changed in place.
-        *adaptations: What to add.
+        *adaptations: What to add. With a target and none, the recommended ones
+            ([`hf_adapt.alignment.recommended`]).
         target_dataset: Rows of the target domain, prepared like `train_dataset`: datasets, or a
             [`Stream`] of them with options.
         target_priors: How frequent each class is in the target, for the methods that use it: a dict
@@ -118,7 +119,8 @@ class AdaptationCallback(TrainerCallback):
     """Adds adaptations to an existing script in one line.
 
     Args:
-        *adaptations: What to add.
+        *adaptations: What to add. With a target and none, the recommended ones
+            ([`hf_adapt.alignment.recommended`]).
         target_dataset: Rows of the target domain, prepared (tokenised) like `train_dataset`;
             labels may be missing and are hidden. A list or dict of datasets for several target
             domains, or a [`Stream`] of them with options. May be left out if `train_dataset` has a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,8 @@ from hf_adapt.engine.mixins import (
     WeightAverage,
 )
 from hf_adapt.engine.streams import TARGET, Stream
+
+logger = logging.getLogger(__name__)
 
 MIXINS = (
     BatchTransform,
@@ -57,7 +60,7 @@ class Plan:
         """A plan of what a user passes.
 
         Args:
-            adaptations: What is added to the run.
+            adaptations: What is added to the run; with a target and none, the recommended ones.
             target_dataset: The stream `"target"`: datasets or a [`Stream`].
             streams: Further streams by name: datasets or [`Stream`]s.
             origin: The callback that the plan comes with.
@@ -86,6 +89,12 @@ class Plan:
                     "Stream(priors=...)."
                 )
             found[TARGET] = replace(target, priors=target_priors)
+        if not adaptations and TARGET in found and found[TARGET].labels == "hide":
+            from hf_adapt.alignment.recommended import WHY, recommended
+
+            adaptations = recommended()
+            names = ", ".join(type(each).__name__ for each in adaptations)
+            logger.warning("A target was given without objectives: using %s, for %s.", names, WHY)
         wanting = [a for a in adaptations if isinstance(a, Objective) or a.needs_streams]
         if not wanting and any(stream.labels == "hide" for stream in found.values()):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +120,33 @@ class TrainingStep:
             parts.append(part)
         return parts
 
+    def _wanted(self, parts: list[Part]) -> list[Part]:
+        """The same without the rows of streams that no objective looks at in this step."""
+        table = self.layout.table
+        joined = set(table.names) - table.separate - {TRAINING}
+        plain = [number for number, n in enumerate(table.names) if n in {TRAINING, *table.labelled}]
+        found = []
+        for part in parts:
+            streams = joined if part.stream == TRAINING else {part.stream}
+            readers = [o for o in self.objectives if streams & set(o.streams)]
+            masks = [mask for o in readers if (mask := o.wanted_rows(part)) is not None]
+            if not masks or len(masks) < len(readers) or part.is_stand_in:
+                found.append(part)
+                continue
+            kept = torch.isin(part.domain, torch.tensor(plain).to(part.domain))
+            kept = torch.stack([kept, *(mask.to(kept.device) for mask in masks)]).any(0)
+            if bool(kept.all()):
+                found.append(part)
+            elif bool(kept.any()):
+                found.append(replace(part.select(kept), whole=None, kept=None))
+            else:  # all processes must run the same forwards
+                first = torch.zeros_like(kept)
+                first[0] = True
+                stand_in = replace(part.select(first), whole=None, kept=None)
+                stand_in.is_stand_in = True
+                found.append(stand_in)
+        return found
+
     def _batch(self, model: nn.Module, parts: list[Part]) -> Batch:
         def run(part: Part) -> Part:
             with self.trainer.compute_loss_context_manager():
@@ -143,7 +171,7 @@ class TrainingStep:
         Returns:
             The loss and the model's outputs.
         """
-        parts = self._parts(inputs)
+        parts = self._wanted(self._parts(inputs))
         if self._fused is not None:
             task = self._fused_losses(model, self._fused, parts, num_items_in_batch)
         else:
@@ -223,7 +251,7 @@ class TrainingStep:
 
     def count(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Count the labels and items of all micro-batches of a step, on all processes."""
-        self.counts.count([self._parts(inputs) for inputs in batches])
+        self.counts.count([self._wanted(self._parts(inputs)) for inputs in batches])
 
     def first_labelled(self, batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """The first batch with a label: a loss over none is NaN and shows nothing."""

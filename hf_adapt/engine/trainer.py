@@ -44,7 +44,8 @@ class AdaptationMixin(_Base):
 
     Args:
         *args: Passed on to the Trainer.
-        objectives: What to add to training: objectives and other adaptations.
+        objectives: What to add to training: objectives and other adaptations. With a target and
+            none, the recommended ones ([`hf_adapt.alignment.recommended`]).
         target_dataset: Rows of the target domain, prepared like `train_dataset`; labels may be
             missing and are hidden. A list or dict of datasets for several target domains, or a
             [`Stream`] of them with options. May be left out if `train_dataset` has a `domain`
@@ -81,11 +82,7 @@ class AdaptationMixin(_Base):
         streams: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if target_dataset is not None and not objectives:
-            raise ValueError(
-                "target_dataset was given without objectives: pass objectives=[DANN()] or others."
-            )
-        if objectives or streams:
+        if objectives or streams or target_dataset is not None:
             given = [objectives] if isinstance(objectives, Adaptation) else objectives or []
             plan = Plan.of(given, target_dataset, streams, target_priors=target_priors)
             self._adaptation_plans = (plan,)

@@ -20,7 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.streams import Stream
@@ -31,11 +38,16 @@ from hf_adapt.experiments.methods import GIVEN, Method, shifted
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.experiments.versions import installed
 from hf_adapt.models.groups import layer_groups
+from hf_adapt.models.hub_names import check_hub_name
 from hf_adapt.storage.text_file import write_text
 from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing
 
 RESULT_FILE = "result.json"
 DOMAINS = ("source", "target")
+
+
+class ModelError(ValueError):
+    """The model that every run starts from cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,24 @@ def _rows_fingerprint(pair: Pair, task: Task) -> str:
     splits = [*pair.source.values(), *pair.target.values(), pair.target_unlabelled]
     described = [[task.described(row) for row in rows] for rows in splits]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def check_model(experiment: Experiment) -> None:
+    """Load the configuration and the tokenizer of the model once, before hundreds of runs fail.
+
+    Raises:
+        ModelError: If there is no such model, or it is out of reach.
+    """
+    try:
+        check_hub_name(experiment.model)
+        with _quiet():
+            AutoConfig.from_pretrained(experiment.model)
+            TASKS[experiment.task].processor(experiment.model)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The model {experiment.model!r} cannot be loaded: {error} Name a folder, or an id on "
+            "the Hub, with model: or --model."
+        ) from error
 
 
 # ---------------------------------------------------------------- running
@@ -320,8 +350,9 @@ class _AdaptationWarnings(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note the text."""
-        self.texts.append(record.getMessage())
+        """Note the text; what the cache of frozen layers has to say is not about a method."""
+        if not record.name.startswith("hf_adapt.unfreezing.prefix"):
+            self.texts.append(record.getMessage())
 
     def __enter__(self) -> _AdaptationWarnings:
         logging.getLogger("hf_adapt").addHandler(self)

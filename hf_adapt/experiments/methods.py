@@ -54,20 +54,15 @@ class Method:
     def build(self) -> list[Adaptation]:
         """New adaptations, for one run."""
         if self.adaptations == RECOMMENDED:
-            return recommended_recipe()
+            return alignment.recommended()
         return [built(each) for each in self.adaptations]
 
     def described(self) -> dict[str, Any]:
         """All that changes its result, as plain data."""
         described = {each.name: getattr(self, each.name) for each in fields(self)}
         if self.adaptations == RECOMMENDED:
-            described["adaptations"] = [type(each).__name__ for each in recommended_recipe()]
+            described["adaptations"] = [type(each).__name__ for each in alignment.recommended()]
         return described
-
-
-def recommended_recipe() -> list[Adaptation]:
-    """The adaptations that are recommended where nothing is known about a shift."""
-    return [alignment.MMD(), alignment.InformationMaximization()]
 
 
 def read_method(settings: Settings, name: str, spec: Any) -> Method:

@@ -16,9 +16,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from hf_adapt.experiments.cell import Cell
+from hf_adapt.alignment import recommended
+from hf_adapt.experiments.cell import Cell, check_model
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.methods import RECOMMENDED, recommended_recipe
+from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.report import describe_pairs, publish, tell_models
 from hf_adapt.experiments.runner import cells_of, run_experiment
 
@@ -42,13 +43,15 @@ def execute(
 
     Raises:
         DataError: If rows cannot be read.
+        ModelError: If the model cannot be loaded.
         RuntimeError: If a process was killed.
     """
     console = console or Console()
     datasets.disable_progress_bars()
+    check_model(experiment)
     describe_pairs(experiment, console)
     if any(method.adaptations == RECOMMENDED for method in experiment.methods.values()):
-        names = ", ".join(type(each).__name__ for each in recommended_recipe())
+        names = ", ".join(type(each).__name__ for each in recommended())
         console.print(f"The recommended recipe is {names}.", highlight=False)
     columns = (
         BarColumn(20),

@@ -64,5 +64,7 @@ def test_loss_is_that_of_a_discriminator_of_the_product(conditioning):
 
 def test_refuses_predictions_of_other_items_than_the_features():
     batch = FakeBatch(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]), torch.zeros(9, 3))
-    with pytest.raises(ValueError, match="CDAN needs a prediction for each feature, got 9"):
+    with pytest.raises(
+        ValueError, match="CDAN needs a prediction for each feature, and there are 4 features and 9"
+    ):
         CDAN().build_modules(batch)

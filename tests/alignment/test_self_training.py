@@ -11,6 +11,7 @@ from transformers import Trainer
 from hf_adapt import adapt
 from hf_adapt.alignment import SelfTraining, aligned_predictions, balanced_pseudo_labels
 from hf_adapt.alignment.row_bank import RowBank
+from tests.helpers.adaptation import InputRecorder
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments
@@ -131,3 +132,19 @@ def test_a_sparse_head_of_tokens_and_a_view_that_drops_some(tmp_path: Path) -> N
     adapt(trainer, method, target_dataset=rows(8, 2, None))
     with pytest.raises(ValueError, match="it must keep the attention mask"):
         trainer.train()
+
+
+def test_rows_without_a_label_are_left_out_of_the_forward(tmp_path: Path) -> None:
+    """Before the first refresh none of the target's goes through; then half of them."""
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path, max_steps=2, per_device_train_batch_size=8, learning_rate=0.0),
+        train_dataset=rows(8, 1),
+        data_collator=collate,
+    )
+    method = SelfTraining(shares=(0.5, 0.5), refreshes=(0.5,), prior=PRIORS)
+    adapt(trainer, method, target_dataset=rows(8, 2, None, low=20))
+    recorder = InputRecorder(trainer.model)
+    trainer.train()
+    sizes = [len(inputs["input_ids"]) for inputs in recorder.inputs]
+    assert sizes[-2:] == [8, 8 + len(method.bank)] and 0 < len(method.bank) < 8

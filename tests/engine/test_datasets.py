@@ -194,9 +194,9 @@ def test_a_row_without_a_domain_is_refused(kind: str, values: Any, tmp_path: Pat
         trained(KINDS[kind](data), None, tmp_path)
 
 
-def test_a_target_without_an_adaptation_is_refused() -> None:
+def test_a_target_without_an_adaptation_that_uses_it_is_refused() -> None:
     with pytest.raises(ValueError, match="without an adaptation that uses it"):
-        AdaptationCallback(target_dataset=TARGET)
+        AdaptationCallback(GradualUnfreezing(), target_dataset=TARGET)
 
 
 # ---- target rows that fail for another reason, and targets without effect ----

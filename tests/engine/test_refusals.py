@@ -12,7 +12,6 @@ from hf_adapt import (
     DANN,
     MMD,
     AdaptationCallback,
-    AdaptationTrainer,
     DomainAdversarialCallback,
     InformationMaximization,
     Objective,
@@ -274,8 +273,6 @@ def test_not_an_adaptation(tmp_path: Path) -> None:
         adapt(trainer_with(tmp_path), rows(3, 1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Expected a transformers Trainer"):
         adapt(bert(), MMD())
-    with pytest.raises(ValueError, match="without objectives"):
-        AdaptationTrainer(bert(), arguments(tmp_path), target_dataset=rows(3, 1))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`hf-adapt run`, as a person runs it: what it trains, keeps, prints and writes."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Trainer, pipeline
 
+from hf_adapt.alignment import MMD
+from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
 
 Config = Callable[..., str]
@@ -71,8 +75,6 @@ def test_only_what_is_missing_is_run(
 def test_failed_run_is_shown_and_tried_again_and_the_others_go_on(
     write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_adapt.alignment import MMD
-
     def broken(self: Any, *args: Any) -> Any:
         raise ArithmeticError("no such kernel")
 
@@ -133,6 +135,72 @@ def test_first_layers_are_frozen_and_the_rest_is_trained(
     assert any("layer.1." in name for name in moved)
     assert any("classifier" in name for name in moved)
     assert not any("embeddings" in name or "layer.0." in name for name in moved)
+
+
+def test_frozen_layers_are_read_by_the_runs_that_follow(
+    write_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of both domains, for all methods."""
+    shares = []
+    log = FrozenPrefix.log_values
+
+    def noted(self: FrozenPrefix) -> dict[str, float]:
+        shares.append(log(self))
+        return shares[-1]
+
+    monkeypatch.setattr(FrozenPrefix, "log_values", noted)
+    methods = {"MMD": ["MMD"], "IM": ["InformationMaximization"]}
+    config = write_config(methods=methods, training={"logging_steps": 1, "num_train_epochs": 2})
+    printed = run(config, "--freeze-layers", "1", "--cache-prefix")
+    read = [value for each in shares for value in each.values()]
+    assert read == [0, 0, 1, 1, 0, 1, 1, 1]  # the first batch of a run opens the store
+    assert "warned" not in printed.split("In %")[0]
+
+
+def test_class_frequencies_reach_the_method(
+    write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    make = AdaptationCallback.__init__
+
+    def noted(self: Any, *adaptations: Any, **options: Any) -> None:
+        given.append(options.get("target_priors"))
+        make(self, *adaptations, **options)
+
+    monkeypatch.setattr(AdaptationCallback, "__init__", noted)
+    methods = {
+        "counted": {"adaptations": ["InformationMaximization"], "target_priors": "given"},
+        "plain": {"adaptations": ["InformationMaximization"], "stream": {"ratio": 0.5}},
+    }
+    run(write_config(methods=methods))
+    assert set(given[0]) == {"neg", "pos"} and given[1] is None
+    assert (
+        "counted: with the target's class frequencies, counted"
+        in (tmp_path / "out" / "table.md").read_text()
+    )
+    run(write_config(methods=methods), "--target-priors", "{neg: 0.25, pos: 0.75}")
+    assert given[2:] == [{"neg": 0.25, "pos": 0.75}] * 2
+
+
+def test_warnings_of_a_method_are_counted(
+    write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("hf_adapt.alignment.mmd")
+    monkeypatch.setattr(MMD, "on_log", lambda self, logs, progress: log.warning("too [far]"))
+    printed = run(write_config(training={"max_steps": 2, "logging_steps": 1}))
+    assert "warned: too [far]" in printed
+    assert [(r["warnings"], r["first_warning"]) for r in results(tmp_path / "out")] == [
+        ("0", ""),
+        ("2", "too [far]"),
+        ("0", ""),
+    ]
+    assert "| MMD (1 warned) |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_model_that_is_missing_ends_it_at_once(write_config: Config, trained: list[int]) -> None:
+    printed = run(write_config(model="./no/model"), fails=True)
+    assert "The model './no/model' cannot be loaded: There is no folder" in printed
+    assert "with model: or --model" in printed and not trained
 
 
 # ---------------------------------------------------------------- a person's own files

@@ -1,0 +1,24 @@
+"""The recipe that is taken where a target is given and nothing is said of what to do with it."""
+
+from __future__ import annotations
+
+from hf_adapt.alignment.self_training import SelfTraining
+from hf_adapt.engine.adaptation import Adaptation
+
+WHY = (
+    "it gained most where the target's class frequencies are known (target_priors=), "
+    "of the methods compared in docs/results.md"
+)
+
+
+def recommended() -> list[Adaptation]:
+    """The recommended adaptations for a classifier and a target without labels.
+
+    Today class-balanced self-training, which `AdaptationCallback(target_dataset=target)` takes by
+    itself. Give it the target's class frequencies, if only roughly: `target_priors=`.
+
+    Example:
+        >>> [type(each).__name__ for each in recommended()]
+        ['SelfTraining']
+    """
+    return [SelfTraining()]
