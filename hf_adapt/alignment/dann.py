@@ -89,7 +89,9 @@ class DANN(AdversarialObjective):
         `bounded` no gradient is reversed for an item whose domain the discriminator gets wrong
         already (its cross-entropy is over ln K): in the paper's game the model goes on, past
         confusion, to features that the discriminator takes for the other domain, so that the
-        target as a whole overshoots the source, often across the boundary between two classes.
+        target as a whole overshoots the source, at times across the boundary between two classes
+        (film reviews → tweets, one seed of five: accuracy 42 % without the bound, 65 % with it,
+        68 % from source only).
 
     Args:
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off. With a learning
