@@ -152,7 +152,7 @@ class SelfTraining(PriorObjective):
         self,
         weight: float | Schedule = 1.0,
         shares: Sequence[float] = (0.4, 0.8),
-        refreshes: Sequence[float] = (0.5,),
+        refreshes: Sequence[float] = (0.5, 0.75),
         teacher_decay: float | None = None,
         view: View | None = None,
         prior: Priors | None = None,
