@@ -240,6 +240,11 @@ def callables() -> dict[str, Any]:
     return classes | schedules
 
 
+def is_shifted(priors: Any) -> bool:
+    """Whether `target_priors` are the true ones, made wrong on purpose."""
+    return isinstance(priors, Mapping) and set(priors) == {GIVEN}
+
+
 def shifted(shares: Mapping[str, float], points: float) -> dict[str, float]:
     """Class frequencies that are wrong on purpose, and still sum to 1.
 

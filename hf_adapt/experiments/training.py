@@ -9,7 +9,7 @@ import io
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import DataError, Pair
 from hf_adapt.experiments.memory import peak, restarted_peak
-from hf_adapt.experiments.methods import GIVEN, UNLABELLED, Method, shifted
+from hf_adapt.experiments.methods import GIVEN, UNLABELLED, Method, is_shifted, shifted
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.hub_names import check_hub_name
@@ -204,7 +204,7 @@ def resolved_priors(method: Method, pair: Pair, task: Task) -> Any:
     """
     priors: Any = method.target_priors
     points = 0.0
-    if isinstance(priors, Mapping) and set(priors) == {GIVEN}:
+    if is_shifted(priors):
         points, priors = float(priors[GIVEN]), GIVEN
     if priors != GIVEN:
         return priors
