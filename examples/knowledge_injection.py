@@ -30,7 +30,7 @@ knowledge.
     python examples/knowledge_injection.py --seeds 5 --num_labels 50 200
     python examples/knowledge_injection.py --source nyt --target products --form gated
 
-Writes results.json, table.md, explanations.html and knowledge.png to --output_dir. Every option of
+Writes results.json, table.md, explanations.txt and knowledge.png to --output_dir. Every option of
 TrainingArguments can be given as well.
 """
 
@@ -295,8 +295,7 @@ def show(callback: KnowledgeCallback, console: Console, output_dir: Path) -> Non
     found = [callback.explain(text) for text in EXPLAINED]
     for explanation in found:
         console.print(str(explanation), highlight=False, markup=False)
-    page = "".join(explanation.to_html() for explanation in found)
-    write_text(output_dir / "explanations.html", f'<!doctype html><meta charset="utf-8">{page}\n')
+    write_text(output_dir / "explanations.txt", "\n".join(map(str, found)) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -340,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(table_rows(summaries), legend, {"runs": runs}, figures, output_dir, console)
     if shown is not None:
         show(shown, console, output_dir)
-        console.print(f"wrote {output_dir / 'explanations.html'}", soft_wrap=True)
+        console.print(f"wrote {output_dir / 'explanations.txt'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,8 @@ class SelfTraining(PriorObjective):
     def __init__(
         self,
         weight: float | Schedule = 1.0,
-        shares: tuple[float, float] = (0.4, 0.8),
-        refreshes: Sequence[float] = (0.5,),
+        shares: Sequence[float] = (0.4, 0.8),
+        refreshes: Sequence[float] = (0.5, 0.75),
         teacher_decay: float | None = None,
         view: View | None = None,
         prior: Priors | None = None,

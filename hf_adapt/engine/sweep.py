@@ -107,7 +107,7 @@ class Sweep:
         if processes == 1:
             return own
         gathered = gather_object([own])
-        names = next((each for each in gathered if each), {})
+        names: Mapping[str, Any] = next((each for each in gathered if each), {})
         return {n: torch.cat([each[n] for each in gathered if each]) for n in names}
 
     def _batches(

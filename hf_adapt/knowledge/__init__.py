@@ -1,7 +1,6 @@
 """Facts of a knowledge graph in any model: linking, entity vectors, injection."""
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
-from hf_adapt.knowledge.injection.callback import KnowledgeCallback
 from hf_adapt.knowledge.injection.explanation import Explanation, explain
 from hf_adapt.knowledge.injection.injection_layers import (
     CrossAttention,
@@ -20,7 +19,7 @@ from hf_adapt.knowledge.injection.objectives import (
 from hf_adapt.knowledge.injection.saved_model import knowledge_inputs, load_knowledge_model
 from hf_adapt.knowledge.injection.soft_prompt import SoftPrompt
 from hf_adapt.knowledge.injection.text_triples import TextTriples
-from hf_adapt.knowledge.injection.trainer import KnowledgeTrainer
+from hf_adapt.knowledge.injection.trainer import KnowledgeCallback, KnowledgeTrainer
 from hf_adapt.knowledge.linking.callable_linker import CallableLinker
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.inflection import ENGLISH_FUNCTION_WORDS

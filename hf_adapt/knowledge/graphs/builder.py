@@ -38,16 +38,6 @@ def pairs_of(
     """Read rows of (entity, text) from a mapping or a file.
 
     Values of a mapping that are None, NaN or pandas' NA are left out, and counted in the log.
-
-    Args:
-        source: A mapping from entity to a text or several, a path, or None.
-        what: The name of the texts' column, `"name"` or `"description"`.
-        separator: Between the cells of a text file.
-        given_as: What errors call a mapping; `names={...}` if it is None.
-
-    Raises:
-        ValueError: If the file is malformed, a key is missing, or a text is empty or not a text.
-        TypeError: If it is neither a mapping nor a path.
     """
     if source is None:
         return None
@@ -68,33 +58,24 @@ def pairs_of(
     rows = [(str(key), text) for key, texts in source.items() for text in _several(texts)]
     given = [row for row in rows if type(row[1]) is str or not is_missing(row[1])]
     if len(given) < len(rows):
-        logger.warning(
-            "%s: left out %s (None or NaN), the first of %r.",
-            given_as,
-            counted(len(rows) - len(given), "missing value"),
-            next(key for key, text in rows if is_missing(text)),
-        )
-    for key, text in (row for row in given if not (_is_text(row[1]) and row[1].strip())):
-        if _is_text(text):
+        number = counted(len(rows) - len(given), "missing value")
+        first = next(key for key, text in rows if is_missing(text))
+        logger.warning("%s: left out %s (None or NaN), the first of %r.", given_as, number, first)
+    for key, text in given:
+        if not isinstance(text, (str, bytes)):
+            raise ValueError(f"Every {what} of {given_as} must be text; {key!r} has {text!r:.60}.")
+        if not text.strip():
             raise ValueError(f"{given_as}: a {what!r} is empty, of {key!r}. Leave it out.")
-        raise ValueError(f"Every {what} of {given_as} must be text; {key!r} has {text!r:.60}.")
     return pairs_from([key for key, _ in given], [text for _, text in given], what, given_as)
 
 
 def _several(texts: Any) -> Iterable[Any]:
-    return (texts,) if _is_text(texts) or not isinstance(texts, Iterable) else texts
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, (str, bytes))
+    is_one = isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable)
+    return (texts,) if is_one else texts
 
 
 def pairs_from(
-    entities: Any,
-    texts: Any,
-    what: str,
-    source: str,
-    priors: npt.NDArray[np.float32] | None = None,
+    entities: Any, texts: Any, what: str, source: str, priors: npt.NDArray[Any] | None = None
 ) -> Pairs:
     """Make rows of (entity, text) from two lists or Arrow arrays of strings."""
     return Pairs(encode(entities, "entity", source), encode(texts, what, source), priors)
@@ -111,19 +92,8 @@ def build(
 ) -> Content:
     """Build the arrays of a graph.
 
-    Args:
-        columns: Heads, relations and tails.
-        names: Of entities, the first of each being its label. An entity that is in no triple is
-            kept, without neighbours.
-        descriptions: Of entities that have a triple or a name, one each.
-        isolated: Arrow strings: keys of entities that are kept even if they are in no triple.
-        in_order: Number entities and relations as they first appear; otherwise in the order of
-            their keys, for sources without an order.
-        source: What the columns are from, for error messages.
-
-    Raises:
-        ValueError: If there is no triple, or a description is of an unknown entity or differs
-            from another of the same entity.
+    Entities with a name or among `isolated`, Arrow strings, need no triple. They are numbered as
+    they first appear, or by key where the source has no order (`in_order=False`).
     """
     head, relation, tail = columns
     if len(head) == 0:
@@ -137,8 +107,8 @@ def build(
         if extra is not None:
             keys = pc.unique(pa.concat_arrays([keys, extra]))
     if not in_order:
-        keys, codes = _sorted(keys, codes)
-        relations, kinds = _sorted(relations, kinds)
+        keys, codes = _taken(keys, pc.sort_indices(keys).to_numpy(), codes)
+        relations, kinds = _taken(relations, pc.sort_indices(relations).to_numpy(), kinds)
     if max(len(keys), len(head)) >= 2**31:
         raise ValueError(
             f"{source} has {len(keys):,} entities and {len(head):,} triples; a graph holds fewer "
@@ -161,21 +131,18 @@ def _entities(head: Column, tail: Column) -> tuple[npt.NDArray[np.int32], Any]:
     return codes, both.dictionary
 
 
-def _in_order(codes: npt.NDArray[np.int32], values: Any) -> tuple[Any, npt.NDArray[np.int32]]:
-    """The values in the order in which they first appear, without those that never do."""
-    first = np.full(len(values), len(codes), np.int64)
-    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)  # the last one written is the first
-    order = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
+def _taken(
+    values: Any, order: npt.NDArray[Any], codes: npt.NDArray[np.int32]
+) -> tuple[Any, npt.NDArray[np.int32]]:
+    """Values in an order, of which codes that never appear may be left out, and the new codes."""
     number = np.zeros(len(values), np.int32)
     number[order] = np.arange(len(order), dtype=np.int32)
     return values.take(pa.array(order)), number[codes]
 
 
-def _sorted(values: Any, codes: npt.NDArray[np.int32]) -> tuple[Any, npt.NDArray[np.int32]]:
-    order = pc.sort_indices(values)
-    number = np.empty(len(values), np.int32)
-    number[order.to_numpy()] = np.arange(len(values), dtype=np.int32)
-    return values.take(order), number[codes]
+def _in_order(codes: npt.NDArray[np.int32], values: Any) -> tuple[Any, npt.NDArray[np.int32]]:
+    """The values in the order in which they first appear, without those that never do."""
+    return _taken(values, pc.unique(pa.array(codes)).to_numpy(), codes)
 
 
 def sort_triples(
@@ -186,22 +153,19 @@ def sort_triples(
     num_relations: int,
 ) -> npt.NDArray[np.int32]:
     """Sort triples by head, relation and tail, and keep each once: (T, 3) int32."""
-    if num_entities**2 * num_relations < 2**63:  # all three in one number: a sort takes a tenth
-        keys = heads.astype(np.int64)
-        keys *= num_relations
-        keys += relations
-        keys *= num_entities
-        keys += tails
-        keys.sort()
-        keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
-        triples = np.empty((len(keys), 3), np.int32)
-        rest, triples[:, 2] = np.divmod(keys, num_entities)
-        triples[:, 0], triples[:, 1] = np.divmod(rest, num_relations)
-        return triples
-    triples = np.stack([heads, relations, tails], axis=1).astype(np.int32)
-    triples = triples[np.lexsort((tails, relations, heads))]
-    other: npt.NDArray[np.bool_] = (triples[1:] != triples[:-1]).any(axis=1)
-    return np.compress(np.concatenate([[True], other]), triples, axis=0)
+    if num_entities**2 * num_relations >= 2**63:
+        return np.unique(np.stack([heads, relations, tails], axis=1).astype(np.int32), axis=0)
+    # All three in one number: a sort takes a tenth.
+    keys = heads.astype(np.int64)
+    for number, more in ((num_relations, relations), (num_entities, tails)):
+        keys *= number
+        keys += more
+    keys.sort()
+    keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]]
+    triples = np.empty((len(keys), 3), np.int32)
+    rest, triples[:, 2] = np.divmod(keys, num_entities)
+    triples[:, 0], triples[:, 1] = np.divmod(rest, num_relations)
+    return triples
 
 
 def _names(pairs: Pairs | None, keys: StringTable) -> tuple[Any, Any]:

@@ -1,11 +1,12 @@
-"""The content of a graph, in Arrow and numpy arrays."""
+"""The content of a graph in Arrow and numpy arrays, and the triples of each entity."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,27 +16,29 @@ import pyarrow.compute as pc
 from hf_adapt.storage.string_table import CHUNK, StringTable
 
 Ids = npt.NDArray[np.int64]
+Direction = Literal["out", "in", "both"]
+
+
+class Neighbours(NamedTuple):
+    """What an entity is linked to: `entities[i]` by `relations[i]`.
+
+    The relation of an edge that comes in is its number plus the graph's `num_relations`.
+    """
+
+    relations: Ids
+    entities: Ids
 
 
 @dataclass(frozen=True)
 class Content:
-    """The arrays of a graph.
-
-    Args:
-        keys: The keys of the entities, each once.
-        relations: Arrow strings: the names of the relations, each once.
-        triples: Head, relation and tail, sorted, each triple once; int32, (T, 3).
-        names: Arrow lists of strings: the names of each entity; None if there are none.
-        priors: Arrow lists: how likely each name means its entity; None if that is not known.
-        descriptions: Arrow strings, empty where there is none; None if there are none.
-    """
+    """The arrays of a graph."""
 
     keys: StringTable
-    relations: Any
-    triples: npt.NDArray[np.int32]
-    names: Any = None
-    priors: Any = None
-    descriptions: Any = None
+    relations: Any  # Arrow strings
+    triples: npt.NDArray[np.int32]  # head, relation, tail; (T, 3), sorted, each once
+    names: Any = None  # Arrow lists of strings, by entity
+    priors: Any = None  # Arrow lists: how likely each name means its entity
+    descriptions: Any = None  # Arrow strings, empty where there is none
 
     def arrays(self) -> dict[str, Any]:
         """Return the content as Arrow arrays by name; what the graph does not have is left out."""
@@ -97,3 +100,65 @@ class Content:
         optional = (self.names, self.priors, self.descriptions)
         taken = (None if array is None else array.take(pa.array(entities)) for array in optional)
         return Content(self.keys.take(entities), self.relations, triples, *taken)
+
+
+class Links:
+    """Triples by their head and by their tail; the latter order is made when it is needed."""
+
+    def __init__(self, content: Content) -> None:
+        self.triples, self.num_relations = content.triples, len(content.relations)
+        self.num_entities = len(content.keys)
+
+    def _counts(self, column: int) -> Ids:
+        return np.bincount(self.triples[:, column], minlength=self.num_entities)
+
+    def _starts(self, column: int) -> Ids:
+        return np.concatenate([[0], np.cumsum(self._counts(column))])
+
+    @cached_property
+    def _outgoing(self) -> Ids:
+        """Where the triples of each head begin."""
+        return self._starts(0)
+
+    @cached_property
+    def _incoming(self) -> tuple[Ids, npt.NDArray[np.int32]]:
+        """Where the triples of each tail begin in an order by tail, and that order."""
+        # Stable: those of one tail stay in the order of their heads.
+        return self._starts(2), np.argsort(self.triples[:, 2], kind="stable").astype(np.int32)
+
+    def of(
+        self, entity: int, relation: int | None, direction: Direction, limit: int | None
+    ) -> Neighbours:
+        """Return what an entity is linked to, outgoing edges first."""
+        parts = []
+        if direction != "in":
+            first, last = self._outgoing[entity : entity + 2]
+            parts.append(self.triples[first:last, 1:].astype(np.int64))
+        if direction != "out":
+            starts, order = self._incoming
+            first, last = starts[entity : entity + 2]
+            rows = np.asarray(self.triples[order[first:last]], np.int64)
+            parts.append(np.stack([rows[:, 1] + self.num_relations, rows[:, 0]], axis=1))
+        found = np.concatenate(parts)
+        if relation is not None:
+            wanted = [relation, relation + self.num_relations][
+                : 1 + (relation < self.num_relations)
+            ]
+            found = found[np.isin(found[:, 0], wanted)]
+        found = found[:limit]
+        return Neighbours(found[:, 0].copy(), found[:, 1].copy())
+
+    def within(self, entities: list[int], hops: int) -> npt.NDArray[np.bool_]:
+        """Return which entities are at most `hops` edges away, in either direction."""
+        heads, tails = self.triples[:, 0], self.triples[:, 2]
+        keep = np.zeros(self.num_entities, bool)
+        keep[entities] = True
+        for _ in range(hops):
+            reached = keep.copy()
+            reached[tails[keep[heads]]] = reached[heads[keep[tails]]] = True
+            keep = reached
+        return keep
+
+    def degrees(self) -> Ids:
+        """Return the number of triples of each entity."""
+        return self._counts(0) + self._counts(2)

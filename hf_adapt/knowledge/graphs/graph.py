@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 
 from hf_adapt.knowledge.graphs import networkx_graph, obo, rdf, wordnet
 from hf_adapt.knowledge.graphs.builder import NameSource, build, pairs_of
-from hf_adapt.knowledge.graphs.content import Content, Ids
-from hf_adapt.knowledge.graphs.links import Direction, Links, Neighbours
+from hf_adapt.knowledge.graphs.content import Content, Direction, Ids, Links, Neighbours
 from hf_adapt.knowledge.graphs.triples import read_triples
 from hf_adapt.storage.fingerprint import fingerprint
 from hf_adapt.storage.folder import read_folder, write_folder
@@ -96,26 +95,14 @@ class KnowledgeGraph:
             ValueError: If lines or rows are malformed or have missing cells (with their numbers),
                 there is no triple, or a description is of an unknown entity or is there twice and
                 differs.
-
-        Example:
-            >>> graph = KnowledgeGraph.from_triples(
-            ...     [("q1", "is_a", "q2")],
-            ...     names={"q1": "cat", "q2": ["feline", "felid"]},
-            ...     descriptions={"q1": "a small domesticated animal"},
-            ... )
-            >>> graph.label(0), graph.names(1), graph.description(0)
-            ('cat', ['feline', 'felid'], 'a small domesticated animal')
         """
-        columns = read_triples(triples, (head, relation, tail), separator)
-        source = str(triples) if isinstance(triples, (str, Path)) else "triples"
-        return cls(
-            build(
-                columns,
-                pairs_of(names, "name", separator),
-                pairs_of(descriptions, "description", separator),
-                source=source,
-            )
+        content = build(
+            read_triples(triples, (head, relation, tail), separator),
+            pairs_of(names, "name", separator),
+            pairs_of(descriptions, "description", separator),
+            source=str(triples) if isinstance(triples, (str, Path)) else "triples",
         )
+        return cls(content)
 
     @classmethod
     def from_rdf(
@@ -258,11 +245,7 @@ class KnowledgeGraph:
         return self._content.keys[self._checked(entity)]
 
     def entity(self, key: str) -> int:
-        """Return the number of the entity with this key.
-
-        Raises:
-            UnknownEntityError: A KeyError that lists near keys.
-        """
+        """Return the number of the entity with this key, or raise a KeyError with near keys."""
         entity = self._content.keys.find(key)
         if entity < 0:
             raise UnknownEntityError(
@@ -308,7 +291,7 @@ class KnowledgeGraph:
 
     @cached_property
     def _links(self) -> Links:
-        return Links(self._content.triples, self.num_entities, self.num_relations)
+        return Links(self._content)
 
     def neighbours(
         self,
@@ -345,10 +328,9 @@ class KnowledgeGraph:
             if relation in self.relations:
                 return self.relations.index(relation)
             near = difflib.get_close_matches(relation, self.relations, n=5, cutoff=0.3)
-            near = near or self.relations[:5]
             raise ValueError(
-                f"No relation is called {relation!r}. Near: {', '.join(map(repr, near))}; "
-                "graph.relations lists them all."
+                f"No relation is called {relation!r}. Near: "
+                f"{', '.join(map(repr, near or self.relations[:5]))}; graph.relations lists all."
             )
         if not 0 <= relation < 2 * self.num_relations:
             raise ValueError(
@@ -358,17 +340,11 @@ class KnowledgeGraph:
         return int(relation)
 
     def subgraph(self, entities: Iterable[int | str], hops: int = 1) -> KnowledgeGraph:
-        """Return the entities within some steps of these, and all triples among them.
+        """Return the entities, given by number or key, and those up to some edges away.
 
-        Entities are renumbered in their order, and keep keys, names and descriptions; relations
-        keep their numbers.
-
-        Args:
-            entities: Numbers or keys.
-            hops: How many edges away, in either direction; 0 keeps only `entities`.
-
-        Raises:
-            ValueError: If there are no entities.
+        Edges count in either direction, and all triples among the entities are kept. Entities are
+        renumbered in their order, and keep keys, names and descriptions; relations keep their
+        numbers.
         """
         given = [self.entity(e) if isinstance(e, str) else self._checked(e) for e in entities]
         if not given:
@@ -395,11 +371,10 @@ class KnowledgeGraph:
     def describe(self) -> str:
         """Return the statistics and the most frequent relations as text."""
         counts = np.bincount(self._content.triples[:, 1], minlength=self.num_relations)
+        lines = [f"{n.replace('_', ' '):>12}  {v:,.6g}" for n, v in self.statistics().items()]
         often = np.argsort(-counts, kind="stable")[:10]
-        numbers = [f"{name:>12}  {value:,.6g}" for name, value in self.statistics().items()]
-        numbers = [line.replace("_", " ") for line in numbers]
         frequent = [f"{counts[r]:>12,}  {self.relations[r]}" for r in often]
-        return "\n".join([*numbers, "most frequent relations:", *frequent])
+        return "\n".join([*lines, "most frequent relations:", *frequent])
 
     # ---- on disk ----
 
@@ -413,12 +388,9 @@ class KnowledgeGraph:
         return fingerprint(self._content.arrays())
 
     def save(self, folder: str | Path) -> None:
-        """Write the graph into a folder; an earlier one stays valid until this one is complete.
+        """Write the graph into a folder, created if missing, as files in the Arrow IPC format.
 
-        The content is written as files in the Arrow IPC format.
-
-        Args:
-            folder: Created if missing. Its other files are left alone.
+        An earlier graph stays valid until this one is complete; other files are left alone.
         """
         folder = Path(folder)
         if self._folder is not None and folder.resolve() == self._folder:
@@ -430,9 +402,7 @@ class KnowledgeGraph:
     def load(cls, folder: str | Path, *, verify: bool = False) -> KnowledgeGraph:
         """Load a saved graph, memory-mapped: what is not used is not read.
 
-        Args:
-            folder: The folder that was passed to `save`.
-            verify: Also read everything and compare its hash.
+        With `verify` everything is read and its hash compared.
 
         Raises:
             FileNotFoundError: If the folder holds no graph.

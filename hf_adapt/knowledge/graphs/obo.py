@@ -93,11 +93,8 @@ def read(path: Path) -> Content:
         logger.info("%s: left out %s, broader in meaning than the term.", path, number)
     if unknown := dict.fromkeys(tail for _, _, tail in edges if tail not in terms):
         logger.warning(
-            "%s: edges point to %s without a term in it, such as %s. An entity is kept for each, "
-            "with the id as its name.",
-            path,
-            counted(len(unknown), "id"),
-            next(iter(unknown)),
+            f"{path}: edges point to {counted(len(unknown), 'id')} without a term in it, such as "
+            f"{next(iter(unknown))}. An entity is kept for each, with the id as its name."
         )
     names = {t.key: [t.name] * bool(t.name) + t.synonyms for t in kept if t.name or t.synonyms}
     return build(

@@ -27,27 +27,25 @@ OWL = "http://www.w3.org/2002/07/owl#"
 SKOS = "http://www.w3.org/2004/02/skos/core#"
 OBO_IN_OWL = "http://www.geneontology.org/formats/oboInOwl#"
 
+SCHEMA = ("http://schema.org/", "https://schema.org/")
+
 LABELS = (
     f"{RDFS}label",
     f"{SKOS}prefLabel",
-    "http://schema.org/name",
-    "https://schema.org/name",
+    *(f"{schema}name" for schema in SCHEMA),
     "http://xmlns.com/foaf/0.1/name",
 )
 ALIASES = (
     f"{SKOS}altLabel",
-    f"{OBO_IN_OWL}hasExactSynonym",
-    f"{OBO_IN_OWL}hasRelatedSynonym",
-    f"{OBO_IN_OWL}hasNarrowSynonym",  # not broad ones: they mean more than the entity
-    "http://schema.org/alternateName",
-    "https://schema.org/alternateName",
+    # Not broad ones: they mean more than the entity.
+    *(f"{OBO_IN_OWL}has{scope}Synonym" for scope in ("Exact", "Related", "Narrow")),
+    *(f"{schema}alternateName" for schema in SCHEMA),
 )
 DESCRIPTIONS = (
     f"{SKOS}definition",
     "http://purl.obolibrary.org/obo/IAO_0000115",
     "http://purl.org/dc/terms/description",
-    "http://schema.org/description",
-    "https://schema.org/description",
+    *(f"{schema}description" for schema in SCHEMA),
     f"{RDFS}comment",
 )
 
@@ -75,10 +73,9 @@ def read(
     quads = _quads(path, format, malformed)
     columns = read_triples(reader.edges(quads), ("head", "relation", "tail"))
     if reader.left_out:
-        number = counted(reader.left_out, "triple")
-        logger.info("%s: left out %s with blank nodes.", path, number)
-    if reader.deprecated:
-        number = counted(len(reader.deprecated), "deprecated entity", "deprecated entities")
+        logger.info("%s: left out %s with blank nodes.", path, counted(reader.left_out, "triple"))
+    if old := len(reader.deprecated):
+        number = counted(old, "deprecated entity", "deprecated entities")
         logger.info("%s: left out %s.", path, number)
     names, texts = (
         # The more important predicate first; RDF itself has no order.
@@ -97,13 +94,7 @@ def read(
 
 
 class _Reader:
-    """Sorts statements into edges, names and descriptions.
-
-    Args:
-        language: Texts of this language, or of none, count.
-        names: The predicates of names, the most important first.
-        descriptions: The predicates of descriptions, the most important first.
-    """
+    """Sorts statements into edges, names and descriptions."""
 
     def __init__(
         self, language: str | None, names: Sequence[str], descriptions: Sequence[str]
@@ -111,11 +102,9 @@ class _Reader:
         self.language = (language or "").lower().partition("-")[0]
         self.names: list[tuple[str, int, str]] = []
         self.descriptions: list[tuple[str, int, str]] = []
-        self.texts = {
-            **{predicate: (self.descriptions, i) for i, predicate in enumerate(descriptions)},
-            # One that is both a label and an alias is a label.
-            **{predicate: (self.names, i) for i, predicate in enumerate(dict.fromkeys(names))},
-        }
+        # One that is both a label and an alias is a label.
+        self.texts = {name: (self.descriptions, i) for i, name in enumerate(descriptions)}
+        self.texts |= {name: (self.names, i) for i, name in enumerate(dict.fromkeys(names))}
         self.predicates: set[str] = set()  # properties are not entities, though they have labels
         self.deprecated: set[str] = set()
         self.left_out = 0

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import codecs
+import csv
+import difflib
 import gzip
-import mmap
+import io
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 5
 """How many malformed lines or rows an error shows; it counts them all."""
+
+WORDS = frozenset(
+    "alias aliases concept cui definition definitions description descriptions edge entity from "
+    "gloss h head id iri key label labels name names node o object p predicate qid r rel relation "
+    "s source subject surface synonym synonyms t tail target term text title to type uri".split()
+)
+"""Words of cells that name a column in the first row of a file, and are hardly ever an entity."""
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 
@@ -34,13 +46,7 @@ def counted(number: int, one: str, several: str | None = None) -> str:
 
 
 class Malformed:
-    """Collects what is wrong with a source, and raises it as one error.
-
-    Args:
-        source: What is read: a file, or what an error calls it.
-        noun: What is malformed.
-        place: How a number names one of them.
-    """
+    """Collects what is wrong with a source, and raises it as one error."""
 
     def __init__(self, source: Any, noun: str = "line", place: str = "line {:,}") -> None:
         self.source, self.noun, self.place, self.count = source, noun, place, 0
@@ -62,12 +68,7 @@ class Malformed:
 
 @contextmanager
 def open_binary(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file's bytes, decompressed if its name ends in `.gz`, without a byte order mark.
-
-    Raises:
-        FileNotFoundError: If there is no such file; lists what is in the folder.
-        ValueError: If it is not a complete gzip file though its name says so.
-    """
+    """Open a file's bytes, decompressed if its name ends in `.gz`, without a byte order mark."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a file.")
     if not path.exists():
@@ -93,11 +94,7 @@ def raw_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Iterate over the lines of a UTF-8 file with their numbers, without line ends.
-
-    Raises:
-        ValueError: If bytes are not UTF-8, with the numbers of the lines.
-    """
+    """Iterate over the lines of a UTF-8 file with their numbers, without line ends."""
     bad = Malformed(path)
     with open_binary(path) as file:
         for number, raw in raw_lines(file):
@@ -115,13 +112,6 @@ class TextTable:
     Cells may be in quotation marks. Between tabs these are characters like any other, unless all
     cells of the first row are in them. Where they quote, a stray one would silently join lines to
     one cell, so every cell that begins with one must also end with one.
-
-    Args:
-        path: The file, UTF-8; `.gz` is decompressed.
-        separator: Between the cells; by the file's ending if it is None.
-
-    Raises:
-        ValueError: If the file is empty, or its quotation marks are malformed.
     """
 
     def __init__(self, path: Path, separator: str | None) -> None:
@@ -130,145 +120,179 @@ class TextTable:
             raise ValueError(
                 f"separator={separator!r}: expected one character, such as ',' or '\\t'."
             )
-        self._data: Any = _content(path)
-        mark = re.escape(self.separator.encode())
-        line = re.search(rb"[^\r\n]++", self._data)
-        if line is None:
+        with open_binary(path) as file:
+            lines = (line.rstrip(b"\r\n") for _, line in raw_lines(file))
+            cells = next(filter(None, lines), b"").split(b"\t")
+        self.quoted = self.separator != "\t" or all(
+            len(cell) > 1 and cell[:1] == cell[-1:] == b'"' for cell in cells
+        )
+        if self.quoted and self._has_marks():
+            for _ in self._rows():  # pyarrow takes what the file says, stray marks too
+                pass
+        if (first := next(self._rows(), None)) is None:
             raise ValueError(f"{path} is empty: expected one row on each line.")
-        marked = [len(c) > 1 and c[:1] == c[-1:] == b'"' for c in line[0].split(b"\t")]
-        self.quoted = self.separator != "\t" or all(marked)
-        self._cell = self._row = rb"[^\r\n]++"
-        if self.quoted:
-            self._cell = rb'(?:"[^"]*+"(?:"[^"]*+")*+|(?!")[^%b\r\n]*+)' % mark
-            self._row = rb"(?:%b%b)*+%b" % (self._cell, mark, self._cell)
-            self._check_quotation_marks(mark)
-        first = next(self._rows(0))
-        self._start, self._end = first.span()
-        (self.line,) = self._lines([self._start])
+        self.line, self.first = first[0], [cell.strip() for cell in first[1]]
+
+    def _has_marks(self) -> bool:
+        with open_binary(self.path) as file:
+            return any(b'"' in block for block in iter(partial(file.read, 1 << 20), b""))
+
+    def _rows(self) -> Iterator[tuple[int, list[str]]]:
+        """The first line and the cells of each row, by Python's own reader, which is slow."""
+        line, limit = 1, csv.field_size_limit(1 << 30)
         try:
-            text = first[0].decode()
+            with open_binary(self.path) as file:
+                reader = csv.reader(
+                    io.TextIOWrapper(cast(Any, file), encoding="utf-8", newline=""),
+                    delimiter=self.separator,
+                    quoting=csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE,
+                    strict=True,
+                )
+                for cells in reader:
+                    if cells:
+                        yield line, cells
+                    line = reader.line_num + 1
         except UnicodeDecodeError:
-            self._check_encoding()
+            for _ in text_lines(self.path):  # raises with the numbers of the lines
+                pass
             raise
-        cells = text.split(self.separator)
-        if self.quoted:
-            cells = re.findall(f"(?:^|{mark.decode()})({self._cell.decode()})", text)
-            cells = [c[1:-1].replace('""', '"') if c.startswith('"') else c for c in cells]
-        self.first = [cell.strip() for cell in cells]
+        except csv.Error as error:
+            problem = "unexpected end of data: a quotation mark is opened here and never closed"
+            if "expected after" in str(error):
+                problem = f"{self.separator!r} expected after the closing quotation mark"
+            bad = Malformed(self.path)
+            bad.add(line, problem)
+            bad.raise_if_any("Correct this line; a mark inside of a quoted cell is doubled.")
+        finally:
+            csv.field_size_limit(limit)
 
     def read(self, columns: Sequence[str], header: bool) -> Any:
-        """Return some columns as an Arrow table of strings.
-
-        Nothing is taken for a missing value: NA, null and nan are texts like any other.
-
-        Args:
-            columns: Their names, which are all of the file's if it has no header.
-            header: Whether the first row names the columns.
-
-        Raises:
-            ValueError: With the number of each malformed line.
-        """
-        names, start = self._body(columns, header)
+        """Return some columns as an Arrow table of strings; NA, null and nan are texts."""
         try:
-            return self._parse(start, names, columns)
+            with open_binary(self.path) as file:
+                return pa.csv.read_csv(
+                    file,
+                    pa.csv.ReadOptions(
+                        column_names=self.first if header else list(columns),
+                        skip_rows_after_names=self.line if header else 0,
+                        block_size=1 << 24,
+                    ),
+                    pa.csv.ParseOptions(
+                        delimiter=self.separator,
+                        quote_char='"' if self.quoted else False,
+                        newlines_in_values=self.quoted,
+                    ),
+                    pa.csv.ConvertOptions(
+                        column_types=dict.fromkeys(columns, pa.string()),
+                        include_columns=list(columns),
+                        null_values=[],
+                        strings_can_be_null=False,
+                    ),
+                )
         except pa.ArrowInvalid as error:
             self.explain(columns, header)
             raise ValueError(f"{self.path}: {error}") from error
 
     def explain(self, columns: Sequence[str], header: bool) -> None:
         """Read again, slowly, and raise a ValueError with the malformed lines, if there are any."""
-        self._check_encoding()
-        names, start = self._body(columns, header)
-        problems: dict[int, str] = {}
-
-        def skip(row: Any) -> str:
-            expected = f"expected {len(names)} columns ({', '.join(names)})"
-            problems[row.number - 1] = f"{expected}, got {row.actual_columns}: {row.text[:60]!r}"
-            return "skip"
-
-        table = self._parse(start, names, columns, skip)
-        places = [row.start() for row in self._rows(start)]
-        rows = np.delete(np.arange(len(places)), list(problems))
-        for name in columns:
-            for i in np.flatnonzero(pc.equal(pc.utf8_trim_whitespace(table[name]), "")).tolist():
-                text = self.separator.join(cells[i].as_py() for cells in table.columns)
-                problems[int(rows[i])] = f"the column {name!r} is empty: {text[:60]!r}"
-        bad = Malformed(self.path)
-        malformed = sorted(problems)
-        lines = self._lines([places[row] for row in malformed])
-        for row, line in zip(malformed, lines, strict=True):
-            bad.add(line, problems[row])
+        names, bad = self.first if header else list(columns), Malformed(self.path)
+        for number, (line, cells) in enumerate(self._rows()):
+            text = repr(self.separator.join(cells)[:60])
+            if len(cells) != len(names):
+                expected = f"expected {len(names)} columns ({', '.join(names)})"
+                bad.add(line, f"{expected}, got {len(cells)}: {text}")
+                continue
+            empty = [name for name in columns if not cells[names.index(name)].strip()]
+            if empty and (number or not header):
+                bad.add(line, f"the column {empty[0]!r} is empty: {text}")
         bad.raise_if_any(
             "Correct or remove these lines; separator= says what is between the columns "
             f"(now {self.separator!r})."
         )
 
-    def _body(self, columns: Sequence[str], header: bool) -> tuple[list[str], int]:
-        """The names of all columns, and where the first row after the header begins."""
-        return (self.first, self._end) if header else (list(columns), self._start)
 
-    def _parse(
-        self, start: int, names: Sequence[str], columns: Sequence[str], on_invalid: Any = None
-    ) -> Any:
-        """The one call of pyarrow's reader."""
-        if start == len(self._data):
-            return pa.table({name: pa.array([], pa.string()) for name in columns})
-        return pa.csv.read_csv(
-            pa.BufferReader(pa.py_buffer(self._data).slice(start)),
-            pa.csv.ReadOptions(
-                column_names=names,
-                block_size=1 << 24,
-                use_threads=on_invalid is None,  # several threads do not number the rows
-            ),
-            pa.csv.ParseOptions(
-                delimiter=self.separator,
-                quote_char='"' if self.quoted else False,
-                newlines_in_values=self.quoted,
-                invalid_row_handler=on_invalid,
-            ),
-            pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.string()),
-                include_columns=list(columns),
-                null_values=[],
-                strings_can_be_null=False,
-            ),
+# ---- whether the first row of a text file names its columns ----
+
+
+def check_columns(there: Sequence[str], columns: Sequence[str], source: str) -> None:
+    """Raise a ValueError if a table does not have all of these columns."""
+    for name in columns:
+        if name not in there:
+            near = difflib.get_close_matches(name, list(there), n=3, cutoff=0.4)
+            raise ValueError(
+                f"{source}: there is no column {name!r}. Its columns are "
+                f"{', '.join(map(repr, list(there)[:12]))}{f'; near: {near}' if near else ''}. "
+                f"{_naming(columns)}"
+            )
+
+
+def has_header(rows: TextTable, columns: Sequence[str]) -> bool:
+    """Return whether the first row names all of these columns."""
+    first, place = rows.first, f"{rows.path}, line {rows.line}"
+    if set(columns) <= set(first):
+        if twice := [name for name in columns if first.count(name) > 1]:
+            raise ValueError(f"{place}: the column {twice[0]!r} is there twice.")
+        return True
+    if len(first) == 1:
+        raise ValueError(
+            f"{place}: expected {len(columns)} columns ({', '.join(columns)}), got 1: "
+            f"{first[0][:60]!r}. The separator is {rows.separator!r}; pass separator= for another."
         )
+    if len(first) != len(columns):
+        raise _unexpected(rows, columns)
+    return False
 
-    def _rows(self, start: int) -> Iterator[re.Match[bytes]]:
-        return (row for row in re.compile(self._row).finditer(self._data, start) if row[0])
 
-    def _check_quotation_marks(self, mark: bytes) -> None:
-        if self._data.find(b'"') < 0:
+def check_first_row(rows: TextTable, table: Any) -> None:
+    """Check a first row that was read as a row, if it has nothing in common with the others."""
+    columns, cells = table.column_names, [column[0].as_py() for column in table.columns]
+    others = table.slice(1).columns
+    # A relation may be there again as a relation, and an entity as a head or a tail.
+    places = [(0, 2), (1,), (0, 2)] if len(cells) == 3 else [range(len(cells))] * len(cells)
+    for cell, at in zip(cells, places, strict=True):
+        if any(pc.index(others[i], cell).as_py() >= 0 for i in at):
             return
-        good = re.match(rb"(?:%b(?:[%b\r\n]|\Z))*+" % (self._cell, mark), self._data)
-        place = good.end() if good else 0
-        if place == len(self._data):
-            return
-        text = self._data[place : place + 60].splitlines()[0].decode("utf-8", "replace")
-        problem = "unexpected end of data: a quotation mark is opened here and never closed"
-        if self._data.find(b'"', place + 1) >= 0:
-            problem = f"{self.separator!r} expected after the closing quotation mark"
-        bad = Malformed(self.path)
-        bad.add(self._lines([place])[0], f"{problem}: {text!r}")
-        bad.raise_if_any("Correct this line; a quotation mark inside of a quoted cell is doubled.")
-
-    def _check_encoding(self) -> None:
-        for _ in text_lines(self.path):
-            pass
-
-    def _lines(self, places: Sequence[int]) -> list[int]:
-        """The numbers of the lines in which these places are, which are in order."""
-        data = np.frombuffer(self._data, np.uint8, max(places, default=0))
-        is_end = data == ord("\n")
-        is_end[:-1] |= (data[:-1] == ord("\r")) & ~is_end[1:]
-        is_end[-1:] |= data[-1:] == ord("\r")
-        numbers: list[int] = (np.searchsorted(np.flatnonzero(is_end), places) + 1).tolist()
-        return numbers
+    num_names = sum(map(_is_name, cells))
+    if num_names == len(cells):
+        raise _unexpected(rows, columns)
+    if len(cells) != 3 or table.num_rows == 1:
+        return
+    shown = ", ".join(map(repr, rows.first))
+    names = zip(("head", "relation", "tail"), rows.first, strict=True)
+    fix = (
+        "no other row has the relation or one of the entities. If these are the names of the "
+        "columns, pass " + ", ".join(f"{column}={name!r}" for column, name in names)
+    )
+    # Where each other relation is there twice, the first row is the odd one out.
+    counts = others[1].value_counts().field("counts")
+    if num_names == 2 and table.num_rows > 3 and pc.min(counts).as_py() > 1:
+        raise ValueError(
+            f"{rows.path}, line {rows.line}: {shown} look like the names of the columns: {fix}. If "
+            f"they are a triple, put the line {rows.separator.join(columns)!r} before it."
+        )
+    place = f"{rows.path}, line {rows.line}"
+    logger.warning("%s: %s are read as a triple, but %s.", place, shown, fix)
 
 
-def _content(path: Path) -> bytes | mmap.mmap:
-    """All bytes of a file, memory-mapped where they lie on disk as they are."""
-    with open_binary(path) as file:
-        if path.name.lower().endswith(".gz") or file.tell() or not path.stat().st_size:
-            return file.read()
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _is_name(cell: str) -> bool:
+    """Whether a cell names a column: `head`, `entity_id`."""
+    words = re.findall(r"[^\W_]+", cell.lower())
+    return bool(words) and WORDS.issuperset(words)
+
+
+def _unexpected(rows: TextTable, columns: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{rows.path}, line {rows.line}: expected a header with the columns {', '.join(columns)}, "
+        f"or exactly {len(columns)} columns without a header; got "
+        f"{', '.join(map(repr, rows.first[:8]))}. {_naming(columns)}"
+    )
+
+
+def _naming(columns: Sequence[str]) -> str:
+    """What to do if the columns have other names."""
+    if len(columns) == 3:  # of triples, which may be called anything
+        return (
+            "Name the file's columns (head=..., relation=..., tail=...), or call them "
+            f"{', '.join(columns)}."
+        )
+    return f"Call the columns {' and '.join(columns)}."

@@ -13,8 +13,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from hf_adapt.knowledge.graphs.headers import check_columns, check_first_row, has_header
-from hf_adapt.knowledge.graphs.text_files import SEPARATORS, SHOWN, Malformed, TextTable, kind_of
+from hf_adapt.knowledge.graphs.text_files import (
+    SEPARATORS,
+    SHOWN,
+    Malformed,
+    TextTable,
+    check_columns,
+    check_first_row,
+    has_header,
+    kind_of,
+)
 from hf_adapt.storage.string_table import CHUNK
 
 Column = Any
@@ -31,17 +39,7 @@ def is_missing(value: Any) -> bool:
 def read_triples(
     triples: Any, columns: Sequence[str], separator: str | None = None
 ) -> list[Column]:
-    """Read the columns head, relation and tail of a file, a table or an iterable.
-
-    Args:
-        triples: Anything that [`KnowledgeGraph.from_triples`] accepts.
-        columns: The names of the three columns.
-        separator: Between the cells of a text file.
-
-    Raises:
-        ValueError: If a row is malformed (with its number), or the columns are not there.
-        TypeError: If triples cannot be read from this type.
-    """
+    """Read the columns head, relation and tail of a file, a table or an iterable."""
     if isinstance(triples, (str, Path)):
         return read_file(Path(triples), columns, separator)
     source = f"The {type(triples).__name__} of triples"
@@ -63,9 +61,6 @@ def read_file(path: Path, columns: Sequence[str], separator: str | None = None) 
 
     A text file whose first row has the names of all `columns` may have others, in any order;
     without such a row it has exactly these columns.
-
-    Raises:
-        ValueError: If the file's ending is none of these, or its content is malformed.
     """
     kind = kind_of(path)
     if kind in (".parquet", ".pq"):
@@ -179,16 +174,7 @@ def _encode(table: Any, columns: Sequence[str], source: str) -> list[Column]:
 
 
 def encode(array: Any, name: str, source: str) -> Column:
-    """Encode an Arrow column of text or whole numbers, without white space around the texts.
-
-    Args:
-        array: An Arrow array or chunked array, or a list of strings.
-        name: The name of the column, for error messages.
-        source: What the column is from, for error messages.
-
-    Raises:
-        ValueError: If cells are empty (with the numbers of their rows) or of another type.
-    """
+    """Encode an Arrow column of text or whole numbers, without white space around the texts."""
     if isinstance(array, list):
         array = pa.array(array, pa.large_string())
     if isinstance(array, pa.Array):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import Trainer
 
+from hf_adapt.engine import texts
+from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.mixins import BatchTransform
-from hf_adapt.engine.texts import KEEP_COLUMN, check_columns, check_row
+from hf_adapt.engine.trainer_kinds import refuse_answers, refuse_sentence_trainer
 from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.attachment import Attachment
 from hf_adapt.knowledge.injection.batcher import MentionBatcher
-from hf_adapt.knowledge.injection.checks import (
-    check_text_columns,
-    refuse_prompt_vectors,
-    refuse_trainer,
-)
 from hf_adapt.knowledge.injection.explanation import Explanation, explain_with
 from hf_adapt.knowledge.injection.knowledge_folder import check_fingerprint, save_knowledge
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
@@ -27,25 +25,11 @@ from hf_adapt.knowledge.linking.token_alignment import OFFSETS, TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.structure import unwrapped_base
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
 
 class KnowledgeAdaptation(BatchTransform):
     """An adaptation that links the rows of a run to a graph.
 
     A subclass connects the model in `_connect`, and says in `settings` what is saved.
-
-    Args:
-        graph: The facts.
-        linker: Finds the entities in texts; `EntityLinker(graph)` by default.
-        text_column: The column(s) of the dataset with the text; by default `text`, if there is one.
-        max_mentions: Mentions of a row at most, the first ones; None for all.
-        save_graph: Whether the graph is put beside the final model.
-        name: Prefix of what is logged and stored.
-
-    Raises:
-        ValueError: If the graph is empty.
     """
 
     vectors: EntityVectors | None = None
@@ -82,24 +66,36 @@ class KnowledgeAdaptation(BatchTransform):
     @property
     def settings(self) -> dict[str, Any]:
         """What is saved beside the model, as plain values."""
-        return {
-            "name": self.name,
-            # A linker of the user's own has to be given again.
-            "linker": self.linker.settings if isinstance(self.linker, EntityLinker) else None,
-            "text_columns": list(self.text_columns),
-            "max_mentions": self.max_mentions,
-            "injector": None,
-        }
+        # A linker of the user's own has to be given again.
+        linker = self.linker.settings if isinstance(self.linker, EntityLinker) else None
+        columns = list(self.text_columns)
+        about = {"linker": linker, "text_columns": columns, "max_mentions": self.max_mentions}
+        return {"name": self.name, **about, "injector": None}
 
     # ---- the run ----
 
     def setup(self, trainer: Trainer) -> None:
         """Check the Trainer, and connect its model."""
         model = unwrapped_model(trainer)
-        refuse_prompt_vectors(model)
-        refuse_trainer(trainer)
-        if self.names_columns:
-            check_text_columns(trainer, self.text_columns)
+        _refuse_prompt_vectors(model)
+        refuse_answers(
+            trainer,
+            "knowledge injection needs rows of one sequence",
+            "Use it in a training on single sequences: SFTTrainer on the prompts and chosen "
+            "answers before the preferences are trained, or a Trainer with a "
+            "...ForSequenceClassification model on labelled rows in place of a reward trainer.",
+        )
+        refuse_sentence_trainer(
+            trainer,
+            "Knowledge injection",
+            "Train the transformers model inside with a Trainer of transformers, on rows with "
+            "input_ids.",
+        )
+        for name, dataset in texts.named_datasets(trainer.train_dataset, (), trainer.eval_dataset):
+            # What only reading the rows would tell is checked as they come.
+            if self.names_columns and TOKEN_MENTIONS not in (dataset_columns(dataset) or ()):
+                options = {"one_suffices": True, "read_stream": False}
+                texts.check_dataset(dataset, self.text_columns, name, **options)
         tokenizer = trainer.processing_class
         if not hasattr(tokenizer, "pad_token_id"):  # a feature extractor makes no tokens
             found = "none" if tokenizer is None else f"a {type(tokenizer).__name__}"
@@ -127,15 +123,7 @@ class KnowledgeAdaptation(BatchTransform):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process makes batches; the model stays where it is.
-        kept = (
-            "name",
-            "graph",
-            "vectors",
-            "columns",
-            "text_columns",
-            "names_columns",
-            "_batcher",
-        )
+        kept = {"name", "graph", "vectors", "columns", "text_columns", "names_columns", "_batcher"}
         return {key: value for key, value in vars(self).items() if key in kept}
 
     def transform_batch(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
@@ -143,8 +131,8 @@ class KnowledgeAdaptation(BatchTransform):
         assert self._batcher is not None
         for row in rows if self.names_columns else ():
             if row.get(TOKEN_MENTIONS) is None:  # else the mentions are known
-                check_columns(row, self.text_columns, "a row of the batch", KEEP_COLUMN)
-                check_row(row, self.text_columns, "a row of the batch", one_suffices=True)
+                texts.check_columns(row, self.text_columns, "a row of the batch", texts.KEEP_COLUMN)
+                texts.check_row(row, self.text_columns, "a row of the batch", one_suffices=True)
         self._batcher.add_to(rows, batch)
 
     def transforms_evaluation(self, trainer: Trainer) -> bool:
@@ -167,21 +155,22 @@ class KnowledgeAdaptation(BatchTransform):
     def _save(self, folder: str, makes_vectors: bool) -> None:
         is_checkpoint = Path(folder).name.startswith("checkpoint-")
         whole = self.save_graph and not is_checkpoint
-        save_knowledge(
-            folder,
-            self.settings,
-            self.graph,
-            self.vectors,
-            with_graph=whole,
-            with_vectors=whole or (is_checkpoint and makes_vectors),
-        )
+        with_vectors = whole or (is_checkpoint and makes_vectors)
+        save_knowledge(folder, self.settings, self.graph, self.vectors, whole, with_vectors)
 
     def explain(self, text: str) -> Explanation:
-        """What the trained model makes of the entities in a text; see [`explain`].
-
-        Raises:
-            ValueError: If `train()` has not begun.
-        """
+        """What the trained model makes of the entities in a text; see [`explain`]."""
         if self.attachment is None or self._batcher is None:
             raise ValueError("There is nothing to explain before train() has begun.")
         return explain_with(self.attachment, self._batcher, text)
+
+
+def _refuse_prompt_vectors(model: nn.Module) -> None:
+    configs = getattr(model, "peft_config", None) or {}
+    for config in configs.values() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(config).__name__} puts prompt vectors before the tokens, so the mentions' "
+                "positions would be wrong. Use LoRA or another method that leaves the input as it "
+                "is."
+            )

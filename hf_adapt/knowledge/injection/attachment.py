@@ -22,18 +22,6 @@ class Attachment:
     """What connects a model with knowledge.
 
     A subclass calls `_install` once all else is checked, and defines `enter` and `leave`.
-
-    Args:
-        model: The model; a PEFT model is looked through.
-
-    Attributes:
-        input_names: The inputs that `forward` takes besides the model's own.
-        batcher: What makes these inputs, with the graph and the tokenizer; None where unknown.
-        points: The injection points.
-        records: One for each point, what happened at each mention, while `explain` is at work.
-
-    Raises:
-        ValueError: If the model has one already.
     """
 
     input_names: tuple[str, ...] = ()
@@ -86,11 +74,7 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 
 def known_attachment(model: nn.Module) -> Attachment:
-    """The attachment of a model, which knows its graph.
-
-    Raises:
-        ValueError: If the model has none.
-    """
+    """The attachment of a model, which knows its graph."""
     attachment = attachment_of(model)
     if attachment is None or attachment.batcher is None:
         raise ValueError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.inputs import Knowledge
 from hf_adapt.knowledge.injection.soft_prompt import add_prompt_tokens
-from hf_adapt.knowledge.linking.mentions import Mention
+from hf_adapt.knowledge.linking.mentions import TokenMention
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.heads import has_head, is_causal_lm
@@ -30,39 +30,19 @@ TOKENS_ALONE = (
 """Why a model's own inputs are linked by what they decode to, and what is better."""
 
 
-class BatchMention(NamedTuple):
-    """A mention in a row of a batch: the first position of its tokens, one past their last."""
-
-    mention: Mention
-    start: int
-    end: int
-
-
+@dataclass(eq=False)
 class MentionBatcher:
-    """Finds the mentions of the rows of a batch. A subclass makes inputs of them: `add_mentions`.
+    """Finds the mentions of the rows of a batch; a subclass makes inputs of them."""
 
-    Args:
-        graph: The graph.
-        aligner: Finds the mentions of a tokenised row.
-        max_mentions: Mentions of a row at most, the first ones; None for all.
-        without_predicted: Whether mentions with a token that is to be predicted are left out, so
-            that they do not give it away.
+    graph: KnowledgeGraph
+    aligner: TokenAligner
+    max_mentions: int | None = None
+    without_predicted: bool = False  # mentions that would give away what is to be predicted
 
-    Raises:
-        ValueError: If an option is out of range.
-    """
-
-    def __init__(
-        self,
-        graph: KnowledgeGraph,
-        aligner: TokenAligner,
-        max_mentions: int | None = None,
-        without_predicted: bool = False,
-    ) -> None:
-        if max_mentions is not None and max_mentions < 1:
-            raise ValueError(f"max_mentions={max_mentions} must be at least 1, or None for all.")
-        self.graph, self.aligner, self.max_mentions = graph, aligner, max_mentions
-        self.without_predicted = without_predicted
+    def __post_init__(self) -> None:
+        most = self.max_mentions
+        if most is not None and most < 1:
+            raise ValueError(f"max_mentions={most} must be at least 1, or None for all.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # a copy of a model shares the graph
@@ -78,22 +58,13 @@ class MentionBatcher:
         return self.aligner.text_columns
 
     def add_mentions(
-        self, batch: MutableMapping[str, Any], mentions: Sequence[Sequence[BatchMention]]
+        self, batch: MutableMapping[str, Any], mentions: Sequence[Sequence[TokenMention]]
     ) -> None:
-        """Add inputs to a batch.
-
-        Args:
-            batch: Padded `input_ids` and what follows the tokens; it is changed in place.
-            mentions: For each row its mentions.
-        """
+        """Add inputs to a batch."""
         raise NotImplementedError
 
     def add_to(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
-        """Add the inputs that the mentions of these rows make to their batch.
-
-        Raises:
-            ValueError: If the batch is not one padded sequence of tokens for each row.
-        """
+        """Add the inputs that the mentions of these rows make to their batch."""
         ids = batch.get("input_ids")
         if ids is None:
             raise ValueError(
@@ -118,21 +89,14 @@ class MentionBatcher:
                     "dataset before training."
                 )
             shift = _shift(row, ids[number], _at(batch.get("attention_mask"), number))
-            own = [
-                BatchMention(m.mention, m.start + shift, m.end + shift) for m in self.aligner(row)
-            ]
+            own = [replace(m, start=m.start + shift, end=m.end + shift) for m in self.aligner(row)]
             if isinstance(labels, torch.Tensor):
                 own = [m for m in own if bool((labels[number, m.start : m.end] == IGNORED).all())]
             mentions.append(own[: self.max_mentions])
         self.add_mentions(batch, mentions)
 
     def encode(self, texts: Sequence[str], **options: Any) -> dict[str, torch.Tensor]:
-        """Texts as inputs of the model, with what the graph says of them.
-
-        Args:
-            texts: The texts.
-            **options: For the tokenizer; by default padding, and truncation to what it allows.
-        """
+        """Texts as inputs of the model, with what the graph says of them."""
         options = {"padding": True, "truncation": True, **options}
         batch = dict(self.tokenizer(list(texts), **options, return_tensors="pt"))
         ids, masks = batch["input_ids"].tolist(), batch["attention_mask"].tolist()
@@ -144,40 +108,21 @@ class MentionBatcher:
         return batch
 
 
+@dataclass(eq=False, kw_only=True)
 class KnowledgeBatcher(MentionBatcher):
     """Gathers what the graph says of the candidates of each mention.
 
     Only the rows of the table that a batch needs are read, in the DataLoader's workers.
-
-    Args:
-        graph: The graph.
-        vectors: A vector for each of its entities.
-        aligner: Finds the mentions of a tokenised row.
-        max_mentions: Mentions of a row at most, the first ones; None for all.
-        without_predicted: Whether mentions with a token that is to be predicted are left out.
-        num_neighbours: Neighbours that are gathered for each candidate.
-        after: Whether each stands at the token after it (see [`KnowledgeInjector`]).
-        num_prompt_tokens: Tokens that are put before each row for its mentions; 0 for none.
     """
 
-    def __init__(
-        self,
-        graph: KnowledgeGraph,
-        vectors: EntityVectors,
-        aligner: TokenAligner,
-        max_mentions: int | None = None,
-        without_predicted: bool = False,
-        num_neighbours: int = 0,
-        after: bool = False,
-        num_prompt_tokens: int = 0,
-    ) -> None:
-        super().__init__(graph, aligner, max_mentions, without_predicted)
-        self.vectors, self.num_neighbours, self.after = vectors, num_neighbours, after
-        self.num_prompt_tokens = num_prompt_tokens
-        self._neighbours: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    vectors: EntityVectors
+    num_neighbours: int = 0
+    after: bool = False  # whether each stands at the token after it
+    num_prompt_tokens: int = 0
+    _neighbours: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False)
 
     def add_mentions(
-        self, batch: MutableMapping[str, Any], mentions: Sequence[Sequence[BatchMention]]
+        self, batch: MutableMapping[str, Any], mentions: Sequence[Sequence[TokenMention]]
     ) -> None:
         """Add the tensors of the mentions, after prompt tokens where there are some."""
         knowledge = self._gathered(mentions)
@@ -191,33 +136,28 @@ class KnowledgeBatcher(MentionBatcher):
     def of_tokens(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> Knowledge:
-        """The mentions of a batch of which only the tokens are left.
-
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, T), 1 on real tokens; None if all are.
-        """
+        """The mentions of a batch of which only the tokens are left."""
         mentions = []
         for number, ids in enumerate(input_ids.tolist()):
             row = {"input_ids": ids}
             mask = _at(attention_mask, number)
             if mask is not None and mask.ndim == 1 and len(mask) == len(ids):
                 row["attention_mask"] = mask.tolist()
-            found = self.aligner(row, TOKENS_ALONE)[: self.max_mentions]
-            mentions.append([BatchMention(m.mention, m.start, m.end) for m in found])
+            mentions.append(self.aligner(row, TOKENS_ALONE)[: self.max_mentions])
         return self._gathered(mentions).to(input_ids.device)
 
-    def _gathered(self, rows: Sequence[Sequence[BatchMention]]) -> Knowledge:
+    def _gathered(self, rows: Sequence[Sequence[TokenMention]]) -> Knowledge:
         most = max([1, *(len(row) for row in rows)])
-        choices = max([1, *(len(m.mention.candidates) for row in rows for m in row)])
+        choices = max([1, *(len(found.mention.candidates) for row in rows for found in row)])
         shape = (len(rows), most, choices)
         spans = np.zeros((*shape[:2], 2), dtype=np.int64)
         entities = np.full(shape, -1, dtype=np.int64)
         priors = np.zeros(shape, dtype=np.float32)
         for i, row in enumerate(rows):
-            for j, (mention, start, end) in enumerate(row):
-                spans[i, j] = (end, end + 1) if self.after else (start, end)
-                for k, candidate in enumerate(mention.candidates):
+            for j, found in enumerate(row):
+                end = found.end
+                spans[i, j] = (end, end + 1) if self.after else (found.start, end)
+                for k, candidate in enumerate(found.mention.candidates):
                     entities[i, j, k], priors[i, j, k] = candidate.entity, candidate.prior
         arrays = [spans, entities, priors, self.vectors.gather(entities)]
         if self.num_neighbours:
@@ -254,13 +194,13 @@ def make_batcher(
     after = injector.tokens == "after" or (injector.tokens == "auto" and is_causal_lm(model))
     return KnowledgeBatcher(
         graph,
-        vectors,
         aligner,
         max_mentions if not prompts else min(max_mentions or prompts, prompts),
         predicts_tokens(model),
-        injector.num_neighbours,
-        after and not prompts,
-        prompts,
+        vectors=vectors,
+        num_neighbours=injector.num_neighbours,
+        after=after and not prompts,
+        num_prompt_tokens=prompts,
     )
 
 
@@ -274,11 +214,7 @@ def _at(values: Any, number: int) -> torch.Tensor | None:
 
 
 def _shift(row: Mapping[str, Any], ids: torch.Tensor, mask: torch.Tensor | None) -> int:
-    """How many tokens of padding the collator put before a row.
-
-    Raises:
-        ValueError: If the row cannot be found in the batch.
-    """
+    """How many tokens of padding the collator put before a row."""
     own = torch.as_tensor(row["input_ids"])
     more = len(ids) - len(own)
     # A longer row was cut off by the collator, on the right.

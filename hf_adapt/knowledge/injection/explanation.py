@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import html
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +19,6 @@ class ExplainedCandidate:
     """An entity that a mention may stand for.
 
     Attributes:
-        key: Its key in the graph.
-        label: Its name.
-        description: Its description, or None.
         prior: How likely before the context was read; a mention's priors add up to 1.
         attention: Its share of the attention at each injection point; the rest went to neighbours
             and to "no knowledge".
@@ -39,14 +33,10 @@ class ExplainedCandidate:
 
 @dataclass(frozen=True)
 class ExplainedMention:
-    """A span of the text that was linked.
+    """A span of the text that was linked: `text[start:end] == surface`.
 
     Attributes:
-        start: First character.
-        end: One past the last.
-        surface: The characters.
         tokens: First token and one past the last.
-        candidates: The entities it may stand for.
         gate: How far open the gate was at each injection point (cross-attention: all that did not
             go to "no knowledge"); empty for an adapter, which has none.
     """
@@ -61,72 +51,23 @@ class ExplainedMention:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the injector made of a text; `print` shows it, a notebook draws it.
-
-    Attributes:
-        text: The text.
-        points: The injection points.
-        mentions: What was linked.
-    """
+    """What the injector made of a text: `print` shows it, `dataclasses.asdict` makes it plain."""
 
     text: str
     points: tuple[str, ...]
-    mentions: tuple[ExplainedMention, ...] = field(default=())
+    mentions: tuple[ExplainedMention, ...] = ()
 
     def __str__(self) -> str:
-        lines = [self.text]
+        lines = [self.text, *(["  no entity was linked"] if not self.mentions else [])]
         for mention in self.mentions:
-            gate = _numbers(mention.gate)
-            lines.append(
-                f"  {mention.surface!r} [{mention.start}:{mention.end}]"
-                + (f"  gate {gate}" if gate else "")
-            )
-            for candidate in mention.candidates:
-                lines.append(
-                    f"    {candidate.label} ({candidate.key})  prior {candidate.prior:.2f}  "
-                    f"attention {_numbers(candidate.attention)}"
-                )
-        if not self.mentions:
-            lines.append("  no entity was linked")
-        return "\n".join(lines)
-
-    def to_html(self) -> str:
-        """A fragment of HTML: the text with its mentions marked, and a table of candidates."""
-        marked, end = [], 0
-        for mention in self.mentions:
-            if mention.start < end:  # it overlaps the one before; the table has it
-                continue
-            strength = max(mention.gate, default=1.0)
-            marked += [
-                html.escape(self.text[end : mention.start]),
-                f'<mark style="background:rgba(255,190,60,{0.15 + 0.85 * strength:.2f})">'
-                f"{html.escape(mention.surface)}</mark>",
+            gate = f"  gate {_numbers(mention.gate)}" if mention.gate else ""
+            lines.append(f"  {mention.surface!r} [{mention.start}:{mention.end}]{gate}")
+            lines += [
+                f"    {candidate.label} ({candidate.key})  prior {candidate.prior:.2f}  "
+                f"attention {_numbers(candidate.attention)}"
+                for candidate in mention.candidates
             ]
-            end = mention.end
-        marked.append(html.escape(self.text[end:]))
-        rows = "".join(
-            f"<tr><td>{html.escape(mention.surface)}</td><td>{html.escape(candidate.label)}</td>"
-            f"<td>{html.escape(candidate.key)}</td><td>{candidate.prior:.2f}</td>"
-            f"<td>{_numbers(candidate.attention)}</td><td>{_numbers(mention.gate)}</td>"
-            f"<td>{html.escape((candidate.description or '')[:200])}</td></tr>"
-            for mention in self.mentions
-            for candidate in mention.candidates
-        )
-        heads = ("mention", "candidate", "key", "prior", "attention", "gate", "description")
-        titles = "".join(f"<th>{title}</th>" for title in heads)
-        points = html.escape(", ".join(self.points))
-        return (
-            f'<div style="font-family:sans-serif"><p>{"".join(marked)}</p>'
-            f'<table border="1" style="border-collapse:collapse"><tr>{titles}</tr>{rows}</table>'
-            f"<p>attention and gate at: {points}</p></div>"
-        )
-
-    _repr_html_ = to_html
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a page that a browser shows."""
-        page = f'<!doctype html><meta charset="utf-8"><title>Knowledge</title>{self.to_html()}\n'
-        Path(path).write_text(page, encoding="utf-8")
+        return "\n".join(lines)
 
 
 def explain(model: nn.Module, text: str) -> Explanation:
@@ -178,25 +119,19 @@ def _explained(
 ) -> ExplainedMention:
     mention = found.mention
     attention = [record["attention"][0, number].tolist() for record in records]
-    candidates = [
+    candidates = tuple(
         ExplainedCandidate(
-            graph.key(candidate.entity),
-            graph.label(candidate.entity),
-            graph.description(candidate.entity),
-            candidate.prior,
+            graph.key(c.entity),
+            graph.label(c.entity),
+            graph.description(c.entity),
+            c.prior,
             tuple(each[k] for each in attention),
         )
-        for k, candidate in enumerate(mention.candidates)
-    ]
-    gate = tuple(float(r["gate"][0, number]) for r in records if "gate" in r)
-    return ExplainedMention(
-        mention.start,
-        mention.end,
-        mention.surface,
-        (found.start, found.end),
-        tuple(candidates),
-        gate,
+        for k, c in enumerate(mention.candidates)
     )
+    gate = tuple(float(r["gate"][0, number]) for r in records if "gate" in r)
+    tokens = (found.start, found.end)
+    return ExplainedMention(mention.start, mention.end, mention.surface, tokens, candidates, gate)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

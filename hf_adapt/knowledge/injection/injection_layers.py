@@ -47,11 +47,6 @@ class RelationalAggregation(nn.Module):
         Vashishth et al. 2020, "Composition-based Multi-Relational Graph Convolutional Networks",
         arXiv:1911.03082, the composition by product of its section 4.1. Deviation: one layer, one
         W for all relations.
-
-    Args:
-        dimension: Size of the entity vectors.
-        num_relations: Number of relations, inverses included.
-        averages: Whether W is there, for `forward`; `messages` needs none.
     """
 
     def __init__(self, dimension: int, num_relations: int, averages: bool = True) -> None:
@@ -64,22 +59,14 @@ class RelationalAggregation(nn.Module):
             nn.init.zeros_(self.output.weight)
 
     def messages(self, knowledge: Knowledge) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each neighbour says, and which there are.
-
-        Shape:
-            - output: (B, M, K, N, D) and (B, M, K, N) bool.
-        """
+        """What each neighbour says, (B, M, K, N, D), and which there are, (B, M, K, N) bool."""
         assert knowledge.neighbours is not None and knowledge.relations is not None
         present = knowledge.relations >= 0
         relation = self.relation(knowledge.relations.clamp(min=0))
         return knowledge.neighbours.float() * relation * present.unsqueeze(-1), present
 
     def forward(self, knowledge: Knowledge) -> torch.Tensor:
-        """The vectors of the candidates.
-
-        Shape:
-            - output: (B, M, K, D).
-        """
+        """The vectors of the candidates, (B, M, K, D)."""
         assert self.output is not None
         messages, present = self.messages(knowledge)
         mean = messages.sum(-2) / present.sum(-1, keepdim=True).clamp(min=1)
@@ -92,13 +79,6 @@ def size_of(hidden: torch.Tensor) -> torch.Tensor:
 
     Word embeddings of MiniLM-L6 are of size 0.06, its layers' outputs of 0.5. In units of it one
     learning rate does everywhere; else a few dozen steps drown the embeddings.
-
-    Shape:
-        - hidden: (..., H); output: (..., 1).
-
-    Example:
-        >>> size_of(torch.tensor([[3.0, -3.0], [0.0, 0.0]])).tolist()
-        [[3.0], [0.0]]
     """
     norm: torch.Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
     return norm / math.sqrt(hidden.shape[-1])
@@ -152,27 +132,18 @@ class InjectionLayer(nn.Module):
     def mention_values(
         self, query: torch.Tensor, knowledge: Knowledge, record: Record | None
     ) -> torch.Tensor:
-        """What the graph has to say at each mention.
-
-        Args:
-            query: Mean hidden state of each mention's tokens.
-            knowledge: The mentions.
-            record: Where to put what `explain` shows, or None.
+        """What the graph has to say at each mention; `record` is what `explain` shows.
 
         Shape:
-            - query: (B, M, H); output: (B, M, inner_size).
+            - query: (B, M, H), the mean hidden states of the mentions' tokens; output: (B, M,
+              inner_size).
         """
         raise NotImplementedError
 
     def forward(
         self, hidden: torch.Tensor, knowledge: Knowledge, record: Record | None = None
     ) -> torch.Tensor:
-        """What to add to the hidden states, in units of their size.
-
-        Args:
-            hidden: Hidden states, in float32, in units of their size.
-            knowledge: The mentions of the same rows.
-            record: Where to put what `explain` shows, or None.
+        """What to add to the hidden states; both are float32, in units of the states' size.
 
         Shape:
             - hidden: (B, T, H); output: (B, T, H).
@@ -186,11 +157,7 @@ class InjectionLayer(nn.Module):
     def row_values(
         self, query: torch.Tensor, knowledge: Knowledge, record: Record | None = None
     ) -> torch.Tensor:
-        """What to add to one vector per row, in units of its size: the mean over its mentions.
-
-        Shape:
-            - query: (B, H); output: (B, H).
-        """
+        """What to add to one vector per row, (B, H), in units of its size: the mentions' mean."""
         there = knowledge.candidate_mask.any(-1).to(query.dtype).unsqueeze(-1)
         each = query.unsqueeze(1).expand(-1, there.shape[1], -1)
         values = self.output(self.mention_values(each, knowledge, record)) * there

@@ -22,13 +22,7 @@ Kind = Literal["output", "head", "row_head"]
 
 @dataclass(frozen=True)
 class InjectionPoint:
-    """A module whose hidden states knowledge enters.
-
-    Attributes:
-        location: What the user called it.
-        module: The module's name in the model.
-        kind: Whether its output is changed or, for a head, its input.
-    """
+    """A module whose hidden states knowledge enters."""
 
     location: Location
     module: str
@@ -36,38 +30,20 @@ class InjectionPoint:
 
 
 def find_injection_points(model: nn.Module, layers: Sequence[Location]) -> list[InjectionPoint]:
-    """The modules behind `layers=`.
-
-    Args:
-        model: Any text model; a PEFT model is looked through. In an encoder–decoder, the points
-            are those of the encoder, which reads the text.
-        layers: Their locations.
-
-    Raises:
-        ValueError: If there is no such module, naming what there is.
-
-    Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> size = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=9)
-        >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=2, **size))
-        >>> [point.module for point in find_injection_points(model, ["embeddings", -1, "head"])]
-        ['bert.embeddings.word_embeddings', 'bert.encoder.layer.1', 'classifier']
-    """
+    """The modules behind `layers=`."""
     base = unwrapped_base(model)
     names = {id(module): name for name, module in base.named_modules()}
     found = []
     for location in layers:
-        if location == "embeddings":
-            found.append(InjectionPoint(location, names[id(_embeddings(base))]))
-        elif location == "head":
+        if location == "head":
             found.append(_head(base, names))
-        elif isinstance(location, int):
-            found.append(InjectionPoint(location, _layer(base, names, location)))
+        elif location == "embeddings":
+            found.append(InjectionPoint(location, names[id(_embeddings(base))]))
         else:
-            found.append(InjectionPoint(location, _named(base, names, location)))
+            name = location if isinstance(location, str) else _layer(base, names, location)
+            found.append(InjectionPoint(location, _named(base, names, name)))
     modules = [point.module for point in found]
-    twice = {module for module in modules if modules.count(module) > 1}
-    if twice:
+    if twice := {module for module in modules if modules.count(module) > 1}:
         raise ValueError(
             f"layers={list(layers)} name {', '.join(sorted(twice))} more than once: name each "
             "module once."

@@ -38,14 +38,7 @@ SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class InjectorSizes:
-    """The sizes that a first forward, the graph and the vectors decide.
-
-    Args:
-        hidden_sizes: Of the hidden states at each injection point, in order.
-        entity_size: Of the entity vectors.
-        num_relations: Of the graph, inverses not counted.
-        is_causal: Whether the model is a causal language model.
-    """
+    """The sizes that a first forward, the graph and the vectors decide."""
 
     hidden_sizes: list[int]
     entity_size: int
@@ -68,9 +61,8 @@ class KnowledgeInjector(nn.Module):
         layers: Where: `"embeddings"`, layers' numbers (negative from the top), `"head"`, modules'
             dotted names, or a list of these. In an encoder–decoder they are the encoder's.
         injection_layer: How: `"gated"` ([`GatedAddition`]), `"cross_attention"`
-            ([`CrossAttention`]: to the mention's candidates, their neighbours and a "no knowledge"
-            sentinel), `"adapter"` ([`KnowledgeAdapter`]), `"soft_prompt"` ([`SoftPrompt`], for
-            decoders), or a subclass of [`InjectionLayer`].
+            ([`CrossAttention`]), `"adapter"` ([`KnowledgeAdapter`]), `"soft_prompt"`
+            ([`SoftPrompt`], for decoders), or a subclass of [`InjectionLayer`].
         num_neighbours: Neighbours in the graph that are read for each candidate: averaged into its
             vector by one step of message passing, or attended to one by one.
         inner_size: Size between the entities' vectors and the hidden states; by default the
@@ -114,11 +106,8 @@ class KnowledgeInjector(nn.Module):
             raise ValueError(f"num_neighbours={num_neighbours} must be 0 or more.")
         if tokens not in get_args(Tokens):
             raise ValueError(f"tokens={tokens!r} is unknown: use 'auto', 'mention' or 'after'.")
-        self.layer_class = (
-            INJECTION_LAYERS[injection_layer]
-            if isinstance(injection_layer, str)
-            else injection_layer
-        )
+        given = injection_layer
+        self.layer_class = INJECTION_LAYERS[given] if isinstance(given, str) else given
         if self.layer_class.changes_input and self.layers != ["embeddings"]:
             raise ValueError(
                 f"{self.layer_class.__name__} changes the input: layers must be 'embeddings', got "
@@ -142,11 +131,7 @@ class KnowledgeInjector(nn.Module):
         return int(self.options.get("num_tokens", NUM_PROMPT_TOKENS))
 
     def build(self, sizes: InjectorSizes) -> None:
-        """Make the weights.
-
-        Raises:
-            ValueError: If the injection layer does not take the options.
-        """
+        """Make the weights."""
         relations = 2 * sizes.num_relations if self.num_neighbours else 0
         made = []
         for size in sizes.hidden_sizes:
@@ -168,16 +153,9 @@ class KnowledgeInjector(nn.Module):
         knowledge: Knowledge,
         record: Record | None = None,
     ) -> torch.Tensor:
-        """Hidden states with knowledge added, in their own dtype.
+        """Hidden states, (B, T, H) or (B, H) for a head over rows, with knowledge added.
 
         It is computed in the injector's own precision, with autocast off.
-
-        Args:
-            number: Which of the injection points.
-            kind: What kind of point.
-            hidden: (B, T, H), or (B, H) for a head over rows.
-            knowledge: The mentions of these rows.
-            record: Where to put what `explain` shows, or None.
         """
         layer = self.injection_layers[number]
         assert isinstance(layer, InjectionLayer)
@@ -215,10 +193,6 @@ class KnowledgeInjector(nn.Module):
         cls, settings: dict[str, Any], injection_layer: type[InjectionLayer] | None = None
     ) -> KnowledgeInjector:
         """The injector that `settings` describes, with new weights.
-
-        Args:
-            settings: The property of this name of another injector.
-            injection_layer: The class, where the injection layer is one of the user's own.
 
         Raises:
             ValueError: If the injection layer is one of the user's own and is not given.

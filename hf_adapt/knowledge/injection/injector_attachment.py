@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +23,7 @@ CACHES = ("past_key_values", "cache")
 
 
 class InjectorAttachment(Attachment):
-    """What connects a model with an injector.
-
-    Args:
-        model: The model; a PEFT model is looked through.
-        injector: Where and how knowledge enters.
-
-    Attributes:
-        current: The mentions of the forward under way, None outside of one.
-        link: Finds the mentions of a batch of tokens, where the inputs have none: (input_ids,
-            attention_mask) -> Knowledge. None if they are then simply left out.
-        mask_rate: Share of the mentions that are masked in training (see [`EntityPrediction`]).
-
-    Raises:
-        ValueError: If the model has an attachment already, or lacks an injection point.
-    """
+    """What connects a model with an injector."""
 
     input_names = NAMES
 
@@ -46,9 +33,10 @@ class InjectorAttachment(Attachment):
         self.points: list[InjectionPoint] = find_injection_points(self.model, injector.layers)
         self.reader = reader_of(self.model)
         self.hidden_sizes: list[int | None] = [None] * len(self.points)
-        self.current: Knowledge | None = None
+        self.current: Knowledge | None = None  # of the forward under way
+        # Finds the mentions of a batch of tokens, where the inputs have none.
         self.link: Callable[[torch.Tensor, torch.Tensor | None], Knowledge] | None = None
-        self.mask_rate = 0.0
+        self.mask_rate = 0.0  # the share of mentions that EntityPrediction masks in training
         self.mask_seed = torch.zeros((), dtype=torch.long)
         self._pending: Knowledge | None = None
         self._checkpointed = [
@@ -57,19 +45,16 @@ class InjectorAttachment(Attachment):
         self._handles = []
         for number, point in enumerate(self.points):
             module = self.model.get_submodule(point.module)
+            # Partials of methods: a copy of the model gets copies, which belong to the copy.
             if point.kind == "output":
-                handle = module.register_forward_hook(OutputHook(self, number))
+                handle = module.register_forward_hook(partial(self._change_output, number))
             else:
-                handle = module.register_forward_pre_hook(InputHook(self, number))
+                handle = module.register_forward_pre_hook(partial(self._change_input, number))
             self._handles.append(handle)
         self._install()
 
     def connect(self, batcher: Any) -> None:
-        """Link inputs without mentions, where the injection layer leaves the tokens as they are.
-
-        Args:
-            batcher: A `KnowledgeBatcher`.
-        """
+        """Link inputs without mentions, where the injection layer leaves the tokens as they are."""
         self.batcher = batcher
         self.link = None if self.injector.layer_class.changes_input else batcher.of_tokens
 
@@ -97,10 +82,6 @@ class InjectorAttachment(Attachment):
         knowledge = given if given is not None else self._pending
         if knowledge is None:
             return
-        position = 0
-        for name in CACHES:
-            if (cache := kwargs.get(name)) is not None:
-                position = _cached_length(cache)
         mask = kwargs.get("attention_mask")
         if not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             mask = None
@@ -108,7 +89,10 @@ class InjectorAttachment(Attachment):
             ids = kwargs.get("input_ids", args[0] if args else None)
             if isinstance(ids, torch.Tensor):
                 knowledge = knowledge.without(self.masked_mentions(knowledge, ids, mask))
-        self.current = replace(knowledge.from_position(position), mask=mask)
+        # Positions count from here: what lies before is in a cache.
+        position = max(_cached_length(kwargs.get(name)) for name in CACHES)
+        spans = knowledge.spans - position if position else knowledge.spans
+        self.current = replace(knowledge, spans=spans, mask=mask)
         if not torch.compiler.is_compiling():
             self._follow_checkpoints()
 
@@ -159,39 +143,22 @@ class InjectorAttachment(Attachment):
             knowledge = self._pending  # a head over rows stands behind the decoder
         if knowledge is None or not self.injector.is_built:
             return None
-        if hidden.shape[0] != knowledge.num_rows:
+        if hidden.shape[0] != len(knowledge.spans):
             self.warn(
                 f"The injection point {point.location!r} saw {hidden.shape[0]} rows and the "
-                f"mentions are of {knowledge.num_rows}: nothing is added there."
+                f"mentions are of {len(knowledge.spans)}: nothing is added there."
             )
             return None
         weight = next(self.injector.parameters())
         if weight.device != hidden.device:
             self.injector.to(hidden.device)
-        record: Record | None = None
+        record: Record | None = None if self.records is None else {}
         if self.records is not None:
-            record = {}
             self.records.append(record)
         return self.injector.inject(number, point.kind, hidden, knowledge, record)
 
-    def _follow_checkpoints(self) -> None:
-        """Let what gradient checkpointing computes again see the mentions of its own forward."""
-        for module in self._checkpointed:
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, KnowledgeCheckpoint):
-                module.__dict__["_gradient_checkpointing_func"] = KnowledgeCheckpoint(
-                    self, function
-                )
-
-
-class OutputHook:
-    """Changes the hidden states that a module gives."""
-
-    def __init__(self, attachment: InjectorAttachment, number: int) -> None:
-        self.attachment, self.number = attachment, number
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The changed output, of the type that it had."""
+    def _change_output(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
+        """A hook: the output with changed hidden states, of the type that it had."""
         hidden = output if isinstance(output, torch.Tensor) else None
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
             hidden = output[0]
@@ -202,27 +169,26 @@ class OutputHook:
                 f"{type(module).__name__} gives a {type(output).__name__} without hidden states, "
                 "so no knowledge can be added to them. Choose another module in layers=."
             )
-        changed = self.attachment.inject(self.number, hidden)
-        if changed is None:
-            return None
-        if isinstance(output, torch.Tensor):
+        changed = self.inject(number, hidden)
+        if changed is None or isinstance(output, torch.Tensor):
             return changed
         if isinstance(output, tuple):
             return (changed, *output[1:])
         output["last_hidden_state"] = changed
         return output
 
-
-class InputHook:
-    """Changes the hidden states that a head is given."""
-
-    def __init__(self, attachment: InjectorAttachment, number: int) -> None:
-        self.attachment, self.number = attachment, number
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """The changed arguments."""
-        changed = self.attachment.inject(self.number, args[0])
+    def _change_input(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """A hook before a head: its arguments with changed hidden states."""
+        changed = self.inject(number, args[0])
         return None if changed is None else (changed, *args[1:])
+
+    def _follow_checkpoints(self) -> None:
+        """Let what gradient checkpointing computes again see the mentions of its own forward."""
+        for module in self._checkpointed:
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, KnowledgeCheckpoint):
+                own = KnowledgeCheckpoint(self, function)
+                module.__dict__["_gradient_checkpointing_func"] = own
 
 
 class KnowledgeCheckpoint:
@@ -236,21 +202,16 @@ class KnowledgeCheckpoint:
 
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a layer, to be run once more."""
-        return self.function(_RunWithKnowledge(self.attachment, run), *args, **kwargs)
+        attachment, knowledge = self.attachment, self.attachment.current
 
+        def run_again(*args: Any, **kwargs: Any) -> Any:
+            before, attachment.current = attachment.current, knowledge
+            try:
+                return run(*args, **kwargs)
+            finally:
+                attachment.current = before
 
-class _RunWithKnowledge:
-    """A layer's forward, with the mentions of when it was made."""
-
-    def __init__(self, attachment: InjectorAttachment, run: Any) -> None:
-        self.attachment, self.run, self.knowledge = attachment, run, attachment.current
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before, self.attachment.current = self.attachment.current, self.knowledge
-        try:
-            return self.run(*args, **kwargs)
-        finally:
-            self.attachment.current = before
+        return self.function(run_again, *args, **kwargs)
 
 
 def _cached_length(cache: Any) -> int:

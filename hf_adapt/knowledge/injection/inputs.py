@@ -49,11 +49,6 @@ class Knowledge:
             )
 
     @property
-    def num_rows(self) -> int:
-        """B."""
-        return self.spans.shape[0]
-
-    @property
     def candidate_mask(self) -> torch.Tensor:
         """Which candidates there are, (B, M, K) bool."""
         return self.entities >= 0
@@ -67,10 +62,6 @@ class Knowledge:
         """The same on a device."""
         moved = {name.removeprefix(PREFIX): v.to(device) for name, v in self.inputs().items()}
         return replace(self, **moved)
-
-    def from_position(self, position: int) -> Knowledge:
-        """The same with positions counted from here: what lies before it is in a cache."""
-        return replace(self, spans=self.spans - position) if position else self
 
     def without(self, mentions: torch.Tensor) -> Knowledge:
         """The same without some of the mentions, (B, M) bool."""
@@ -90,14 +81,9 @@ class Knowledge:
 
 
 def take_knowledge(inputs: MutableMapping[str, Any]) -> Knowledge | None:
-    """Remove the tensors of a batch's mentions from its inputs.
-
-    Raises:
-        ValueError: If some of them are missing.
-    """
+    """Remove the tensors of a batch's mentions from its inputs."""
     found = {name: inputs.pop(name) for name in NAMES if name in inputs}
-    found = {name: value for name, value in found.items() if value is not None}
-    return knowledge_of(found) if found else None
+    return knowledge_of({name: value for name, value in found.items() if value is not None})
 
 
 def knowledge_of(inputs: Mapping[str, Any]) -> Knowledge | None:

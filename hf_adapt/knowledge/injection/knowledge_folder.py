@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.vectors.table import EntityVectors
+from hf_adapt.storage.text_file import write_text
 
 FOLDER = "knowledge"
 SETTINGS_FILE = "knowledge.json"
@@ -24,21 +25,12 @@ def save_knowledge(
     settings: Mapping[str, Any],
     graph: KnowledgeGraph,
     vectors: EntityVectors | None,
-    *,
-    with_graph: bool = True,
-    with_vectors: bool = True,
+    with_graph: bool,
+    with_vectors: bool,
 ) -> None:
     """Write the settings of an adaptation, and the graph and the vectors where wanted.
 
     The weights are in `adaptation.safetensors`, with the other auxiliary modules'.
-
-    Args:
-        folder: The model's folder.
-        settings: Of the adaptation.
-        graph: Its graph, named by its fingerprint.
-        vectors: Its vectors, likewise; None if it reads none.
-        with_graph: Whether the graph is written too.
-        with_vectors: Whether the vectors are written too.
     """
     own = Path(folder) / FOLDER
     own.mkdir(parents=True, exist_ok=True)
@@ -48,14 +40,11 @@ def save_knowledge(
         "graph": {"fingerprint": graph.fingerprint},
         "vectors": None if vectors is None else {"fingerprint": vectors.fingerprint},
     }
-    parts = ((graph, "graph", with_graph), (vectors, "vectors", with_vectors))
-    for part, name, is_wanted in parts:
-        if is_wanted and part is not None and not _is_saved(part, own / name):
+    wanted = {"graph": graph if with_graph else None, "vectors": vectors if with_vectors else None}
+    for name, part in wanted.items():
+        if part is not None and not _is_saved(part, own / name):
             part.save(own / name)
-    path = own / SETTINGS_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(written, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(own / SETTINGS_FILE, json.dumps(written, indent=1))
     _write_card(Path(folder), graph)
 
 
@@ -90,11 +79,7 @@ model = load_knowledge_model("path/of/this/folder")
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a folder that `save_knowledge` wrote.
-
-    Raises:
-        ValueError: If it is not there, or has another format.
-    """
+    """The settings in a folder that `save_knowledge` wrote."""
     path = Path(folder) / FOLDER / SETTINGS_FILE
     if not path.is_file():
         raise ValueError(
@@ -113,20 +98,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def resumed_vectors(
     checkpoint: Path, graph: KnowledgeGraph, given: EntityVectors | None
 ) -> EntityVectors | None:
-    """The entity vectors that a training started with, where it made them itself.
-
-    Args:
-        checkpoint: The folder that a run resumes from.
-        graph: The run's graph; another one than the training's is refused.
-        given: The run's own vectors, if it was given some; likewise.
-
-    Returns:
-        The vectors, in memory: the checkpoint may be removed while the run lasts. None where the
-        run has its own, or the checkpoint knows nothing of an injector.
-
-    Raises:
-        ValueError: If graph or vectors are others, or the checkpoint lacks the vectors.
-    """
+    """The entity vectors that a training started with, where it made them itself."""
     own = checkpoint / FOLDER
     if not (own / SETTINGS_FILE).is_file():
         return None
@@ -149,29 +121,19 @@ def resumed_vectors(
             "training started from."
         )
     mapped = EntityVectors.load(own / "vectors", graph)
+    # In memory: the checkpoint may be removed while the run lasts.
     vectors = EntityVectors(mapped.gather(np.arange(len(mapped))), mapped.metadata)
     check_fingerprint("vectors", vectors.fingerprint, expected)
     return vectors
 
 
 def check_fingerprint(what: str, found: str, expected: str, fix: str | None = None) -> None:
-    """Refuse another graph, or other vectors, than those of the training.
-
-    Args:
-        what: `"graph"` or `"vectors"`.
-        found: The fingerprint of what there is.
-        expected: That of the training.
-        fix: What to do, where it is not to pass those of the training.
-
-    Raises:
-        ValueError: If the fingerprints differ.
-    """
+    """Refuse another graph, or other vectors, than those of the training."""
     if found != expected:
-        own = (
-            f"Pass the {what} of the training (a script can keep what it made: {what}.save(folder))"
-        )
+        kept = f"a script can keep what it made: {what}.save(folder)"
+        fix = fix or f"Pass the {what} of the training ({kept})"
         raise ValueError(
             f"The {what} {'has' if what == 'graph' else 'have'} the fingerprint {found}, and the "
             f"model was trained with {expected}: the injector would read what it was not trained "
-            f"on. {fix or own}, or start a new training."
+            f"on. {fix}, or start a new training."
         )

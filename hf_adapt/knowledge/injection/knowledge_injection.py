@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
+from hf_adapt.engine.batch import Batch
+from hf_adapt.engine.parts import Part
 from hf_adapt.engine.training import resumed_from
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.adaptation import KnowledgeAdaptation
@@ -22,12 +25,6 @@ from hf_adapt.knowledge.injection.knowledge_folder import resumed_vectors
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.heads import is_causal_lm
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from hf_adapt.engine.batch import Batch
-    from hf_adapt.engine.parts import Part
 
 logger = logging.getLogger(__name__)
 
@@ -223,8 +220,8 @@ class KnowledgeInjection(KnowledgeAdaptation):
         entities = inputs.get("knowledge_entities")
         if isinstance(entities, torch.Tensor) and torch.is_grad_enabled():
             mentions = (entities[..., 0] >= 0).sum(1)
-            counts = (mentions.sum(), (mentions > 0).sum(), torch.tensor(len(mentions)))
-            seen = torch.stack([c.to(mentions.device).float() for c in counts])
+            counts = (mentions, mentions > 0, torch.ones_like(mentions))
+            seen = torch.stack([count.sum().float() for count in counts])
             self._counts = seen if self._counts is None else self._counts + seen
         return nullcontext()
 

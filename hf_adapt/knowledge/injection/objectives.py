@@ -8,29 +8,29 @@ are batched, over how many processes, and resuming change nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
 
 from hf_adapt.engine.adaptation import Objective
+from hf_adapt.engine.batch import Batch, Rows
 from hf_adapt.engine.mixins import BatchTransform
+from hf_adapt.engine.parts import Part
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.knowledge.injection.inputs import Knowledge, knowledge_of
 from hf_adapt.knowledge.injection.knowledge_injection import KnowledgeInjection
+from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.capture import Extract
 from hf_adapt.models.hashing import row_hash
 from hf_adapt.models.pooling import pool
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from hf_adapt.engine.batch import Batch, Rows
-    from hf_adapt.engine.parts import Part
-
 NEGATIVES = "knowledge_negatives"
 DESCRIPTIONS = ("knowledge_description_ids", "knowledge_description_mask")
+Scored = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def entity_scores_loss(
@@ -42,24 +42,13 @@ def entity_scores_loss(
         Zhang et al. 2019, "ERNIE", arXiv:1905.07129, Eq. 5. Deviation: sampled negatives in place
         of the entities of the batch, and a factor 1/√D.
 
-    Args:
-        predicted: What the model says.
-        positive: The right entity's vector.
-        negatives: Vectors of others; one that equals the right one counts as wrong all the same.
-
     Shape:
         - predicted: (N, D), positive: (N, D), negatives: (N, K, D); output: (N,) nats.
-
-    Example:
-        >>> one = torch.eye(2)
-        >>> entity_scores_loss(one, one, one.flip(0).unsqueeze(1)).shape
-        torch.Size([2])
     """
     own = (predicted * positive).sum(-1, keepdim=True)
     other = torch.einsum("nd,nkd->nk", predicted, negatives)
     scores = torch.cat([own, other], dim=1) / predicted.shape[-1] ** 0.5
-    values: torch.Tensor = scores.logsumexp(1) - scores[:, 0]
-    return values
+    return cross_entropy(scores, torch.zeros_like(scores[:, 0], dtype=torch.long), reduction="none")
 
 
 class _GraphObjective(BatchTransform, Objective):
@@ -113,8 +102,7 @@ class _GraphObjective(BatchTransform, Objective):
         """Add vectors of other entities for each mention."""
         entities: torch.Tensor = batch["knowledge_entities"][..., 0]
         hashes = row_hash(batch["input_ids"], batch.get("attention_mask"))
-        graph, vectors = self.injection.graph, self.injection.vectors
-        assert vectors is not None
+        graph = self.injection.graph
         drawn = np.empty((*entities.shape, self.num_negatives), dtype=np.int64)
         for row, number in np.ndindex(*entities.shape):
             seed = [self._seed, int(hashes[row]) & 0xFFFFFFFF, number]
@@ -123,7 +111,22 @@ class _GraphObjective(BatchTransform, Objective):
         # The right one is no wrong one: its neighbour in the numbering stands in.
         same = drawn == entities.numpy()[..., None]
         drawn = np.where(same, (drawn + 1) % graph.num_entities, drawn)
-        batch[self._inputs[0]] = torch.from_numpy(vectors.gather(drawn))
+        batch[self._inputs[0]] = torch.from_numpy(self._vectors.gather(drawn))
+
+    @property
+    def _vectors(self) -> EntityVectors:
+        assert self.injection.vectors is not None
+        return self.injection.vectors
+
+    def _made(self, given: torch.Tensor) -> torch.Tensor:
+        """What the module makes of something."""
+        assert self.module is not None
+        made: torch.Tensor = self.module(given)
+        return made
+
+    def _to_vectors(self, hidden: torch.Tensor) -> nn.Module:
+        """From hidden states to entity vectors."""
+        return nn.Linear(hidden.shape[-1], self._vectors.dimension)
 
     def _negatives(self, part: Part) -> torch.Tensor:
         negatives: torch.Tensor = part.extra[self._inputs[0]]
@@ -137,8 +140,8 @@ class _GraphObjective(BatchTransform, Objective):
         """The mentions that are items."""
         return torch.stack([self._chosen(p, _known(p)).sum() for p in rows.parts]).sum()
 
-    def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
-        """The loss of each item, (N,)."""
+    def _scored(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> Scored:
+        """What is predicted for each item, the right vector and wrong ones."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,7 +151,7 @@ class _GraphObjective(BatchTransform, Objective):
             knowledge = _known(part)
             chosen = self._chosen(part, knowledge)
             if bool(chosen.any()):
-                total = total + self._values(part, knowledge, chosen).sum()
+                total = total + entity_scores_loss(*self._scored(part, knowledge, chosen)).sum()
             elif self.module is not None:  # every process must reach every parameter
                 total = total + sum(p.sum() * 0.0 for p in self.module.parameters())
         return total, self.num_items(batch)
@@ -223,9 +226,7 @@ class EntityPrediction(_GraphObjective):
 
     def build_modules(self, batch: Batch) -> nn.Module:
         """From hidden states to entity vectors."""
-        assert self.injection.vectors is not None
-        hidden = self._hidden(batch.parts[0])
-        return nn.Linear(hidden.shape[-1], self.injection.vectors.dimension)
+        return self._to_vectors(self._hidden(batch.parts[0]))
 
     def _hidden(self, part: Part) -> torch.Tensor:
         return part.hidden[id(self._reader())].float()
@@ -233,14 +234,12 @@ class EntityPrediction(_GraphObjective):
     def _chosen(self, part: Part, knowledge: Knowledge) -> torch.Tensor:
         return self.injection.masked_mentions(knowledge, part)
 
-    def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
+    def _scored(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> Scored:
         hidden = self._hidden(part)
         tokens = knowledge.token_mask(hidden.shape[1]).float()
         mean = tokens @ hidden / tokens.sum(-1, keepdim=True).clamp(min=1)
-        assert self.module is not None
         positive = knowledge.vectors[..., 0, :].float()[chosen]
-        predicted, negatives = self.module(mean[chosen]), self._negatives(part)[chosen]
-        return entity_scores_loss(predicted, positive, negatives)
+        return self._made(mean[chosen]), positive, self._negatives(part)[chosen]
 
 
 class LinkPrediction(_GraphObjective):
@@ -255,9 +254,9 @@ class LinkPrediction(_GraphObjective):
 
     Args:
         injection: The injection; its injector must read neighbours (`num_neighbours`).
-        weight: Factor of the term, or a schedule.
+        weight: As for [`EntityPrediction`].
         num_negatives: Tails drawn for each fact.
-        name: Prefix of what is logged and stored.
+        name: As for [`EntityPrediction`].
 
     Logs:
         `loss/link_prediction`.
@@ -286,9 +285,8 @@ class LinkPrediction(_GraphObjective):
         assert knowledge.relations is not None
         return knowledge.relations[..., 0, 0] >= 0
 
-    def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
+    def _scored(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> Scored:
         assert knowledge.neighbours is not None and knowledge.relations is not None
-        assert self.module is not None
         layer: Any = self.injection.injector.injection_layers[0]
 
         def seen(vectors: torch.Tensor) -> torch.Tensor:
@@ -297,8 +295,8 @@ class LinkPrediction(_GraphObjective):
 
         head = seen(knowledge.vectors[..., 0, :][chosen])
         tail = seen(knowledge.neighbours[..., 0, 0, :][chosen])
-        relation = self.module(knowledge.relations[..., 0, 0][chosen])
-        return entity_scores_loss(head * relation, tail, seen(self._negatives(part)[chosen]))
+        relation = self._made(knowledge.relations[..., 0, 0][chosen])
+        return head * relation, tail, seen(self._negatives(part)[chosen])
 
 
 class DescriptionAlignment(_GraphObjective):
@@ -353,18 +351,12 @@ class DescriptionAlignment(_GraphObjective):
     def transform_batch(self, rows: Sequence[Any], batch: MutableMapping[str, Any]) -> None:
         """Add the tokens of each row's first described entity."""
         super().transform_batch(rows, batch)
-        graph = self.injection.graph
-        texts = []
-        for entity in batch["knowledge_entities"][:, 0, 0].tolist():
-            texts.append((graph.description(entity) if entity >= 0 else None) or "")
+        entities = batch["knowledge_entities"][:, 0, 0].tolist()
+        describe = self.injection.graph.description
+        texts = [(describe(entity) if entity >= 0 else None) or "" for entity in entities]
         assert self.injection._batcher is not None
-        encoded = self.injection._batcher.tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
+        options = dict(padding="max_length", truncation=True, max_length=self.max_length)
+        encoded = self.injection._batcher.tokenizer(texts, **options, return_tensors="pt")
         there = torch.tensor([bool(text) for text in texts])
         batch[DESCRIPTIONS[0]] = encoded["input_ids"]
         batch[DESCRIPTIONS[1]] = encoded["attention_mask"] * there.unsqueeze(1)
@@ -376,9 +368,7 @@ class DescriptionAlignment(_GraphObjective):
 
     def build_modules(self, batch: Batch) -> nn.Module:
         """From encoded descriptions to entity vectors."""
-        assert self.injection.vectors is not None
-        hidden = self._encoded(batch.parts[0], slice(0, 1))
-        return nn.Linear(hidden.shape[-1], self.injection.vectors.dimension)
+        return self._to_vectors(self._encoded(batch.parts[0], slice(0, 1)))
 
     def _encoded(self, part: Part, rows: Any) -> torch.Tensor:
         ids, mask = (part.extra[name][rows] for name in DESCRIPTIONS)
@@ -388,9 +378,7 @@ class DescriptionAlignment(_GraphObjective):
             output = self._reader()(input_ids=ids, attention_mask=mask, return_dict=True)
         return pool(output["last_hidden_state"], mask.bool(), "mean")
 
-    def _values(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> torch.Tensor:
+    def _scored(self, part: Part, knowledge: Knowledge, chosen: torch.Tensor) -> Scored:
         rows = chosen[:, 0]
-        assert self.module is not None
-        predicted = self.module(self._encoded(part, rows))
         positive = knowledge.vectors[:, 0, 0].float()[rows]
-        return entity_scores_loss(predicted, positive, self._negatives(part)[:, 0][rows])
+        return self._made(self._encoded(part, rows)), positive, self._negatives(part)[:, 0][rows]

@@ -19,16 +19,21 @@ from hf_adapt.knowledge.injection.attachment import known_attachment
 from hf_adapt.knowledge.injection.batcher import make_batcher
 from hf_adapt.knowledge.injection.injector import KnowledgeInjector
 from hf_adapt.knowledge.injection.injector_attachment import InjectorAttachment
-from hf_adapt.knowledge.injection.knowledge_folder import (
-    FOLDER,
-    check_fingerprint,
-    read_settings,
-)
+from hf_adapt.knowledge.injection.knowledge_folder import FOLDER, check_fingerprint, read_settings
 from hf_adapt.knowledge.injection.text_triples import VisibilityAttachment, make_triple_batcher
 from hf_adapt.knowledge.linking.entity_linker import EntityLinker
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.knowledge.vectors.table import EntityVectors
 from hf_adapt.models.structure import unwrapped_base
+
+HEADS = {
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+    "QUESTION_ANS": "QuestionAnswering",
+}
+"""The heads of PEFT's tasks."""
 
 
 def load_knowledge_model(
@@ -83,24 +88,22 @@ def load_knowledge_model(
                 "The model was trained with a linker of your own, which is not saved: pass linker=."
             )
         linker = EntityLinker.from_settings(graph, settings["linker"])
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{folder} has no tokenizer, which linking needs: pass tokenizer=."
-            ) from error
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        fix = "pass tokenizer=."
+        raise ValueError(f"{folder} has no tokenizer, which linking needs: {fix}") from error
     aligner = TokenAligner(linker, tokenizer, tuple(settings["text_columns"]))
-    most = settings["max_mentions"]
-    if settings["injector"] is None:
-        model = _load_model(folder, **kwargs) if model is None else model
+    most, injector = settings["max_mentions"], None
+    if settings["injector"] is not None:
+        injector = KnowledgeInjector.from_settings(settings["injector"], injection_layer)
+        _load_weights(injector, Path(folder), settings["name"])
+    model = _load_model(folder, **kwargs) if model is None else model
+    if injector is None:
         batcher = make_triple_batcher(model, graph, aligner, most, settings["text_triples"])
         VisibilityAttachment(model, batcher)
         return model
     assert vectors is not None
-    injector = KnowledgeInjector.from_settings(settings["injector"], injection_layer)
-    _load_weights(injector, Path(folder), settings["name"])
-    model = _load_model(folder, **kwargs) if model is None else model
     attachment = InjectorAttachment(model, injector.eval())
     attachment.connect(make_batcher(model, injector, graph, vectors, aligner, most))
     return model
@@ -165,20 +168,12 @@ def _load_adapter(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(
-            f'{folder} holds a PEFT adapter. Run pip install "hf-adapt[peft]".'
-        ) from error
+        fix = 'Run pip install "hf-adapt[peft]".'
+        raise ImportError(f"{folder} holds a PEFT adapter. {fix}") from error
     task = peft.PeftConfig.from_pretrained(str(folder)).task_type
-    heads = {
-        "SEQ_CLS": "SequenceClassification",
-        "TOKEN_CLS": "TokenClassification",
-        "CAUSAL_LM": "CausalLM",
-        "SEQ_2_SEQ_LM": "Seq2SeqLM",
-        "QUESTION_ANS": "QuestionAnswering",
-    }
-    if task not in heads:
+    if task not in HEADS:
         raise ValueError(
             f"{folder} has a PEFT adapter of task_type={task!r}, which does not tell the model's "
             "class. Load the PEFT model yourself and pass model=."
         )
-    return getattr(peft, f"AutoPeftModelFor{heads[task]}").from_pretrained(str(folder), **kwargs)
+    return getattr(peft, f"AutoPeftModelFor{HEADS[task]}").from_pretrained(str(folder), **kwargs)

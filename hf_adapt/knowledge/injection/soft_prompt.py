@@ -57,22 +57,9 @@ class SoftPrompt(GatedAddition):
 
 
 def add_prompt_tokens(
-    batch: MutableMapping[str, Any],
-    spans: torch.Tensor,
-    number: int,
-    token: int,
+    batch: MutableMapping[str, Any], spans: torch.Tensor, number: int, token: int
 ) -> torch.Tensor:
-    """Put prompt tokens before the first real token of each row of a batch.
-
-    Args:
-        batch: `input_ids` and whatever else follows the tokens: it is changed in place.
-        spans: (B, M, 2), (0, 0) for absent mentions.
-        number: Tokens to put there.
-        token: What they are, for the model's eyes until they are replaced.
-
-    Returns:
-        (B, M, 2): the prompt token of each mention.
-    """
+    """Put prompt tokens before the first real token of each row of a batch."""
     ids: torch.Tensor = batch["input_ids"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask

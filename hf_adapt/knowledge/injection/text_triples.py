@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.injection.adaptation import KnowledgeAdaptation
 from hf_adapt.knowledge.injection.attachment import Attachment
-from hf_adapt.knowledge.injection.batcher import BatchMention, MentionBatcher, predicts_tokens
+from hf_adapt.knowledge.injection.batcher import MentionBatcher, predicts_tokens
+from hf_adapt.knowledge.linking.mentions import TokenMention
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 from hf_adapt.models.state import preserved
 from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 VISIBILITY = "knowledge_visibility"
 """(B, T, T) bool: which tokens a token sees. Not a mask of the model's own until its forward."""
@@ -43,12 +43,12 @@ class TextTriples(KnowledgeAdaptation):
 
     Args:
         graph: The facts.
-        linker: Finds the entities in texts; `EntityLinker(graph)` by default.
+        linker: As for [`KnowledgeInjection`], and so are the other options.
         num_triples: Facts for each mention at most.
         max_tokens: Tokens of a fact at most.
         max_length: Tokens of a row with its facts at most; facts that do not fit are left out.
-        text_column: The column(s) of the dataset with the text, as for [`KnowledgeInjection`].
-        max_mentions: Mentions of a row at most, the first ones; None for all.
+        text_column: The column(s) of the dataset with the text.
+        max_mentions: Mentions of a row at most.
         save_graph: Whether the graph is put beside the final model.
         name: Prefix of what is stored.
 
@@ -83,11 +83,7 @@ class TextTriples(KnowledgeAdaptation):
                 f"num_triples={num_triples}, max_tokens={max_tokens} and max_length={max_length} "
                 "must be positive."
             )
-        self.options = {
-            "num_triples": num_triples,
-            "max_tokens": max_tokens,
-            "max_length": max_length,
-        }
+        self.options = dict(num_triples=num_triples, max_tokens=max_tokens, max_length=max_length)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,15 +105,7 @@ class TextTriples(KnowledgeAdaptation):
 
 
 class VisibilityAttachment(Attachment):
-    """Lets a model take which tokens a token sees.
-
-    Args:
-        model: The model; a PEFT model is looked through.
-        batcher: Makes its inputs.
-
-    Raises:
-        ValueError: If the model has an attachment already.
-    """
+    """Lets a model take which tokens a token sees."""
 
     input_names = (VISIBILITY,)
 
@@ -139,35 +127,15 @@ class VisibilityAttachment(Attachment):
         kwargs["attention_mask"] = additive_mask(visible, dtype)
 
 
+@dataclass(eq=False)
 class TripleBatcher(MentionBatcher):
-    """Writes the facts of a batch's mentions into it.
+    """Writes the facts of a batch's mentions into it."""
 
-    Args:
-        graph: Where the facts are.
-        aligner: Finds the mentions of a tokenised row.
-        max_mentions: Mentions of a row at most, the first ones; None for all.
-        without_predicted: Whether mentions with a token that is to be predicted are left out.
-        first_position: The position of a row's first token: 0, or more in RoBERTa's family.
-        num_triples: See [`TextTriples`], as for the following.
-        max_tokens: Tokens of a fact.
-        max_length: Tokens of a row.
-    """
-
-    def __init__(
-        self,
-        graph: KnowledgeGraph,
-        aligner: TokenAligner,
-        max_mentions: int | None = None,
-        without_predicted: bool = False,
-        first_position: int = 0,
-        num_triples: int = 2,
-        max_tokens: int = 12,
-        max_length: int = 512,
-    ) -> None:
-        super().__init__(graph, aligner, max_mentions, without_predicted)
-        self.first_position, self.num_triples = first_position, num_triples
-        self.max_tokens, self.max_length = max_tokens, max_length
-        self._facts: dict[int, list[list[int]]] = {}
+    first_position: int = 0  # of a row's first token: more in RoBERTa's family
+    num_triples: int = 2
+    max_tokens: int = 12
+    max_length: int = 512
+    _facts: dict[int, list[list[int]]] = field(default_factory=dict, init=False)
 
     def facts(self, entity: int) -> list[list[int]]:
         """The tokens of an entity's facts: relation and neighbour, one list each."""
@@ -184,7 +152,7 @@ class TripleBatcher(MentionBatcher):
         return self._facts[entity]
 
     def add_mentions(
-        self, batch: MutableMapping[str, Any], mentions: Sequence[Sequence[BatchMention]]
+        self, batch: MutableMapping[str, Any], mentions: Sequence[Sequence[TokenMention]]
     ) -> None:
         """Append the facts to the rows of a batch, with positions and visibility."""
         ids: torch.Tensor = batch["input_ids"]
@@ -210,10 +178,8 @@ class TripleBatcher(MentionBatcher):
                 stop = at + len(tokens)
                 batch["input_ids"][number, at:stop] = torch.tensor(tokens)
                 batch["attention_mask"][number, at:stop] = 1
-                if "token_type_ids" in batch:
-                    batch["token_type_ids"][number, at:stop] = batch["token_type_ids"][
-                        number, start
-                    ]
+                if (kinds := batch.get("token_type_ids")) is not None:
+                    kinds[number, at:stop] = kinds[number, start]
                 first = positions[number, end - 1] + 1
                 positions[number, at:stop] = first + torch.arange(len(tokens))
                 visible[number, at:stop, at:stop] = True
@@ -224,13 +190,13 @@ class TripleBatcher(MentionBatcher):
         batch[VISIBILITY] = visible
 
     def _branches(
-        self, row: Sequence[BatchMention], length: int
+        self, row: Sequence[TokenMention], length: int
     ) -> list[tuple[int, int, list[int]]]:
         found, left = [], self.max_length - length
-        for mention, start, end in row:
-            for tokens in self.facts(mention.candidates[0].entity):
+        for own in row:
+            for tokens in self.facts(own.mention.candidates[0].entity):
                 if len(tokens) <= left:
-                    found.append((start, end, tokens))
+                    found.append((own.start, own.end, tokens))
                     left -= len(tokens)
         return found
 
@@ -242,14 +208,11 @@ def make_triple_batcher(
     max_mentions: int | None,
     options: Mapping[str, int],
 ) -> TripleBatcher:
-    """What makes batches with facts for a model.
-
-    Raises:
-        ValueError: If the model does not honour a mask for each pair of tokens.
-    """
+    """What makes batches with facts for a model."""
     check_visibility(model)
-    predicts, first = predicts_tokens(model), first_position(model)
-    return TripleBatcher(graph, aligner, max_mentions, predicts, first, **options)
+    return TripleBatcher(
+        graph, aligner, max_mentions, predicts_tokens(model), first_position(model), **options
+    )
 
 
 def _positions(mask: torch.Tensor, total: int, first: int) -> torch.Tensor:
@@ -282,11 +245,7 @@ def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def check_visibility(model: nn.Module) -> None:
-    """Refuse a model that does not honour a mask for each pair of tokens.
-
-    Raises:
-        ValueError: If what a token must not see changes its hidden state, or the mask is refused.
-    """
+    """Refuse a model that does not honour a mask for each pair of tokens."""
     base: Any = unwrapped_base(model)
     body = getattr(base, "base_model", base)
     name = type(base).__name__

@@ -53,18 +53,13 @@ class CallableLinker(Linker):
         self.ignore_case, self._has_warned = ignore_case, False
 
     def link(self, text: str) -> list[Mention]:
-        """Find the mentions of a text, by start.
-
-        Args:
-            text: Any text.
-
-        Raises:
-            TypeError: If it is not a text.
-            ValueError: If the function returns something else than spans of it.
-        """
-        result = self.function(check_text(text))
-        entities = getattr(result, "ents", None)
-        spans = _doc_spans(entities) if entities is not None else result
+        """Find the mentions of a text, by start."""
+        spans = self.function(check_text(text))
+        if (entities := getattr(spans, "ents", None)) is not None:
+            spans = [
+                (each.start_char, each.end_char, getattr(each, "kb_id_", "") or None)
+                for each in entities
+            ]
         found: list[tuple[int, int, tuple[Candidate, ...]]] = []
         for span in spans:
             start, end, meant, priors = self._parts(span, text)
@@ -138,11 +133,10 @@ class CallableLinker(Linker):
     @property
     def settings(self) -> dict[str, Any]:
         """The options of the linker, without the graph: values that JSON can hold."""
+        options = ("overlapping", "max_candidates", "ignore_case")
         return {
             "function": name_of(self.function),
-            "overlapping": self.overlapping,
-            "max_candidates": self.max_candidates,
-            "ignore_case": self.ignore_case,
+            **{name: getattr(self, name) for name in options},
         }
 
     def _functions(self) -> list[Callable[..., Any]]:
@@ -150,10 +144,3 @@ class CallableLinker(Linker):
 
     def _without_graph(self) -> CallableLinker:
         return self  # keys are looked up in it
-
-
-def _doc_spans(entities: Iterable[Any]) -> list[tuple[int, int, str | None]]:
-    return [
-        (entity.start_char, entity.end_char, getattr(entity, "kb_id_", "") or None)
-        for entity in entities
-    ]

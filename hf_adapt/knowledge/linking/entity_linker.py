@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +15,7 @@ from hf_adapt.knowledge.linking.normalization import fold, fold_punctuation
 from hf_adapt.knowledge.linking.surfaces import SurfaceTable
 
 Inflections = str | Callable[[str], Iterable[str]] | None
+OPTIONS = ("ignore_case", "whole_words", "overlapping", "max_candidates", "min_length", "matcher")
 
 
 class EntityLinker(Linker):
@@ -85,13 +85,8 @@ class EntityLinker(Linker):
         self._matcher = self._make_matcher(matcher)
 
     def _surface_table(self, graph: KnowledgeGraph) -> SurfaceTable:
-        table = SurfaceTable(
-            graph.surfaces(),
-            self.ignore_case,
-            self.min_length,
-            self.stop_surfaces,
-            self.max_candidates,
-        )
+        limits = (self.min_length, self.stop_surfaces, self.max_candidates)
+        table = SurfaceTable(graph.surfaces(), self.ignore_case, *limits)
         if not table.numbers:
             raise ValueError(
                 f"The graph ({graph.num_entities} entities) has no name to link: none has "
@@ -109,14 +104,7 @@ class EntityLinker(Linker):
         return WordMatcher(self._table.numbers, self.whole_words)
 
     def link(self, text: str) -> list[Mention]:
-        """Find the mentions of a text, by start.
-
-        Args:
-            text: Any text.
-
-        Raises:
-            TypeError: If it is not a text.
-        """
+        """Find the mentions of a text, by start."""
         folded = fold(fold_punctuation(check_text(text)), self.ignore_case)
         found = self._matcher.find(folded, self.overlapping)
         if folded.starts is not None:
@@ -127,37 +115,24 @@ class EntityLinker(Linker):
     @property
     def settings(self) -> dict[str, Any]:
         """The options of the linker, without the graph: values that JSON can hold."""
-        return {
-            "ignore_case": self.ignore_case,
-            "whole_words": self.whole_words,
-            "inflections": name_of(self.inflections),
-            "overlapping": self.overlapping,
-            "max_candidates": self.max_candidates,
-            "min_length": self.min_length,
-            "stop_surfaces": list(self.stop_surfaces),
-            "matcher": self.matcher,
-        }
+        options = {name: getattr(self, name) for name in OPTIONS}
+        own = {"inflections": name_of(self.inflections), "stop_surfaces": [*self.stop_surfaces]}
+        return {**options, **own}
 
     @classmethod
     def from_settings(
         cls, graph: KnowledgeGraph, settings: Mapping[str, Any], **changes: Any
     ) -> EntityLinker:
-        """The linker with these settings.
+        """The linker with these [`settings`], but for the changes.
 
-        Args:
-            graph: The graph.
-            settings: [`settings`] of a linker.
-            **changes: Options instead; functions, which settings only name, must be given here.
-
-        Raises:
-            ValueError: If an option is unknown, or a function is missing.
+        Functions, which settings only name, must be given as changes.
         """
         given = {**settings, **changes}
-        known = set(inspect.signature(cls).parameters) - {"graph"}
-        if unknown := sorted(set(given) - known):
+        known = sorted({*OPTIONS, "inflections", "stop_surfaces"})
+        if unknown := sorted(set(given) - set(known)):
             raise ValueError(
-                f"Unknown linker settings {', '.join(unknown)}; known are "
-                f"{', '.join(sorted(known))}. They may be of a newer version of hf_adapt."
+                f"Unknown linker settings {', '.join(unknown)}; known are {', '.join(known)}. They "
+                "may be of a newer version of hf_adapt."
             )
         inflections = given.get("inflections")
         if isinstance(inflections, str) and inflections.startswith(FUNCTION):

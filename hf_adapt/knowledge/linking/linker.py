@@ -25,11 +25,7 @@ MATCHERS = ("auto", "words", "ahocorasick")
 
 
 class Linker(ABC):
-    """Finds the mentions of entities in texts. A subclass says how: [`link`].
-
-    Args:
-        graph: The graph whose entities are found.
-    """
+    """Finds the mentions of a graph's entities in texts. A subclass says how: [`link`]."""
 
     def __init__(self, graph: KnowledgeGraph) -> None:
         self.graph = graph
@@ -44,11 +40,7 @@ class Linker(ABC):
         """The options of the linker, without the graph: values that JSON can hold."""
 
     def link_batch(self, texts: Iterable[str]) -> list[list[Mention]]:
-        """Find the mentions of several texts.
-
-        Args:
-            texts: The texts.
-        """
+        """Find the mentions of several texts."""
         return [self.link(text) for text in texts]
 
     @property
@@ -153,11 +145,7 @@ def name_of(value: Any) -> Any:
 
 
 def check_text(text: Any) -> str:
-    """The text itself.
-
-    Raises:
-        TypeError: If it is none.
-    """
+    """The text itself."""
     if not isinstance(text, str):
         raise TypeError(
             f"A linker expects a text, got {type(text).__name__}; for several texts use link_batch."

@@ -7,13 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate, compress, islice
 from typing import Any, Protocol
 
-from hf_adapt.knowledge.linking.normalization import (
-    Folded,
-    has_signs,
-    inner_offsets,
-    token_splitter,
-    tokens_among_signs,
-)
+from hf_adapt.knowledge.linking.normalization import Folded, inner_offsets, token_splitter
 
 Match = tuple[int, int, int]
 """Start and end in the folded text, and the number of the name."""
@@ -57,16 +51,6 @@ class WordMatcher:
     A dictionary holds every name and every beginning of a name that ends with a token; a smaller
     one holds the first tokens, so that a word that begins no name costs one look-up. Building takes
     about a microsecond a name.
-
-    Args:
-        names: Folded names and a number for each, from 1.
-        whole_words: Whether a match begins and ends at the boundaries of words.
-
-    Example:
-        >>> from hf_adapt.knowledge.linking.normalization import fold
-        >>> matcher = WordMatcher({"new york": 1, "york": 2})
-        >>> matcher.find(fold("New York, York", ignore_case=True), overlapping=False)
-        [(0, 8, 1), (10, 14, 2)]
     """
 
     def __init__(self, names: Mapping[str, int], whole_words: bool = True) -> None:
@@ -122,16 +106,12 @@ class WordMatcher:
     def find(self, folded: Folded, overlapping: bool) -> list[Match]:
         """Matches by start; the leftmost, and of those the longest, unless `overlapping`."""
         text = folded.text
-        if text.isascii() or not has_signs(text):
-            pieces = token_splitter(text.isascii(), self.whole_words)(text)
-            codes = list(map(self._first.get, pieces[1::2]))
-            if not any(codes):
-                return []
-            ends = list(accumulate(map(len, pieces)))
-            starts, stops = ends[::2], ends[1::2]
-        else:
-            tokens, starts, stops = tokens_among_signs(text, self.whole_words)
-            codes = list(map(self._first.get, tokens))
+        pieces = token_splitter(text.isascii(), self.whole_words)(text)
+        codes = list(map(self._first.get, pieces[1::2]))
+        if not any(codes):
+            return []
+        ends = list(accumulate(map(len, pieces)))
+        starts, stops = ends[::2], ends[1::2]
         if overlapping or folded.inside:
             matches = self._all(folded, codes, starts, stops)
             return matches if overlapping else leftmost_longest([(s, -e, n) for s, e, n in matches])
@@ -181,13 +161,6 @@ class AhoCorasickMatcher:
 
     The same matches as `WordMatcher`, from one pass over the characters: faster where few words are
     names and on scripts without spaces; slower to build.
-
-    Args:
-        names: Folded names and a number for each.
-        whole_words: Whether a match begins and ends at the boundaries of words.
-
-    Raises:
-        ImportError: If ahocorasick_rs is not installed.
     """
 
     def __init__(self, names: Mapping[str, int], whole_words: bool = True) -> None:

@@ -9,22 +9,12 @@ import numpy as np
 from datasets import Value
 
 from hf_adapt.engine.texts import joined_text
-from hf_adapt.knowledge.linking.mentions import (
-    MENTIONS,
-    TOKEN_MENTIONS,
-    FindsMentions,
-    to_record,
-)
+from hf_adapt.knowledge.linking.mentions import MENTIONS, TOKEN_MENTIONS, FindsMentions, to_record
 from hf_adapt.knowledge.linking.token_alignment import TokenAligner
 
 
 def coverage(dataset: Any, num_entities: int) -> str:
-    """Tell how much of a dataset and of a graph the mentions that `linker.map` made cover.
-
-    Args:
-        dataset: A `datasets.Dataset` with the column `mentions`.
-        num_entities: Entities of the graph.
-    """
+    """Tell how much of a dataset and of a graph the mentions that `linker.map` made cover."""
     linked = mentions = 0
     entities = np.zeros(num_entities, dtype=bool)
     view = dataset.select_columns([MENTIONS]).with_format("arrow")
@@ -44,13 +34,7 @@ def coverage(dataset: Any, num_entities: int) -> str:
 
 
 class AddMentions:
-    """Makes the columns for a batch of rows: what `map` calls, in each process.
-
-    Args:
-        linker: Finds the mentions.
-        columns: Text columns.
-        tokenizer: Of the rows' `input_ids`, in which the mentions are found too; None for none.
-    """
+    """Makes the columns for a batch of rows: what `map` calls, in each process."""
 
     def __init__(self, linker: FindsMentions, columns: Sequence[str], tokenizer: Any) -> None:
         self.linker, self.columns = linker, tuple(columns)
@@ -92,13 +76,8 @@ class AddMentions:
         """The types of all columns: of its rows alone, a first batch without mentions has none."""
         if dataset.features is None:
             return None
-        number = Value("int64")
-        record = {
-            "start": number,
-            "end": number,
-            "entities": [number],
-            "priors": [Value("float64")],
-        }
+        number, priors = Value("int64"), [Value("float64")]
+        record = {"start": number, "end": number, "entities": [number], "priors": priors}
         features = dataset.features.copy()
         features[MENTIONS] = [{**record, "column": number} if len(self.columns) > 1 else record]
         if self.aligner is not None:
@@ -107,16 +86,7 @@ class AddMentions:
 
 
 def check_columns(dataset: Any, columns: Sequence[str], name: str) -> None:
-    """Refuse a dataset without the columns that are linked.
-
-    Args:
-        dataset: The dataset; a stream whose columns are not known is not looked into.
-        columns: The columns.
-        name: Of the split, or nothing.
-
-    Raises:
-        ValueError: Naming the column and those that there are.
-    """
+    """Refuse a dataset without the columns that are linked."""
     for column in columns if dataset.column_names is not None else ():
         if column not in dataset.column_names:
             fix = "Tokenise it first." if column == "input_ids" else "Set text_column=…."

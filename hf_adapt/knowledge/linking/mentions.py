@@ -12,26 +12,19 @@ MENTIONS, TOKEN_MENTIONS = "mentions", "token_mentions"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An entity that a mention may mean.
-
-    Args:
-        entity: Its number in the graph.
-        prior: How likely it is before the context is read; those of a mention sum to 1.
-    """
+    """An entity that a mention may mean."""
 
     entity: int
+    """Its number in the graph."""
     prior: float
+    """How likely it is before the context is read; those of a mention sum to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
     """A span of a text that names an entity: `text[start:end] == surface`, always.
 
-    Args:
-        start: Its first character.
-        end: One more than its last character.
-        surface: Its characters.
-        candidates: The entities that it may mean, the likeliest first.
+    The candidates are the entities that it may mean, the likeliest first.
     """
 
     start: int
@@ -42,13 +35,9 @@ class Mention:
 
 @dataclass(frozen=True, slots=True)
 class TokenMention:
-    """The tokens of a row that name an entity.
+    """The tokens of a row that name an entity: `input_ids[start:end]`.
 
-    Args:
-        start: Position of the first in the row's `input_ids`.
-        end: One more than the position of the last.
-        mention: What they name.
-        column: Which of the text columns the mention is in.
+    The column is the number of the text column that the mention is in.
     """
 
     start: int
@@ -65,14 +54,7 @@ class FindsMentions(Protocol):
 
 
 def to_record(mention: Mention, start: int, end: int, column: int | None = None) -> dict[str, Any]:
-    """A mention as a cell of a dataset.
-
-    Args:
-        mention: The mention.
-        start: Its first character or token.
-        end: One more than the last.
-        column: Which of several text columns it is in.
-    """
+    """A mention as a cell of a dataset."""
     record: dict[str, Any] = {
         "start": start,
         "end": end,
@@ -83,15 +65,10 @@ def to_record(mention: Mention, start: int, end: int, column: int | None = None)
 
 
 def from_cell(cell: Any) -> list[tuple[int, int, int, tuple[Candidate, ...]]]:
-    """Start, end, text column and candidates of each mention in a cell of a dataset.
-
-    Args:
-        cell: A list of records, or the record of lists that some datasets make of it.
-    """
-    records = cell
+    """Start, end, text column and candidates of each mention in a cell of a dataset."""
     if isinstance(cell, Mapping):
-        records = [dict(zip(cell, row, strict=True)) for row in zip(*cell.values(), strict=True)]
-    return [(r["start"], r["end"], r.get("column") or 0, _candidates(r)) for r in records]
+        cell = [dict(zip(cell, row, strict=True)) for row in zip(*cell.values(), strict=True)]
+    return [(r["start"], r["end"], r.get("column") or 0, _candidates(r)) for r in cell]
 
 
 def _candidates(record: Mapping[str, Any]) -> tuple[Candidate, ...]:

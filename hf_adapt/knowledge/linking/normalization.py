@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import re
 import unicodedata
 from bisect import bisect_right
@@ -31,21 +30,13 @@ find_unspaced = re.compile(f"[{UNSPACED}]").search
 _odd_space = re.compile(r"[^\S ]")
 _odd_ascii_space = {code: " " for code in range(128) if chr(code).isspace()}
 _spaces = re.compile(r"\s{2,}")
-# Chinese and Japanese characters, and punctuation: tokens of their own unless a mark follows.
+# Chinese and Japanese characters, and punctuation: tokens of their own.
 SIGNS = "\u3001-\u3029\u3041-\u3096\u309b-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff01-\uff0f"
-has_signs = re.compile(f"[{SIGNS}]").search
 _other_than_signs = re.compile(f"[^{SIGNS}]+").finditer
 
 
 class Folded(NamedTuple):
-    """A text as it is compared.
-
-    Args:
-        text: Case folded (or not), composed, each run of whitespace one space.
-        starts: Where each block begins in `text`, and its length; None if no offset moved.
-        origins: Where each block begins in the text it was made of, and its length.
-        inside: Offsets of `text` that lie inside one character of the text it was made of.
-    """
+    """A text as it is compared."""
 
     text: str
     starts: list[int] | None = None
@@ -92,10 +83,6 @@ def fold_punctuation(text: str) -> str:
     """The text with plain apostrophes and hyphens, of the same length.
 
     Names and texts are compared so; tokens, which spell what the text has, are not.
-
-    Example:
-        >>> fold_punctuation("Alzheimer’s, COVID‑19")
-        "Alzheimer's, COVID-19"
     """
     if not text.isascii():
         for odd, plain in PUNCTUATION:
@@ -104,12 +91,7 @@ def fold_punctuation(text: str) -> str:
 
 
 def fold_names(names: Sequence[str], ignore_case: bool) -> list[str]:
-    """Names as they are compared: folded, without whitespace around them.
-
-    Args:
-        names: Some thousands of names; plain ones are folded all at once.
-        ignore_case: Whether case differences are folded away.
-    """
+    """Names as they are compared: folded, without whitespace around them."""
     text = "\n".join(names)
     if (
         text.isascii()
@@ -211,33 +193,6 @@ def token_splitter(ascii_only: bool, whole_words: bool) -> Callable[[str], list[
     letters = rf"[^\W{UNSPACED}]"
     word = rf"{letters}+(?:[{marks}]+{letters}*)*|" if whole_words else ""
     return re.compile(rf"({word}\w[{marks}]*|{FLAGS}|\S)").split
-
-
-def tokens_among_signs(text: str, whole_words: bool) -> tuple[list[str], list[int], list[int]]:
-    """Tokens, their starts and ends, as `token_splitter` makes them: faster on Chinese text."""
-    split = token_splitter(False, whole_words)
-    tokens: list[str] = []
-    starts: list[int] = []
-    stops: list[int] = []
-    for run in _runs()(text):
-        start, stop = run.span()
-        if run.lastindex:
-            tokens.extend(run.group())
-            starts.extend(range(start, stop))
-            stops.extend(range(start + 1, stop + 1))
-            continue
-        pieces = split(run.group())
-        ends = list(itertools.accumulate(map(len, pieces), initial=start))[1:]
-        tokens.extend(pieces[1::2])
-        starts.extend(ends[:-1:2])
-        stops.extend(ends[1::2])
-    return tokens, starts, stops
-
-
-@functools.cache
-def _runs() -> Callable[[str], Iterator[re.Match[str]]]:
-    """Signs (a group), and what is between them with a sign before it that has a mark."""
-    return re.compile(rf"([{SIGNS}]+)(?![{_marks()}])|[{SIGNS}]?[^{SIGNS}]+").finditer
 
 
 @functools.cache

@@ -16,12 +16,7 @@ CHUNK = 512
 
 
 def ranked(weights: dict[int, float], most: int) -> tuple[Candidate, ...]:
-    """Candidates by prior, then by entity; priors sum to 1.
-
-    Example:
-        >>> [(c.entity, c.prior) for c in ranked({7: 1.0, 3: 1.0, 5: 6.0}, most=2)]
-        [(5, 0.857...), (3, 0.142...)]
-    """
+    """Candidates by prior, then by entity; priors sum to 1."""
     best = sorted(weights.items(), key=lambda item: (-item[1], item[0]))[:most]
     total = sum(weight for _, weight in best)
     if not total > 0:
@@ -45,20 +40,7 @@ class _Candidates(dict[int, tuple[Candidate, ...]]):
 
 
 class SurfaceTable:
-    """The folded names of a graph with their entities: 16 bytes a name and the name itself.
-
-    Args:
-        surfaces: Name, entity and prior of each surface form.
-        ignore_case: Whether names that differ in case alone are one.
-        min_length: Characters that a name needs.
-        stop_surfaces: Names that are left out.
-        most: Candidates that are kept for a name.
-
-    Attributes:
-        numbers: The number of each folded name, from 1.
-        candidates: The entities that each number may mean.
-        has_unspaced: Whether a name is in a script without spaces.
-    """
+    """The folded names of a graph with their entities: 16 bytes a name and the name itself."""
 
     def __init__(
         self,
@@ -124,12 +106,7 @@ class SurfaceTable:
         return made
 
     def add_forms(self, forms: Callable[[str], Iterable[str]], ignore_case: bool) -> None:
-        """Add other forms of each name's last word, where no name is spelt like that.
-
-        Args:
-            forms: From a word to its forms.
-            ignore_case: As for the names.
-        """
+        """Add other forms of each name's last word, where no name is spelt like that."""
         made: dict[str, list[int]] = {}
         for name, number in self.numbers.items():
             before, space, word = name.rpartition(" ")

@@ -22,11 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_npy(path: Path) -> npt.NDArray[Any]:
-    """Map the array of a .npy file into memory.
-
-    Raises:
-        ValueError: If it is not one, or not of floating numbers.
-    """
+    """Map the array of a .npy file into memory."""
     try:
         table: npt.NDArray[Any] = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
@@ -39,11 +35,7 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
 
 
 def read_safetensors(path: Path, name: str | None) -> torch.Tensor:
-    """Map a 2-D tensor of a .safetensors file into memory.
-
-    Raises:
-        ValueError: If the file does not have exactly one, or none of this name.
-    """
+    """Map a 2-D tensor of a .safetensors file into memory."""
     try:
         with safe_open(path, "pt") as file:
             about = {key: file.get_slice(key) for key in file.keys()}
@@ -72,19 +64,13 @@ def read_text(
     The file is read twice: for the words, and for the numbers of those that are wanted. So a file
     with many more words than entities takes no more memory than the entities' vectors. pyarrow's
     reader cannot read it, because words may contain the space that separates the numbers.
-
-    Raises:
-        ValueError: If lines are malformed, or entities are missing and `missing` is `"error"`.
     """
     first, dimension, count = _layout(path)
     words = _words(path, first, dimension)
     if len(words) < count:
         logger.warning(
-            "%s has %s, and its first line says %s: the file may be cut off. Get it again if it "
-            "should have them all.",
-            path,
-            counted(len(words), "vector"),
-            f"{count:,}",
+            f"{path} has {counted(len(words), 'vector')}, and its first line says {count:,}: the "
+            "file may be cut off. Get it again if it should have them all."
         )
     every = range(len(graph))
     labels = pa.array(map(graph.label, every), pa.large_string())
@@ -158,18 +144,14 @@ def _split(path: Path, first: int, dimension: int) -> Iterator[tuple[int, str, s
 def _words(path: Path, first: int, dimension: int) -> StringTable:
     """The words in the order of their lines; of one that is there again, the first counts."""
     words = StringTable.of(word.strip() for _, word, _ in _split(path, first, dimension))
-    blank = pc.sum(pc.equal(words.array, "")).as_py() or 0
-    if blank:
+    if blank := pc.sum(pc.equal(words.array, "")).as_py():
         logger.warning("%s: left out %s whose word is blank.", path, counted(blank, "vector"))
-    again = np.flatnonzero(words.find_all(words.array) != np.arange(len(words)))
-    repeated = words.take(again).array
-    repeated = repeated.filter(pc.not_equal(repeated, ""))
+    again = pa.array(words.find_all(words.array) != np.arange(len(words)))
+    repeated = words.array.filter(pc.and_(again, pc.not_equal(words.array, "")))
     if len(repeated):
+        number, first = counted(len(repeated), "vector"), repeated[0].as_py()
         logger.warning(
-            "%s: left out %s whose word was there before, such as %r.",
-            path,
-            counted(len(repeated), "vector"),
-            repeated[0].as_py(),
+            "%s: left out %s whose word was there before, such as %r.", path, number, first
         )
     return words
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -70,24 +71,15 @@ class EntityVectors:
         return f"EntityVectors({len(self):,} entities, dimension {self.dimension}, by {how})"
 
     def gather(self, entities: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Return the vectors of entities, and zeros for -1.
-
-        Args:
-            entities: Numbers of entities, of any shape.
+        """Return the vectors of entities, given by number, and zeros for -1.
 
         Shape:
             - entities: (...); output: (..., dimension) float32.
-
-        Raises:
-            IndexError: If a number is below -1 or not below the number of entities.
-            TypeError: If they are not whole numbers.
         """
         entities = np.asarray(entities)
-        if not np.issubdtype(entities.dtype, np.integer):
-            if entities.size:
-                raise TypeError(f"Entities must be whole numbers, got {entities.dtype}.")
-            entities = entities.astype(np.int64)
-        flat = entities.reshape(-1)
+        if entities.size and not np.issubdtype(entities.dtype, np.integer):
+            raise TypeError(f"Entities must be whole numbers, got {entities.dtype}.")
+        flat = entities.reshape(-1).astype(np.int64, copy=False)
         if len(flat) and (int(flat.min()) < -1 or int(flat.max()) >= len(self)):
             raise IndexError(
                 f"Entities must be -1 (none) or 0 to {len(self) - 1}; got {int(flat.min())} to "
@@ -114,15 +106,10 @@ class EntityVectors:
     def from_array(
         cls, array: Any, graph: KnowledgeGraph | None = None, **metadata: Any
     ) -> EntityVectors:
-        """Create them from an array or tensor whose row i is entity i.
+        """Create them from an array or tensor, (entities, dimension), whose row i is entity i.
 
-        Args:
-            array: (entities, dimension); kept as it is if it is float16, float32 or bfloat16.
-            graph: Whose entities they are: their number is checked.
-            **metadata: How the vectors were made, kept as `metadata`.
-
-        Raises:
-            ValueError: If the shape is another, or values are not finite.
+        float16, float32 and bfloat16 are kept as they are. The graph, if it is given, must have as
+        many entities; `metadata` tells how the vectors were made.
         """
         is_bfloat16 = isinstance(array, torch.Tensor) and array.dtype == torch.bfloat16
         array = _numpy(array) if isinstance(array, torch.Tensor) else np.asanyarray(array)
@@ -149,18 +136,13 @@ class EntityVectors:
         if graph is not None:
             metadata = {**metadata, "graph": graph.fingerprint}
         vectors = cls(table, metadata, is_bfloat16=is_bfloat16)
-        bad: list[int] = []
-        first = count = 0
-        for block in vectors._blocks():
-            rows = np.flatnonzero(~np.isfinite(block).all(axis=1))
-            bad += (rows + first).tolist()[:SHOWN]
-            first, count = first + len(block), count + len(rows)
-        if count:
+        finite = [np.isfinite(block).all(axis=1) for block in vectors._blocks()]
+        if len(bad := np.flatnonzero(~np.concatenate([*finite, np.ones(0, bool)])).tolist()):
             shown = [f"{row} ({graph.key(row)})" if graph else str(row) for row in bad[:SHOWN]]
             raise ValueError(
-                f"{source} has values that are not finite in {count:,} rows: {', '.join(shown)}"
-                f"{' …' * (count > SHOWN)}. They would make every loss NaN: set them to 0 or make "
-                "the vectors again."
+                f"{source} has values that are not finite in {len(bad):,} rows: {', '.join(shown)}"
+                f"{' …' * (len(bad) > SHOWN)}. They would make every loss NaN: set them to 0 or "
+                "make the vectors again."
             )
         return vectors
 
@@ -217,13 +199,9 @@ class EntityVectors:
 
         Args:
             graph: The graph to learn.
-            model: `"TransE"`, `"DistMult"`, `"ComplEx"` or `"RotatE"`; the last two have
-                complex vectors, stored as their real and then their imaginary parts.
+            model: `"TransE"`, `"DistMult"`, `"ComplEx"` or `"RotatE"`.
             **options: Those of [`train_vectors`]: dimension, num_epochs, learning_rate,
                 batch_size, seed, device, evaluation …; the results are in `metadata`.
-
-        Raises:
-            ImportError: If PyKEEN is not installed.
         """
         table, metadata = train_vectors(graph, model, **options)
         return cls.from_array(table, graph, **metadata)
@@ -239,11 +217,6 @@ class EntityVectors:
             model: Any transformers model; it is left as it was.
             tokenizer: The model's own.
             **options: Those of [`encode_descriptions`]: batch_size, max_length, pooling, device.
-
-        Example:
-            >>> vectors = EntityVectors.from_descriptions(graph, model, tokenizer)  # doctest: +SKIP
-            >>> vectors  # doctest: +SKIP
-            EntityVectors(117,791 entities, dimension 384, by descriptions)
         """
         table, metadata = encode_descriptions(graph, model, tokenizer, **options)
         return cls.from_array(table, graph, **metadata)
@@ -251,22 +224,19 @@ class EntityVectors:
     # ---- what they are used for ----
 
     def shuffled(self, seed: int = 0) -> EntityVectors:
-        """Return the control: every entity has the vector of another one.
+        """Return the control: every entity has the vector of another one, drawn by the seed.
 
         What a model gains with these does not come from the graph's facts. The table is shared,
         not copied.
-
-        Args:
-            seed: The seed of the permutation, which leaves no row in its place.
         """
         permutation = np.random.default_rng(seed).permutation(len(self))
         order = np.empty(len(self), np.int64)
         order[permutation] = np.roll(permutation, 1)  # one cycle through all the rows
         if self._order is not None:
             order = self._order[order]
-        metadata = {**self.metadata, "shuffled": seed}
-        vectors = EntityVectors(self._table, metadata, is_bfloat16=self._is_bfloat16, order=order)
-        vectors._reopen = self._reopen
+        vectors = copy.copy(self)
+        vectors._order, vectors.metadata = order, {**self.metadata, "shuffled": seed}
+        vectors.__dict__.pop("fingerprint", None)
         return vectors
 
     def _blocks(self) -> Iterator[npt.NDArray[np.float32]]:
@@ -289,25 +259,17 @@ class EntityVectors:
         return arrays if self._order is None else {**arrays, "order": pa.array(self._order)}
 
     def save(self, folder: str | Path) -> None:
-        """Write them into a folder; earlier ones stay valid until these are complete.
+        """Write them into a folder, created if missing, whose other files are left alone.
 
-        Args:
-            folder: Created if missing. Its other files are left alone.
+        Earlier vectors stay valid until these are complete.
         """
-        about = {
-            "fingerprint": self.fingerprint,
-            "metadata": self.metadata,
-            "is_bfloat16": self._is_bfloat16,
-        }
+        about: dict[str, Any] = {"fingerprint": self.fingerprint, "metadata": self.metadata}
+        about["is_bfloat16"] = self._is_bfloat16
         write_folder(folder, KIND, FORMAT, self._arrays(), about)
 
     @classmethod
     def load(cls, folder: str | Path, graph: KnowledgeGraph | None = None) -> EntityVectors:
-        """Load saved vectors, memory-mapped.
-
-        Args:
-            folder: The folder that was passed to `save`.
-            graph: Whose entities they are, to check that they were made for this graph.
+        """Load saved vectors, memory-mapped, and check that they were made for this graph.
 
         Raises:
             FileNotFoundError: If the folder holds no vectors.

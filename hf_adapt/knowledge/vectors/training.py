@@ -18,6 +18,7 @@ import torch
 from hf_adapt.knowledge.graphs.graph import KnowledgeGraph
 from hf_adapt.knowledge.graphs.triples import read_triples
 from hf_adapt.models.state import preserved_random_state
+from hf_adapt.storage.string_table import StringTable
 
 MODELS = ("TransE", "DistMult", "ComplEx", "RotatE")
 METRICS = {
@@ -95,17 +96,14 @@ def train_vectors(
         create_inverse_triples=True,
     )
     with _own_random_state(seed):
-        learned = (
-            _pykeen("models")
-            .model_resolver.make(
-                model,
-                triples_factory=factory,
-                embedding_dim=dimension,
-                loss="crossentropy" if training_loop == "lcwa" else "nssa",
-                random_seed=seed,
-            )
-            .to(place)
+        learned = _pykeen("models").model_resolver.make(
+            model,
+            triples_factory=factory,
+            embedding_dim=dimension,
+            loss="crossentropy" if training_loop == "lcwa" else "nssa",
+            random_seed=seed,
         )
+        learned = learned.to(place)
         loop = _pykeen("training").training_loop_resolver.make(
             training_loop,
             model=learned,
@@ -125,24 +123,14 @@ def train_vectors(
                 use_tqdm_batch=False,
                 pin_memory=place.type == "cuda",
             )
-        measured = None
-        if test is not None:
-            measured = _evaluate(learned, test, [factory.mapped_triples, *filtered])
+        right = [factory.mapped_triples, *filtered]
+        measured = {} if test is None else {"link_prediction": _evaluate(learned, test, right)}
     table = learned.entity_representations[0]().detach()
     if table.is_complex():
         table = torch.cat([table.real, table.imag], dim=-1)
-    metadata = {
-        "made_by": model,
-        "dimension": dimension,
-        "num_epochs": num_epochs,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "seed": seed,
-        "training_loop": training_loop,
-        "loss": float(losses[-1]),
-    }
-    if measured is not None:
-        metadata["link_prediction"] = measured
+    options: dict[str, Any] = dict(dimension=dimension, num_epochs=num_epochs, seed=seed)
+    options |= dict(learning_rate=learning_rate, batch_size=batch_size, training_loop=training_loop)
+    metadata = {"made_by": model, **options, "loss": float(losses[-1]), **measured}
     return table.float().cpu().numpy(), metadata
 
 
@@ -177,13 +165,9 @@ def _numbers(graph: KnowledgeGraph, triples: Any) -> torch.Tensor:
         other, rows = triples, triples.triples.tolist()
         triples = [(other.key(h), other.relations[r], other.key(t)) for h, r, t in rows]
     columns = read_triples(triples, ("head", "relation", "tail"))
-    relations = {name: number for number, name in enumerate(graph.relations)}
-    found = []
-    for i, column in enumerate(columns):
-        numbers = graph.entities(column.dictionary)
-        if i == 1:
-            numbers = np.array([relations.get(r, -1) for r in column.dictionary.to_pylist()])
-        found.append(numbers[column.indices.to_numpy()])
+    find = (graph.entities, StringTable.of(graph.relations).find_all, graph.entities)
+    pairs = zip(find, columns, strict=True)
+    found = [of(column.dictionary)[column.indices.to_numpy()] for of, column in pairs]
     numbers = np.stack(found, axis=1)
     if len(unknown := np.flatnonzero((numbers < 0).any(axis=1))):
         first = tuple(column[int(unknown[0])].as_py() for column in columns)

@@ -22,7 +22,6 @@ from hf_adapt.knowledge.linking.normalization import (
     fold_punctuation,
     inner_offsets,
     token_splitter,
-    tokens_among_signs,
 )
 from tests.helpers.names import is_boundary, is_mark, naive, unspaced
 
@@ -121,10 +120,6 @@ def test_tokens_and_boundaries_agree(text: str, words: bool) -> None:
     for piece in pieces:
         place += len(piece)
         edges.add(place)
-    tokens, starts, stops = tokens_among_signs(text, words)
-    assert tokens == pieces[1::2]
-    assert [text[a:b] for a, b in zip(starts, stops, strict=True)] == tokens
-    assert {0, *starts, *stops, len(text)} == edges
     for place in range(len(text) + 1):
         assert bool(inner[place]) != (place in edges)
         assert is_boundary(text, place, words) == (place in edges)

@@ -174,7 +174,7 @@ TEMPLATES = [
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXTS, st.sampled_from(["", "."]))
 def test_a_template_around_the_text(kind: str, template: str, text: str, stop: str) -> None:
     made, text = tokenizer(kind), text + stop
@@ -188,20 +188,20 @@ def test_a_template_around_the_text(kind: str, template: str, text: str, stop: s
     wanted = expected([text], offsets, columns, [shifted], moved)
     aligner = TokenAligner(LINKER, made)
     row = {"input_ids": encoded["input_ids"], "text": text}
-    got = found(aligner, row) if len(text) > 12 else wanted
+    if len(alone(kind, text)) <= 12:
+        return
+    got = found(aligner, row)
     assert set(got) <= set(wanted)
-    inner = _not_outermost(wanted, text) if kind == "wordpiece" else wanted
-    if len(alone(kind, text)) > 12:
-        assert set(inner) <= set(got)
+    inner = wanted if kind in ("bytes", "merging bytes") else _not_outermost(wanted, text)
+    assert set(inner) <= set(got)
     # Offsets of the prompt are not those of the text: they must not be taken for them.
-    if len(text) > 12:
-        assert found(aligner, {**row, "offset_mapping": offsets}) == got
+    assert found(aligner, {**row, "offset_mapping": offsets}) == got
 
 
 def _not_outermost(wanted: Found, text: str) -> Found:
     """Without mentions in the first and the last word, which may be tokenised with the template."""
-    words = text.split()
-    return [m for m in wanted if m[2] not in words[0] and m[2] not in words[-1]]
+    outer = text.split()[:: max(1, len(text.split()) - 1)]
+    return [m for m in wanted if not any(m[2] in word or word in m[2] for word in outer)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +249,7 @@ def test_byte_level_text_is_exact(kind: str, text: str, cut: int) -> None:
     assert spelt in (text, " " + text)
     assert [start for start, _ in spans] == sorted(start for start, _ in spans)
     shorter, _ = TokenPieces(made).text(ids[: max(0, len(ids) - cut)])
-    assert spelt.startswith(shorter.rstrip("".join(chr(c) for c in range(0xDC80, 0xDD00))))
+    assert spelt.startswith(shorter.rstrip("\ufffd"))
 
 
 def test_text_that_is_not_that_of_the_tokens() -> None:
