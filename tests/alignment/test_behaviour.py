@@ -98,8 +98,8 @@ SOLVE_THE_MOVE: list[Callable[[], Objective]] = [
     lambda: BNM(weight=1.0),
     lambda: CMD(weight=1.0),
     CORAL,
-    DeepJDOT,
-    lambda: DeepJDOT(weight=0.5, unbalanced=1.0),
+    lambda: DeepJDOT(feature_weight=1.0),
+    lambda: DeepJDOT(weight=0.5, feature_weight=1.0, unbalanced=1.0),
     lambda: InformationMaximization(weight=0.5),
     JMMD,
     MCC,
@@ -130,7 +130,9 @@ def test_what_looks_at_each_row_alone_is_misled_by_a_move(make: Callable[[], Obj
 def test_where_class_frequencies_differ_exact_transport_loses() -> None:
     """It moves a source class to where the target has the other one; so does aligning features."""
     exact, relaxed = (
-        statistics.mean(accuracies(scarce, lambda rho=rho: DeepJDOT(weight=0.5, unbalanced=rho)))
+        statistics.mean(
+            accuracies(scarce, lambda rho=rho: DeepJDOT(0.5, feature_weight=1.0, unbalanced=rho))
+        )
         for rho in (None, 1.0)
     )
     assert relaxed > exact + 0.05

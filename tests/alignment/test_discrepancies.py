@@ -284,9 +284,10 @@ def test_jdot_uses_labelled_source_rows_alone() -> None:
     logits = torch.randn(7, 2).double()
     features, domain = torch.cat([source, target]), [0] * 4 + [1] * 3
     labels = torch.tensor([0, -100, 1, 0, -100, -100, -100])
-    loss = DeepJDOT().loss(FakeBatch(features, domain, logits, labels))
+    objective = DeepJDOT(feature_weight=0.5)
+    loss = objective.loss(FakeBatch(features, domain, logits, labels))
     kept = [0, 2, 3]
-    expected = jdot_loss(source[kept], labels[kept], target, logits[4:])
+    expected = jdot_loss(source[kept], labels[kept], target, logits[4:], feature_weight=0.5)
     torch.testing.assert_close(loss, expected)
     none = FakeBatch(features.requires_grad_(), domain, logits, [-100] * 7)
     DeepJDOT().loss(none).backward()
