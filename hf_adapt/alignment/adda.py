@@ -44,7 +44,7 @@ class ADDA(DANN):
             model, or loaded from the same folder. It is frozen.
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off.
         **adversary: Further arguments of [`DANN`]: `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
+            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`, `bounded`,
             `several_sources`.
 
     Logs:

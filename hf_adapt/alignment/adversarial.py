@@ -94,8 +94,6 @@ class AdversarialObjective(Objective):
         dropout: Dropout of the auxiliary networks.
         learning_rate: Their peak learning rate; follows the run's schedule.
         weight_decay: Their weight decay.
-        bounded: Reverse no gradient for items that are past the equilibrium of the game; see
-            `leave_settled`.
         name: Prefix of the logs.
 
     Raises:
@@ -115,7 +113,6 @@ class AdversarialObjective(Objective):
         dropout: float = 0.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
-        bounded: bool = True,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, feature_layer, pooling, name)
@@ -133,7 +130,6 @@ class AdversarialObjective(Objective):
         self.dropout = dropout
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.bounded = bounded
 
     def term_weight(self, progress: float) -> float:
         """1: λ acts in the reversal, so that the auxiliary networks learn at full rate."""
@@ -151,17 +147,3 @@ class AdversarialObjective(Objective):
         if scale == 0:
             batch.log("gradient_ratio", 0.0)
         return reverse_gradient(features, scale)
-
-    def leave_settled(self, reversed_: torch.Tensor, settled: torch.Tensor) -> None:
-        """Reverse no gradient for items with which the model has reached what it plays for.
-
-        Past the equilibrium of the game the reversed gradient only drives the auxiliary networks'
-        loss up, without limit and the faster the worse they are: the collapse that adversarial
-        training is known for.
-
-        Args:
-            reversed_: What `reversed` returned, (N, D).
-            settled: (N,) bool.
-        """
-        if self.bounded and reversed_.requires_grad:
-            reversed_.register_hook(lambda grad: grad.masked_fill(settled.unsqueeze(1), 0.0))  # type: ignore[no-untyped-call]

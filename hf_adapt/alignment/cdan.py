@@ -97,7 +97,7 @@ class CDAN(DANN):
         entropy_conditioning: Weight rows by the certainty of their prediction (CDAN+E). It couples
             the rows of a micro-batch; with False the term is exact under any accumulation.
         **adversary: Further arguments of [`DANN`]: `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
+            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`, `bounded`,
             `several_sources`.
 
     Logs:

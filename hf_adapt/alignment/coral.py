@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from hf_adapt.alignment.discrepancy import Discrepancy, check_samples
+from hf_adapt.engine.progress import Schedule
+from hf_adapt.models.pooling import Pooling
 
 
 def coral_loss(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -53,9 +55,9 @@ class CORAL(Discrepancy):
 
     Cheap and stable, without anything to tune but its weight; a good first method where the domains
     differ in style rather than in content, and where class frequencies are alike. It does not align
-    means: combine it with [`MMD`] or use [`CMD`] if they differ. The value is tiny for features of
-    unit scale (it is divided by 4 D²): choose the weight so that `coral/gradient_ratio` is around
-    0.1 to 0.5.
+    means: combine it with [`MMD`] or use [`CMD`] if they differ. Its value is tiny (it is divided
+    by 4 D²), hence the large default weight, which suits pooled features of sentence encoders;
+    `coral/gradient_ratio` should come to lie between 0.05 and 0.5.
 
     Reference:
         Sun & Saenko 2016, "Deep CORAL: Correlation Alignment for Deep Domain Adaptation",
@@ -74,12 +76,21 @@ class CORAL(Discrepancy):
         ValueError: If the weight is negative.
 
     Example:
-        >>> CORAL(weight=100.0).name
-        'coral'
+        >>> CORAL().weight
+        100.0
     """
 
     name = "coral"
     least_rows = 2
+
+    def __init__(
+        self,
+        weight: float | Schedule = 100.0,
+        feature_layer: str | None = None,
+        pooling: Pooling = "auto",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, feature_layer, pooling, name)
 
     def distance(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The distance of the covariances."""

@@ -89,7 +89,9 @@ class DANN(AdversarialObjective):
         `bounded` no gradient is reversed for an item whose domain the discriminator gets wrong
         already (its cross-entropy is over ln K): in the paper's game the model goes on, past
         confusion, to features that the discriminator takes for the other domain, so that the
-        target as a whole overshoots the source, often across the boundary between two classes.
+        target as a whole overshoots the source, at times across the boundary between two classes
+        (film reviews → tweets, one seed of five: accuracy 42 % without the bound, 65 % with it,
+        68 % from source only).
 
     Args:
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off. With a learning
@@ -103,9 +105,10 @@ class DANN(AdversarialObjective):
         dropout: Dropout of the discriminator.
         learning_rate: Peak learning rate of the discriminator; follows the run's schedule.
         weight_decay: Weight decay of the discriminator.
-        bounded: Reverse no gradient for items whose domain the discriminator gets wrong already
-            (probability below 1/K); see the deviations.
         name: Prefix of the logs.
+        bounded: Reverse no gradient for items whose domain the discriminator gets wrong already
+            (probability below 1/K). It makes runs alike; False is the paper's game, which aligns
+            more, and now and then the wrong classes.
         several_sources: Whether the training rows are from several sources, as their column
             `domain` says; the discriminator then has a class for each.
 
@@ -131,10 +134,12 @@ class DANN(AdversarialObjective):
         weight: float | Schedule = 0.1,
         ramp: Schedule | None = dann_ramp(),  # noqa: B008 - a pure function
         *,
+        bounded: bool = True,
         several_sources: bool = False,
         **adversary: Any,
     ) -> None:
         super().__init__(weight, ramp, **adversary)
+        self.bounded = bounded
         self.columns = (DOMAIN,) if several_sources else ()
         self._sources: dict[Any, int] = {}  # of values of that column; 0 for the first
 
@@ -181,7 +186,9 @@ class DANN(AdversarialObjective):
         reversed_ = self.reversed(features, batch)
         logits = self.module(reversed_)
         losses = dann_loss(logits, domain, reduction="none")
-        self.leave_settled(reversed_, losses.detach() > math.log(logits.shape[1]))
+        if self.bounded and reversed_.requires_grad:
+            wrong = (losses.detach() > math.log(logits.shape[1])).unsqueeze(1)
+            reversed_.register_hook(lambda grad: grad.masked_fill(wrong, 0.0))  # type: ignore[no-untyped-call]
         with torch.no_grad():
             source_share = (domain == 0).float().mean()
             accuracy = (logits.argmax(1) == domain).float().mean()
@@ -245,7 +252,7 @@ class DomainAdversarialCallback(AdaptationCallback):
             left out if `train_dataset` has a `domain` column.
         streams: Further streams of rows by name.
         **dann: Arguments of [`DANN`]: `weight`, `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
+            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`, `bounded`,
             `several_sources`.
 
     Example:

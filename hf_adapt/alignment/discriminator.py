@@ -29,6 +29,7 @@ class DomainDiscriminator(nn.Sequential):
         - input: (N, D); output: (N, K) logits.
 
     Example:
+        >>> import torch
         >>> DomainDiscriminator(8, 2, (16,))(torch.zeros(3, 8)).shape
         torch.Size([3, 2])
     """

@@ -81,14 +81,15 @@ def _norms(name: str, features: torch.Tensor) -> torch.Tensor:
     if features.ndim != 2:
         raise ValueError(f"{name} expects features (N, D), got {tuple(features.shape)}.")
     dtype = torch.promote_types(features.dtype, torch.float32)
-    return torch.linalg.vector_norm(features.to(dtype), dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(features.to(dtype), dim=1)
+    return norms
 
 
 class AFN(Objective):
     """Adaptive feature norm: trains features of both domains with the same, larger norms.
 
     For features of free norm (a pooler's, a projection's, those of a convolutional network). The
-    last hidden state of most transformers comes out of a layer norm, which fixes its norm: name
+    last hidden state of most transformers comes out of a layer norm, which bounds its norm: name
     another `feature_layer`, or use [`CORAL`], [`CMD`] or [`MMD`]. As it compares no distributions
     it does not mind classes that one of the domains lacks.
 
@@ -150,5 +151,6 @@ class AFN(Objective):
         if self.radius is None:
             count = torch.as_tensor(len(features), device=features.device)
             return stepwise_norm_loss(features, self.delta, reduction="sum"), count
-        terms = [hard_norm_loss(features[domain == d], self.radius) for d in domain.unique()]
+        domains = [domain == number for number in range(batch.num_domains)]
+        terms = [hard_norm_loss(features[rows], self.radius) for rows in domains if rows.any()]
         return torch.stack(terms).sum()

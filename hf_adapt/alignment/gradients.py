@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ def gradient_of(
     Raises:
         ValueError: If the model is run in reentrant gradient checkpoints.
     """
+    found: Any  # None for what the term does not depend on
     try:
         found = torch.autograd.grad(
             term, list(inputs), retain_graph=retain_graph, allow_unused=True

@@ -51,9 +51,9 @@ def density_ratio_weights(domain_logits: torch.Tensor, max_weight: float = 5.0) 
         >>> [round(w, 4) for w in density_ratio_weights(logits).tolist()]
         [1.4621, 0.5379]
     """
-    if not len(domain_logits):
-        return domain_logits.sum(1)
     logits = domain_logits.detach().to(torch.promote_types(domain_logits.dtype, torch.float32))
+    if not len(logits):
+        return logits.sum(1)
     log_ratio = logits[:, 1:].logsumexp(1) - logits[:, 0]
     ratio = torch.softmax(log_ratio, 0) * len(logits)  # divided by its mean, without overflow
     clipped = ratio.clamp(max=max_weight)

@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     from hf_adapt.engine.batch import Batch
 
 
+PREDICTION_BANDWIDTH = 0.84
+"""σ² of the kernel on predicted probabilities; the authors write it as exp(-d² / 1.68)."""
+
+
 def jmmd_loss(
-    source: Sequence[torch.Tensor], target: Sequence[torch.Tensor], unbiased: bool = False
+    source: Sequence[torch.Tensor],
+    target: Sequence[torch.Tensor],
+    bandwidths: Sequence[float | None] | None = None,
+    unbiased: bool = False,
 ) -> torch.Tensor:
     r"""Squared maximum mean discrepancy between the joint distributions of several views of rows.
 
@@ -37,11 +44,13 @@ def jmmd_loss(
     Reference:
         Long et al. 2017, "Deep Transfer Learning with Joint Adaptation Networks", Eq. 8,
         arXiv:1605.06636.
-        Deviation: each kernel has the median bandwidth; the authors fix 1.68 for predictions.
 
     Args:
         source: Views of the source rows, any floating dtype; computed in at least float32.
         target: The same views of the target rows.
+        bandwidths: σ² of each view's kernel. None, for a view or for all, are the five kernels of
+            [`mmd_loss`] around the median squared distance. Fix that of predictions: early in
+            training they are all alike, and a median would blow up their differences.
         unbiased: Leave out i = j in the first two sums; needs two rows of each domain.
 
     Shape:
@@ -61,10 +70,13 @@ def jmmd_loss(
             f"jmmd_loss expects the same views of both domains, got {len(source)} of the source "
             f"and {len(target)} of the target."
         )
-    kernel = torch.ones(())
-    for view in zip(source, target, strict=True):
-        check_samples(f"jmmd_loss(unbiased={unbiased})", *view, least=2 if unbiased else 1)
-        kernel = kernel.to(view[0].device) * gaussian_kernel(torch.cat(view))
+    if bandwidths is None:
+        bandwidths = [None] * len(source)
+    kernel = torch.ones((), device=source[0].device)
+    for one, other, bandwidth in zip(source, target, bandwidths, strict=True):
+        check_samples(f"jmmd_loss(unbiased={unbiased})", one, other, least=2 if unbiased else 1)
+        own = None if bandwidth is None else [bandwidth]
+        kernel = kernel * gaussian_kernel(torch.cat([one, other]), own)
     return discrepancy_of(kernel, len(source[0]), unbiased)
 
 
@@ -125,5 +137,9 @@ class JMMD(Discrepancy):
     ) -> torch.Tensor:
         """The discrepancy of features and predicted probabilities."""
         classes = predicted_features(batch, "JMMD")[1].softmax(-1)
-        views = [[view[rows] for view in (features, classes)] for rows in (source, target)]
-        return jmmd_loss(*views, unbiased=self.unbiased)
+        return jmmd_loss(
+            [features[source], classes[source]],
+            [features[target], classes[target]],
+            [None, PREDICTION_BANDWIDTH],
+            self.unbiased,
+        )

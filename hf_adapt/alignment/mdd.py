@@ -106,10 +106,7 @@ class MDD(AdversarialObjective):
     Reference:
         Zhang et al. 2019, "Bridging Theory and Algorithm for Domain Adaptation", arXiv:1904.05801.
         Deviations: the model's own head takes the place of the first classifier, and the second is
-        a perceptron on the pooled feature; both have optimizers of their own. No gradient is
-        reversed for a row that is past the equilibrium of the game, where the second classifier
-        gives the model's class the probability γ / (1 + γ) in both domains: it would drive the
-        second classifier's loss up without limit.
+        a perceptron on the pooled feature; they have optimizers of their own.
 
     Args:
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off.
@@ -159,11 +156,8 @@ class MDD(AdversarialObjective):
         assert self.module is not None
         features, logits, domain = predicted_features(batch, "MDD")
         predicted, is_target = logits.detach().argmax(1), domain > 0
-        reversed_ = self.reversed(features, batch)
-        adversary = self.module(reversed_)
+        adversary = self.module(self.reversed(features, batch))
         agreement = F.cross_entropy(adversary, predicted, reduction="none")
-        probability = torch.exp(-agreement.detach())
-        self.leave_settled(reversed_, (probability > self.margin / (1 + self.margin)) == is_target)
         disagrees = (adversary.argmax(1) != predicted)[is_target].float()
         batch.log("disagreement", disagrees.mean(), len(disagrees))
         losses = {

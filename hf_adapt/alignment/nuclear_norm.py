@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_adapt.alignment.predictions import TargetPredictions, check_logits
+from hf_adapt.engine.progress import Schedule
 
 
 def bnm_loss(target_logits: torch.Tensor) -> torch.Tensor:
@@ -47,7 +48,8 @@ def bnm_loss(target_logits: torch.Tensor) -> torch.Tensor:
     u, sigma, vh = torch.linalg.svd(p.detach(), full_matrices=False)
     kept = sigma > sigma[0] * max(p.shape) * torch.finfo(dtype).eps
     # ⟨U Vᵀ, P⟩ = Σ σ, and U Vᵀ is its gradient: nothing is divided by differences of σ.
-    return -((u * kept) @ vh * p).sum() / len(p)
+    norm: torch.Tensor = ((u * kept) @ vh * p).sum()
+    return -norm / len(p)
 
 
 class BNM(TargetPredictions):
@@ -62,7 +64,8 @@ class BNM(TargetPredictions):
         under Label Insufficient Situations", arXiv:2003.12237.
 
     Args:
-        weight: Factor of the term, or a schedule of it. 1 is the authors' value.
+        weight: Factor of the term, or a schedule of it. The authors' 1 put most rows into one class
+            on text.
         name: Prefix of the logs.
 
     Logs:
@@ -77,6 +80,9 @@ class BNM(TargetPredictions):
     """
 
     name = "bnm"
+
+    def __init__(self, weight: float | Schedule = 0.3, name: str | None = None) -> None:
+        super().__init__(weight, name=name)
 
     def batch_term(self, target_logits: torch.Tensor) -> torch.Tensor:
         """The negative nuclear norm of the micro-batch's predictions."""

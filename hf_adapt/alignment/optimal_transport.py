@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -78,19 +78,21 @@ def jdot_loss(
     r"""Cost of transporting labelled source rows to target rows and their predictions.
 
     .. math::
-        L = \sum_{i,j} \gamma_{ij} C_{ij}, \qquad
-        C_{ij} = \alpha \frac{\lVert s_i - t_j \rVert^2}{m} - \beta \log \mathrm{softmax}(z_j)_{y_i}
+        L = \sum_{i,j} \gamma_{ij} C_{ij}(n), \qquad
+        C_{ij}(n) = \alpha \frac{\lVert s_i - t_j \rVert^2}{n}
+            - \beta \log \mathrm{softmax}(z_j)_{y_i}
 
-    with m the median of the squared distances and γ the plan of [`sinkhorn_plan`] for C. No
-    gradient flows through γ and m: a source row teaches its label to the target rows it is
-    transported to, and their features come together.
+    with γ the plan of [`sinkhorn_plan`] for C(m), m the median of the squared distances, and n the
+    mean squared norm of the features. No gradient flows through γ, m and n: a source row teaches
+    its label to the target rows it is transported to, and their features come together.
 
     Reference:
         Damodaran et al. 2018, "DeepJDOT: Deep Joint Distribution Optimal Transport", Eq. 5-7,
         arXiv:1803.10081; unbalanced: Fatras et al. 2021, arXiv:2103.03606.
-        Deviations: distances are divided by their median, so that the weights do not depend on
-        the scale of the features (the authors' are 0.001 and 0.0001 for theirs); the plan is
-        regularised.
+        Deviations: distances are divided by their median for the plan and by the features' norm
+        for the loss, so that the weights do not depend on the scale of the features (the authors'
+        are 0.001 and 0.0001 for theirs); with the median in the loss the gradient would grow as
+        the features contract, into a single point. The plan is regularised.
 
     Args:
         source: Features of the source rows, any floating dtype; computed in at least float32.
@@ -128,11 +130,14 @@ def jdot_loss(
     mode = "donot_use_mm_for_euclid_dist"
     squared = torch.cdist(source.to(dtype), target.to(dtype), compute_mode=mode).square()
     cross_entropy = -F.log_softmax(target_logits.to(dtype), dim=-1).T[source_labels]
-    cost = feature_weight * squared / _median(squared) + label_weight * cross_entropy
+    labels_cost = label_weight * cross_entropy
+    cost = (feature_weight * squared / _median(squared) + labels_cost).detach()
     scale = _median(cost)
     relaxed = None if unbalanced is None else unbalanced * scale
-    plan = sinkhorn_plan(cost.detach(), regularization * scale, relaxed)
-    return (plan * cost).sum()
+    plan = sinkhorn_plan(cost, regularization * scale, relaxed)
+    norm = (source.to(dtype).square().sum(1).mean() + target.to(dtype).square().sum(1).mean()) / 2
+    norm = norm.detach().clamp(min=torch.finfo(dtype).tiny)
+    return (plan * (feature_weight * squared / norm + labels_cost)).sum()
 
 
 def _median(values: torch.Tensor) -> torch.Tensor:
@@ -157,7 +162,7 @@ class DeepJDOT(Discrepancy):
 
     Args:
         weight: Factor of the term, or a schedule of it.
-        feature_weight: Factor of the squared distance of features, divided by its median.
+        feature_weight: Factor of the squared distance of features, relative to their norm.
         label_weight: Factor of the cross-entropy of a source label and a target prediction.
         regularization: Of the transport plan, as a share of the median cost; smaller is sharper.
         unbalanced: How strictly all rows must be transported, as a multiple of the median cost;
@@ -202,7 +207,7 @@ class DeepJDOT(Discrepancy):
             raise ValueError(
                 f"regularization={regularization} and unbalanced={unbalanced} must be positive."
             )
-        self.options = {
+        self.options: dict[str, Any] = {
             "feature_weight": feature_weight,
             "label_weight": label_weight,
             "regularization": regularization,

@@ -47,7 +47,7 @@ class PADA(DANN):
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off.
         momentum: Share of the running average that each optimizer step keeps.
         **adversary: Further arguments of [`DANN`]: `ramp`, `feature_layer`, `pooling`,
-            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `bounded`, `name`,
+            `hidden_sizes`, `dropout`, `learning_rate`, `weight_decay`, `name`, `bounded`,
             `several_sources`.
 
     Logs:

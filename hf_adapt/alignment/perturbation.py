@@ -57,14 +57,15 @@ class EmbeddingPerturbation(ClassPredictions):
     def setup(self, trainer: Trainer) -> None:
         """Find the input embeddings and let a gradient reach what they give."""
         super().setup(trainer)
+        model: Any = trainer.model
         try:
-            self._embeddings = trainer.model.get_input_embeddings()
+            self._embeddings = model.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             self._embeddings = None
         if self._embeddings is None:
             raise ValueError(
                 f"{type(self).__name__} perturbs the input embeddings, and "
-                f"{type(trainer.model).__name__}.get_input_embeddings() names none. Define it in "
+                f"{type(model).__name__}.get_input_embeddings() names none. Define it in "
                 "the model, or use RDrop."
             )
         self._handle = self._embeddings.register_forward_hook(_with_gradient)

@@ -76,8 +76,8 @@ def predicted_features(
     if len(logits) != len(features):
         raise ValueError(
             f"{method} needs a prediction for each feature, and there are {len(features)} features "
-            f"and {len(logits)} predictions. Leave pooling='auto': rows for heads that classify "
-            "rows, tokens for those that classify tokens."
+            f"and {len(logits)} predictions. Pass pooling='tokens' if the head predicts tokens; "
+            "else leave pooling='auto'."
         )
     return features, logits, domain
 

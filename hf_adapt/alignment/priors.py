@@ -223,7 +223,9 @@ def _weights(
     mean = F.one_hot(target.argmax(1), classes).double().mean(0)
     eye = torch.eye(classes, dtype=torch.float64)
     if method == "bbse":
-        weights: torch.Tensor = torch.linalg.solve(confusion.T @ confusion + 1e-8 * eye, confusion.T @ mean)
+        weights: torch.Tensor = torch.linalg.solve(
+            confusion.T @ confusion + 1e-8 * eye, confusion.T @ mean
+        )
         return weights.clamp_min(0.0)
     rho = 0.03 * (
         2 * math.log(2 * classes / 0.05) / (3 * n) + math.sqrt(2 * math.log(2 * classes / 0.05) / n)

@@ -79,12 +79,12 @@ class SAM(Adaptation):
         """Run the task's forward with weights perturbed in the direction of its gradient."""
         trainer = self._trainer
         if trainer is None or not torch.is_grad_enabled():
-            yield
+            yield  # the look at the first batch
             return
         model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         assert isinstance(trainer, AdaptationMixin)
-        loss = super(AdaptationMixin, trainer).compute_loss(model, dict(inputs))
+        loss: Any = super(AdaptationMixin, trainer).compute_loss(model, dict(inputs))
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and scaler.is_enabled():  # fp16 gradients would underflow
             loss = loss * scaler.get_scale()

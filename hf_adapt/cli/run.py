@@ -85,10 +85,10 @@ def run(
         _fail(f"hf-adapt run needs {', '.join(missing)}: pip install 'hf-adapt[run]'")
 
     from hf_adapt.cli import run_options
-    from hf_adapt.experiments.cell import ModelError
     from hf_adapt.experiments.data import DataError
     from hf_adapt.experiments.screen import execute
     from hf_adapt.experiments.settings import ConfigError
+    from hf_adapt.experiments.training import ModelError
 
     flags = {
         key: value

@@ -137,7 +137,8 @@ class Experiment:
         values["training"] = TRAINING_DEFAULTS | (values.get("training") or {})
         _check_training(settings, ("training",), values["training"])
         for name, method in values["methods"].items():
-            _check_training(settings, ("methods", name, "training"), method.training)
+            for key, given in (("training", method.training), ("pretrain", method.pretrain)):
+                _check_training(settings, ("methods", name, key), given or {})
         if "model" in values:
             values["model"] = _located(values["model"], folder)
         return cls(**values)

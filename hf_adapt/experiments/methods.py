@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
+
+from torch import nn
 
 from hf_adapt import alignment, distillation, unfreezing
 from hf_adapt.engine import progress
@@ -18,6 +20,7 @@ from hf_adapt.experiments.settings import KeyPath, Settings, nearest
 FAMILIES = (alignment, unfreezing, distillation)
 RECOMMENDED = "recommended"
 TARGET = "target"
+UNLABELLED = "unlabelled"
 GIVEN = "given"
 
 
@@ -27,12 +30,17 @@ class Method:
 
     Args:
         adaptations: Plain data: names of classes, or `{name: arguments}`; or `"recommended"`.
-        train_on: The domain whose labels are trained on. `"target"` is the bound.
+        train_on: The domain whose labels are trained on. `"target"` is the bound; `"unlabelled"`
+            trains on the target's rows without labels, for adaptations that need no source.
         target_priors: `"given"`: the class frequencies of the target's training rows, counted on
             their labels, which nothing else reads; `{"given": 0.1}`: the same, wrong by ten points;
             or what `target_priors=` of `AdaptationCallback` takes. None leaves it out.
         stream: Options of the [`Stream`] of target rows, such as `ratio`.
         training: `TrainingArguments` of this method alone.
+        first: A stage that is trained before this one, on the same model: what source-free methods
+            start from.
+        pretrain: `TrainingArguments` of [`hf_adapt.alignment.adapt_pretrain`] on the target's
+            texts, before this stage; None for no such stage.
     """
 
     adaptations: Any = ()
@@ -40,32 +48,40 @@ class Method:
     target_priors: Any = None
     stream: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    first: Method | None = None
+    pretrain: Mapping[str, Any] | None = None
 
     @property
     def is_baseline(self) -> bool:
         """Whether it trains on the source's labels and nothing else."""
-        return self.train_on == "source" and not self.adaptations
+        return self == Method()
 
     @property
     def is_bound(self) -> bool:
         """Whether it trains on the target's labels."""
         return self.train_on == TARGET
 
-    def build(self) -> list[Adaptation]:
-        """New adaptations, for one run."""
+    def build(self, copied: Callable[[], nn.Module]) -> list[Adaptation]:
+        """New adaptations, for one run.
+
+        Args:
+            copied: Returns a copy of the model as it is now, for an adaptation that takes a
+                `source_model`.
+        """
         if self.adaptations == RECOMMENDED:
             return alignment.recommended()
-        return [built(each) for each in self.adaptations]
+        return [built(each, copied) for each in self.adaptations]
 
     def described(self) -> dict[str, Any]:
         """All that changes its result, as plain data."""
         described = {each.name: getattr(self, each.name) for each in fields(self)}
+        described["first"] = None if self.first is None else self.first.described()
         if self.adaptations == RECOMMENDED:
             described["adaptations"] = [type(each).__name__ for each in alignment.recommended()]
         return described
 
 
-def read_method(settings: Settings, name: str, spec: Any) -> Method:
+def read_method(settings: Settings, name: str, spec: Any, within: KeyPath = ()) -> Method:
     """Read a method of a configuration, and make sure that it can be built.
 
     Args:
@@ -73,11 +89,12 @@ def read_method(settings: Settings, name: str, spec: Any) -> Method:
         name: The method's name.
         spec: A list of adaptations, `"recommended"`, `"target"`, or a mapping with the arguments of
             [`Method`].
+        within: Where it stands inside the method: `("first",)` for a first stage.
 
     Raises:
         ConfigError: Naming the line, and the nearest name.
     """
-    path: KeyPath = ("methods", name)
+    path: KeyPath = ("methods", name, *within)
     if spec == TARGET:
         return Method(train_on=TARGET)
     adaptations: KeyPath = path
@@ -89,12 +106,18 @@ def read_method(settings: Settings, name: str, spec: Any) -> Method:
                     path, f"methods: {name!r}: write a list, [{', '.join(spec)}: …]."
                 )
             raise settings.unknown((*path, unknown[0]), known, f"methods: {name!r}: the key")
+        spec = {key: value for key, value in spec.items() if value is not None}
+        if spec.get("pretrain") is True:
+            spec["pretrain"] = {}
+        if "first" in spec:
+            spec["first"] = read_method(settings, name, spec["first"], (*within, "first"))
         method = Method(**spec)
         adaptations = (*path, "adaptations")
     else:
         method = Method(adaptations=spec or ())
-    if method.train_on not in ("source", TARGET):
-        raise settings.error((*path, "train_on"), "train_on must be source or target.")
+    if method.train_on not in ("source", TARGET, UNLABELLED):
+        message = f"train_on must be source, target or unlabelled, and not {method.train_on!r}."
+        raise settings.error((*path, "train_on"), message)
     given = method.adaptations
     if given != RECOMMENDED and (isinstance(given, str) or not isinstance(given, Sequence)):
         raise settings.error(
@@ -124,7 +147,7 @@ def _check_adaptation(settings: Settings, path: KeyPath, spec: Any) -> None:
         )
     _check_arguments(settings, (*path, name), name, arguments)
     try:
-        built(spec)
+        built(spec, lambda: nn.Linear(1, 1))
     except (TypeError, ValueError) as error:
         raise settings.error(path, f"{name}: {error}") from error
 
@@ -132,9 +155,7 @@ def _check_adaptation(settings: Settings, path: KeyPath, spec: Any) -> None:
 def _check_arguments(settings: Settings, path: KeyPath, name: str, arguments: Any) -> None:
     if not isinstance(arguments, Mapping):
         raise settings.error(path, f"{name} takes its arguments by name: {{{name}: {{weight: 1}}}}")
-    parameters = inspect.signature(callables()[name]).parameters
-    known = [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
-    is_open = len(known) < len(parameters)
+    known, is_open = _parameters(callables()[name])
     for argument, value in arguments.items():
         if argument not in known and not is_open:
             raise settings.unknown((*path, argument), known, f"{name}: the argument")
@@ -143,17 +164,43 @@ def _check_arguments(settings: Settings, path: KeyPath, name: str, arguments: An
             _check_arguments(settings, (*path, argument, inner), inner, its)
 
 
-def built(spec: Any) -> Any:
+def _parameters(called: Any) -> tuple[list[str], bool]:
+    """The arguments that a class or function takes, and whether there may be others.
+
+    A class whose `**arguments` go to its base class takes those of the base class.
+    """
+    known: list[str] = []
+    steps = (
+        [called]
+        if not isinstance(called, type)
+        else [
+            each.__dict__["__init__"] for each in called.__mro__[:-1] if "__init__" in each.__dict__
+        ]
+    )
+    for step in steps:
+        parameters = inspect.signature(step).parameters.values()
+        known += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return list(dict.fromkeys(known)), False
+    return list(dict.fromkeys(known)), True
+
+
+def built(spec: Any, copied: Callable[[], nn.Module] | None = None) -> Any:
     """What plain data stands for: `{name: arguments}` is a call, and all else is itself.
+
+    Args:
+        spec: The plain data.
+        copied: Returns the model for an argument `source_model`.
 
     Example:
         >>> built({"MMD": {"weight": {"linear_ramp": {"end_value": 0.5}}}}).weight(1.0)
         0.5
     """
     name, arguments = _call(spec)
-    return callables()[name](
-        **{key: built(value) if is_call(value) else value for key, value in arguments.items()}
-    )
+    made = {key: built(value) if is_call(value) else value for key, value in arguments.items()}
+    if copied is not None and "source_model" in inspect.signature(callables()[name]).parameters:
+        made["source_model"] = copied()
+    return callables()[name](**made)
 
 
 def is_call(value: Any) -> bool:
@@ -191,6 +238,11 @@ def callables() -> dict[str, Any]:
         and typing.get_type_hints(value).get("return") == progress.Schedule
     }
     return classes | schedules
+
+
+def is_shifted(priors: Any) -> bool:
+    """Whether `target_priors` are the true ones, made wrong on purpose."""
+    return isinstance(priors, Mapping) and set(priors) == {GIVEN}
 
 
 def shifted(shares: Mapping[str, float], points: float) -> dict[str, float]:

@@ -17,11 +17,12 @@ from rich.progress import (
 )
 
 from hf_adapt.alignment import recommended
-from hf_adapt.experiments.cell import Cell, check_model
+from hf_adapt.experiments.cell import Cell
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.report import describe_pairs, publish, tell_models
 from hf_adapt.experiments.runner import cells_of, run_experiment
+from hf_adapt.experiments.training import check_model
 
 
 def execute(

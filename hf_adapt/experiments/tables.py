@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.methods import GIVEN
+from hf_adapt.experiments.methods import GIVEN, is_shifted
 from hf_adapt.experiments.summary import Results, Row, percent, runs_of, scores_of
 
 COLUMNS = (
@@ -152,18 +152,20 @@ def legend(experiment: Experiment) -> str:
         )
     if len(experiment.pairs) > 1:
         sentences.append("below source only: pairs that are more than a point below it.")
-    given = [name for name, method in methods if _is_given(method.target_priors)]
-    if given:
+    priors = {name: method.target_priors for name, method in methods}
+    given = [name for name, prior in priors.items() if prior == GIVEN]
+    wrong = {n: prior[GIVEN] for n, prior in priors.items() if is_shifted(prior)}
+    if given or wrong:
         sentences.append(
-            f"{', '.join(given)}: with the target's class frequencies, counted on the labels of "
-            "its training rows (an experimental setting; these labels have no other use)."
+            f"{'; '.join([*given, *wrong])}: with the target's class frequencies, counted on the "
+            "labels of its training rows (an experimental setting; these labels have no other use)."
         )
+    sentences += [
+        f"{name}: with {100 * points:+.0f} points on the most frequent class."
+        for name, points in wrong.items()
+    ]
     sentences.append("seconds: of training. warned: runs with a warning of an adaptation.")
     return " ".join(sentences)
-
-
-def _is_given(priors: Any) -> bool:
-    return priors == GIVEN or (isinstance(priors, Mapping) and set(priors) == {GIVEN})
 
 
 def _without_empty_columns(cells: Cells) -> Cells:

@@ -1,5 +1,6 @@
 """Perturbed embeddings, sharpness and contrast: gradients by hand, and what they leave behind."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
-from hf_adapt import MMD, Adaptation, Stream
+from hf_adapt import MMD, Adaptation, Stream, adapt
 from hf_adapt.alignment import (
     FGM,
+    JMMD,
     SAM,
     VAT,
+    DeepJDOT,
+    RDrop,
     SupervisedContrastive,
     mmd_loss,
     supervised_contrastive_loss,
@@ -24,13 +28,19 @@ from hf_adapt.alignment import (
 from hf_adapt.engine.collating import DOMAIN
 from tests.helpers.alignment import make_trainer, target
 from tests.helpers.fake_batch import FakeBatch
+from tests.helpers.heads import CASES
 from tests.helpers.models import bert, enlarged
-from tests.helpers.trainers import GradientRecorder, flat_gradient, same_bits, weights
+from tests.helpers.trainers import GradientRecorder, arguments, flat_gradient, same_bits, weights
 
 
 def model() -> Any:
-    """Larger weights: with the usual 0.02 a perturbation would change nothing."""
-    return enlarged(bert(), 5)
+    """Larger weights: with the usual 0.02 a perturbation would change nothing.
+
+    The embedding of padding is not 0, as it is in models that were trained without `padding_idx`.
+    """
+    made = enlarged(bert(), 5)
+    made.get_input_embeddings().weight.data[0] = 0.5
+    return made
 
 
 def one_step(
@@ -215,6 +225,74 @@ def test_models_without_input_embeddings_are_refused(tmp_path: Path) -> None:
     for make in (FGM, VAT):
         with pytest.raises(ValueError, match=r"epsilon=0.0 must be positive"):
             make(epsilon=0.0)
+
+
+# ---- other heads ----
+
+
+def on_head(folder: Path, head: str, *adaptations: Adaptation) -> dict[str, Any]:
+    """The log of a first step with a kind of head."""
+    case = CASES[head]
+    trainer = Trainer(
+        case.model(0),
+        arguments(folder, max_steps=1),
+        train_dataset=case.data(16),
+        data_collator=case.collate,
+    )
+    adapt(trainer, *adaptations, target_dataset=case.data(9)).train()
+    return trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("head", ["image", "llama", "masked_lm", "choices"])
+def test_a_perturbation_of_patches_tokens_and_choices_hurts(head: str, tmp_path: Path) -> None:
+    log = on_head(tmp_path, head, FGM(epsilon=0.1), VAT(epsilon=0.1))
+    assert log["loss/fgm"] > log["loss/task"] + 0.01
+    assert log["loss/vat"] > 1e-3
+
+
+@pytest.mark.parametrize("head", ["image", "llama", "seq2seq", "choices"])
+def test_sharpness_is_found_on_other_heads(head: str, tmp_path: Path) -> None:
+    losses = [
+        on_head(tmp_path, head, MMD(weight=1e-6), *others)["loss/task"]
+        for others in ([], [SAM(rho=0.005)])
+    ]
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize(
+    ("head", "make", "message"),
+    [
+        ("llama", DeepJDOT, "8 features and 52 predictions. Pass pooling='tokens'"),
+        ("choices", JMMD, "16 features and 8 predictions"),
+        ("choices", SupervisedContrastive, "items of features.. are choices: they have no labels"),
+        ("spans", VAT, "outputs hold no logits"),
+        ("seq2seq", RDrop, "the decoder of an encoder-decoder has none"),
+    ],
+)
+def test_what_a_head_cannot_do_is_refused(
+    head: str, make: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        on_head(tmp_path, head, make())
+
+
+# ---- R-Drop ----
+
+
+def test_rdrop_on_eight_micro_batches_of_one_row_is_that_on_one_of_eight(tmp_path: Path) -> None:
+    """With a "dropout" that is the same for all rows: each second forward is a surer one."""
+
+    def uneven() -> Any:
+        own, calls = model(), itertools.count()
+        own.classifier.register_forward_hook(
+            lambda module, args, out: out * 1.5 if module.training and next(calls) % 2 else out
+        )
+        return own
+
+    runs = [one_step(tmp_path, [RDrop()], *n, model=uneven()) for n in ((1, 8), (8, 1))]
+    assert runs[0][0]["loss/rdrop"] == pytest.approx(runs[1][0]["loss/rdrop"], rel=1e-5)
+    assert runs[0][0]["loss/rdrop"] > 1e-3
+    assert_close(runs[0][1], runs[1][1])
 
 
 # ---- sharpness-aware minimisation ----

@@ -35,10 +35,10 @@ def test_a_configuration_is_read_and_methods_are_built() -> None:
     assert found.pairs == [("a", "b"), ("b", "a")] and found.seeds == [42, 43]
     assert found.data["b"].test == "c.csv" and found.data["b"].text_column == "review"
     assert found.training["learning_rate"] == 3e-4  # YAML 1.1 has a text there
-    mmd, dann = found.methods["both"].build()
+    mmd, dann = found.methods["both"].build(list)
     assert isinstance(mmd, MMD) and isinstance(dann, DANN)
     assert dann.lambda_at(0.5) == 0.25
-    assert found.methods["both"].build()[0] is not mmd
+    assert found.methods["both"].build(list)[0] is not mmd
     assert [m for m, method in found.methods.items() if method.is_baseline] == ["source only"]
     assert [m for m, method in found.methods.items() if method.is_bound] == ["bound"]
     assert found.methods["priors"].stream == {"ratio": 0.5}
@@ -63,6 +63,8 @@ def test_a_configuration_is_read_and_methods_are_built() -> None:
         ("[DANN]", "[{DANN: {wieght: 1}}]", 6, "'wieght' is unknown. Did you mean weight?"),
         ("[DANN]", "[{DANN: {learning_rate: -1}}]", 6, "must be positive"),
         ("end_value", "stop", 7, "linear_ramp: the argument 'stop' is unknown"),
+        ("[DANN]", "{first: [DAN], adaptations: [SHOT]}", 6, "Did you mean DANN?"),
+        ("[DANN]", "{train_on: sauce}", 6, "train_on must be source, target or unlabelled"),
         ("stream:", "strem:", 8, "'strem' is unknown. Did you mean stream?"),
         ("{ratio: 0.5}", "{ratoi: 0.5}", 8, "'ratoi' is unknown. Did you mean ratio?"),
         ("learning_rate:", "learnin_rate:", 11, "Did you mean learning_rate?"),

@@ -5,11 +5,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_adapt.experiments import data
-from hf_adapt.experiments.cell import resolved_priors
 from hf_adapt.experiments.config import DomainFiles
 from hf_adapt.experiments.data import DataError, Pair, load_domain, paired, split_rows
 from hf_adapt.experiments.methods import Method
 from hf_adapt.experiments.tasks import SequenceClassification
+from hf_adapt.experiments.training import resolved_priors
 from tests.experiments.conftest import write_csv
 
 TASK = SequenceClassification()

@@ -182,6 +182,23 @@ def test_class_frequencies_reach_the_method(
     assert given[2:] == [{"neg": 0.25, "pos": 0.75}] * 2
 
 
+def test_methods_of_two_stages(write_config: Config, tmp_path: Path, trained: list[int]) -> None:
+    priors = {"neg": 0.5, "pos": 0.5}
+    shot = {"first": [], "adaptations": ["SHOT"], "train_on": "unlabelled"}
+    methods = {
+        "TAPT": {"pretrain": {"max_steps": 3}},
+        "SHOT": {**shot, "target_priors": priors, "training": {"max_steps": 1}},
+        "ADDA": {"first": [], "adaptations": ["ADDA"]},
+    }
+    run(write_config(methods=methods), "--save-models", "--learning_rate", "0.01")
+    assert len(trained) == 6
+    models = [load_file(p) for p in sorted((tmp_path / "out").rglob("model.safetensors"))]
+    assert len(models) == 3  # and none of a first stage
+    one, other, third = (model["classifier.weight"] for model in models)
+    assert one.equal(other)  # ADDA and SHOT freeze the head of the same first stage
+    assert not one.equal(third)
+
+
 def test_warnings_of_a_method_are_counted(
     write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,297 @@
+"""Training and testing one model: the stages of a method, and its scores in both domains."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import transformers
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_adapt.alignment import adapt_pretrain
+from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.engine.streams import Stream
+from hf_adapt.experiments.config import Experiment
+from hf_adapt.experiments.data import DataError, Pair
+from hf_adapt.experiments.memory import peak, restarted_peak
+from hf_adapt.experiments.methods import GIVEN, UNLABELLED, Method, is_shifted, shifted
+from hf_adapt.experiments.tasks import TASKS, Task
+from hf_adapt.models.groups import layer_groups
+from hf_adapt.models.hub_names import check_hub_name
+from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing
+
+PRETRAINING_EPOCHS = 10
+
+
+class ModelError(ValueError):
+    """The model that every run starts from cannot be loaded."""
+
+
+def check_model(experiment: Experiment) -> None:
+    """Load the configuration and the tokenizer of the model once, before hundreds of runs fail.
+
+    Raises:
+        ModelError: If there is no such model, or it is out of reach.
+    """
+    try:
+        check_hub_name(experiment.model)
+        with _quiet():
+            AutoConfig.from_pretrained(experiment.model)
+            TASKS[experiment.task].processor(experiment.model)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The model {experiment.model!r} cannot be loaded: {error} Name a folder, or an id on "
+            "the Hub, with model: or --model."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the stages of one run share."""
+
+    experiment: Experiment
+    pair: Pair
+    task: Task
+    seed: int
+    folder: Path
+    processor: Any
+    model: PreTrainedModel
+    frozen: Sequence[str]
+
+    def rows(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Rows as the model takes them."""
+        return self.task.prepared(dataset, self.processor, self.experiment.max_length)
+
+    def arguments(self, folder: Path, **settings: Any) -> TrainingArguments:
+        """Training arguments of a stage."""
+        settings = {**self.experiment.training, **settings}
+        return TrainingArguments(output_dir=str(folder), seed=self.seed, **settings)
+
+
+def train_and_test(
+    experiment: Experiment, method: Method, seed: int, pair: Pair, folder: Path
+) -> dict[str, Any]:
+    """Fine-tune once; return the scores in both domains and what the run cost.
+
+    Args:
+        experiment: How to train.
+        method: What to train with.
+        seed: The seed of the run.
+        pair: The rows.
+        folder: Where the model is saved, if it is.
+
+    Raises:
+        DataError: If the method needs labels that there are not.
+    """
+    if method.is_bound and not len(pair.target["train"]):
+        raise DataError("The method trains on the labels of the target, which has none.")
+    with _quiet():
+        run = _started(experiment, seed, pair, folder)
+    gc.collect()  # what earlier runs in this process left
+    with _AdaptationWarnings() as warnings:
+        device = "cuda" if run.arguments(folder).device.type == "cuda" else "cpu"
+        before = restarted_peak(device)
+        start = time.perf_counter()
+        trainer = _trained(run, method)
+        result: dict[str, Any] = {"seconds": time.perf_counter() - start}
+        result["peak_memory_mb"] = None if before is None else peak(device) / 2**20
+    for name, domain in (("source", pair.source), ("target", pair.target)):
+        tested, is_scored = domain["test"], len(domain["test"]) > 0
+        if not is_scored:
+            tested = run.task.with_any_labels(pair.target_unlabelled)
+        scores = _scores(trainer, run.rows(tested), run.task, pair.labels, is_scored)
+        result |= {f"{name}_{key}": value for key, value in scores.items()}
+    result["warnings"] = len(warnings.texts)
+    result["first_warning"] = warnings.texts[0] if warnings.texts else None
+    shutil.rmtree(folder / "pretraining", ignore_errors=True)
+    if experiment.save_models:
+        trainer.save_model()
+        result["model"] = str(folder)
+    return result
+
+
+def _started(experiment: Experiment, seed: int, pair: Pair, folder: Path) -> _Run:
+    """The model before any training."""
+    task = TASKS[experiment.task]
+    set_seed(seed)
+    processor = task.processor(experiment.model)
+    model = task.model_class.from_pretrained(
+        experiment.model,
+        id2label=dict(enumerate(pair.labels)),
+        label2id={label: i for i, label in enumerate(pair.labels)},
+        ignore_mismatched_sizes=True,
+    )
+    frozen = first_groups(model, experiment.freeze_layers)
+    if not experiment.cache_prefix:
+        freeze(model, frozen)
+    return _Run(experiment, pair, task, seed, folder, processor, model, frozen)
+
+
+def _trained(run: _Run, method: Method) -> Trainer:
+    """The trainer of the last stage, after all stages have been trained on the same model."""
+    if method.first is not None:
+        _trained(run, method.first)
+    if method.pretrain is not None:
+        folder = run.folder / "pretraining"
+        given = {"num_train_epochs": PRETRAINING_EPOCHS, **method.pretrain}
+        texts = run.rows(run.pair.target_unlabelled)
+        with contextlib.redirect_stdout(io.StringIO()):  # its logs
+            adapt_pretrain(run.model, run.processor, texts, run.arguments(folder, **given))
+    trainer = _trainer(run, method)
+    trainer.train()
+    return trainer
+
+
+def _trainer(run: _Run, method: Method) -> Trainer:
+    """The trainer of a stage."""
+    pair = run.pair
+    domain = pair.target if method.is_bound else pair.source
+    unlabelled = method.train_on == UNLABELLED
+    dev = domain["dev"] if len(domain["dev"]) and not unlabelled else None
+    trainer = Trainer(
+        model=run.model,
+        args=run.arguments(run.folder, **method.training),
+        train_dataset=run.rows(pair.target_unlabelled if unlabelled else domain["train"]),
+        eval_dataset=None if dev is None else run.rows(dev),
+        processing_class=run.processor,
+        data_collator=run.task.collator(run.processor),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if run.experiment.cache_prefix and run.frozen:
+        store = str(Path(run.experiment.output_dir, "frozen_prefix"))
+        frozen = FreezeOnly(*run.frozen)
+        prefix = GradualUnfreezing(frozen, cache_frozen_prefix=True, cache_dir=store)
+        trainer.add_callback(AdaptationCallback(prefix))
+    if method.adaptations:
+        adaptations = method.build(lambda: copy.deepcopy(run.model))
+        priors = resolved_priors(method, pair, run.task)
+        if unlabelled:  # the rows are no stream, whose frequencies could be given
+            for each in adaptations if priors is not None else ():
+                each.prior = priors  # type: ignore[attr-defined]
+            trainer.add_callback(AdaptationCallback(*adaptations))
+        else:
+            options = {} if priors is None else {"target_priors": priors}
+            target = Stream(run.rows(pair.target_unlabelled), **method.stream)
+            trainer.add_callback(AdaptationCallback(*adaptations, target_dataset=target, **options))
+    return trainer
+
+
+def resolved_priors(method: Method, pair: Pair, task: Task) -> Any:
+    """What `target_priors=` is given: class frequencies by name where they are counted.
+
+    Raises:
+        DataError: If they are to be counted, and the target has no labels.
+    """
+    priors: Any = method.target_priors
+    points = 0.0
+    if is_shifted(priors):
+        points, priors = float(priors[GIVEN]), GIVEN
+    if priors != GIVEN:
+        return priors
+    if not len(pair.target["train"]):
+        raise DataError(
+            "target_priors: given counts the labels of the target's training rows, which has none. "
+            "Give the class frequencies, such as {spam: 0.13, ham: 0.87}."
+        )
+    return shifted(pair.target_shares(task), points)
+
+
+def first_groups(model: PreTrainedModel, count: int) -> list[str]:
+    """The layer groups of the embeddings and of the first layers; none for 0 layers.
+
+    Raises:
+        ValueError: If the model has no layers to train then.
+    """
+    if not count:
+        return []
+    groups = layer_groups(model)
+    layers = [group for group in groups if group.kind == "layer"]
+    if count >= len(layers):
+        raise ValueError(f"freeze_layers: {count}, but the model has {len(layers)} layers.")
+    lowest = layers[count].level
+    return [group.name for group in groups if group.level < lowest]
+
+
+def freeze(model: PreTrainedModel, groups: Sequence[str]) -> None:
+    """Turn off the gradients of layer groups, for speed; their dropout stays on."""
+    named = dict(model.named_parameters())
+    for group in layer_groups(model):
+        for name in group.parameters if group.name in groups else ():
+            named[name].requires_grad_(False)
+
+
+def _scores(
+    trainer: Trainer, rows: datasets.Dataset, task: Task, labels: Sequence[str], is_scored: bool
+) -> dict[str, Any]:
+    """Accuracy, macro-F1 and class shares; without labels only the shares that are predicted."""
+    predicted = trainer.predict(rows)
+    logits = predicted.predictions
+    guess, truth = task.decoded(
+        logits[0] if isinstance(logits, tuple) else logits, predicted.label_ids
+    )
+    scores: dict[str, Any] = {"predicted_shares": _shares(guess, labels)}
+    if is_scored:
+        scores["true_shares"] = _shares(truth, labels)
+        scores["accuracy"] = float(accuracy_score(truth, guess))
+        scores["f1"] = float(f1_score(truth, guess, average="macro"))
+    return scores
+
+
+def _shares(numbers: npt.NDArray[np.int64], labels: Sequence[str]) -> dict[str, float]:
+    counts = np.bincount(numbers, minlength=len(labels))
+    return dict(zip(labels, (counts / len(numbers)).tolist(), strict=True))
+
+
+class _quiet:
+    """No bars, and no message that the head is new, while a model is loaded."""
+
+    def __enter__(self) -> None:
+        datasets.disable_progress_bars()
+        logs: Any = transformers.logging
+        logs.disable_progress_bar()
+        self._level = logs.get_verbosity()
+        logs.set_verbosity_error()
+
+    def __exit__(self, *error: object) -> None:
+        logs: Any = transformers.logging
+        logs.set_verbosity(self._level)
+
+
+class _AdaptationWarnings(logging.Handler):
+    """Collects the warnings of hf_adapt instead of printing them among the progress."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note the text; what the cache of frozen layers has to say is not about a method."""
+        if not record.name.startswith("hf_adapt.unfreezing.prefix"):
+            self.texts.append(record.getMessage())
+
+    def __enter__(self) -> _AdaptationWarnings:
+        logging.getLogger("hf_adapt").addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("hf_adapt").removeHandler(self)
