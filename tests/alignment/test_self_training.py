@@ -91,7 +91,7 @@ def test_shares_grow_over_the_refreshes() -> None:
     assert {s: v for s, v in found.items() if v is not None} == pytest.approx(
         {10: 0.2, 20: 0.5, 30: 0.8}
     )
-    assert SelfTraining(shares=(0.2, 0.8)).share_at(20, 40) == 0.8
+    assert SelfTraining(shares=(0.2, 0.8), refreshes=(0.5,)).share_at(20, 40) == 0.8
 
 
 def test_the_loss_is_that_of_a_loop_written_by_hand(tmp_path: Path) -> None:
