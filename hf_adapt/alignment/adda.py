@@ -11,7 +11,7 @@ from hf_adapt.alignment.dann import DANN
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.models.capture import capturing
 from hf_adapt.models.pooling import pool, token_mask
-from hf_adapt.models.structure import find_feature_module
+from hf_adapt.models.structure import find_feature_module, is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -75,11 +75,16 @@ class ADDA(DANN):
         """Freeze the source model, and the model's head.
 
         Raises:
-            ValueError: If the two models share weights.
+            ValueError: If the two models share weights, or are encoder-decoders.
         """
         super().setup(trainer)
         model = trainer.model
         assert model is not None
+        if is_encoder_decoder(model):
+            raise ValueError(
+                "ADDA runs a frozen copy of the model on rows without labels, from which the "
+                f"decoder of {type(model).__name__} would have no inputs. Use DANN."
+            )
         shared = {id(p) for p in model.parameters()} & {
             id(p) for p in self.source_model.parameters()
         }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.alignment.predictions import refuse_other_problems
+from hf_adapt.alignment.predictions import refuse_heads, refuse_other_problems
 from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.progress import Schedule
@@ -120,6 +120,7 @@ class SupervisedContrastive(Objective):
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes."""
         refuse_other_problems(trainer.model, "SupervisedContrastive")
+        refuse_heads(trainer.model, "SupervisedContrastive", "question_answering")
 
     def loss(self, batch: Batch) -> Term:
         """The contrastive loss of the labelled rows."""

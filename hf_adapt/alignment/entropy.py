@@ -151,6 +151,7 @@ class InformationMaximization(PriorObjective):
     """
 
     name = "information_maximization"
+    needs_few_classes = False
     needs_streams = ("target",)
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_adapt.alignment.gradients import gradient_of
-from hf_adapt.alignment.predictions import ClassPredictions
+from hf_adapt.alignment.predictions import ClassPredictions, refuse_heads
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.parts import Part
@@ -197,6 +197,11 @@ class FGM(EmbeddingPerturbation):
 
     name = "fgm"
     streams = ()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse decoders, whose labels are not those of the embedded tokens."""
+        refuse_heads(trainer.model, "FGM", "conditional_generation", "question_answering")
+        super().setup(trainer)
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The number of labels."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_adapt.engine.adaptation import Objective, Term
+from hf_adapt.models.heads import HeadName, has_head
+from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -95,6 +97,23 @@ def refuse_other_problems(model: Any, method: str) -> None:
             f"{problem!r}, as its configuration or its labels say (vectors of floats are several "
             "labels per row). Use an objective on features (DANN, MMD)."
         )
+
+
+def refuse_heads(model: Any, method: str, *heads: HeadName) -> None:
+    """Refuse a model with one of these heads, whose predictions are of another kind.
+
+    Raises:
+        ValueError: If it has one.
+    """
+    if has_head(unwrapped_base(model), *heads):
+        raise ValueError(
+            f"{method} needs a head that gives each row or token one of a few classes; "
+            f"{type(unwrapped_base(model)).__name__} predicts something else. Use an objective on "
+            "features (MMD, CORAL, DANN)."
+        )
+
+
+LANGUAGE_MODELS: tuple[HeadName, ...] = ("masked_lm", "causal_lm", "conditional_generation")
 
 
 class ClassPredictions(Objective):

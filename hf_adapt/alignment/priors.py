@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.alignment.predictions import ClassPredictions
+from hf_adapt.alignment.predictions import LANGUAGE_MODELS, ClassPredictions, refuse_heads
 from hf_adapt.engine.streams import TARGET, TRAINING
 
 if TYPE_CHECKING:
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NamedPriors = Literal["uniform", "source", "estimate"]
+NamedPriors = Literal["uniform", "predicted", "source", "estimate"]
 Priors = NamedPriors | Mapping[Any, float] | Sequence[float] | np.ndarray | torch.Tensor
-"""How frequent each class is: a number for each label name or class, `"uniform"`, `"source"` (as in
-the training rows) or `"estimate"` (from predictions, again at every refresh of the method)."""
+"""How frequent each class is: a number for each label name or class, `"uniform"`, `"predicted"`
+(half-way from uniform to the model's own mean prediction for target rows), `"source"` (as in the
+training rows) or `"estimate"` (by [`estimate_priors`]). Those made of predictions are made again at
+every refresh of the method."""
 
 EstimationMethod = Literal["em", "bbse", "rlls"]
 LEAST = 1e-4
@@ -301,10 +303,12 @@ class PriorObjective(ClassPredictions):
     Attributes:
         prior: The frequencies for this objective alone; None for the run's `target_priors`.
         default_prior: What is used where neither is given.
+        needs_few_classes: Whether language models are refused, whose classes are their vocabulary.
     """
 
     prior: Priors | None = None
     default_prior: Priors = "uniform"
+    needs_few_classes: bool = True
 
     _given_prior: Priors | None = None
     _priors: torch.Tensor | None = None
@@ -313,14 +317,25 @@ class PriorObjective(ClassPredictions):
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes; read what is known of the frequencies."""
         super().setup(trainer)
+        if self.needs_few_classes:
+            refuse_heads(trainer.model, type(self).__name__, *LANGUAGE_MODELS, "question_answering")
         self._trainer = trainer
         self._given_prior = self.prior
         if self.prior is None:
             target = self._trainer.stream_options(TARGET)
             self._given_prior = None if target is None else target.priors
-        given = self.default_prior if self._given_prior is None else self._given_prior
-        counted = isinstance(given, str) and given in ("source", "estimate")
+        given = "uniform" if self._kind == "predicted" else self._used  # until the first refresh
+        counted = self._kind in ("source", "estimate")
         self._priors = None if counted else resolved_priors(given, class_names(trainer))
+
+    @property
+    def _used(self) -> Priors:
+        return self.default_prior if self._given_prior is None else self._given_prior
+
+    @property
+    def _kind(self) -> str:
+        """How the frequencies come about; empty where they are numbers."""
+        return self._used if isinstance(self._used, str) else ""
 
     @property
     def knows_priors(self) -> bool:
@@ -330,8 +345,7 @@ class PriorObjective(ClassPredictions):
     @property
     def estimates_priors(self) -> bool:
         """Whether the frequencies are estimated from predictions."""
-        given = self._given_prior if self.knows_priors else self.default_prior
-        return isinstance(given, str) and given == "estimate"
+        return self._kind in ("predicted", "estimate")
 
     def before_step(self, step: int) -> None:
         """Count the source's frequencies, where they are asked for; estimate again from there."""
@@ -365,6 +379,10 @@ class PriorObjective(ClassPredictions):
         """
         if not self.estimates_priors:
             return
+        if self._kind == "predicted":
+            mean = target_logits.softmax(1).mean(0)
+            self._priors = (mean + 1 / len(mean)) / 2
+            return
         source = self._trainer.sweep(self, TRAINING, _labelled)
         kept = source["labels"] >= 0
         self._priors = estimate_priors(
@@ -378,7 +396,7 @@ class PriorObjective(ClassPredictions):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
-        if "priors" in state and (self.estimates_priors or self._given_prior == "source"):
+        if "priors" in state and (self.estimates_priors or self._kind == "source"):
             self._priors = state["priors"]
 
     def close(self) -> None:

@@ -110,7 +110,7 @@ class SelfTraining(PriorObjective):
         L = \frac{1}{|K|} \sum_{i \in K} -\log p_{i, \hat y_i}
 
     It is the strongest of the methods here where the class frequencies of the target are known at
-    least roughly (`target_priors`), and may do harm where they are wrong by 20 points. A refresh
+    least roughly (`target_priors`), and may do harm where they are wrong. A refresh
     costs a forward of all target rows; between them only rows with a label go through the model.
 
     Reference:
@@ -130,7 +130,8 @@ class SelfTraining(PriorObjective):
         view: Makes the inputs that are trained on from a batch's inputs (as `batch.forward` has
             it), in a further forward; None for the same forward, with its dropout.
         prior: Class frequencies for this objective alone, in place of the run's `target_priors`.
-            Uniform where neither is given.
+            `"predicted"` where neither is given: half-way from uniform frequencies to the model's
+            own mean prediction for the target rows.
         name: Prefix of the logs.
 
     Logs:
@@ -147,6 +148,7 @@ class SelfTraining(PriorObjective):
 
     name = "self_training"
     needs_streams = (TARGET,)
+    default_prior = "predicted"
 
     def __init__(
         self,

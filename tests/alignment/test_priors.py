@@ -143,7 +143,10 @@ def test_frequencies_by_name_number_and_order() -> None:
         ([0.5, 0.4, 0.2], r"add up to 1\.100; frequencies add up to 1"),
         ([13, 80, 7], r"add up to 100\.000"),
         ([0.5, float("nan"), 0.5], "expected 3 numbers of 0 or more"),
-        ("source-like", "'source-like' is unknown: use 'uniform', 'source', 'estimate'"),
+        (
+            "source-like",
+            "'source-like' is unknown: use 'uniform', 'predicted', 'source', 'estimate'",
+        ),
     ],
 )
 def test_frequencies_that_are_none_are_refused(given: Any, message: str) -> None:
@@ -194,6 +197,16 @@ def test_the_sources_own_frequencies_are_counted(tmp_path: Path) -> None:
     run.train()
     counts = np.bincount([row["labels"] for row in rows(16, 1)], minlength=3)
     assert method.state_dict()["priors"].numpy() == pytest.approx(counts / 16)
+
+
+def test_without_frequencies_half_of_what_the_model_predicts_is_believed(tmp_path: Path) -> None:
+    method = SelfTraining(refreshes=(0.0,))
+    run = adapt(trainer(tmp_path, learning_rate=0.0), method, target_dataset=rows(12, 2, None))
+    run.train()
+    batch = collate(list(rows(12, 2, None)))
+    with torch.no_grad():
+        mean = run.model.eval()(**batch).logits.softmax(1).mean(0)
+    torch.testing.assert_close(method.state_dict()["priors"], (mean + 1 / 3) / 2)
 
 
 # ---- correction ----
