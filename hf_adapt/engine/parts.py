@@ -76,6 +76,25 @@ class Part:
             kept=kept,
         )
 
+    def without_padding(self) -> Part:
+        """The same with fewer columns, where the last ones are padding in every row.
+
+        Their number stays a multiple of 8, which some hardware wants.
+        """
+        mask = self.attention_mask
+        if mask is None:
+            return self
+        real = mask.any(0).nonzero()
+        width = -(-(int(real.max()) + 1) // 8) * 8 if len(real) else mask.shape[1]
+        tensors = {k: v for k, v in self.inputs.items() if isinstance(v, torch.Tensor)}
+        wide = {k for k, v in tensors.items() if v.ndim >= 2 and v.shape[:2] == mask.shape}
+        others = [v for k, v in tensors.items() if k not in wide]
+        if width >= mask.shape[1] or any(mask.shape[1] in v.shape[1:] for v in others):
+            return self
+        return replace(
+            self, inputs={k: v[:, :width] if k in wide else v for k, v in self.inputs.items()}
+        )
+
     def _expanded(self, kept: torch.Tensor, length: int) -> torch.Tensor:
         """The same for a tensor with several entries per row, as multiple choice has."""
         return kept if length == len(kept) else kept.repeat_interleave(length // len(kept))

@@ -138,7 +138,7 @@ class TrainingStep:
             if bool(kept.all()):
                 found.append(part)
             elif bool(kept.any()):
-                found.append(replace(part.select(kept), whole=None, kept=None))
+                found.append(replace(part.select(kept), whole=None, kept=None).without_padding())
             else:  # all processes must run the same forwards
                 first = torch.zeros_like(kept)
                 first[0] = True

@@ -43,6 +43,14 @@ class _Rows(torch.utils.data.Dataset[tuple[int, Any]]):
         domain, dataset = self.datasets[which]
         return domain, rows_at(dataset, [row])[0]
 
+    def by_length(self, indices: list[int]) -> list[int]:
+        """The same rows, those of tokens in the order of their number: less padding."""
+        if not indices or not isinstance(first := self[indices[0]][1], Mapping):
+            return indices
+        if not hasattr(first.get("input_ids"), "__len__"):
+            return indices
+        return sorted(indices, key=lambda index: len(self[index][1]["input_ids"]))
+
 
 class Sweep:
     """Runs the model over all rows of a stream and keeps what is asked for.
@@ -116,7 +124,7 @@ class Sweep:
         """The batches of this process, after their forward; None for one that only keeps pace."""
         like = self.data.example_row
         size = self.trainer.args.per_device_eval_batch_size
-        mine = list(range(rank, len(rows), processes))
+        mine = rows.by_length(list(range(rank, len(rows), processes)))
         rounds = math.ceil(math.ceil(len(rows) / processes) / size)  # of the one with most rows
         loader = torch.utils.data.DataLoader(
             torch.utils.data.Subset(rows, mine or [0]),
