@@ -391,8 +391,10 @@ class PriorObjective(ClassPredictions):
         logger.info("%s: estimated class frequencies %s", self.name, self._priors.tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        """The frequencies, where they were counted or estimated."""
-        return {} if self._priors is None else {"priors": self._priors.cpu()}
+        """The frequencies, where something is said of them."""
+        if self._priors is None or not (self.knows_priors or self.estimates_priors):
+            return {}
+        return {"priors": self._priors.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
