@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -41,6 +41,7 @@ class Method:
             start from.
         pretrain: `TrainingArguments` of [`hf_adapt.alignment.adapt_pretrain`] on the target's
             texts, before this stage; None for no such stage.
+        save: Keep its models.
     """
 
     adaptations: Any = ()
@@ -50,11 +51,12 @@ class Method:
     training: Mapping[str, Any] = field(default_factory=dict)
     first: Method | None = None
     pretrain: Mapping[str, Any] | None = None
+    save: bool = False
 
     @property
     def is_baseline(self) -> bool:
         """Whether it trains on the source's labels and nothing else."""
-        return self == Method()
+        return replace(self, save=False) == Method()
 
     @property
     def is_bound(self) -> bool:
@@ -75,6 +77,7 @@ class Method:
     def described(self) -> dict[str, Any]:
         """All that changes its result, as plain data."""
         described = {each.name: getattr(self, each.name) for each in fields(self)}
+        del described["save"]
         described["first"] = None if self.first is None else self.first.described()
         if self.adaptations == RECOMMENDED:
             described["adaptations"] = [type(each).__name__ for each in alignment.recommended()]

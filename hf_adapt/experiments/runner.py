@@ -63,7 +63,8 @@ def run_experiment(
     folders = {cell: cell_folder(experiment, cell) for cell in cells}
     results: dict[Cell, dict[str, Any]] = {}
     for cell, folder in folders.items():
-        kept = None if overwrite else finished_result(folder, experiment.save_models)
+        saves = experiment.save_models or experiment.methods[cell.method].save
+        kept = None if overwrite else finished_result(folder, saves)
         if kept is not None:
             results[cell] = kept
             report(cell, kept, True)

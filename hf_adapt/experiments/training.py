@@ -124,7 +124,7 @@ def train_and_test(
     result["warnings"] = len(warnings.texts)
     result["first_warning"] = warnings.texts[0] if warnings.texts else None
     shutil.rmtree(folder / "pretraining", ignore_errors=True)
-    if experiment.save_models:
+    if experiment.save_models or method.save:
         trainer.save_model()
         result["model"] = str(folder)
     return result

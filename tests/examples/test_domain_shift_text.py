@@ -36,14 +36,14 @@ def tiny(tmp_path, monkeypatch):
     return fetched, options
 
 
-def test_demo_compares_its_methods_on_its_pair(tiny, tmp_path, capsys):
+def test_demo_compares_its_methods_on_its_pairs(tiny, tmp_path, capsys):
     fetched, options = tiny
     with pytest.raises(SystemExit) as ended:
         demo.main(options)
     assert ended.value.code == 0, capsys.readouterr().err
-    assert fetched == ["movies", "tweets"]
+    assert fetched == ["movies", "products", "tweets"]
     table = (tmp_path / "out" / "table.md").read_text()
-    for method in ("source only", "DANN", "MMD + IM", "oracle"):
+    for method in ("source only", "recommended", "recommended, frequencies given", "bound"):
         assert f"\n| {method} | " in table
     assert "vader" in capsys.readouterr().out.lower()  # whom to cite
 
