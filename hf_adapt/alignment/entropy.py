@@ -187,7 +187,11 @@ class InformationMaximization(PriorObjective):
         if self.diversity_weight:
             none = logits.sum() * 0.0
             if self.knows_priors:
-                divergence = prior_divergence(target, self.target_priors()) if len(target) else none
+                divergence = (
+                    prior_divergence(target, self.target_priors(logits.shape[1]))
+                    if len(target)
+                    else none
+                )
                 terms["divergence"] = self.diversity_weight * divergence
             else:
                 diversity = prediction_diversity(target) if len(target) else none

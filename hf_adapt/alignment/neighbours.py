@@ -44,6 +44,7 @@ class NeighbourObjective(PriorObjective):
         """Forget the rows of an earlier run."""
         super().setup(trainer)
         self.bank = RowBank()
+        self._trainer.check_sweep(TARGET)
         self._seen: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
 
     def before_step(self, step: int) -> None:
@@ -51,12 +52,12 @@ class NeighbourObjective(PriorObjective):
         super().before_step(step)
         if not len(self.bank):
             found = self._trainer.sweep(self, TARGET, self._values)
-            if len(found["keys"]) <= self.num_neighbours:
+            self.bank.fill(found.pop("keys"), **found)
+            if len(self.bank) <= self.num_neighbours:
                 raise ValueError(
                     f"{type(self).__name__}(num_neighbours={self.num_neighbours}) needs more "
-                    f"target rows than neighbours; there are {len(found['keys'])}."
+                    f"different target rows than neighbours; there are {len(self.bank)}."
                 )
-            self.bank.fill(found.pop("keys"), **found)
             self.bank.values["predictions"] = self.remembered(self.bank.values.pop("logits"))
         self.bank.to(self._trainer.args.device)
         self._take_in()
@@ -179,7 +180,7 @@ class ATDOC(NeighbourObjective):
     def remembered(self, logits: torch.Tensor) -> torch.Tensor:
         """The squared predictions, shared out among the classes."""
         squared = logits.float().softmax(1).square()
-        priors = self.target_priors().to(squared)
+        priors = self.target_priors(squared.shape[1]).to(squared)
         return squared / squared.sum(0).clamp_min(1e-12) * priors * len(priors)
 
     def loss(self, batch: Batch) -> Term:

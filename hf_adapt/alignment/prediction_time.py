@@ -85,11 +85,13 @@ class T3A:
             logits = self.model(**_without_labels(inputs)).logits
         finally:
             handle.remove()
-        if logits.ndim != 2:
-            raise ValueError(
-                f"T3A classifies rows; the model's logits have the shape {tuple(logits.shape)}."
-            )
         features = seen[-1].float()
+        if logits.ndim != 2 or features.shape[:-1] != logits.shape[:-1]:
+            raise ValueError(
+                "T3A needs a head that sees one feature for each row; the head of this "
+                f"{type(self.model).__name__} sees {tuple(features.shape)} and the model's logits "
+                f"are {tuple(logits.shape)}. Use Tent."
+            )
         self.supports = torch.cat([self.supports, F.normalize(features)])
         self.entropies = torch.cat([self.entropies, prediction_entropy(logits)])
         self.labels = torch.cat([self.labels, logits.argmax(1)])

@@ -18,7 +18,7 @@ from hf_adapt.alignment.source_weights import (
 )
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.labels import IGNORED
-from hf_adapt.engine.streams import TARGET
+from hf_adapt.engine.streams import TARGET, TRAINING
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -79,18 +79,26 @@ class PriorCorrection(PriorObjective):
         self.balance = balance
         self.prior = prior
         self._source: torch.Tensor | None = None
+        self._corrected: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse what cannot be weighted or corrected."""
         super().setup(trainer)
         refuse_other_losses(trainer, "PriorCorrection")
-        head_bias(trainer.accelerator.unwrap_model(trainer.model))
+        bias = head_bias(trainer.accelerator.unwrap_model(trainer.model))
+        self._trainer.check_sweep(TRAINING)
         self._source = None
+        if self._corrected is not None and self._corrected[0] is bias:  # trained once more
+            with torch.no_grad():
+                bias -= self._corrected[1].to(bias)
+        self._corrected = None
 
     def before_step(self, step: int) -> None:
         """Count the classes of the source."""
         if self._source is None:
             self._source = self.source_priors()
+        if self._priors is None and self._kind in ("source", "estimate"):
+            self._priors = self._source
         super().before_step(step)
 
     def estimation_steps(self) -> Collection[int]:
@@ -117,13 +125,14 @@ class PriorCorrection(PriorObjective):
         if self.estimates_priors:
             found = self._trainer.sweep(self, TARGET, lambda b: {"logits": b.logits()[0]})
             self.refresh_priors(found["logits"])
-        target = self.target_priors()
-        assert self._source is not None
-        trained = torch.full_like(target, 1 / len(target)) if self.balance else self._source
+        source = self.source_priors() if self._source is None else self._source
+        target = self.target_priors(len(source))
+        trained = torch.full_like(target, 1 / len(target)) if self.balance else source
         shift = target.clamp_min(LEAST).log() - trained.to(target).clamp_min(LEAST).log()
         bias = head_bias(trainer.accelerator.unwrap_model(trainer.model))
         with torch.no_grad():
             bias += shift.to(bias)
+        self._corrected = (bias, shift)
         logger.info("%s: corrected for the class frequencies %s", self.name, target.tolist())
 
     def state_dict(self) -> dict[str, Any]:

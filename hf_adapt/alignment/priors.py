@@ -80,13 +80,14 @@ def priors_from_sample(
         >>> [[round(x, 2) for x in each.tolist()] for each in sample]
         [[0.8, 0.2], [0.67, 0.11], [0.89, 0.33]]
     """
-    given = torch.as_tensor(np.asarray(labels)).flatten()
+    if (array := np.asarray(labels)).dtype.kind not in "iub" and array.size:
+        raise ValueError(
+            f"Expected the number of each row's class, got {array.dtype} such as "
+            f"{array.flat[0]!r}. Map names to numbers by model.config.label2id."
+        )
+    given = torch.as_tensor(array.astype(np.int64)).flatten()
     size = int(given.max()) + 1 if num_classes is None and len(given) else num_classes or 0
-    if (
-        not len(given)
-        or given.is_floating_point()
-        or not 0 <= int(given.min()) <= given.max() < size
-    ):
+    if not len(given) or not 0 <= int(given.min()) <= given.max() < size:
         raise ValueError(
             f"Expected at least one label, each an integer from 0 to {max(size - 1, 0)}, got "
             f"{given.tolist()[:5]}."
@@ -265,6 +266,8 @@ def resolved_priors(given: Priors, names: Mapping[int, str]) -> torch.Tensor:
                 f"the classes {shown}."
             )
         return torch.full((classes,), 1 / classes)
+    if not isinstance(given, Mapping) and hasattr(given, "to_dict"):
+        given = given.to_dict()  # a pandas Series is sorted by frequency, not by class
     if isinstance(given, Mapping):
         numbers = {name: i for i, name in names.items()} | {i: i for i in names}
         unknown = [key for key in given if key not in numbers]
@@ -290,11 +293,11 @@ def resolved_priors(given: Priors, names: Mapping[int, str]) -> torch.Tensor:
     return values / values.sum()
 
 
-def class_names(trainer: Trainer) -> dict[int, str]:
+def class_names(trainer: Trainer, num_classes: int) -> dict[int, str]:
     """The classes of the Trainer's model, by their numbers."""
-    config = trainer.accelerator.unwrap_model(trainer.model).config
+    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
     names = getattr(config, "id2label", None) or {}
-    return {i: str(names.get(i, i)) for i in range(int(config.num_labels))}
+    return {i: str(names.get(i, i)) for i in range(num_classes)}
 
 
 class PriorObjective(ClassPredictions):
@@ -308,6 +311,7 @@ class PriorObjective(ClassPredictions):
 
     prior: Priors | None = None
     default_prior: Priors = "uniform"
+    uses_priors = True
     needs_few_classes: bool = True
 
     _given_prior: Priors | None = None
@@ -324,9 +328,15 @@ class PriorObjective(ClassPredictions):
         if self.prior is None:
             target = self._trainer.stream_options(TARGET)
             self._given_prior = None if target is None else target.priors
-        given = "uniform" if self._kind == "predicted" else self._used  # until the first refresh
-        counted = self._kind in ("source", "estimate")
-        self._priors = None if counted else resolved_priors(given, class_names(trainer))
+        self._priors = None
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        size = getattr(getattr(model, "config", None), "num_labels", None)
+        if not self._kind and size is not None:  # what is wrong is told before anything is trained
+            self._priors = resolved_priors(self._used, class_names(trainer, size))
+        elif self._kind not in get_args(NamedPriors):
+            resolved_priors(self._used, class_names(trainer, size or 2))
+        if self._kind == "estimate":
+            self._trainer.check_sweep(TARGET)
 
     @property
     def _used(self) -> Priors:
@@ -349,8 +359,14 @@ class PriorObjective(ClassPredictions):
 
     def before_step(self, step: int) -> None:
         """Count the source's frequencies, where they are asked for; estimate again from there."""
-        if self._priors is None:
+        if self._priors is None and self._kind in ("source", "estimate"):
             self._priors = self.source_priors()
+            if self._kind == "estimate" and not bool((self._priors > 0).all()):
+                raise ValueError(
+                    f"Class frequencies are estimated from predictions for source rows of each "
+                    f"class, and the source's frequencies are {self._priors.tolist()}. Give "
+                    "target_priors, or leave the class out."
+                )
         if self.estimates_priors and step in self.estimation_steps():
             read = self._trainer.sweep(self, TARGET, lambda batch: {"logits": batch.logits()[0]})
             self.refresh_priors(read["logits"])
@@ -361,15 +377,31 @@ class PriorObjective(ClassPredictions):
 
     def source_priors(self) -> torch.Tensor:
         """The class frequencies of the training rows, (C,)."""
-        labels = self._trainer.sweep(self, TRAINING, _labelled)["labels"]
-        counts = torch.bincount(labels[labels >= 0], minlength=len(class_names(self._trainer)))
+        found = self._trainer.sweep(self, TRAINING, _labelled)
+        labels, classes = found["labels"], found["logits"].shape[1]
+        counts = torch.bincount(labels[labels >= 0], minlength=classes)
         return counts / counts.sum()
 
-    def target_priors(self) -> torch.Tensor:
-        """The frequency of each class, (C,), on the device of the run."""
+    def target_priors(self, num_classes: int) -> torch.Tensor:
+        """The frequency of each class, (C,), on the device of the run.
+
+        Args:
+            num_classes: Number C of classes that the model predicts.
+
+        Raises:
+            ValueError: If frequencies of another number of classes were given.
+        """
+        if self._priors is None and not self._kind:
+            names = class_names(self._trainer, num_classes)
+            self._priors = resolved_priors(self._used, names)
         priors = self._priors
-        if priors is None:  # a first batch is looked at before they are counted
-            priors = resolved_priors("uniform", class_names(self._trainer))
+        if priors is None:  # uniform, or not yet counted
+            priors = torch.full((num_classes,), 1 / num_classes)
+        if len(priors) != num_classes:
+            raise ValueError(
+                f"{self.name}: {len(priors)} class frequencies were given, and the model predicts "
+                f"{num_classes} classes."
+            )
         return priors.to(self._trainer.args.device)
 
     def refresh_priors(self, target_logits: torch.Tensor) -> None:

@@ -15,7 +15,6 @@ from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import TARGET
 from hf_adapt.models.averages import RunningAverage
-from hf_adapt.models.hashing import row_keys
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -38,7 +37,8 @@ def aligned_predictions(
 
     Reference:
         Berthelot et al. 2020, "ReMixMatch", Section 3.1, arXiv:1911.09785.
-        Deviation: the bias is found by iteration, so that the mean is exact; the paper scales once.
+        Deviation: the bias is found by iteration, so that the mean is met (but for very peaked
+        predictions); the paper scales once.
 
     Args:
         probabilities: Predictions of all rows.
@@ -90,7 +90,10 @@ def balanced_pseudo_labels(
         ([0, 0, 1, 1], [True, False, False, True])
     """
     aligned = aligned_predictions(probabilities, priors)
-    confidence, labels = aligned.max(1)
+    labels = aligned.argmax(1)
+    # By the margin of the logarithms: predictions that are rounded to 1 still differ in it.
+    best = aligned.double().clamp_min(1e-300).log().topk(2, dim=1).values
+    confidence = best[:, 0] - best[:, 1]
     kept = torch.zeros_like(labels, dtype=torch.bool)
     for number in range(aligned.shape[1]):
         own = (labels == number).nonzero().flatten()
@@ -174,11 +177,13 @@ class SelfTraining(PriorObjective):
         self.average = None if teacher_decay is None else RunningAverage(teacher_decay)
         self.bank = RowBank()
         self._kept = 0.0
+        self._rows = torch.zeros(0, dtype=torch.long)
 
     def setup(self, trainer: Trainer) -> None:
         """Forget the labels of an earlier run."""
         super().setup(trainer)
         self.bank, self._kept = RowBank(), 0.0
+        self._trainer.check_sweep(TARGET)
 
     def begin(self, trainer: Trainer) -> None:
         """Start the average at the weights that training starts from."""
@@ -187,7 +192,7 @@ class SelfTraining(PriorObjective):
 
     def share_at(self, step: int, max_steps: int) -> float | None:
         """The share that is kept from this step on, or None if nothing is labelled at it."""
-        steps = [round(when * max_steps) for when in self.refreshes]
+        steps = [min(round(when * max_steps), max_steps - 1) for when in self.refreshes]
         if step not in steps:
             return None
         turn = len(steps) - 1 - steps[::-1].index(step)
@@ -206,8 +211,11 @@ class SelfTraining(PriorObjective):
             self.refresh(share)
 
     def _predictions(self, batch: Batch) -> dict[str, torch.Tensor]:
-        logits, rows = self.class_logits(batch)[0], batch.row_keys()
-        return {"logits": logits, "keys": batch.keys(), "rows": rows}
+        keys = batch.keys()
+        rows = torch.cat([part.keys for part in batch.parts])
+        if len(rows) < len(keys):
+            rows = torch.cat([p.keys.repeat_interleave(p.token_counts) for p in batch.parts])
+        return {"logits": self.class_logits(batch)[0], "keys": keys, "rows": rows}
 
     def estimation_steps(self) -> Collection[int]:
         """None: they are estimated whenever rows are labelled."""
@@ -225,7 +233,7 @@ class SelfTraining(PriorObjective):
                 f"{self.name}: the model's predictions for target rows are not finite. Lower the "
                 "learning rate, or look for the term that became NaN in the log."
             )
-        priors = self.target_priors().cpu()
+        priors = self.target_priors(probabilities.shape[1]).cpu()
         labels, kept = balanced_pseudo_labels(probabilities, priors, share)
         shares = torch.bincount(labels, minlength=len(priors)) / len(labels)
         logger.info(
@@ -235,7 +243,8 @@ class SelfTraining(PriorObjective):
             int(kept.sum()),
             [round(x, 3) for x in shares.tolist()],
         )
-        self.bank.fill(found["keys"][kept], label=labels[kept], row=found["rows"][kept])
+        self.bank.fill(found["keys"][kept], label=labels[kept])
+        self._rows = found["rows"][kept].unique()  # of a tagger, those with a token that is kept
         self._kept = float(kept.float().mean())
         self.bank.to(trainer.args.device)
 
@@ -249,10 +258,9 @@ class SelfTraining(PriorObjective):
 
     def wanted_rows(self, part: Part) -> torch.Tensor:
         """The rows with a pseudo-label."""
-        keys = row_keys(part.inputs)
         if not len(self.bank):
-            return torch.zeros_like(keys, dtype=torch.bool)
-        return torch.isin(keys, self.bank.values["row"].to(keys.device))
+            return torch.zeros_like(part.keys, dtype=torch.bool)
+        return torch.isin(part.keys, self._rows.to(part.keys.device))
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The number of target rows (or tokens) with a pseudo-label."""
@@ -278,7 +286,7 @@ class SelfTraining(PriorObjective):
     def state_dict(self) -> dict[str, Any]:
         """The pseudo-labels, the class frequencies and the average."""
         average = {} if self.average is None else {"average": self.average.state_dict()}
-        own = {"bank": self.bank.state_dict(), "kept": self._kept}
+        own = {"bank": self.bank.state_dict(), "kept": self._kept, "rows": self._rows}
         return {**super().state_dict(), **average, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -286,6 +294,6 @@ class SelfTraining(PriorObjective):
         super().load_state_dict(state)
         if "bank" in state:
             self.bank.load_state_dict(state["bank"])
-            self._kept = state["kept"]
+            self._kept, self._rows = state["kept"], state["rows"]
         if self.average is not None and "average" in state:
             self.average.load_state_dict(state["average"])

@@ -19,6 +19,7 @@ from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import TRAINING
 from hf_adapt.engine.trainer import AdaptationTrainer
 from hf_adapt.models.pooling import Pooling
+from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -132,13 +133,14 @@ class SHOT(PriorObjective):
     def setup(self, trainer: Trainer) -> None:
         """Freeze the head; forget the labels of an earlier run."""
         super().setup(trainer)
-        if self.estimates_priors or self._given_prior == "source":
+        if self._kind in ("source", "estimate"):
             raise ValueError(
                 f"SHOT has no source rows, so prior={self._given_prior!r} is not known. Give the "
                 "class frequencies, or 'uniform'."
             )
+        self._trainer.check_sweep(TRAINING)
         self.bank = RowBank()
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model: Any = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
         base = set(map(id, model.base_model.parameters()))
         own = [p for p in model.parameters() if p.requires_grad]
         self._frozen = [p for p in own if id(p) not in base]
@@ -158,6 +160,7 @@ class SHOT(PriorObjective):
         self.bank.to(self._trainer.args.device)
         if step in {round(state.max_steps * epoch / epochs) for epoch in range(epochs)}:
             found = self._trainer.sweep(self, TRAINING, self._values)
+            self.refresh_priors(found["logits"])
             labels = centroid_labels(found["features"], found["logits"].softmax(1))
             self.bank.fill(found["keys"], label=labels)
             self.bank.to(self._trainer.args.device)
@@ -181,7 +184,7 @@ class SHOT(PriorObjective):
         losses = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
         return {
             "entropy": (prediction_entropy(logits).sum(), count),
-            "divergence": prior_divergence(logits, self.target_priors()),
+            "divergence": prior_divergence(logits, self.target_priors(logits.shape[1])),
             "pseudo_labels": (self.pseudo_label_weight * losses, count),
         }
 
@@ -235,6 +238,8 @@ def shot(
         model.save_pretrained("adapted")
         ```
     """
+    if not isinstance(target_dataset, datasets.Dataset):
+        target_dataset = datasets.Dataset.from_list(list(target_dataset))
     labels = label_columns(args.label_names or [], data_collator)
     trainer = AdaptationTrainer(
         model=model,

@@ -44,6 +44,7 @@ class Adaptation:
             learning-rate schedule.
         weight_decay: Weight decay of its auxiliary modules.
         module: What `build_modules` returned; the engine sets, trains and stores it.
+        uses_priors: Whether it reads `target_priors`.
         columns: Columns of the rows that it wants to see; they come with the batch, in
             `part.columns`, and never reach the model.
     """
@@ -53,6 +54,7 @@ class Adaptation:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     module: nn.Module | None = None
+    uses_priors: bool = False
     columns: Sequence[str] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -127,7 +129,7 @@ class Adaptation:
         """
 
     def finish(self, trainer: Trainer) -> None:
-        """Called when the run has ended well (the best model is loaded by then), before `close`."""
+        """Called when the run has ended well, with the final weights in the model."""
 
     def close(self) -> None:
         """Called when the run ends, also by an error: remove all hooks from the model."""

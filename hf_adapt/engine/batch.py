@@ -12,7 +12,7 @@ import torch
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.parts import Layout, Part
 from hf_adapt.engine.streams import TARGET, TRAINING
-from hf_adapt.models.hashing import item_keys, row_keys
+from hf_adapt.models.hashing import item_keys
 from hf_adapt.models.heads import is_causal_lm
 from hf_adapt.models.pooling import (
     Pooling,
@@ -106,21 +106,12 @@ class Rows:
         return torch.isin(domain, torch.tensor(numbers, dtype=domain.dtype, device=domain.device))
 
     def keys(self) -> torch.Tensor:
-        """(N,) long, a key of each item of `logits()` by its row's content: see [`row_keys`]."""
+        """(N,) long, a key of each item of `logits()` by its row's content."""
         found = []
         for part in self.parts:
-            keys = row_keys(part.inputs)
+            keys = part.keys
             tokens = self._layout.token_logits
             found.append(item_keys(keys, part.token_counts) if tokens else keys)
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
-
-    def row_keys(self) -> torch.Tensor:
-        """(N,) long, the key of the row of each item of `logits()`."""
-        found = []
-        for part in self.parts:
-            keys = row_keys(part.inputs)
-            by_token = self._layout.token_logits
-            found.append(keys.repeat_interleave(part.token_counts) if by_token else keys)
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
     def item_domain(self) -> torch.Tensor:
@@ -276,10 +267,9 @@ class Batch(Rows):
                 kept=None,
             )
             made = self._run(plain)
-            if empty:
+            if empty or part.is_stand_in:
                 made = made.select(torch.zeros_like(made.domain, dtype=torch.bool))
-            if not part.is_stand_in:
-                further.parts.append(made)
+            further.parts.append(made)
         return further
 
     def features(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_adapt.engine.selection import rows_of
 from hf_adapt.engine.streams import TRAINING, StreamTable
+from hf_adapt.models.hashing import row_keys
 from hf_adapt.models.pooling import without_virtual_tokens
 
 
@@ -75,6 +76,14 @@ class Part:
             whole=self,
             kept=kept,
         )
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """(B,) long, a key of each row by its content: see [`row_keys`]."""
+        if "keys" not in self.cache:
+            self.cache["keys"] = row_keys(self.inputs)
+        keys: torch.Tensor = self.cache["keys"]
+        return keys
 
     def without_padding(self) -> Part:
         """The same with fewer columns, where the last ones are padding in every row.

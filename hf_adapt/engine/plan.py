@@ -182,10 +182,15 @@ def streams_of(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> dict
     for streams in [*given, *(a.provided_streams() for a in adaptations)]:
         for name, stream in streams.items():
             known = found.get(name)
-            if known is None or known.dataset is None:
+            if known is None:
                 found[name] = stream
-            elif stream.dataset is not None:
+            elif known.dataset is not None and stream.dataset is not None:
                 _check_agree(name, known, stream)
+            else:  # one of them says only what is known of the rows
+                whole, other = (known, stream) if stream.dataset is None else (stream, known)
+                if other.priors is not None and whole.priors is None:
+                    whole = replace(whole, priors=other.priors)
+                found[name] = whole
     for adaptation in adaptations:
         for name in adaptation.needs_streams:
             if name == TARGET:
@@ -195,6 +200,18 @@ def streams_of(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> dict
                     f"{adaptation.name!r} needs the stream {name!r}, and the run has "
                     f"{', '.join(map(repr, found)) or 'none'}. Pass streams={{{name!r}: dataset}}."
                 )
+    for name, stream in found.items():
+        if (
+            stream.priors is not None
+            and adaptations
+            and not any(a.uses_priors for a in adaptations)
+        ):
+            raise ValueError(
+                f"Class frequencies were given for the stream {name!r}, and no adaptation of the "
+                f"run uses them ({', '.join(a.name for a in adaptations)}). Leave target_priors "
+                "out, or add one that does (SelfTraining, InformationMaximization, ATDOC, "
+                "PriorCorrection)."
+            )
     return dict(sorted(found.items(), key=lambda item: item[0] != TARGET))
 
 

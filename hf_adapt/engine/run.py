@@ -99,9 +99,9 @@ class AdaptationRun:
     def finish(self) -> None:
         """The run has ended well."""
         self.step.guard.check()
+        self.weights.replace_final()
         for adaptation in self.adaptations:
             adaptation.finish(self.trainer)
-        self.weights.replace_final()
 
     def close(self) -> None:
         """Remove all hooks and restore what was changed."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_adapt.engine.pairing import rows_at
 from hf_adapt.engine.weights import swapped
+from hf_adapt.models.hashing import row_keys
 from hf_adapt.models.state import preserved_random_state
 
 if TYPE_CHECKING:
@@ -78,6 +79,28 @@ class Sweep:
         self.step = step
         self.data = data
         self._collator = data.collator(columns, transforms)
+
+    def check(self, stream: str) -> None:
+        """Refuse rows that cannot be read by number, or are others each time they are read.
+
+        Raises:
+            ValueError: Saying what to do.
+        """
+        rows = _Rows(self.data.rows_of(stream))
+        some = list(range(min(8, len(rows))))
+        with preserved_random_state():
+            keys = []
+            for _ in range(2):
+                read = [rows[index] for index in some]
+                batch = self._collator.stream_batch(stream, read, self.data.example_row)
+                keys.append(row_keys(batch))
+        if not torch.equal(*keys):
+            raise ValueError(
+                f"The rows of the stream {stream!r} are others each time they are read (a random "
+                "transform, or a collator that draws random numbers), and what was found for a row "
+                "in a pass over them could not be found again. Prepare them once, and put what is "
+                "random into the method (SelfTraining(view=...))."
+            )
 
     def run(
         self,

@@ -82,7 +82,8 @@ class AdaptationMixin(_Base):
         streams: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if objectives or streams or target_dataset is not None:
+        has_target = target_dataset is not None or target_priors is not None
+        if objectives or streams or has_target:
             given = [objectives] if isinstance(objectives, Adaptation) else objectives or []
             plan = Plan.of(given, target_dataset, streams, target_priors=target_priors)
             self._adaptation_plans = (plan,)
@@ -188,6 +189,17 @@ class AdaptationMixin(_Base):
         columns, transforms = self._columns("training"), self._transforms("training")
         sweep = Sweep(self, run.step, data, columns, transforms)
         return sweep.run(objective, stream, read, weights)
+
+    def check_sweep(self, stream: str) -> None:
+        """Refuse rows that `sweep` cannot read, or not find again.
+
+        Raises:
+            ValueError: If they cannot be read by number, or change each time they are read.
+        """
+        run = self._adaptation_run
+        assert run is not None, "check_sweep() is for adaptations, in a run"
+        data = run.data if run.data is not None else StreamData(self, {}, [])
+        Sweep(self, run.step, data, (), self._transforms("training")).check(stream)
 
     def stream_options(self, stream: str) -> Stream | None:
         """The options of a stream of the run under way, if it has it."""

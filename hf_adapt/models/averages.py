@@ -57,10 +57,6 @@ class RunningAverage:
             move_towards(self.weights, dict(self._model.named_parameters()), decay)
         self._step = step if self._step is None else max(step, self._step)
 
-    def averaged_weights(self) -> Mapping[str, torch.Tensor]:
-        """The average by the names of the weights."""
-        return self.weights
-
     def state_dict(self) -> dict[str, Any]:
         """The average, on the CPU, and the step it belongs to."""
         return {"weights": {n: w.cpu() for n, w in self.weights.items()}, "step": self._step}
