@@ -361,12 +361,6 @@ class PriorObjective(ClassPredictions):
         """Count the source's frequencies, where they are asked for; estimate again from there."""
         if self._priors is None and self._kind in ("source", "estimate"):
             self._priors = self.source_priors()
-            if self._kind == "estimate" and not bool((self._priors > 0).all()):
-                raise ValueError(
-                    f"Class frequencies are estimated from predictions for source rows of each "
-                    f"class, and the source's frequencies are {self._priors.tolist()}. Give "
-                    "target_priors, or leave the class out."
-                )
         if self.estimates_priors and step in self.estimation_steps():
             read = self._trainer.sweep(self, TARGET, lambda batch: {"logits": batch.logits()[0]})
             self.refresh_priors(read["logits"])
@@ -380,6 +374,12 @@ class PriorObjective(ClassPredictions):
         found = self._trainer.sweep(self, TRAINING, _labelled)
         labels, classes = found["labels"], found["logits"].shape[1]
         counts = torch.bincount(labels[labels >= 0], minlength=classes)
+        if self._kind == "estimate" and not bool((counts > 0).all()):
+            raise ValueError(
+                f"{self.name}: class frequencies are estimated from predictions for source rows of "
+                f"each class, and the source has {counts.tolist()} rows of them. Give "
+                "target_priors, or leave the class out."
+            )
         return counts / counts.sum()
 
     def target_priors(self, num_classes: int) -> torch.Tensor:

@@ -43,7 +43,8 @@ class SAM(Adaptation):
         name: Prefix of what is stored.
 
     Raises:
-        ValueError: If rho is not positive, or the weights are sharded (FSDP, DeepSpeed).
+        ValueError: If rho is not positive, the weights are sharded (FSDP, DeepSpeed), or gradients
+            are checkpointed.
 
     Example:
         >>> SAM(rho=0.02).name
@@ -61,12 +62,21 @@ class SAM(Adaptation):
             self.name = name
 
     def setup(self, trainer: Trainer) -> None:
-        """Refuse sharded weights."""
+        """Refuse sharded weights and gradient checkpointing."""
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             what = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(
                 f"SAM perturbs whole weights, and {what} gives each process a piece of them. Use "
                 "DDP, or leave it out."
+            )
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.args.gradient_checkpointing or getattr(
+            model, "is_gradient_checkpointing", False
+        ):
+            raise ValueError(
+                "SAM computes the task with weights that it puts back after the forward, and "
+                "gradient checkpointing computes parts of that forward again later. Turn "
+                "gradient_checkpointing off, or leave SAM out."
             )
         self._trainer = trainer
 

@@ -132,12 +132,13 @@ class SHOT(PriorObjective):
 
     def setup(self, trainer: Trainer) -> None:
         """Freeze the head; forget the labels of an earlier run."""
+        if self.prior is not None and isinstance(self.prior, str):
+            if self.prior in ("source", "estimate"):
+                raise ValueError(
+                    f"SHOT has no source rows, so prior={self.prior!r} is not known. Give the "
+                    "class frequencies, 'uniform' or 'predicted'."
+                )
         super().setup(trainer)
-        if self._kind in ("source", "estimate"):
-            raise ValueError(
-                f"SHOT has no source rows, so prior={self._given_prior!r} is not known. Give the "
-                "class frequencies, or 'uniform'."
-            )
         self._trainer.check_sweep(TRAINING)
         self.bank = RowBank()
         model: Any = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))

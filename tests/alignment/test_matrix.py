@@ -187,7 +187,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", METHODS)
 def test_beside_options_of_the_trainer(name: str, setting: str, tmp_path: Path) -> None:
-    beside(tmp_path, name, **SETTINGS[setting])
+    refusal = METHODS[name].refuses_checkpointing if setting == "checkpointing" else None
+    if refusal is None:
+        beside(tmp_path, name, **SETTINGS[setting])
+        return
+    with pytest.raises(ValueError, match=refusal):
+        beside(tmp_path, name, **SETTINGS[setting])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import Trainer
 
-from hf_adapt import AdaptationCallback, InformationMaximization, Stream, adapt
+from hf_adapt import MMD, AdaptationCallback, InformationMaximization, Stream, adapt
 from hf_adapt.alignment import (
     PriorCorrection,
     SelfTraining,
@@ -47,10 +48,16 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert 0.92 < np.mean(hits) < 0.99
 
 
-@pytest.mark.parametrize("labels", [[], [0, 1, 5], [-1, 0], [0.5, 1.0]])
+@pytest.mark.parametrize("labels", [[], [0, 1, 5], [-1, 0]])
 def test_labels_that_are_none_are_refused(labels: list[Any]) -> None:
     with pytest.raises(ValueError, match="at least one label, each an integer from 0 to"):
         priors_from_sample(labels, num_classes=3)
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0], ["ham", "spam"]])
+def test_labels_that_are_no_numbers_are_refused(labels: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"number of each row's class, got .*label2id"):
+        priors_from_sample(labels)
 
 
 # ---- estimates ----
@@ -129,6 +136,8 @@ def test_frequencies_by_name_number_and_order() -> None:
         (0.7, 0.2, 0.1),
     ):
         assert resolved_priors(given, NAMES).tolist() == pytest.approx([0.7, 0.2, 0.1])
+    series = pd.Series([2, 2, 2, 0, 2, 1, 0, 2, 2, 2]).value_counts(normalize=True)
+    assert resolved_priors(series, NAMES).tolist() == pytest.approx([0.2, 0.1, 0.7])
     assert resolved_priors("uniform", NAMES).tolist() == pytest.approx([1 / 3] * 3)
     assert resolved_priors([1.0, 0, 0], NAMES).tolist() == [1, 0, 0]
 
@@ -209,6 +218,31 @@ def test_without_frequencies_half_of_what_the_model_predicts_is_believed(tmp_pat
     torch.testing.assert_close(method.state_dict()["priors"], (mean + 1 / 3) / 2)
 
 
+def test_frequencies_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    adapt(run, MMD(), target_dataset=rows(12, 2, None), target_priors=[0.5, 0.3, 0.2])
+    with pytest.raises(ValueError, match="no adaptation of the run uses them"):
+        run.train()
+
+
+def test_frequencies_may_come_with_another_callback_than_the_rows(tmp_path: Path) -> None:
+    run, method = trainer(tmp_path), SelfTraining()
+    run.add_callback(AdaptationCallback(MMD(), target_dataset=rows(12, 2, None)))
+    run.add_callback(AdaptationCallback(method, target_priors=[0.5, 0.3, 0.2]))
+    run.train()
+    assert method.state_dict()["priors"].tolist() == pytest.approx([0.5, 0.3, 0.2])
+
+
+@pytest.mark.parametrize("method", [PriorCorrection, lambda: SelfTraining(prior="estimate")])
+def test_a_class_without_source_rows_is_told_at_the_first_step(method: Any, tmp_path: Path) -> None:
+    source = rows(16, 1).map(lambda row: {"labels": row["labels"] % 2})
+    run = Trainer(bert(), arguments(tmp_path), train_dataset=source, data_collator=collate)
+    adapt(run, method(), target_dataset=rows(12, 2, None))
+    with pytest.raises(ValueError, match="source rows of each class"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 # ---- correction ----
 
 
@@ -229,6 +263,16 @@ def test_correction_weights_the_source_and_moves_the_bias(tmp_path: Path) -> Non
         logits, labels, weight=16 / (3 * torch.bincount(labels, minlength=3)), reduction="none"
     ).mean()
     assert run.state.log_history[0]["loss"] == pytest.approx(balanced.item(), abs=1e-5)
+
+
+def test_a_model_that_is_trained_again_is_corrected_once(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1, learning_rate=0.0)
+    adapt(run, PriorCorrection(prior=(0.6, 0.3, 0.1)), target_dataset=rows(12, 2, None))
+    found = []
+    for _ in range(2):
+        run.train()
+        found.append(run.model.classifier.bias.detach().clone())  # type: ignore[union-attr]
+    torch.testing.assert_close(*found)
 
 
 def test_a_head_without_a_bias_is_refused() -> None:

@@ -160,9 +160,8 @@ def test_reentrant_checkpoints_are_refused_with_the_way_out(tmp_path: Path) -> N
     settings = dict(
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
     )
-    for adaptations in ([FGM()], [MMD(), SAM()]):
-        with pytest.raises(ValueError, match=r"kwargs=\{'use_reentrant': False\}"):
-            one_step(tmp_path, adaptations, **settings)
+    with pytest.raises(ValueError, match=r"kwargs=\{'use_reentrant': False\}"):
+        one_step(tmp_path, [FGM()], **settings)
 
 
 # ---- VAT ----

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer
 
-from hf_adapt import adapt
+from hf_adapt import Stream, adapt
 from hf_adapt.alignment import SelfTraining, aligned_predictions, balanced_pseudo_labels
 from hf_adapt.alignment.row_bank import RowBank
 from tests.helpers.adaptation import InputRecorder
@@ -148,3 +148,33 @@ def test_rows_without_a_label_are_left_out_of_the_forward(tmp_path: Path) -> Non
     trainer.train()
     sizes = [len(inputs["input_ids"]) for inputs in recorder.inputs]
     assert sizes[-2:] == [8, 8 + len(method.bank)] and 0 < len(method.bank) < 8
+
+
+def test_a_view_of_a_stream_of_its_own_before_any_row_has_a_label(tmp_path: Path) -> None:
+    trainer = Trainer(
+        bert(), arguments(tmp_path, max_steps=3), train_dataset=rows(8, 1), data_collator=collate
+    )
+    method = SelfTraining(shares=(1, 1), refreshes=(0.5,), view=dict, prior=PRIORS)
+    adapt(trainer, method, target_dataset=Stream(rows(8, 2, None), forward="separate")).train()
+    assert trainer.state.log_history[0]["loss/self_training"] == 0
+    assert trainer.state.log_history[2]["loss/self_training"] > 0
+
+
+def test_rows_that_change_between_reads_are_refused_before_training(tmp_path: Path) -> None:
+    def shuffled(batch: dict[str, Any]) -> dict[str, Any]:
+        mixed = [[ids[i] for i in torch.randperm(len(ids))] for ids in batch["input_ids"]]
+        return {**batch, "input_ids": mixed}
+
+    trainer = Trainer(bert(), arguments(tmp_path), train_dataset=rows(8, 1), data_collator=collate)
+    adapt(trainer, SelfTraining(), target_dataset=rows(8, 2, None).with_transform(shuffled))
+    with pytest.raises(ValueError, match=r"others each time they are read.*view="):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_most_confident_rows_are_found_where_softmax_is_1() -> None:
+    margins = torch.tensor([20.0, 26.0, 22.0, 24.0])
+    p = torch.stack([margins, torch.zeros(4)], 1).softmax(1)
+    assert p[:, 0].unique().numel() == 1
+    _, kept = balanced_pseudo_labels(p, torch.tensor([1.0, 0.0]), 0.5)
+    assert kept.tolist() == [False, True, False, True]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from hf_adapt import adapt
@@ -67,3 +68,22 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
 def test_frequencies_of_a_source_are_refused(prior: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no source rows, so prior='{prior}'"):
         shot(bert(), rows(8, 1, None), arguments(tmp_path), None, collate, prior)
+
+
+def test_the_head_of_a_model_with_adapters_stays(tmp_path: Path) -> None:
+    model = get_peft_model(bert(), LoraConfig(task_type="SEQ_CLS", r=4, init_lora_weights=False))
+    before = weights(model)
+    shot(model, list(rows(12, 2, None)), arguments(tmp_path), data_collator=collate)
+    moved = {key for key, value in weights(model).items() if not torch.equal(before[key], value)}
+    assert moved and not any("classifier" in key for key in moved)
+
+
+def test_a_stream_is_refused_before_training(tmp_path: Path) -> None:
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=rows(12, 2, None).to_iterable_dataset(),
+        data_collator=collate,
+    )
+    with pytest.raises(ValueError, match=r"a dataset of this run is a stream\. Make it map-style"):
+        adapt(trainer, SHOT()).train()

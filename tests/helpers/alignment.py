@@ -56,6 +56,7 @@ class Method:
             micro-batch, as the term is a sum over rows; `"batches"`: the mean of their terms, as
             the term couples rows; None: neither can be compared, as it draws random numbers or
             remembers its micro-batches, and its own tests show it.
+        refuses_checkpointing: What it says of gradient checkpointing, if it cannot work with it.
         refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
         keeps: How the names of the weights begin that it does not train.
     """
@@ -63,6 +64,7 @@ class Method:
     make: Callable[[], list[Adaptation]]
     accumulation: Literal["rows", "batches"] | None
     refuses_tokens: str | None = None
+    refuses_checkpointing: str | None = None
     keeps: tuple[str, ...] = ()
 
 
@@ -120,7 +122,11 @@ METHODS = {
     "jmmd": Method(lambda: [JMMD(weight=0.5)], "batches"),
     "mcc": Method(lambda: [MCC(weight=0.3)], "batches"),
     "rdrop": Method(lambda: [RDrop()], "rows"),
-    "sam": Method(lambda: [MMD(weight=0.5), SAM()], "batches"),
+    "sam": Method(
+        lambda: [MMD(weight=0.5), SAM()],
+        "batches",
+        refuses_checkpointing="gradient checkpointing computes parts of that forward again",
+    ),
     "supervised_contrastive": Method(lambda: [SupervisedContrastive()], "batches"),
     "target_language_modeling": Method(
         lambda: [TargetLanguageModeling(tokenizer=tokenizer(), mask_probability=0.3, warmup=0)],
