@@ -53,7 +53,7 @@ def adapt(
         target_dataset: Rows of the target domain, prepared like `train_dataset`: datasets, or a
             [`Stream`] of them with options.
         target_priors: How frequent each class is in the target, for the methods that use it: a dict
-            by label name, an array, `"uniform"`, `"source"` or `"estimate"` (see
+            by label name, an array, `"uniform"`, `"predicted"`, `"source"` or `"estimate"` (see
             [`hf_adapt.alignment.priors`]).
         streams: Further streams of rows by name: datasets or [`Stream`]s.
 
@@ -126,7 +126,7 @@ class AdaptationCallback(TrainerCallback):
             domains, or a [`Stream`] of them with options. May be left out if `train_dataset` has a
             `domain` column.
         target_priors: How frequent each class is in the target, for the methods that use it: a dict
-            by label name, an array, `"uniform"`, `"source"` or `"estimate"` (see
+            by label name, an array, `"uniform"`, `"predicted"`, `"source"` or `"estimate"` (see
             [`hf_adapt.alignment.priors`]).
         streams: Further streams of rows by name: datasets or [`Stream`]s.
 

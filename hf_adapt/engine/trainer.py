@@ -51,7 +51,7 @@ class AdaptationMixin(_Base):
             [`Stream`] of them with options. May be left out if `train_dataset` has a `domain`
             column.
         target_priors: How frequent each class is in the target, for the methods that use it: a dict
-            by label name, an array, `"uniform"`, `"source"` or `"estimate"` (see
+            by label name, an array, `"uniform"`, `"predicted"`, `"source"` or `"estimate"` (see
             [`hf_adapt.alignment.priors`]).
         streams: Further streams of rows by name: datasets or [`Stream`]s.
         **kwargs: Passed on to the Trainer.
