@@ -125,9 +125,14 @@ def _choose_methods(settings: Settings, flags: Mapping[str, Any]) -> None:
         settings.values["methods"] = methods = {name: methods[name] for name in chosen}
     if "target_priors" in flags:
         priors = _value(flags["target_priors"])
-        for name, spec in methods.items():
-            if not read_method(settings, name, spec).uses_priors:
-                continue
+        using = [name for name in methods if read_method(settings, name, methods[name]).uses_priors]
+        if not using:
+            raise ConfigError(
+                "--target-priors: no method has an adaptation that uses class frequencies, such as "
+                "SelfTraining or InformationMaximization."
+            )
+        for name in using:
+            spec = methods[name]
             if not isinstance(spec, dict):
                 methods[name] = {"adaptations": spec}
             settings.set(("methods", name, "target_priors"), priors, "--target-priors")
