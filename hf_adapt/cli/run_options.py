@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_adapt.experiments.config import Experiment, built_in
+from hf_adapt.experiments.methods import read_method
 from hf_adapt.experiments.settings import ConfigError, Settings, nearest
 
 PLAIN = (
@@ -108,6 +109,8 @@ def _seeds(text: str) -> Any:
         numbers = [int(each) for each in text.split(",") if each.strip()]
     except ValueError as error:
         raise ConfigError(f"--seeds {text}: expected 5, or 42,43.") from error
+    if not numbers:
+        raise ConfigError(f"--seeds {text!r}: expected 5, or 42,43.")
     return numbers if "," in text else numbers[0]
 
 
@@ -122,12 +125,17 @@ def _choose_methods(settings: Settings, flags: Mapping[str, Any]) -> None:
         settings.values["methods"] = methods = {name: methods[name] for name in chosen}
     if "target_priors" in flags:
         priors = _value(flags["target_priors"])
-        for name, spec in methods.items():
-            if spec and spec != "target":
-                path: tuple[str, ...] = ("methods", name, "target_priors")
-                if not isinstance(spec, dict):
-                    methods[name] = {"adaptations": spec}
-                settings.set(path, priors, "--target-priors")
+        using = [name for name in methods if read_method(settings, name, methods[name]).uses_priors]
+        if not using:
+            raise ConfigError(
+                "--target-priors: no method has an adaptation that uses class frequencies, such as "
+                "SelfTraining or InformationMaximization."
+            )
+        for name in using:
+            spec = methods[name]
+            if not isinstance(spec, dict):
+                methods[name] = {"adaptations": spec}
+            settings.set(("methods", name, "target_priors"), priors, "--target-priors")
 
 
 def _choose_pairs(settings: Settings, flags: Mapping[str, Any]) -> None:
@@ -141,13 +149,17 @@ def _choose_pairs(settings: Settings, flags: Mapping[str, Any]) -> None:
             f"--{next(iter(given))} is given alone: --source and --target are a pair."
         )
     if given:
-        names = []
+        if len(set(given.values())) == 1:
+            raise ConfigError(f"--source and --target are both {given['source']!r}.")
+        names: list[str] = []
+        domains = [value for value in given.values() if value in data]
         for side, value in given.items():
-            name = value if value in data else Path(value.partition(":")[0]).stem
-            if name in names and value not in data:
-                name = side
-            names.append(name)
-            if value not in data:
+            if value in domains:
+                names.append(value)
+            else:
+                free = (Path(value.partition(":")[0]).stem, side, f"{side} rows")
+                name = next(each for each in free if each not in (*names, *domains))
+                names.append(name)
                 here = str(Path(value).resolve()) if Path(value).exists() else value
                 settings.set(("data", name), {"train": here}, f"--{side}")
         for other in [other for other in data if other not in names]:

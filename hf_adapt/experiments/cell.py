@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.data import Pair, load_pair
+from hf_adapt.experiments.data import Pair, cached_pair
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.experiments.training import train_and_test
 from hf_adapt.experiments.versions import installed
@@ -80,21 +80,6 @@ def _files_hash(files: tuple[tuple[Path, int], ...]) -> str:
     for file, _ in files:
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
-
-
-_PAIRS: dict[str, Pair] = {}
-
-
-def cached_pair(experiment: Experiment, source: str, target: str) -> Pair:
-    """The rows of a pair, read once in a process, and again when a file has changed."""
-    limits = (experiment.num_train, experiment.num_test, experiment.balanced, experiment.task)
-    domains = [experiment.data[name] for name in (source, target)]
-    files = [Path(name) for each in domains for name in (each.train, each.dev, each.test) if name]
-    changed = [file.stat().st_mtime_ns for file in files if file.exists()]
-    key = repr((domains, limits, changed))
-    if key not in _PAIRS:
-        _PAIRS[key] = load_pair(experiment, source, target)
-    return _PAIRS[key]
 
 
 @cache

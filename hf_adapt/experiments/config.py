@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 
 from hf_adapt.experiments.methods import RECOMMENDED, Method, read_method
-from hf_adapt.experiments.settings import ConfigError, Settings
+from hf_adapt.experiments.settings import ConfigError, KeyPath, Settings
 from hf_adapt.experiments.tasks import TASKS
 
 FIRST_SEED = 42
@@ -38,6 +38,10 @@ _PLAIN_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     str(int | None): ((int, type(None)), "a whole number"),
     str(str | None): ((str, type(None)), "a text"),
 }
+
+_NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+POSITIVE = ("max_length", "num_train", "num_test")
 
 SET_BY_THE_RUN = ("output_dir", "seed", "resume_from_checkpoint", "do_train", "do_eval")
 
@@ -82,7 +86,8 @@ class Experiment:
         balanced: Keep as many rows of every label, in all splits; for study only, as it needs the
             target's labels.
         save_models: Save every model.
-        output_dir: Folder of the results.
+        output_dir: Folder of the results, with `~` and variables; a relative one starts in the
+            current directory.
     """
 
     data: Mapping[str, DomainFiles]
@@ -134,13 +139,20 @@ class Experiment:
         }
         values["pairs"] = _pairs(settings, values.get("pairs", "all"), list(values["data"]))
         values["seeds"] = _seeds(settings, values.get("seeds", len(cls.seeds)))
-        values["training"] = TRAINING_DEFAULTS | (values.get("training") or {})
-        _check_training(settings, ("training",), values["training"])
+        given = {} if values.get("training") is None else values["training"]
+        _check_training(settings, ("training",), given)
+        values["training"] = TRAINING_DEFAULTS | given
         for name, method in values["methods"].items():
-            for key, given in (("training", method.training), ("pretrain", method.pretrain)):
-                _check_training(settings, ("methods", name, key), given or {})
+            path: KeyPath = ("methods", name)
+            stage: Method | None = method
+            while stage is not None:
+                _check_training(settings, (*path, "training"), stage.training)
+                _check_training(settings, (*path, "pretrain"), stage.pretrain or {})
+                path, stage = (*path, "first"), stage.first
         if "model" in values:
             values["model"] = _located(values["model"], folder)
+        if "output_dir" in values:
+            values["output_dir"] = _expanded(values["output_dir"])
         return cls(**values)
 
 
@@ -166,6 +178,8 @@ def _check_types(settings: Settings, values: Mapping[str, Any], cls: type, path:
             raise settings.error((*path, key), f"{key}: expected {name}, got {value!r}.")
         if type(value) is int and value < 0:
             raise settings.error((*path, key), f"{key}: {value} must not be negative.")
+        if value == 0 and key in POSITIVE:
+            raise settings.error((*path, key), f"{key}: 0 leaves nothing; expected 1 or more.")
 
 
 def _domain(settings: Settings, name: str, given: Any, folder: Path) -> DomainFiles:
@@ -187,8 +201,12 @@ def _domain(settings: Settings, name: str, given: Any, folder: Path) -> DomainFi
 
 def _located(name: str, folder: Path) -> str:
     """A path with `~` and variables expanded, from this folder; another name as it is."""
-    expanded = os.path.expanduser(os.path.expandvars(name))
+    expanded = _expanded(name)
     return str(folder / expanded) if (folder / expanded).exists() else expanded
+
+
+def _expanded(name: str) -> str:
+    return os.path.expanduser(os.path.expandvars(name))
 
 
 def _pairs(settings: Settings, given: Any, domains: Sequence[str]) -> list[tuple[str, str]]:
@@ -205,6 +223,14 @@ def _pairs(settings: Settings, given: Any, domains: Sequence[str]) -> list[tuple
         for name in pair:
             if name not in domains:
                 raise settings.unknown(("pairs", number, name), domains, "pairs: the domain")
+        if pair[0] == pair[1]:
+            raise settings.error(
+                ("pairs", number), f"pairs: {pair[0]!r} is paired with itself; name two domains."
+            )
+        if tuple(pair) in pairs:
+            raise settings.error(
+                ("pairs", number), f"pairs: {pair!r} stands here a second time; leave it out."
+            )
         pairs.append((pair[0], pair[1]))
     return pairs
 
@@ -213,6 +239,13 @@ def _seeds(settings: Settings, given: Any) -> list[int]:
     if isinstance(given, int) and not isinstance(given, bool) and given > 0:
         return list(range(FIRST_SEED, FIRST_SEED + given))
     if isinstance(given, list) and given and all(type(each) is int for each in given):
+        for number, seed in enumerate(given):
+            if seed < 0:
+                raise settings.error(("seeds", number), f"seeds: {seed} must not be negative.")
+            if seed in given[:number]:
+                raise settings.error(
+                    ("seeds", number), f"seeds: {seed} stands here a second time; leave it out."
+                )
         return given
     raise settings.error(
         ("seeds",), f"seeds: expected a number of seeds, or a list of seeds, got {given!r}."
@@ -221,14 +254,25 @@ def _seeds(settings: Settings, given: Any) -> list[int]:
 
 def _check_training(settings: Settings, path: Any, given: Any) -> None:
     if not isinstance(given, Mapping):
-        raise settings.error(path, "training must hold TrainingArguments by name.")
+        raise settings.error(
+            path, f"{path[-1]} must hold TrainingArguments by name, got {given!r}."
+        )
+    hints = get_type_hints(TrainingArguments)
     known = [each.name for each in fields(TrainingArguments) if each.init]
-    for key in given:
+    for key, value in given.items():
         if key in SET_BY_THE_RUN:
             raise settings.error((*path, key), f"training: {key} is set by each run.")
         if key not in known:
             close = [name for name in known if name[0] == str(key)[:1]] or known
             raise settings.unknown((*path, str(key)), close, "training: the argument")
+        kinds = set(get_args(hints[key]) or (hints[key],))
+        if kinds - {type(None)} <= {int, float, bool}:  # the others take texts and more
+            fits = type(value) in kinds or (type(value) is int and float in kinds)
+            if not fits:
+                expected = " or ".join(_NUMBERS[kind] for kind in _NUMBERS if kind in kinds)
+                raise settings.error(
+                    (*path, str(key)), f"training: {key}: expected {expected}, got {value!r}."
+                )
 
 
 __all__ = ["ConfigError", "DomainFiles", "Experiment", "built_in"]

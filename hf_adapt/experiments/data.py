@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features
@@ -28,8 +30,9 @@ def split_rows(
 ) -> dict[str, list[Row]]:
     """Split rows into train, dev and test, always the same way, each text in one of them.
 
-    A text counts once. The order is that of a hash of the text, so it depends neither on the run's
-    seed nor on the order of the file. Rows without a label are training rows.
+    A text counts once, with a label if any copy has one. The order is that of a hash of the text,
+    so it depends neither on the run's seed nor on the order of the file. Rows without a label are
+    training rows.
 
     Args:
         rows: Inputs and labels.
@@ -40,7 +43,9 @@ def split_rows(
     unique: dict[str, Row] = {}
     for cell, label in rows:
         if cleaned := task.clean(cell):
-            unique.setdefault(task.key(cleaned), (cleaned, label))
+            key = task.key(cleaned)
+            if key not in unique or unique[key][1] is None:
+                unique[key] = (cleaned, label)
     mixed = sorted(unique, key=lambda key: hashlib.sha256(key.encode()).digest())
     labelled = [key for key in mixed if unique[key][1] is not None]
     test = round(len(labelled) * test_share)
@@ -53,12 +58,17 @@ def split_rows(
     }
 
 
-def load_domain(files: DomainFiles, task: Task) -> dict[str, list[Row]]:
+def load_domain(files: DomainFiles, task: Task, needs_labels: bool = False) -> dict[str, list[Row]]:
     """Train, dev and test rows of a domain.
 
     A test (or else validation) split that a data set has, and files that are named, are used as
     they are; what is missing is split off the training rows. A row that is also in the test rows
     is not trained on.
+
+    Args:
+        files: Where the rows are.
+        task: Says what the rows are.
+        needs_labels: Whether training rows must have a column of labels.
 
     Raises:
         DataError: If a file or a column is missing.
@@ -66,19 +76,20 @@ def load_domain(files: DomainFiles, task: Task) -> dict[str, list[Row]]:
     columns = (files.text_column or task.input_column, files.label_column or task.label_column)
     splits = _read(files.train, columns)
     first = "train" if "train" in splits else next(iter(splits))
-    train = _rows_of(splits[first], files.train, columns)
+    train = _rows_of(splits[first], files.train, columns, task, needs_labels)
     given: dict[str, list[Row]] = {}
     for split, name in (("dev", files.dev), ("test", files.test)):
         if name is not None:
             own = _read(name, columns)
             own_rows = own.get(split) or next(iter(own.values()))
-            given[split] = [row for row in _rows_of(own_rows, name, columns) if row[1] is not None]
+            found = _rows_of(own_rows, name, columns, task, needs_labels=True)
+            given[split] = [row for row in found if row[1] is not None]
             if not given[split]:
                 raise DataError(f"{split}: {name} has no row with a label in {columns[1]!r}.")
     for split in ("test", "validation"):
         if "test" not in given and split in splits and split != first:
             # The public test split of many data sets has no labels.
-            rows = _rows_of(splits[split], files.train, columns)
+            rows = _rows_of(splits[split], files.train, columns, task)
             if labelled := [row for row in rows if row[1] is not None]:
                 given["test"] = labelled
     held_out = {task.key(task.clean(cell)) for rows in given.values() for cell, _ in rows}
@@ -104,32 +115,60 @@ def _read(name: str, columns: Sequence[str]) -> dict[str, Dataset]:
         ) from error
 
 
-def _rows_of(data: Dataset, name: str, columns: tuple[str, str]) -> list[Row]:
+def _rows_of(
+    data: Dataset, name: str, columns: tuple[str, str], task: Task, needs_labels: bool = False
+) -> list[Row]:
     text_column, label_column = columns
-    if text_column not in data.column_names:
-        raise DataError(
-            f"{name!r} has the columns {data.column_names}, and not {text_column!r}. Name it with "
-            "text_column."
-        )
+    needed = {"text_column": text_column} | ({"label_column": label_column} if needs_labels else {})
+    for option, column in needed.items():
+        if column not in data.column_names:
+            only = data.column_names[0] if len(data.column_names) == 1 else ""
+            mark = next((mark for mark in (";", "\t", "|") if mark in only), None)
+            fix = f"Name it with {option}."
+            if mark is not None:
+                fix = f"Its cells are separated by {mark!r}: save it with commas, or as .tsv."
+            raise DataError(
+                f"{name!r} has the columns {data.column_names}, and not {column!r}. {fix}"
+            )
     labels: list[Any] = [None] * len(data)
     if label_column in data.column_names:
         labels = _label_names(data, label_column)
-    return [(c, n) for c, n in zip(data[text_column], labels, strict=True) if c is not None]
+    rows = []
+    for number, (cell, label) in enumerate(zip(data[text_column], labels, strict=True), start=1):
+        if cell is not None:
+            try:
+                rows.append((cell, task.checked(cell, label)))
+            except ValueError as error:
+                raise DataError(f"{name!r}, row {number}: {error}") from error
+    return rows
 
 
 def _label_names(data: Dataset, column: str) -> list[Any]:
-    """Class names, from numbers where the data set has names; None where there is no label."""
+    """The labels of all rows: see [`label_name`]."""
     feature = data.features[column]
     inner = getattr(feature, "feature", feature)
 
     def name(label: Any) -> Any:
         if isinstance(label, (list, tuple)):
             return [name(each) for each in label]
-        if isinstance(inner, ClassLabel):
-            return None if label in (None, -1) else inner.int2str(label)
-        return None if label is None else str(label)
+        if isinstance(inner, ClassLabel) and label is not None:
+            return None if label < 0 else inner.int2str(label)
+        return label_name(label)
 
     return [name(label) for label in data[column]]
+
+
+def label_name(label: Any) -> str | None:
+    """The name of a class, the same in all formats; None where there is no label.
+
+    Example:
+        >>> [label_name(label) for label in (1, 1.0, "1.0", " ", float("nan"), "spam")]
+        ['1', '1', '1', None, None, 'spam']
+    """
+    name = "" if label is None else str(label)
+    if not name.strip() or name.lower() == "nan":
+        return None
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", name)
 
 
 # ---------------------------------------------------------------- pairs
@@ -169,10 +208,28 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
         DataError: If a file cannot be read, or the two sets of classes differ.
     """
     task = TASKS[experiment.task]
-    rows = {name: load_domain(experiment.data[name], task) for name in (source, target)}
+    rows = {
+        name: load_domain(experiment.data[name], task, needs_labels=name == source)
+        for name in (source, target)
+    }
     return paired(
         rows, task, experiment.num_train, experiment.num_test, balanced=experiment.balanced
     )
+
+
+_PAIRS: dict[str, Pair] = {}
+
+
+def cached_pair(experiment: Experiment, source: str, target: str) -> Pair:
+    """The rows of a pair, read once in a process, and again when a file has changed."""
+    limits = (experiment.num_train, experiment.num_test, experiment.balanced, experiment.task)
+    domains = [experiment.data[name] for name in (source, target)]
+    files = [Path(name) for each in domains for name in (each.train, each.dev, each.test) if name]
+    changed = [file.stat().st_mtime_ns for file in files if file.exists()]
+    key = repr((domains, limits, changed))
+    if key not in _PAIRS:
+        _PAIRS[key] = load_pair(experiment, source, target)
+    return _PAIRS[key]
 
 
 def paired(
@@ -183,6 +240,8 @@ def paired(
     balanced: bool = False,
 ) -> Pair:
     """Two domains as data sets with the same classes.
+
+    A text of the source that is among the target's test rows is not trained on.
 
     Args:
         domains: The splits of the source and of the target, by the domains' names.
@@ -195,7 +254,12 @@ def paired(
         DataError: If the two sets of classes differ.
     """
     (source, target), (source_rows, target_rows) = domains, domains.values()
-    labels = sorted(_classes(source_rows["train"], task))
+    tested = {task.key(cell) for cell, _ in target_rows["test"]}
+    own = {
+        split: rows if split == "test" else [r for r in rows if task.key(r[0]) not in tested]
+        for split, rows in source_rows.items()
+    }
+    labels = _in_order({name for rows in own.values() for name in _classes(rows, task)})
     unknown = {name for rows in target_rows.values() for name in _classes(rows, task)} - {*labels}
     if len(labels) < 2:
         raise DataError(
@@ -211,13 +275,18 @@ def paired(
         raise DataError(
             f"balanced needs one label for each row, which the target {target!r} does not have."
         )
+    if not any(label is not None for _, label in own["train"]):
+        raise DataError(
+            f"The source {source!r} has no labelled training rows that are not test rows of the "
+            f"target {target!r}."
+        )
     limits = {"train": num_train, "dev": num_test, "test": num_test}
     used = [
         {
             split: (_balanced(rows[split]) if balanced else list(rows[split]))[:limit]
             for split, limit in limits.items()
         }
-        for rows in (source_rows, target_rows)
+        for rows in (own, target_rows)
     ]
     features = task.features(labels)
     inputs, label = features
@@ -239,6 +308,13 @@ def paired(
 
 def _classes(rows: Iterable[Row], task: Task) -> set[str]:
     return {name for _, label in rows if label is not None for name in task.class_names(label)}
+
+
+def _in_order(labels: Iterable[str]) -> list[str]:
+    """Sorted: by number, if all are whole numbers."""
+    names = sorted(labels)
+    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+    return sorted(names, key=int) if are_numbers else names
 
 
 def _balanced(rows: Iterable[Row]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from hf_adapt import alignment, distillation, unfreezing
+from hf_adapt.alignment.priors import NamedPriors
 from hf_adapt.engine import progress
-from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.settings import KeyPath, Settings, nearest
 
@@ -57,6 +59,19 @@ class Method:
     def is_baseline(self) -> bool:
         """Whether it trains on the source's labels and nothing else."""
         return replace(self, save=False) == Method()
+
+    @property
+    def uses_priors(self) -> bool:
+        """Whether it has adaptations that use the target's class frequencies."""
+        return any(each.uses_priors for each in self._sketch())
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether it has adaptations that see rows of the target."""
+        return any(reads_target(each) for each in self._sketch())
+
+    def _sketch(self) -> list[Adaptation]:
+        return self.build(lambda: nn.Linear(1, 1))
 
     @property
     def is_bound(self) -> bool:
@@ -110,11 +125,21 @@ def read_method(settings: Settings, name: str, spec: Any, within: KeyPath = ()) 
                 )
             raise settings.unknown((*path, unknown[0]), known, f"methods: {name!r}: the key")
         spec = {key: value for key, value in spec.items() if value is not None}
-        if spec.get("pretrain") is True:
-            spec["pretrain"] = {}
+        if isinstance(spec.get("pretrain"), bool):
+            spec["pretrain"] = {} if spec["pretrain"] else None
+        for key in ("training", "stream", "pretrain"):
+            if spec.get(key) is not None and not isinstance(spec[key], Mapping):
+                raise settings.error(
+                    (*path, key),
+                    f"methods: {name!r}: {key} must hold options by name, got {spec[key]!r}.",
+                )
+        if not isinstance(spec.get("save", False), bool):
+            raise settings.error(
+                (*path, "save"), f"save: expected true or false, got {spec['save']!r}."
+            )
         if "first" in spec:
             spec["first"] = read_method(settings, name, spec["first"], (*within, "first"))
-        method = Method(**spec)
+        method = Method(**{**spec, "adaptations": spec.get("adaptations") or ()})
         adaptations = (*path, "adaptations")
     else:
         method = Method(adaptations=spec or ())
@@ -123,10 +148,12 @@ def read_method(settings: Settings, name: str, spec: Any, within: KeyPath = ()) 
         raise settings.error((*path, "train_on"), message)
     given = method.adaptations
     if given != RECOMMENDED and (isinstance(given, str) or not isinstance(given, Sequence)):
+        close = difflib.get_close_matches(str(given), (RECOMMENDED, TARGET), n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
         raise settings.error(
             adaptations,
             f"methods: {name!r} must be a list such as [MMD, {{InformationMaximization: "
-            "{weight: 0.5}}], or recommended, or target.",
+            f"{{weight: 0.5}}}}], or recommended, or target, got {given!r}.{hint}",
         )
     if given != RECOMMENDED:
         for number, each in enumerate(given):
@@ -139,10 +166,47 @@ def read_method(settings: Settings, name: str, spec: Any, within: KeyPath = ()) 
         raise settings.error(
             path, f"methods: {name!r} has target_priors or stream, and no adaptations that use it."
         )
+    if method.stream and not method.reads_target:
+        raise settings.error(
+            (*path, "stream"), f"methods: {name!r} has no adaptation that reads the target's rows."
+        )
+    if method.target_priors is not None:
+        if problem := _problem_of_priors(method.target_priors):
+            raise settings.error((*path, "target_priors"), f"target_priors: {problem}")
+        if not method.uses_priors:
+            raise settings.error(
+                (*path, "target_priors"), f"methods: {name!r} has no adaptation that uses them."
+            )
     return method
 
 
+def _problem_of_priors(given: Any) -> str | None:
+    """What is wrong with class frequencies, whatever the classes are."""
+    named = (GIVEN, *typing.get_args(NamedPriors))
+    if isinstance(given, str):
+        return None if given in named else f"{given!r} is unknown.{nearest(given, named)}"
+    if not isinstance(given, Mapping):
+        return f"expected {', '.join(named)}, or the frequency of each class by name: {given!r}."
+    if wrong := [value for value in given.values() if type(value) not in (int, float)]:
+        return f"expected numbers, got {wrong[0]!r}."
+    if is_shifted(given):
+        return None if abs(given[GIVEN]) < 1 else f"given: {given[GIVEN]} is not between -1 and 1."
+    total = sum(given.values())
+    if min(given.values(), default=0) < 0 or not abs(total - 1) <= 1e-3:
+        return f"the frequencies must be 0 or more and add up to 1; they add up to {total:g}."
+    return None
+
+
+def reads_target(adaptation: Adaptation) -> bool:
+    """Whether an adaptation needs rows of the target, or sees them where there are some."""
+    seen = adaptation.streams if isinstance(adaptation, Objective) else ()
+    return TARGET in (*adaptation.needs_streams, *seen)
+
+
 def _check_adaptation(settings: Settings, path: KeyPath, spec: Any) -> None:
+    if isinstance(spec, Mapping) and len(spec) > 1:
+        items = ", ".join(f"{{{key}: …}}" for key in spec)
+        raise settings.error(path, f"an item of the list has one key; write [{items}].")
     name, arguments = _call(spec)
     if name not in adaptation_classes():
         raise settings.error(

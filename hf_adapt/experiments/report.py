@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_adapt.experiments import plots, tables
-from hf_adapt.experiments.cell import cached_pair
 from hf_adapt.experiments.config import Experiment
+from hf_adapt.experiments.data import cached_pair
 from hf_adapt.experiments.summary import Results, summarize
 from hf_adapt.experiments.tables import Cells
 from hf_adapt.experiments.tasks import TASKS
@@ -61,10 +61,6 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
     if 2 < len(shares[0]) <= MOST_CLASSES + 2 and len(shares) > 1:
         shown.append(("Predicted shares of the classes", shares))
     legend = tables.legend(experiment)
-    for number, (title, cells) in enumerate(shown):
-        is_shares = cells is shares
-        if not is_shares or not scored:
-            _print_table(console, title, cells, legend if number == 0 else None)
     files = {
         "table.md": _document(shown, legend),
         "results.csv": tables.to_csv(results),
@@ -73,8 +69,12 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
         write_text(folder / name, text)
     if scored:
         plots.save(plots.plot(experiment, rows, results), folder / "accuracy.png")
+    for number, (title, cells) in enumerate(shown):
+        is_shares = cells is shares
+        if not is_shares or not scored:
+            _print_table(console, title, cells, legend if number == 0 else None)
     for name in [*files, *(["accuracy.png"] if scored else [])]:
-        console.print(f"wrote {folder / name}", soft_wrap=True, highlight=False)
+        console.print(escape(f"wrote {folder / name}"), soft_wrap=True, highlight=False)
 
 
 def _document(shown: Sequence[tuple[str, Cells]], legend: str) -> str:
@@ -91,11 +91,11 @@ def _document(shown: Sequence[tuple[str, Cells]], legend: str) -> str:
 def _print_table(console: Console, title: str, cells: Cells, legend: str | None) -> None:
     widths = [max(map(len, column)) + 2 for column in zip(*cells[1:], strict=True)]
     if console.is_terminal and sum(widths) > console.width:
-        console.print(f"{title}: too wide for this terminal, see table.md")
+        console.print(escape(f"{title}: too wide for this terminal, see table.md"))
         return
     table = Table(
-        title=title,
-        caption=legend,
+        title=escape(title),
+        caption=None if legend is None else escape(legend),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -104,12 +104,12 @@ def _print_table(console: Console, title: str, cells: Cells, legend: str | None)
     for number, heading in enumerate(cells[0]):
         left = number == 0 or (cells[0][:2] == ["pair", "method"] and number == 1)
         table.add_column(
-            heading if left else heading.replace(" ", "\n"),
+            escape(heading if left else heading.replace(" ", "\n")),
             justify="left" if left else "right",
             no_wrap=not left,
         )
     for row in cells[1:]:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
 
 
@@ -118,7 +118,7 @@ def tell_models(experiment: Experiment, results: Results, console: Console) -> N
     saved: list[Any] = [run for run in results if run.get("model")]
     for run in saved:
         console.print(
-            f"model of {run['method']}, seed {run['seed']}: {run['model']}",
+            escape(f"model of {run['method']}, seed {run['seed']}: {run['model']}"),
             soft_wrap=True,
             highlight=False,
         )
@@ -128,8 +128,10 @@ def tell_models(experiment: Experiment, results: Results, console: Console) -> N
         pipeline = TASKS[experiment.task].pipeline
         console.print("Try it:")
         console.print(
-            f"  python -c \"from transformers import pipeline; print(pipeline('{pipeline}', "
-            f"'{last['model']}')('{TASKS[experiment.task].example}'))\"",
+            escape(
+                f"  python -c \"from transformers import pipeline; print(pipeline('{pipeline}', "
+                f"'{last['model']}')('{TASKS[experiment.task].example}'))\""
+            ),
             soft_wrap=True,
             highlight=False,
         )

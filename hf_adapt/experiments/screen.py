@@ -22,7 +22,7 @@ from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.report import describe_pairs, publish, tell_models
 from hf_adapt.experiments.runner import cells_of, run_experiment
-from hf_adapt.experiments.training import check_model
+from hf_adapt.experiments.training import check_model, check_priors
 
 
 def execute(
@@ -50,6 +50,7 @@ def execute(
     console = console or Console()
     datasets.disable_progress_bars()
     check_model(experiment)
+    check_priors(experiment)
     describe_pairs(experiment, console)
     if any(method.adaptations == RECOMMENDED for method in experiment.methods.values()):
         names = ", ".join(type(each).__name__ for each in recommended())

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 KeyPath = tuple[str | int, ...]
+TEXT = "tag:yaml.org,2002:str"
 
 
 class ConfigError(ValueError):
@@ -18,7 +19,14 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, and `3e-4` is a number as in YAML 1.2, not a text."""
+    """YAML 1.1, but `3e-4` is a number as in YAML 1.2, and all keys are texts, also `no`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are the texts that stand in the file."""
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            key.tag = TEXT
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -51,6 +59,11 @@ class Settings:
             text = Path(file).read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise ConfigError(
+                f"{file}:{line}: this is not UTF-8. Save the file as UTF-8."
+            ) from error
         return cls.parse(text, str(file))
 
     @classmethod
@@ -64,7 +77,13 @@ class Settings:
         Raises:
             ConfigError: If it is no YAML, no mapping, or has a key twice.
         """
-        loader = _Loader(text)
+        try:
+            loader = _Loader(text)
+        except yaml.reader.ReaderError as error:
+            line = text[: error.position].count("\n") + 1
+            raise ConfigError(
+                f"{name}:{line}: the character {chr(error.character)!r} is not allowed in YAML."
+            ) from error
         try:
             node = loader.get_single_node()
             lines: dict[KeyPath, str] = {}
@@ -127,6 +146,9 @@ def _note_lines(node: yaml.Node, path: KeyPath, file: str, lines: dict[KeyPath, 
                 raise ConfigError(f"{place}: the key {key.value!r} stands here a second time.")
             lines[inner] = place
             _note_lines(value, inner, file, lines)
+    elif isinstance(node, yaml.ScalarNode):
+        if path[:1] == ("pairs",):  # names of domains, as keys are
+            node.tag = TEXT
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             lines[*path, number] = f"{file}:{value.start_mark.line + 1}"

@@ -9,7 +9,7 @@ import io
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,20 @@ from transformers import (
 )
 
 from hf_adapt.alignment import adapt_pretrain
+from hf_adapt.alignment import priors as alignment_priors
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.data import DataError, Pair
+from hf_adapt.experiments.data import DataError, Pair, cached_pair, label_name
 from hf_adapt.experiments.memory import peak, restarted_peak
-from hf_adapt.experiments.methods import GIVEN, UNLABELLED, Method, is_shifted, shifted
+from hf_adapt.experiments.methods import (
+    GIVEN,
+    UNLABELLED,
+    Method,
+    is_shifted,
+    reads_target,
+    shifted,
+)
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.hub_names import check_hub_name
@@ -63,6 +71,24 @@ def check_model(experiment: Experiment) -> None:
             f"The model {experiment.model!r} cannot be loaded: {error} Name a folder, or an id on "
             "the Hub, with model: or --model."
         ) from error
+
+
+def check_priors(experiment: Experiment) -> None:
+    """Resolve the class frequencies of every method on every pair, before anything is trained.
+
+    Raises:
+        DataError: If they are not those of the classes, or cannot be counted.
+    """
+    for source, target in experiment.pairs:
+        pair = cached_pair(experiment, source, target)
+        for name, method in experiment.methods.items():
+            stage: Method | None = method
+            while stage is not None:
+                try:
+                    resolved_priors(stage, pair, TASKS[experiment.task])
+                except DataError as error:
+                    raise DataError(f"{name}, {source} → {target}: {error}") from error
+                stage = stage.first
 
 
 @dataclass(frozen=True)
@@ -190,9 +216,11 @@ def _trainer(run: _Run, method: Method) -> Trainer:
                 each.prior = priors  # type: ignore[attr-defined]
             trainer.add_callback(AdaptationCallback(*adaptations))
         else:
-            options = {} if priors is None else {"target_priors": priors}
-            target = Stream(run.rows(pair.target_unlabelled), **method.stream)
-            trainer.add_callback(AdaptationCallback(*adaptations, target_dataset=target, **options))
+            options: dict[str, Any] = {} if priors is None else {"target_priors": priors}
+            if any(map(reads_target, adaptations)):
+                rows = run.rows(pair.target_unlabelled)
+                options["target_dataset"] = Stream(rows, **method.stream)
+            trainer.add_callback(AdaptationCallback(*adaptations, **options))
     return trainer
 
 
@@ -200,12 +228,20 @@ def resolved_priors(method: Method, pair: Pair, task: Task) -> Any:
     """What `target_priors=` is given: class frequencies by name where they are counted.
 
     Raises:
-        DataError: If they are to be counted, and the target has no labels.
+        DataError: If they are to be counted, and the target has no labels; or if they are not those
+            of the classes.
     """
     priors: Any = method.target_priors
     points = 0.0
     if is_shifted(priors):
         points, priors = float(priors[GIVEN]), GIVEN
+    if isinstance(priors, Mapping):
+        names = {str(label_name(key)): value for key, value in priors.items()}
+        try:
+            alignment_priors.resolved_priors(names, dict(enumerate(pair.labels)))
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        return names
     if priors != GIVEN:
         return priors
     if not len(pair.target["train"]):

@@ -70,6 +70,31 @@ def test_a_configuration_is_read_and_methods_are_built() -> None:
         ("learning_rate:", "learnin_rate:", 11, "Did you mean learning_rate?"),
         ("learning_rate:", "seed:", 11, "training: seed is set by each run"),
         ("training: {", "training: {{", 12, ""),
+        ("seeds: 2", "pairs: [[a, a]]", 10, "paired with itself"),
+        ("seeds: 2", "pairs: [[a, b], [a, b]]", 10, "stands here a second time"),
+        ("seeds: 2", "seeds: [42, 42]", 10, "42 stands here a second time"),
+        ("seeds: 2", "seeds: [1, -1]", 10, "-1 must not be negative"),
+        ("seeds: 2", "max_length: 0", 10, "max_length: 0 leaves nothing"),
+        ("seeds: 2", "num_train: 0", 10, "num_train: 0 leaves nothing"),
+        ("seeds: 2", "task: [a]", 10, "task: expected a text"),
+        ("{learning_rate: 3e-4}", "x", 11, "training must hold TrainingArguments by name, got 'x'"),
+        ("{learning_rate: 3e-4}", "0", 11, "got 0"),
+        ("learning_rate: 3e-4", "max_steps: many", 11, "max_steps: expected a whole number"),
+        ("learning_rate: 3e-4", "learning_rate: x", 11, "learning_rate: expected a number"),
+        ("learning_rate: 3e-4", "bf16: 1", 11, "bf16: expected true or false"),
+        ("{ratio: 0.5}", "0.5", 8, "stream must hold options by name, got 0.5"),
+        ("{ratio: 0.5}", "[]", 8, "stream must hold options by name, got []"),
+        ("[DANN]", "{pretrain: 10}", 6, "pretrain must hold options by name, got 10"),
+        ("[DANN]", "{pretrain: {epochs: 1}}", 6, "training: the argument 'epochs' is unknown"),
+        ("[DANN]", "{first: {training: {max_steps: x}}}", 6, "max_steps: expected"),
+        ("[DANN]", "recomended", 6, "Did you mean recommended?"),
+        ("[DANN]", "[{MMD: {}, DANN: {}}]", 6, "write [{MMD: …}, {DANN: …}]"),
+        ("[DANN]", "{adaptations: [SAM], stream: {ratio: 2}}", 6, "no adaptation that reads"),
+        ("[DANN]", "{adaptations: [DANN], target_priors: given}", 6, "no adaptation that uses"),
+        ("target_priors: given", "target_priors: givn", 8, "Did you mean given?"),
+        ("target_priors: given", "target_priors: 0.5", 8, "frequency of each class by name: 0.5"),
+        ("target_priors: given", "target_priors: {given: x}", 8, "expected numbers, got 'x'"),
+        ("target_priors: given", "target_priors: {a: 30, b: 70}", 8, "add up to 100"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(
@@ -80,6 +105,40 @@ def test_what_is_wrong_is_named_with_its_line(
         read(GOOD.replace(before, after))
     assert str(caught.value).startswith(f"config.yaml:{line}: ")
     assert message in str(caught.value)
+
+
+def test_names_may_look_like_numbers_or_truth_values() -> None:
+    """YAML 1.1 reads `no` and `1` as other things; `target_priors` may be inherited by `<<`."""
+    found = read(
+        "data: {no: a.csv, 1: b.csv, 01: c.csv}\npairs: [[no, 1], [01, no]]\n"
+        "methods:\n  on: &im {adaptations: [InformationMaximization], "
+        "target_priors: {1: 0.5, yes: 0.3, 1.0: 0.2}}\n  2: {<<: *im, save: yes}\n"
+    )
+    assert list(found.data) == ["no", "1", "01"] and list(found.methods) == ["on", "2"]
+    assert found.pairs == [("no", "1"), ("01", "no")]
+    assert found.methods["2"].target_priors == {"1": 0.5, "yes": 0.3, "1.0": 0.2}
+    assert found.methods["2"].save
+
+
+@pytest.mark.parametrize("spec", ["[]", "{adaptations: []}", "{pretrain: false}", "{stream: null}"])
+def test_a_method_of_nothing_is_the_baseline(spec: str) -> None:
+    assert read(f"data: {{a: a, b: b}}\nmethods: {{x: {spec}}}").methods["x"].is_baseline
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: 1\nb: é".encode("latin-1"), ":2: this is not UTF-8"), (b"a: 1\n\nb: \0", ":3: the char")],
+)
+def test_a_file_of_other_bytes(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        Settings.read(tmp_path / "config.yaml")
+
+
+def test_the_output_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "there")
+    found = read(f"{GOOD}output_dir: ~/${{PLACE}}\n")
+    assert found.output_dir == str(Path("~/there").expanduser())
 
 
 def test_a_configuration_that_is_none(tmp_path: Path) -> None:
@@ -114,16 +173,16 @@ def test_options_replace_keys(file: str, tmp_path: Path) -> None:
     flags = {
         "num_train": 7,
         "seeds": "5,6",
-        "method": ["bound", "DANN"],
+        "method": ["bound", "DANN", "priors"],
         "pair": ["b:a"],
         "text_column": "words",
-        "target_priors": "{x: 0.5}",
+        "target_priors": "{1: 0.5, yes: 0.5}",
     }
     found = experiment(file, flags, {"max_steps": 3})
     assert (found.num_train, found.seeds, found.pairs) == (7, [5, 6], [("b", "a")])
-    assert list(found.methods) == ["bound", "DANN"]
-    assert found.methods["DANN"].target_priors == {"x": 0.5}
-    assert found.methods["bound"].target_priors is None
+    assert list(found.methods) == ["bound", "DANN", "priors"]
+    assert found.methods["priors"].target_priors == {"1": 0.5, "yes": 0.5}
+    assert found.methods["DANN"].target_priors is found.methods["bound"].target_priors is None
     assert found.training["max_steps"] == 3 and found.training["learning_rate"] == 3e-4
     assert {domain.text_column for domain in found.data.values()} == {"words"}
     assert found.output_dir == str(Path("runs", "config"))
@@ -132,10 +191,14 @@ def test_options_replace_keys(file: str, tmp_path: Path) -> None:
     assert list(own.data) == ["a", "c"]
 
 
-def test_two_files_of_the_same_name_are_two_domains() -> None:
-    found = experiment(None, {"source": "x/rows.csv", "target": "y/rows.csv"}, {})
-    assert found.pairs == [("rows", "target")]
-    assert found.data["target"].train == "y/rows.csv"
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("rows", ("rows", "target")), ("target", ("target", "target rows")), ("1", ("1", "target"))],
+)
+def test_two_files_of_the_same_name_are_two_domains(name: str, names: tuple[str, str]) -> None:
+    found = experiment(None, {"source": f"x/{name}.csv", "target": f"y/{name}.csv"}, {})
+    assert found.pairs == [names]
+    assert [found.data[each].train for each in names] == [f"x/{name}.csv", f"y/{name}.csv"]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +207,14 @@ def test_two_files_of_the_same_name_are_two_domains() -> None:
         ({}, "Give --source and --target"),
         ({"source": "a.csv"}, "--source is given alone"),
         ({"source": "a", "target": "b", "seeds": "x"}, "--seeds x: expected"),
+        ({"source": "a", "target": "b", "seeds": ""}, "--seeds '': expected"),
+        ({"source": "a", "target": "b", "seeds": "1,1"}, "^--seeds: seeds: 1 stands"),
+        (
+            {"source": "a", "target": "b", "method": ["source only"], "target_priors": "uniform"},
+            "--target-priors: no method has an adaptation that uses",
+        ),
+        ({"source": "a", "target": "a"}, "--source and --target are both 'a'"),
+        ({"source": "a", "target": "b", "target_priors": "{x: 2}"}, "^--target-priors: .* up to 2"),
         ({"source": "a", "target": "b", "num_train": -1}, "^--num-train: num_train: -1"),
         ({"source": "a", "target": "b", "method": ["DAN"]}, "--method 'DAN' is unknown"),
     ],

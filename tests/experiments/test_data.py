@@ -42,6 +42,29 @@ def test_rows_without_a_label_are_training_rows():
     assert all(label is not None for name in ("dev", "test") for _, label in split[name])
 
 
+def test_a_repeated_text_keeps_its_label():
+    once = [(text, None) for text, _ in ROWS[:40]]
+    for rows in ([*once, *ROWS[:40]], [*ROWS[:40], *once]):
+        assert split_rows(rows, TASK) == split_rows(ROWS[:40], TASK)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("label", [0, 0.0, "0"])
+@pytest.mark.parametrize("missing", [None, float("nan"), " "])
+def test_missing_labels_and_whole_numbers_in_every_format(tmp_path, kind, label, missing):
+    if kind != "csv" and isinstance(missing, str) != isinstance(label, str) and missing is not None:
+        label = str(label) if isinstance(missing, str) else float(label)
+    path, found = str(tmp_path / f"a.{kind}"), [label, missing, label]
+    if kind == "csv":
+        write_csv(tmp_path / "a.csv", [(f"text {i}", each) for i, each in enumerate(found)])
+    else:
+        rows = Dataset.from_dict({"text": ["text 0", "text 1", "text 2"], "label": found})
+        (rows.to_parquet if kind == "parquet" else rows.to_json)(path)
+    split = load_domain(DomainFiles(path), TASK)
+    rows = sorted(row for rows in split.values() for row in rows)
+    assert rows == [("text 0", "0"), ("text 1", None), ("text 2", "0")]
+
+
 def pair(target_rows, **options) -> Pair:
     domains = {"here": split_rows(ROWS, TASK), "there": split_rows(target_rows, TASK)}
     return paired(domains, TASK, **options)
@@ -73,11 +96,51 @@ def test_classes_that_differ_are_refused():
         paired({name: split_rows(ROWS[::2], TASK) for name in ("here", "there")}, TASK)
 
 
+def test_whole_numbers_are_in_order():
+    rows = [(f"Sentence number {i}", str(i % 12)) for i in range(240)]
+    splits = {name: split_rows(rows, TASK) for name in ("here", "there")}
+    assert paired(splits, TASK).labels == [str(i) for i in range(12)]
+
+
+def test_test_rows_of_the_target_are_not_trained_on():
+    source = {"train": ROWS[:20], "dev": ROWS[20:30], "test": ROWS[30:40]}
+    target = {"train": [], "dev": [], "test": [(t.upper(), n) for t, n in ROWS[10:35]]}
+    found = paired({"here": source, "there": target}, TASK)
+    assert found.source["train"]["text"][:] == [text for text, _ in ROWS[:10]]
+    assert found.source.num_rows == {"train": 10, "dev": 0, "test": 10}
+    with pytest.raises(DataError, match=r"'here' has no labelled training rows.*'there'"):
+        paired({"here": source, "there": {**target, "test": ROWS}}, TASK)
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_class_that_is_in_held_out_rows_alone(split):
+    source = {"train": ROWS[:20], "dev": ROWS[20:30], "test": ROWS[30:40]}
+    odd = ("a text", "rare")
+    target = {"train": [(f"{text}!?", None) for text, _ in ROWS], "dev": [], "test": []}
+    rare = {**source, split: [*source[split], odd]}
+    assert paired({"here": rare, "there": target}, TASK).labels == ["even", "odd", "rare"]
+    with pytest.raises(DataError, match=r"the target 'there' also has \['rare'\]"):
+        paired({"here": source, "there": {**target, split: [odd]}}, TASK)
+
+
 def test_missing_column_names_the_columns_and_the_option(tmp_path):
     path = str(write_csv(tmp_path / "a.csv", ROWS, header="review,label"))
     with pytest.raises(DataError, match=r"\['review', 'label'\].*text_column"):
         load_domain(DomainFiles(path), TASK)
     assert len(load_domain(DomainFiles(path, text_column="review"), TASK)["train"]) == 130
+
+
+def test_a_file_of_other_cells_or_without_the_label_column(tmp_path):
+    path = str(tmp_path / "a.csv")
+    lines = "\n".join(";".join(row) for row in [("text", "label"), *ROWS])
+    (tmp_path / "a.csv").write_text(lines)
+    with pytest.raises(DataError, match=r"\['text;label'\].*separated by ';': save it with commas"):
+        load_domain(DomainFiles(path), TASK)
+    write_csv(tmp_path / "b.csv", ROWS)
+    files = DomainFiles(str(tmp_path / "b.csv"), label_column="lable")
+    assert not load_domain(files, TASK)["test"]
+    with pytest.raises(DataError, match=r"\['text', 'label'\], and not 'lable'.*label_column"):
+        load_domain(files, TASK, needs_labels=True)
 
 
 def test_numbers_and_missing_words_in_a_csv_file_stay_as_they_are(tmp_path):
@@ -131,8 +194,18 @@ def test_given_frequencies_are_counted_on_training_rows():
         method = Method(["MMD"], target_priors={"given": points})
         wrong = resolved_priors(method, found, TASK)
         assert wrong == pytest.approx({"even": true + points, "odd": 1 - true - points})
+    for wrong in ({"even": 0.3, "add": 0.7}, {"even": 1.0}):
+        with pytest.raises(DataError, match="the model has 'even', 'odd'"):
+            resolved_priors(Method(["MMD"], target_priors=wrong), found, TASK)
     for other in ("uniform", "estimate", {"even": 0.3, "odd": 0.7}, None):
         assert resolved_priors(Method(["MMD"], target_priors=other), found, TASK) == other
+
+
+def test_frequencies_of_classes_that_are_numbers_go_by_name():
+    rows = [(text, "1" if label == "odd" else "2") for text, label in ROWS]
+    found = paired({name: split_rows(rows, TASK) for name in ("here", "there")}, TASK)
+    method = Method(["InformationMaximization"], target_priors={"1": 0.9, 2.0: 0.1})
+    assert resolved_priors(method, found, TASK) == {"1": 0.9, "2": 0.1}
 
 
 def test_frequencies_of_a_target_without_labels_cannot_be_counted():

@@ -199,6 +199,66 @@ def test_methods_of_two_stages(write_config: Config, tmp_path: Path, trained: li
     assert not one.equal(third)
 
 
+def test_methods_that_read_no_target_and_names_in_brackets(
+    write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    make = AdaptationCallback.__init__
+
+    def noted(self: Any, *adaptations: Any, **options: Any) -> None:
+        given.append("target_dataset" in options)
+        make(self, *adaptations, **options)
+
+    monkeypatch.setattr(AdaptationCallback, "__init__", noted)
+    methods = {
+        "[source] only": [],
+        "unfreezing [/b]": ["GradualUnfreezing"],
+        "SAM [a]": ["SAM"],
+        "both": ["SAM", "MMD"],
+    }
+    out = tmp_path / "out[b]"
+    config = write_config(methods=methods, output_dir=str(out))
+    printed = run(config, "--save-models")
+    assert given == [False, False, True]
+    for name in (*methods, str(out)):
+        assert name in printed
+    assert len(results(out)) == 4
+
+
+@pytest.mark.parametrize(
+    ("priors", "message"),
+    [
+        ("{poss: 0.3, neg: 0.7}", "IM, films → phones: target_priors names the classes 'poss'"),
+        ("{pos: 30, neg: 60}", "add up to 1; they add up to 90"),
+        ("given", "target_priors: given counts the labels"),
+    ],
+)
+def test_wrong_frequencies_are_told_before_anything_is_trained(
+    write_config: Config, tmp_path: Path, trained: list[int], priors: str, message: str
+) -> None:
+    target = write_csv(tmp_path / "phones.csv", [(text,) for text, _ in rows("phone")], "text")
+    data = {"films": str(tmp_path / "films.csv"), "phones": str(target)}
+    methods = {
+        "source only": [],
+        "IM": ["InformationMaximization"],
+        "TAPT": {"pretrain": {"max_steps": 1}},
+    }
+    config = write_config(methods=methods, data=data)
+    printed = run(config, "--target-priors", priors, fails=True)
+    assert message in printed and not trained
+
+
+def test_classes_that_are_numbers(write_config: Config, tmp_path: Path) -> None:
+    data = {}
+    for name, thing in (("films", "film"), ("phones", "phone")):
+        numbered = [(text, "1" if label == "pos" else "2") for text, label in rows(thing)]
+        data[name] = str(write_csv(tmp_path / f"{name}.csv", numbered))
+    methods = {"IM": ["InformationMaximization"]}
+    run(write_config(methods=methods, data=data), "--target-priors", "{1: 0.9, 2: 0.1}")
+    (line,) = results(tmp_path / "out")
+    assert line["error"] == "" and list(json.loads(line["target_true_shares"])) == ["1", "2"]
+
+
 def test_warnings_of_a_method_are_counted(
     write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

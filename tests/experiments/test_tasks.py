@@ -15,7 +15,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_adapt.experiments.tasks import SequenceClassification
+from hf_adapt.experiments.config import DomainFiles
+from hf_adapt.experiments.data import DataError, load_domain
+from hf_adapt.experiments.tasks import ImageClassification, SequenceClassification, Task
 from hf_adapt.experiments.tasks.token_classification import TokenClassification, _labels
 from tests.experiments.conftest import results, run
 from tests.helpers.models import vit_config
@@ -38,6 +40,37 @@ def test_first_token_of_a_word_has_its_label(model_dir: Path) -> None:
     logits[:, :, 1] = 1
     guess, truth = task.decoded(logits, [[-100, 0, 1, -100], [-100, 0, -100, -100]])
     assert guess.tolist() == [1, 1, 1] and truth.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("task", "cell", "label", "message"),
+    [
+        (TokenClassification(), ["a", "b"], ["X"], "2 words and 1 tags"),
+        (TokenClassification(), "a b", ["X", "X"], "expected a list of words, got 'a b'"),
+        (TokenClassification(), ["a", None], ["X", "X"], "expected a list of words"),
+        (TokenClassification(), ["a"], "X", "expected a list of tags, got 'X'"),
+        (SequenceClassification(), "a", ["X"], "expected one class"),
+        (ImageClassification(), "a.png", "X", "expected an image, got 'a.png'"),
+    ],
+)
+def test_a_row_of_another_kind_is_named(
+    task: Task, cell: object, label: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        task.checked(cell, label)
+
+
+@pytest.mark.parametrize("tags", [None, [], ["X", None]])
+def test_words_without_a_tag_for_each_have_no_label(tags: object) -> None:
+    assert TokenClassification().checked(["a", "b"], tags) is None
+    assert TokenClassification().checked(["a", "b"], ["X", "Y"]) == ["X", "Y"]
+
+
+def test_the_file_and_the_row_are_named(tmp_path: Path) -> None:
+    lines = [{"tokens": ["a", "b"], "tags": tags} for tags in (["X", "Y"], ["X"])]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=r"a.jsonl', row 2: it has 2 words and 1 tags"):
+        load_domain(DomainFiles(str(tmp_path / "a.jsonl")), TokenClassification())
 
 
 def test_without_labels_every_item_is_predicted() -> None:

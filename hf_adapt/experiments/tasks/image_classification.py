@@ -26,6 +26,12 @@ class ImageClassification(Task):
     pipeline = "image-classification"
     example = "image.png"
 
+    def checked(self, cell: Any, label: Any) -> Any:
+        """The label; the input must be an image."""
+        if not hasattr(cell, "convert"):
+            raise ValueError(f"expected an image, got {cell!r}. Save images in a parquet file.")
+        return super().checked(cell, label)
+
     def clean(self, cell: Any) -> Any:
         """The image in colours."""
         return cell.convert("RGB")

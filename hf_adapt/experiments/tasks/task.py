@@ -41,6 +41,16 @@ class Task(ABC):
     def key(self, cell: Any) -> str:
         """A text that is the same for inputs that count as the same row."""
 
+    def checked(self, cell: Any, label: Any) -> Any:
+        """The label of a row, None if it has none that can be used.
+
+        Raises:
+            ValueError: If the input or the label is of a wrong kind.
+        """
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"expected one class, got the label {label!r}.")
+        return label
+
     def described(self, row: Mapping[str, Any]) -> Any:
         """A row as plain data, for a fingerprint."""
         return row

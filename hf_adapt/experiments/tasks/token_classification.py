@@ -30,6 +30,18 @@ class TokenClassification(Task):
     pipeline = "token-classification"
     example = "What I waited for !"
 
+    def checked(self, cell: Any, label: Any) -> Any:
+        """The tags of all words; None if there are none, or one is missing."""
+        if not isinstance(cell, list) or not all(isinstance(word, str) for word in cell):
+            raise ValueError(f"expected a list of words, got {cell!r}.")
+        if label is None or label == []:
+            return None
+        if not isinstance(label, list):
+            raise ValueError(f"expected a list of tags, got {label!r}.")
+        if len(cell) != len(label):
+            raise ValueError(f"it has {len(cell)} words and {len(label)} tags.")
+        return None if None in label else label
+
     def clean(self, cell: Any) -> list[str]:
         """The words."""
         return list(cell)
