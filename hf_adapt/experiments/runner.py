@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -95,6 +96,19 @@ def _here(
         torch.set_num_threads(before)
 
 
+def _start_worker(threads: int) -> None:
+    """Use some threads; end when the process that gave the work is killed."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _in_processes(
     experiment: Experiment,
     cells: Sequence[Cell],
@@ -104,7 +118,7 @@ def _in_processes(
     report: Report,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (threads,))
     waiting = list(reversed(cells))
     running: dict[Any, Cell] = {}
 

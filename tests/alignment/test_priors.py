@@ -262,7 +262,7 @@ def test_correction_weights_the_source_and_moves_the_bias(tmp_path: Path) -> Non
     balanced = torch.nn.functional.cross_entropy(
         logits, labels, weight=16 / (3 * torch.bincount(labels, minlength=3)), reduction="none"
     ).mean()
-    assert run.state.log_history[0]["loss"] == pytest.approx(balanced.item(), abs=1e-5)
+    assert run.state.log_history[0]["loss"] == pytest.approx(balanced.item(), abs=1e-4)
 
 
 def test_a_model_that_is_trained_again_is_corrected_once(tmp_path: Path) -> None:
