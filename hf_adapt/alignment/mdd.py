@@ -89,8 +89,9 @@ def mdd_loss(
         >>> round(mdd_loss(zeros, zeros, zeros, zeros, margin=1.0).item(), 4)
         1.3863
     """
-    given = (source_logits, source_adversary, target_logits, target_adversary)
-    source, target = _disparities(*given, margin)
+    source, target = _disparities(
+        source_logits, source_adversary, target_logits, target_adversary, margin
+    )
     return source.mean() + target.mean()
 
 
@@ -173,9 +174,14 @@ class MDD(AdversarialObjective):
         adversary = self.module(self.reversed(features, batch))
         disagrees = (adversary.argmax(1) != logits.argmax(1))[is_target].float()
         batch.log("disagreement", disagrees.mean(), len(disagrees))
-        sides = [each[side] for side in (~is_target, is_target) for each in (logits, adversary)]
-        losses = zip(("source", "target"), _disparities(*sides, self.margin), strict=True)
+        source, target = _disparities(
+            logits[~is_target],
+            adversary[~is_target],
+            logits[is_target],
+            adversary[is_target],
+            self.margin,
+        )
         return {
             name: (each.sum(), torch.as_tensor(len(each), device=each.device))
-            for name, each in losses
+            for name, each in (("source", source), ("target", target))
         }
