@@ -89,9 +89,24 @@ def mdd_loss(
         >>> round(mdd_loss(zeros, zeros, zeros, zeros, margin=1.0).item(), 4)
         1.3863
     """
+    source, target = _disparities(
+        source_logits, source_adversary, target_logits, target_adversary, margin
+    )
+    return source.mean() + target.mean()
+
+
+def _disparities(
+    source_logits: torch.Tensor,
+    source_adversary: torch.Tensor,
+    target_logits: torch.Tensor,
+    target_adversary: torch.Tensor,
+    margin: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The items of both sums of [`mdd_loss`], (N,) and (M,)."""
     dtype = torch.promote_types(source_adversary.dtype, torch.float32)
-    agreement = F.cross_entropy(source_adversary.to(dtype), source_logits.argmax(1))
-    return margin * agreement + disagreement_loss(target_adversary, target_logits.argmax(1)).mean()
+    classes = source_logits.argmax(1)
+    agreement = F.cross_entropy(source_adversary.to(dtype), classes, reduction="none")
+    return margin * agreement, disagreement_loss(target_adversary, target_logits.argmax(1))
 
 
 class MDD(AdversarialObjective):
@@ -155,16 +170,18 @@ class MDD(AdversarialObjective):
         """What the second classifier minimises, as a sum over each side's features."""
         assert self.module is not None
         features, logits, domain = predicted_features(batch, "MDD")
-        predicted, is_target = logits.detach().argmax(1), domain > 0
+        is_target = domain > 0
         adversary = self.module(self.reversed(features, batch))
-        agreement = F.cross_entropy(adversary, predicted, reduction="none")
-        disagrees = (adversary.argmax(1) != predicted)[is_target].float()
+        disagrees = (adversary.argmax(1) != logits.argmax(1))[is_target].float()
         batch.log("disagreement", disagrees.mean(), len(disagrees))
-        losses = {
-            "source": self.margin * agreement[~is_target],
-            "target": disagreement_loss(adversary[is_target], predicted[is_target]),
-        }
+        source, target = _disparities(
+            logits[~is_target],
+            adversary[~is_target],
+            logits[is_target],
+            adversary[is_target],
+            self.margin,
+        )
         return {
             name: (each.sum(), torch.as_tensor(len(each), device=each.device))
-            for name, each in losses.items()
+            for name, each in (("source", source), ("target", target))
         }
