@@ -19,7 +19,7 @@ def model_dir(tmp_path):
 
 def test_all_methods_run_and_everything_is_written(model_dir, tmp_path, monkeypatch, capsys):
     def load_domain(domain):
-        texts = [(f"{WORDS[i % 4]} {WORDS[4 + i % 4]}", ("pos", "neg")[i % 2]) for i in range(24)]
+        texts = [(f"{WORDS[i % 4]} {domain} {i}", ("pos", "neg")[i % 2]) for i in range(24)]
         return {"train": texts, "dev": texts[:8], "test": texts[:8]}
 
     monkeypatch.setattr(domain_data, "load_domain", load_domain)

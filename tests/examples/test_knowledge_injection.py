@@ -32,11 +32,14 @@ def tiny_wordnet(folder: Path) -> str:
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Options for a tiny model, on sentences of three words."""
+    """Options for a tiny model, on sentences of three words and the domain's name."""
 
     def load_domain(domain):
         rows = [
-            (f"{WORDS[i % 4]} {WORDS[4 + i % 4]} {WORDS[8 + i % 6]}", ("pos", "neg")[i % 2])
+            (
+                f"{WORDS[i % 4]} {WORDS[4 + i % 4]} {WORDS[8 + i % 6]} {domain}",
+                ("pos", "neg")[i % 2],
+            )
             for i in range(40)
         ]
         return {"train": rows, "dev": rows[:8], "test": rows[:8]}
