@@ -30,7 +30,7 @@ from transformers import (
 
 from hf_adapt.alignment import adapt_pretrain
 from hf_adapt.alignment import priors as alignment_priors
-from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.engine.callback import AdaptationCallback, adapt
 from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import DataError, Pair, cached_pair, label_name
@@ -207,7 +207,7 @@ def _trainer(run: _Run, method: Method) -> Trainer:
         store = str(Path(run.experiment.output_dir, "frozen_prefix"))
         frozen = FreezeOnly(*run.frozen)
         prefix = GradualUnfreezing(frozen, cache_frozen_prefix=True, cache_dir=store)
-        trainer.add_callback(AdaptationCallback(prefix))
+        adapt(trainer, prefix)
     if method.adaptations:
         adaptations = method.build(lambda: copy.deepcopy(run.model))
         priors = resolved_priors(method, pair, run.task)
