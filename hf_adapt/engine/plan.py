@@ -94,7 +94,7 @@ class Plan:
 
             adaptations = recommended()
             names = ", ".join(type(each).__name__ for each in adaptations)
-            logger.warning("A target was given without objectives: using %s, for %s.", names, WHY)
+            logger.warning("A target was given without objectives: using %s: %s.", names, WHY)
         wanting = [a for a in adaptations if isinstance(a, Objective) or a.needs_streams]
         if not wanting and any(stream.labels == "hide" for stream in found.values()):
             raise ValueError(
