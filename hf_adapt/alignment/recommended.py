@@ -6,7 +6,7 @@ from hf_adapt.alignment.self_training import SelfTraining
 from hf_adapt.engine.adaptation import Adaptation
 
 WHY = (
-    "it did not hurt on the pairs of domains in docs/results.md, and gained most where the "
+    "see docs/results.md for what it gained and lost on pairs of domains, the most where the "
     "target's class frequencies were given (target_priors=)"
 )
 
