@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_adapt.alignment.predictions import predicted_features
-from hf_adapt.alignment.priors import PriorObjective, Priors
-from hf_adapt.alignment.row_bank import RowBank
+from hf_adapt.alignment.priors import Priors
+from hf_adapt.alignment.row_bank import RowBankObjective
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.progress import Schedule, linear_ramp, value_at
 from hf_adapt.engine.streams import TARGET
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_adapt.engine.batch import Batch, Rows
 
 
-class NeighbourObjective(PriorObjective):
+class NeighbourObjective(RowBankObjective):
     """Keeps feature and prediction of every target row, and finds the rows most like one.
 
     The memory is filled by a pass over the target before the first step, and follows the batches
@@ -43,8 +43,6 @@ class NeighbourObjective(PriorObjective):
     def setup(self, trainer: Trainer) -> None:
         """Forget the rows of an earlier run."""
         super().setup(trainer)
-        self.bank = RowBank()
-        self._trainer.check_sweep(TARGET)
         self._seen: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
 
     def before_step(self, step: int) -> None:
@@ -52,14 +50,13 @@ class NeighbourObjective(PriorObjective):
         super().before_step(step)
         if not len(self.bank):
             found = self._trainer.sweep(self, TARGET, self._values)
-            self.bank.fill(found.pop("keys"), **found)
+            self.fill_bank(found.pop("keys"), **found)
             if len(self.bank) <= self.num_neighbours:
                 raise ValueError(
                     f"{type(self).__name__}(num_neighbours={self.num_neighbours}) needs more "
                     f"different target rows than neighbours; there are {len(self.bank)}."
                 )
             self.bank.values["predictions"] = self.remembered(self.bank.values.pop("logits"))
-        self.bank.to(self._trainer.args.device)
         self._take_in()
 
     def _values(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -112,15 +109,9 @@ class NeighbourObjective(PriorObjective):
         self._seen = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory and the class frequencies."""
+        """The memory, with what was seen last, and the class frequencies."""
         self._take_in()
-        return {**super().state_dict(), "bank": self.bank.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state returned by `state_dict`."""
-        super().load_state_dict(state)
-        if "bank" in state:
-            self.bank.load_state_dict(state["bank"])
+        return super().state_dict()
 
 
 class ATDOC(NeighbourObjective):

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hf_adapt.alignment.priors import PriorObjective
+from hf_adapt.engine.progress import Schedule
+from hf_adapt.engine.streams import TARGET
+from hf_adapt.models.pooling import Pooling
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class RowBank:
@@ -62,3 +70,57 @@ class RowBank:
         """Restore the state returned by `state_dict`."""
         self.keys = state["keys"]
         self.values = {name: value for name, value in state.items() if name != "keys"}
+
+
+class RowBankObjective(PriorObjective):
+    """Remembers something of every row of a stream; the memory lies in the checkpoint.
+
+    Attributes:
+        bank: The memory; empty until it is filled between two steps.
+        remembered_stream: Whose rows it remembers.
+    """
+
+    remembered_stream = TARGET
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        feature_layer: str | None = None,
+        pooling: Pooling = "auto",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, feature_layer, pooling, name)
+        self.bank = RowBank()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse rows that cannot be found again; forget those of an earlier run."""
+        super().setup(trainer)
+        self._trainer.check_sweep(self.remembered_stream)
+        self.bank = RowBank()
+
+    def before_step(self, step: int) -> None:
+        """Have the memory on the device of the run, also after resuming."""
+        super().before_step(step)
+        self.bank.to(self._trainer.args.device)
+
+    def fill_bank(self, keys: torch.Tensor, **values: torch.Tensor) -> None:
+        """Replace all that is remembered."""
+        self.bank.fill(keys, **values)
+        self.bank.to(self._trainer.args.device)
+
+    def labels_of(self, keys: torch.Tensor) -> torch.Tensor:
+        """The remembered label of each item, (N,) long; -1 where there is none."""
+        if not len(self.bank):
+            return torch.full_like(keys, -1)
+        places, known = self.bank.find(keys.to(self.bank.keys.device))
+        return torch.where(known, self.bank.values["label"][places], -1).to(keys.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory and the class frequencies."""
+        return {**super().state_dict(), "bank": self.bank.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+        super().load_state_dict(state)
+        if "bank" in state:
+            self.bank.load_state_dict(state["bank"])

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors
-from hf_adapt.alignment.row_bank import RowBank
+from hf_adapt.alignment.priors import LEAST, Priors
+from hf_adapt.alignment.row_bank import RowBankObjective
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import TARGET
@@ -102,7 +102,7 @@ def balanced_pseudo_labels(
     return labels, kept
 
 
-class SelfTraining(PriorObjective):
+class SelfTraining(RowBankObjective):
     r"""Trains on the model's own confident predictions for target rows, class by class.
 
     At each refresh the model labels all target rows; the most confident share of each class is
@@ -175,15 +175,13 @@ class SelfTraining(PriorObjective):
         self.view = view
         self.prior = prior
         self.average = None if teacher_decay is None else RunningAverage(teacher_decay)
-        self.bank = RowBank()
         self._kept = 0.0
         self._rows = torch.zeros(0, dtype=torch.long)
 
     def setup(self, trainer: Trainer) -> None:
         """Forget the labels of an earlier run."""
         super().setup(trainer)
-        self.bank, self._kept = RowBank(), 0.0
-        self._trainer.check_sweep(TARGET)
+        self._kept = 0.0
 
     def begin(self, trainer: Trainer) -> None:
         """Start the average at the weights that training starts from."""
@@ -203,7 +201,6 @@ class SelfTraining(PriorObjective):
         """Label the target rows, where it is time."""
         super().before_step(step)
         trainer = self._trainer
-        self.bank.to(trainer.args.device)
         if self.average is not None:
             self.average.follow(step)
         share = self.share_at(step, trainer.state.max_steps)
@@ -243,18 +240,13 @@ class SelfTraining(PriorObjective):
             int(kept.sum()),
             [round(x, 3) for x in shares.tolist()],
         )
-        self.bank.fill(found["keys"][kept], label=labels[kept])
+        self.fill_bank(found["keys"][kept], label=labels[kept])
         self._rows = found["rows"][kept].unique()  # of a tagger, those with a token that is kept
         self._kept = float(kept.float().mean())
-        self.bank.to(trainer.args.device)
 
     def _labels(self, rows: Rows, domain: torch.Tensor) -> torch.Tensor:
         """The pseudo-label of each item, -1 where it has none."""
-        if not len(self.bank):
-            return torch.full_like(domain, -1)
-        places, known = self.bank.find(rows.keys().to(self.bank.keys.device))
-        labels = torch.where(known, self.bank.values["label"][places], -1).to(domain.device)
-        return torch.where(rows.is_in(domain), labels, -1)
+        return torch.where(rows.is_in(domain), self.labels_of(rows.keys()), -1)
 
     def wanted_rows(self, part: Part) -> torch.Tensor:
         """The rows with a pseudo-label."""
@@ -286,14 +278,13 @@ class SelfTraining(PriorObjective):
     def state_dict(self) -> dict[str, Any]:
         """The pseudo-labels, the class frequencies and the average."""
         average = {} if self.average is None else {"average": self.average.state_dict()}
-        own = {"bank": self.bank.state_dict(), "kept": self._kept, "rows": self._rows}
+        own = {"kept": self._kept, "rows": self._rows}
         return {**super().state_dict(), **average, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
         super().load_state_dict(state)
         if "bank" in state:
-            self.bank.load_state_dict(state["bank"])
             self._kept, self._rows = state["kept"], state["rows"]
         if self.average is not None and "average" in state:
             self.average.load_state_dict(state["average"])

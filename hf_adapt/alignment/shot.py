@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from hf_adapt.alignment.entropy import prediction_entropy, prior_divergence
 from hf_adapt.alignment.predictions import predicted_features
-from hf_adapt.alignment.priors import PriorObjective, Priors
-from hf_adapt.alignment.row_bank import RowBank
+from hf_adapt.alignment.priors import Priors
+from hf_adapt.alignment.row_bank import RowBankObjective
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.collating import label_columns
 from hf_adapt.engine.progress import Schedule
@@ -70,7 +70,7 @@ def centroid_labels(
     return labels
 
 
-class SHOT(PriorObjective):
+class SHOT(RowBankObjective):
     r"""Adapts a trained model to unlabelled rows, without the rows that it was trained on.
 
     .. math::
@@ -108,6 +108,7 @@ class SHOT(PriorObjective):
 
     name = "shot"
     streams = ()
+    remembered_stream = TRAINING
 
     def __init__(
         self,
@@ -123,7 +124,6 @@ class SHOT(PriorObjective):
             raise ValueError(f"pseudo_label_weight={pseudo_label_weight} must not be negative.")
         self.pseudo_label_weight = pseudo_label_weight
         self.prior = prior
-        self.bank = RowBank()
         self._frozen: list[torch.nn.Parameter] = []
 
     def base_weight(self, progress: float) -> float:
@@ -132,15 +132,12 @@ class SHOT(PriorObjective):
 
     def setup(self, trainer: Trainer) -> None:
         """Freeze the head; forget the labels of an earlier run."""
-        if self.prior is not None and isinstance(self.prior, str):
-            if self.prior in ("source", "estimate"):
-                raise ValueError(
-                    f"SHOT has no source rows, so prior={self.prior!r} is not known. Give the "
-                    "class frequencies, 'uniform' or 'predicted'."
-                )
+        if isinstance(self.prior, str) and self.prior in ("source", "estimate"):
+            raise ValueError(
+                f"SHOT has no source rows, so prior={self.prior!r} is not known. Give the class "
+                "frequencies, 'uniform' or 'predicted'."
+            )
         super().setup(trainer)
-        self._trainer.check_sweep(TRAINING)
-        self.bank = RowBank()
         model: Any = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
         base = set(map(id, model.base_model.parameters()))
         own = [p for p in model.parameters() if p.requires_grad]
@@ -158,13 +155,11 @@ class SHOT(PriorObjective):
         super().before_step(step)
         state = self._trainer.state
         epochs = max(1, round(state.num_train_epochs))
-        self.bank.to(self._trainer.args.device)
         if step in {round(state.max_steps * epoch / epochs) for epoch in range(epochs)}:
             found = self._trainer.sweep(self, TRAINING, self._values)
             self.refresh_priors(found["logits"])
             labels = centroid_labels(found["features"], found["logits"].softmax(1))
-            self.bank.fill(found["keys"], label=labels)
-            self.bank.to(self._trainer.args.device)
+            self.fill_bank(found["keys"], label=labels)
 
     def _values(self, batch: Batch) -> dict[str, torch.Tensor]:
         features, logits, _ = predicted_features(batch, "SHOT")
@@ -178,26 +173,13 @@ class SHOT(PriorObjective):
         """Entropy, divergence of the mean prediction, and the pseudo-labels' cross-entropy."""
         logits, _ = self.class_logits(batch)
         count = torch.as_tensor(len(logits), device=logits.device)
-        labels = torch.full_like(logits[:, 0], -1).long()
-        if len(self.bank):  # a first batch is looked at before it is filled
-            places, known = self.bank.find(batch.keys())
-            labels = torch.where(known, self.bank.values["label"][places], -1)
+        labels = self.labels_of(batch.keys())
         losses = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
         return {
             "entropy": (prediction_entropy(logits).sum(), count),
             "divergence": prior_divergence(logits, self.target_priors(logits.shape[1])),
             "pseudo_labels": (self.pseudo_label_weight * losses, count),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """The labels and the class frequencies."""
-        return {**super().state_dict(), "bank": self.bank.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state returned by `state_dict`."""
-        super().load_state_dict(state)
-        if "bank" in state:
-            self.bank.load_state_dict(state["bank"])
 
     def close(self) -> None:
         """Let the head be trained again."""

@@ -183,12 +183,7 @@ class AdaptationMixin(_Base):
         Raises:
             ValueError: If the rows cannot be read by number.
         """
-        run = self._adaptation_run
-        assert run is not None, "sweep() is for adaptations, in a run"
-        data = run.data if run.data is not None else StreamData(self, {}, [])
-        columns, transforms = self._columns("training"), self._transforms("training")
-        sweep = Sweep(self, run.step, data, columns, transforms)
-        return sweep.run(objective, stream, read, weights)
+        return self._sweep().run(objective, stream, read, weights)
 
     def check_sweep(self, stream: str) -> None:
         """Refuse rows that `sweep` cannot read, or not find again.
@@ -196,10 +191,14 @@ class AdaptationMixin(_Base):
         Raises:
             ValueError: If they cannot be read by number, or change each time they are read.
         """
+        self._sweep().check(stream)
+
+    def _sweep(self) -> Sweep:
         run = self._adaptation_run
-        assert run is not None, "check_sweep() is for adaptations, in a run"
+        assert run is not None, "sweep() and check_sweep() are for adaptations, in a run"
         data = run.data if run.data is not None else StreamData(self, {}, [])
-        Sweep(self, run.step, data, (), self._transforms("training")).check(stream)
+        columns, transforms = self._columns("training"), self._transforms("training")
+        return Sweep(self, run.step, data, columns, transforms)
 
     def stream_options(self, stream: str) -> Stream | None:
         """The options of a stream of the run under way, if it has it."""
