@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -82,9 +83,9 @@ class Discrepancy(Objective):
         """Rows of each domain that the distance is defined for."""
         return 1
 
+    @abstractmethod
     def distance(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The distance of (N, D) source features and (M, D) target features, a scalar."""
-        raise NotImplementedError
 
     def pair_distance(
         self, batch: Batch, features: torch.Tensor, source: torch.Tensor, target: torch.Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,9 +138,9 @@ class TargetPredictions(ClassPredictions):
 
     needs_streams = ("target",)
 
+    @abstractmethod
     def batch_term(self, target_logits: torch.Tensor) -> torch.Tensor:
         """The term of (N, C) logits of at least one target row, a scalar."""
-        raise NotImplementedError
 
     def loss(self, batch: Batch) -> Term:
         """The term of the target rows."""

@@ -106,7 +106,7 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]
         pair = cached_pair(experiment, cell.source, cell.target)
         method = experiment.methods[cell.method]
         result |= train_and_test(experiment, method, cell.seed, pair, folder)
-    except Exception as error:
+    except Exception as error:  # one run that fails must not end the others
         result["error"] = f"{type(error).__name__}: {error}"
         write_text(folder / "error.txt", traceback.format_exc())
     else:

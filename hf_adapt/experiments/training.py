@@ -30,6 +30,7 @@ from transformers import (
 
 from hf_adapt.alignment import adapt_pretrain
 from hf_adapt.alignment import priors as alignment_priors
+from hf_adapt.alignment.priors import PriorObjective
 from hf_adapt.engine.callback import AdaptationCallback, adapt
 from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.config import Experiment
@@ -212,8 +213,9 @@ def _trainer(run: _Run, method: Method) -> Trainer:
         adaptations = method.build(lambda: copy.deepcopy(run.model))
         priors = resolved_priors(method, pair, run.task)
         if unlabelled:  # the rows are no stream, whose frequencies could be given
-            for each in adaptations if priors is not None else ():
-                each.prior = priors  # type: ignore[attr-defined]
+            for each in adaptations:
+                if priors is not None and isinstance(each, PriorObjective):
+                    each.prior = priors
             trainer.add_callback(AdaptationCallback(*adaptations))
         else:
             options: dict[str, Any] = {} if priors is None else {"target_priors": priors}

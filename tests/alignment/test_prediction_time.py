@@ -113,13 +113,13 @@ def test_sar_steps_where_the_loss_is_highest_nearby() -> None:
 
 def test_a_collapsed_model_is_restored_and_no_reliable_row_moves_nothing() -> None:
     model, data = Classifier(), batches(80)
-    before = weights(model)  # type: ignore[arg-type]
+    before = weights(model)
     sure = Tent(model, learning_rate=20.0, reliable=1.0, sharpness=0.01)
-    moved = [sure(x=x) is not None and not same_bits(before, weights(model)) for x in data]  # type: ignore[arg-type]
+    moved = [sure(x=x) is not None and not same_bits(before, weights(model)) for x in data]
     assert True in moved and False in moved[moved.index(True) :]
     other = Classifier()
     Tent(other, reliable=1e-6)(x=data[0])
-    assert same_bits(before, weights(other))  # type: ignore[arg-type]
+    assert same_bits(before, weights(other))
 
 
 def test_a_shift_of_the_features_is_undone() -> None:

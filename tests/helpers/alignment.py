@@ -178,7 +178,7 @@ def state_of(adaptations: Sequence[Adaptation]) -> dict[str, Any]:
     for adaptation in adaptations:
         state |= _flat(adaptation.name, adaptation.state_dict())
         if adaptation.module is not None:
-            state |= _flat(f"{adaptation.name}.module", weights(adaptation.module))  # type: ignore[arg-type]
+            state |= _flat(f"{adaptation.name}.module", weights(adaptation.module))
     return state
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 BATCH = 4
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -42,7 +42,7 @@ def arguments(
     )
 
 
-def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of a model's state."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
