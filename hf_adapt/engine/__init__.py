@@ -7,10 +7,12 @@ What is changed on a user's Trainer, and for how long:
 - The class of the instance becomes a subclass `(AdaptationMixin, its class)` of the same name. It
   overrides the training loop, the dataloaders and the sampler, the removal of unused columns,
   `get_batch_samples`, `training_step`, `compute_loss`, `create_scheduler`, the evaluation methods,
-  `log`, and what saves and loads; each calls the method of the user's class.
+  `log`, and what saves and loads; each calls the method of the user's class. New are
+  `add_adaptation_plan`, and `sweep`, `check_sweep` and `stream_options` for adaptations.
 - While a loader is built, `train_dataset` and `data_collator` are paired ones; both are put back.
 - While a run lasts, a callback more is in the list, forward hooks are on the captured modules, and
-  the optimizer's groups are divided for the length of a step whose learning rates are scaled.
+  the optimizer's groups are divided for the length of a step whose learning rates are scaled. For
+  the length of a pass over a stream the model is in evaluation mode, perhaps with other weights.
 
 Without an active adaptation each override calls the user's method and does nothing else.
 """
