@@ -103,6 +103,10 @@ class Adaptation:
         """A context held open while the base loss of a training micro-batch is computed."""
         return nullcontext()
 
+    def around_sweep(self) -> AbstractContextManager[Any]:
+        """A context held open during a pass over a stream's rows, without gradients."""
+        return nullcontext()
+
     def on_evaluate(self, metrics: Mapping[str, float], step: int) -> None:
         """See the metrics of an evaluation after `step` optimizer steps, before anything is saved.
 

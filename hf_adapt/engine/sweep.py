@@ -130,6 +130,8 @@ class Sweep:
             stack.enter_context(_evaluating(model))
             stack.enter_context(swapped(model, weights or {}))
             stack.enter_context(torch.no_grad())
+            for adaptation in self.step.adaptations:
+                stack.enter_context(adaptation.around_sweep())
             for batch in self._batches(rows, stream, rank, processes):
                 values = {} if batch is None else read(batch.for_objective(objective))
                 for name, value in values.items():

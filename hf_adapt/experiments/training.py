@@ -282,6 +282,9 @@ def _scores(
     trainer: Trainer, rows: datasets.Dataset, task: Task, labels: Sequence[str], is_scored: bool
 ) -> dict[str, Any]:
     """Accuracy, macro-F1 and class shares; without labels only the shares that are predicted."""
+    if "input_ids" in rows.column_names:  # rows of like length in a batch: less padding
+        lengths = [len(tokens) for tokens in rows["input_ids"]]
+        rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
     predicted = trainer.predict(rows)
     logits = predicted.predictions
     guess, truth = task.decoded(

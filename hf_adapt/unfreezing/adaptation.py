@@ -242,6 +242,10 @@ class GradualUnfreezing(LearningRateControl):
             self._freezer.before_forward()
         return nullcontext()
 
+    def around_sweep(self) -> AbstractContextManager[Any]:
+        """Use the cached prefix, as training does."""
+        return nullcontext() if self._prefix is None else self._prefix.for_sweep()
+
     def _lr_multiplier(self, group: str, step: int) -> float:
         """The multiplier of a group that trains at this step."""
         multiplier = self._plan.lr_multipliers.get(group, 1.0)

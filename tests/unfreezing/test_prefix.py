@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.models.bert.modeling_bert import BertAttention
 
 from hf_adapt import DANN, MMD, GradualUnfreezingCallback, adapt
+from hf_adapt.alignment import SelfTraining
 from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
 from hf_adapt.unfreezing import FreezeOnly, Phase
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
@@ -118,6 +120,29 @@ def test_target_rows_are_cached_too(tmp_path: Path) -> None:
     found = [run(tmp_path, cached, before=add_dann) for cached in (False, True)]
     assert_same_gradients(found[0][1], found[1][1])
     assert found[1][2][-1] == 1.0
+
+
+def test_passes_over_a_stream_use_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six passes over nine target rows: the same labels; the later ones compute one layer of four."""
+    calls: list[bool] = []
+
+    def add_self_training(trainer: Trainer) -> None:
+        method = SelfTraining(refreshes=(0.25, 0.4, 0.5, 0.6, 0.75, 0.9))
+        adapt(trainer, method, target_dataset=rows(9, 2, None, low=20))
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return forward(module, *args, **kwargs)
+
+    forward = BertAttention.forward
+    monkeypatch.setattr(BertAttention, "forward", counted)
+    found = []
+    for cached in (False, True):
+        calls.clear()
+        recorder = run(tmp_path, cached, before=add_self_training)[1]
+        found.append((recorder, calls.count(False)))
+    assert_same_gradients(found[0][0], found[1][0])
+    assert found[1][1] < 0.7 * found[0][1]
 
 
 def test_lora_on_the_upper_layers(tmp_path: Path) -> None:

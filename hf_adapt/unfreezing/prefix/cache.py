@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,7 @@ HALF_TOLERANCE = 3e-2
 
 
 class FrozenPrefix:
-    """Starts the forward of training batches at the lowest layer that trains.
+    """Starts the forwards of training and of passes over a stream at the lowest layer that trains.
 
     A row is identified by a hash of its own inputs without padding, so new, changed and augmented
     rows are computed. The folder is named by a hash of the frozen weights. The first batches that
@@ -77,7 +78,7 @@ class FrozenPrefix:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
-        self._is_comparing = False
+        self._is_comparing = self._is_sweep = False
         self._rows_read = self._rows_seen = 0
 
     def _reset_forward(self) -> None:
@@ -169,13 +170,23 @@ class FrozenPrefix:
         self._prefix = PrefixLayers()
         self._close_store()
 
+    @contextmanager
+    def for_sweep(self) -> Iterator[None]:
+        """Forwards in evaluation mode are served as well, while the context is open."""
+        self._is_sweep = True
+        try:
+            yield
+        finally:
+            self._is_sweep = False
+
     # ---- one forward ----
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._is_comparing:
             return
         self._reset_forward()
-        if self._depth == 0 or not (module.training and torch.is_grad_enabled()):
+        trains = module.training and torch.is_grad_enabled()
+        if self._depth == 0 or not (trains or self._is_sweep):
             return
         if self._fingerprint.has_changed():
             logger.warning(
