@@ -123,7 +123,7 @@ def test_target_rows_are_cached_too(tmp_path: Path) -> None:
 
 
 def test_passes_over_a_stream_use_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six passes over nine target rows: the same labels; the later ones compute one layer of four."""
+    """The same labels; after the first of six passes over the target, one layer of four is run."""
     calls: list[bool] = []
 
     def add_self_training(trainer: Trainer) -> None:
