@@ -105,7 +105,7 @@ def _email_members(path: Path) -> dict[str, bytes]:
 
 
 def _digits_members(path: Path) -> dict[str, bytes]:
-    """Ten files with 1,000 digits of MNIST or so, and the digits that scikit-learn ships.
+    """About 1,000 of each digit of MNIST, and the digits that scikit-learn ships.
 
     MNIST centres each digit of 20x20 in 28x28: its margin is cut off, as the digits of UCI (8x8)
     have none. Both are then scaled to 16x16.
@@ -212,7 +212,7 @@ LICENCES = {
     "digits": "Handwritten digits. MNIST: package MIT; cite LeCun, Bottou, Bengio & Haffner, "
     "Gradient-based Learning Applied to Document Recognition, Proc. IEEE 1998. UCI: ships with "
     "scikit-learn; cite Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, "
-    "CC BY 4.0.",
+    "CC BY 4.0 there.",
     "brown": "The Brown corpus, by genre, with part-of-speech tags. Package MIT, texts third-party "
     "('redistribution permitted'). Cite: Francis & Kucera, Manual of Information to accompany a "
     "Standard Corpus of Present-Day Edited American English, 1964, revised 1979.",

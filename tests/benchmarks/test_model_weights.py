@@ -4,9 +4,15 @@ import struct
 
 import model_weights
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+)
 
 HIDDEN, INNER, POSITIONS = 32, 64, 8
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁good", "▁film", "▁", "s", "fi"]
@@ -104,3 +110,30 @@ def test_a_missing_gguf_package_is_named_before_anything_is_fetched(monkeypatch)
     monkeypatch.setattr(model_weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(model_weights.DataError, match="pip install gguf"):
         model_weights.smollm2_path()
+
+
+# ---------------------------------------------------------------- the network for digits
+def test_network_for_digits_is_made_once_and_loads_with_a_head(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ADAPT_CACHE", str(tmp_path / "one"))
+    folder = model_weights.digits_model_path()
+    made = (folder / "model.safetensors").read_bytes()
+    torch.manual_seed(1)  # its weights do not depend on what was drawn before
+    monkeypatch.setenv("HF_ADAPT_CACHE", str(tmp_path / "other"))
+    assert (model_weights.digits_model_path() / "model.safetensors").read_bytes() == made
+    (folder / "model.safetensors").write_bytes(b"kept")
+    monkeypatch.setenv("HF_ADAPT_CACHE", str(tmp_path / "one"))
+    assert model_weights.digits_model_path() == folder
+    assert (folder / "model.safetensors").read_bytes() == b"kept"
+
+    folder = tmp_path / "other" / folder.name
+    model, found = AutoModelForImageClassification.from_pretrained(
+        folder, num_labels=10, output_loading_info=True
+    )
+    assert set(found["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert not found["unexpected_keys"]
+    assert 100_000 < model.num_parameters() < 300_000
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    image = PIL.Image.new("L", (16, 16), 255).convert("RGB")
+    pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16) and (pixels == 1).all()
+    assert model(pixels).logits.shape == (1, 10)

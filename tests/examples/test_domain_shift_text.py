@@ -57,11 +57,14 @@ def test_other_domains_are_fetched_when_they_are_named(tiny, tmp_path):
     assert "## sms → email" in (tmp_path / "out" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["vader4", "spam2"])
+PAIRS = {"vader4": 12, "spam2": 2, "digits": 2, "brown": 2, "multilingual": 2}
+
+
+@pytest.mark.parametrize("name", PAIRS)
 def test_configurations_of_the_benchmarks_are_right(name, tmp_path, monkeypatch):
     from hf_adapt.experiments.config import Experiment
     from hf_adapt.experiments.settings import Settings
 
     file = demo.Path(demo.__file__).parents[1] / "benchmarks" / "configs" / f"{name}.yaml"
     experiment = Experiment.read(Settings.read(file))
-    assert len(experiment.pairs) == {"vader4": 12, "spam2": 2}[name]
+    assert len(experiment.pairs) == PAIRS[name]
