@@ -30,6 +30,7 @@ from hf_adapt.engine.probe import Probe
 from hf_adapt.engine.progress import value_at
 from hf_adapt.engine.streams import TRAINING, StreamTable
 from hf_adapt.engine.terms import FUSED, TaskLosses, Terms
+from hf_adapt.models.heads import has_head
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -76,6 +77,7 @@ class TrainingStep:
             StreamTable() if data is None else data.table,
             tuple(dict.fromkeys([*trainer.label_names, "labels"])),
             may_be_frozen=any(control.freezes for control in controls),
+            added_ids=_added_ids(trainer) if has_head(model, "token_classification") else (),
         )
         self.forward = ForwardPass(trainer, model, self.layout, adaptations, base_loss)
         self.counts = StepCounts(trainer, self.layout, self.objectives)
@@ -115,7 +117,8 @@ class TrainingStep:
             domain, stands_in = given.pop(DOMAIN), given.pop(STAND_IN, None) is not None
             columns = take_columns(given, len(domain))
             extra = {k: given.pop(k) for k in self.extra_inputs if k in given}
-            part = Part(given, domain, stream, columns=columns, extra=extra)
+            added = self.layout.added_tokens(given)
+            part = Part(given, domain, stream, columns=columns, extra=extra, added=added)
             part.is_stand_in = stands_in
             parts.append(part)
         return parts
@@ -257,3 +260,16 @@ class TrainingStep:
         """The first batch with a label: a loss over none is NaN and shows nothing."""
         labelled = (b for b in batches if (count_labels(self.trainer, b) or 0) > 0)
         return next(labelled, batches[0])
+
+
+def _added_ids(trainer: Trainer) -> tuple[int, ...]:
+    """Ids of the tokens that a Trainer's tokenizer puts around a text.
+
+    Unknown words and tokens of the user's own are part of the text.
+    """
+    tokenizer = trainer.processing_class
+    if tokenizer is None:
+        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
+    kinds = ("cls", "sep", "bos", "eos", "pad")
+    found = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
+    return tuple(sorted(found - {None, getattr(tokenizer, "unk_token_id", None)}))
