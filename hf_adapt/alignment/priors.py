@@ -25,6 +25,8 @@ from hf_adapt.engine.streams import TARGET, TRAINING
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from hf_adapt.engine.batch import Batch
+
 logger = logging.getLogger(__name__)
 
 NamedPriors = Literal["uniform", "predicted", "source", "estimate"]
@@ -362,8 +364,7 @@ class PriorObjective(ClassPredictions):
         if self._priors is None and self._kind in ("source", "estimate"):
             self._priors = self.source_priors()
         if self.estimates_priors and step in self.estimation_steps():
-            read = self._trainer.sweep(self, TARGET, lambda batch: {"logits": batch.logits()[0]})
-            self.refresh_priors(read["logits"])
+            self.refresh_priors(self._trainer.sweep(self, TARGET, predicted)["logits"])
 
     def estimation_steps(self) -> Collection[int]:
         """Before which steps frequencies are estimated, if they are: at each fifth of training."""
@@ -371,9 +372,8 @@ class PriorObjective(ClassPredictions):
 
     def source_priors(self) -> torch.Tensor:
         """The class frequencies of the training rows, (C,)."""
-        found = self._trainer.sweep(self, TRAINING, _labelled)
-        labels, classes = found["labels"], found["logits"].shape[1]
-        counts = torch.bincount(labels[labels >= 0], minlength=classes)
+        found = self._trainer.sweep(self, TRAINING, _counted, forward=False)
+        counts: torch.Tensor = found["counts"].sum(0)
         if self._kind == "estimate" and not bool((counts > 0).all()):
             raise ValueError(
                 f"{self.name}: class frequencies are estimated from predictions for source rows of "
@@ -404,10 +404,14 @@ class PriorObjective(ClassPredictions):
             )
         return priors.to(self._trainer.args.device)
 
-    def refresh_priors(self, target_logits: torch.Tensor) -> None:
-        """Estimate the frequencies again from predictions for the target rows, (M, C).
+    def refresh_priors(
+        self, target_logits: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Estimate the frequencies again, where they are not given.
 
-        Nothing is done where they are given.
+        Args:
+            target_logits: (M, C), predictions for the target rows.
+            weights: The weights that made them, if not the model's own.
         """
         if not self.estimates_priors:
             return
@@ -415,7 +419,7 @@ class PriorObjective(ClassPredictions):
             mean = target_logits.softmax(1).mean(0)
             self._priors = (mean + 1 / len(mean)) / 2
             return
-        source = self._trainer.sweep(self, TRAINING, _labelled)
+        source = self._trainer.sweep(self, TRAINING, _labelled, weights)
         kept = source["labels"] >= 0
         self._priors = estimate_priors(
             source["logits"][kept], source["labels"][kept], target_logits
@@ -438,8 +442,18 @@ class PriorObjective(ClassPredictions):
         self._trainer = None
 
 
-def _labelled(batch: Any) -> dict[str, torch.Tensor]:
+def predicted(batch: Batch) -> dict[str, torch.Tensor]:
+    """What a pass keeps to estimate frequencies: the predictions."""
+    return {"logits": batch.logits()[0]}
+
+
+def _labelled(batch: Batch) -> dict[str, torch.Tensor]:
     return {"logits": batch.logits()[0], "labels": batch.labels()}
+
+
+def _counted(batch: Batch) -> dict[str, torch.Tensor]:
+    labels = batch.labels()
+    return {"counts": torch.bincount(labels[labels >= 0], minlength=batch.num_classes)[None]}
 
 
 def corrected_logits(

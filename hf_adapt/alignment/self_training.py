@@ -220,7 +220,7 @@ class SelfTraining(RowBankObjective):
         trainer: Any = self._trainer
         weights = None if self.average is None else self.average.weights
         found = trainer.sweep(self, TARGET, self._predictions, weights)
-        self.refresh_priors(found["logits"])
+        self.refresh_priors(found["logits"], weights)
         probabilities = found["logits"].softmax(1)
         if not bool(probabilities.isfinite().all()):
             raise ValueError(

@@ -44,6 +44,7 @@ class Rows:
         parts: One part, and one for each stream that goes through the model separately.
         model: The unwrapped model.
         num_domains: Number of domains, the source included.
+        num_classes: How many scores a prediction has; 0 where the model gives none.
         domain_streams: The stream of each domain number.
     """
 
@@ -59,6 +60,11 @@ class Rows:
     def num_domains(self) -> int:
         """Number of domains, the source included."""
         return len(self.domain_streams)
+
+    @property
+    def num_classes(self) -> int:
+        """How many scores a prediction has; 0 where the model gives none."""
+        return self._layout.num_classes
 
     def ratio(self, stream: str = TARGET) -> float:
         """How many rows of a stream each training row brings along; 0 where there is none."""

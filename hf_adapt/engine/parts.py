@@ -201,6 +201,7 @@ class Layout:
         token_features: Ids of the modules whose output has one vector per token.
         choice_features: Ids of the modules whose output has one entry per choice of a row.
         token_logits: Whether the model predicts per token rather than per row.
+        num_classes: How many scores a prediction has; 0 where there are none.
         may_be_frozen: Whether an adaptation freezes parts of the model for a while.
         added_ids: Ids of the tokens that the tokenizer adds to a text, where the head classifies
             tokens.
@@ -213,6 +214,7 @@ class Layout:
     token_features: set[int] = field(default_factory=set)
     choice_features: set[int] = field(default_factory=set)
     token_logits: bool = False
+    num_classes: int = 0
     may_be_frozen: bool = False
     added_ids: tuple[int, ...] = ()
 
@@ -231,5 +233,6 @@ class Layout:
             self.choice_features |= {key for key, h in hidden if len(h) > rows}
             try:
                 self.token_logits = self.token_logits or part.logits.ndim == 3
+                self.num_classes = part.logits.shape[-1]
             except ValueError:
                 continue  # no logits; an objective that needs them says so

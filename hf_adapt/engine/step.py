@@ -157,13 +157,20 @@ class TrainingStep:
 
         return Batch(parts, self.layout, self.progress, self.metrics, run)
 
-    def evaluated(self, inputs: Mapping[str, Any], stream: str) -> Batch:
-        """Rows of one stream after a forward without a loss, outside the run's own batches."""
+    def evaluated(self, inputs: Mapping[str, Any], stream: str, forward: bool = True) -> Batch:
+        """Rows of one stream after a forward without a loss, outside the run's own batches.
+
+        Args:
+            inputs: The batch.
+            stream: Whose rows they are.
+            forward: Whether there is a forward; the batch has no outputs else.
+        """
         model = self.trainer.model_wrapped
         part, *_ = self._parts(inputs)
         part.stream = stream if stream in self.layout.table.separate else TRAINING
-        with self.trainer.compute_loss_context_manager():
-            self.forward.features(model, part)
+        if forward:
+            with self.trainer.compute_loss_context_manager():
+                self.forward.features(model, part)
         return self._batch(model, [part])
 
     def compute_loss(
@@ -272,4 +279,5 @@ def _added_ids(trainer: Trainer) -> tuple[int, ...]:
         tokenizer = getattr(trainer.data_collator, "tokenizer", None)
     kinds = ("cls", "sep", "bos", "eos", "pad")
     found = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
-    return tuple(sorted(found - {None, getattr(tokenizer, "unk_token_id", None)}))
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return tuple(sorted(number for number in found if number not in (None, unknown)))
