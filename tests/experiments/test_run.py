@@ -72,6 +72,17 @@ def test_only_what_is_missing_is_run(
     assert len(trained) == 5
 
 
+@pytest.mark.parametrize("content", ["", '{"seconds": 3', "[1]", "{}", b"\xff\xfe"])
+def test_a_result_that_is_cut_off_is_made_again(
+    write_config: Config, tmp_path: Path, trained: list[int], content: str | bytes
+) -> None:
+    run(write_config(), "--method", "source only")
+    (file,) = (tmp_path / "out").rglob("result.json")
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    run(write_config(), "--method", "source only")
+    assert len(trained) == 2 and json.loads(file.read_text())["seed"] == 42
+
+
 def test_failed_run_is_shown_and_tried_again_and_the_others_go_on(
     write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +312,7 @@ def test_target_without_labels_gives_a_model_and_no_score(tmp_path: Path, model_
     assert [line["method"] for line in lines] == ["source only", "recommended"]
     assert [line["target_accuracy"] for line in lines] == ["", ""]
     assert "48 of the target without; 12 and 0 to test on" in printed
+    assert "theirs has no labels in a column 'label' (it has text), so there is no" in printed
     assert "Predicted shares" in printed and "target acc." not in printed
     folder = lines[1]["model"]
     assert f"'{folder}'" in printed
@@ -320,6 +332,25 @@ def test_target_with_labels_gives_a_score(tmp_path: Path, model_dir: Path) -> No
     words[1] = str(source)
     run(*words, "--text-column", "review", "--label-column", "stars")
     assert all(float(line["target_accuracy"]) >= 0 for line in results(tmp_path / "out"))
+
+
+def test_a_mistyped_label_column_of_the_target(
+    write_config: Config, domains: dict[str, str], tmp_path: Path, trained: list[int]
+) -> None:
+    """Named for the target alone it must be there; named for both it may be, and is asked for."""
+    other = str(write_csv(tmp_path / "other.csv", rows("phone"), "text,labels"))
+    data = {"films": domains["films"], "phones": {"train": other, "label_column": "lable"}}
+    printed = run(write_config(data=data), fails=True)
+    assert "and not 'lable'. Did you mean 'labels'? Name it with label_column" in printed
+    assert not trained
+    config = write_config(data={**data, "phones": other}, methods={"source only": []})
+    for words in ((), ("--label-column", "label")):
+        printed = run(config, *words)
+        hint = "no labels in a column 'label' (it has text, labels; did you mean 'labels'?)"
+        assert hint in printed
+    data["phones"] = {"train": other, "label_column": "labels"}
+    run(write_config(data=data, methods={"source only": []}))
+    assert results(tmp_path / "out")[0]["target_accuracy"]
 
 
 def test_rows_without_a_label_are_training_rows(tmp_path: Path, model_dir: Path) -> None:
