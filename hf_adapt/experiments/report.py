@@ -67,7 +67,7 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
     shown: list[tuple[str, Cells]] = []
     if several:
         shown.append(("Average over the pairs", tables.summary_table(rows, results)))
-        shown.append(("Accuracy on the target", tables.accuracy_table(experiment, rows)))
+        shown.append(("Accuracy on the target", tables.accuracy_table(experiment, rows, results)))
     else:
         title = " → ".join(experiment.pairs[0])
         shown.append((title, tables.pair_table(experiment, rows, results)))

@@ -12,6 +12,7 @@ from transformers import Trainer, pipeline
 
 from hf_adapt.alignment import MMD
 from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.experiments import plots
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
 
@@ -282,7 +283,34 @@ def test_warnings_of_a_method_are_counted(
         ("2", "too [far]"),
         ("0", ""),
     ]
-    assert "| MMD (1 warned) |" in (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| MMD (1 warned) |" in table.split("Predicted")[0]
+    assert "| films → phones | MMD (1 warned) |" in table.split("Predicted")[1]
+
+
+def test_a_warned_or_failed_run_is_marked_wherever_it_stands(
+    write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two pairs, by the seed that was warned of."""
+    log, figures = logging.getLogger("hf_adapt.alignment.mmd"), []
+
+    def noisy(self: MMD, trainer: Trainer) -> None:
+        (log.warning if trainer.args.seed == 42 else log.info)("too far")
+        if trainer.args.seed == 43 and "films-phones" in str(trainer.args.output_dir):
+            raise ArithmeticError("no such kernel")
+
+    monkeypatch.setattr(MMD, "begin", noisy)
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    run(write_config(pairs="all", seeds=2), fails=True)
+    table = (tmp_path / "out" / "table.md").read_text()
+    means, scores, shares = table.split("## ")[1:]
+    assert means.count("| MMD (1 failed, 2 warned) |") == 1
+    for name, mark in (("films → phones", "1 failed, 1 warned"), ("phones → films", "1 warned")):
+        (line,) = (line for line in scores.splitlines() if line.startswith(f"| {name}"))
+        assert line.count("(") == 1 and line.split(" | ")[2].endswith(f" ({mark})")
+        assert f"| {name} | MMD ({mark}) |" in shares
+    names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert names == ["source only", "MMD (1 failed, 2 warned)", "bound"]
 
 
 def test_a_model_that_is_missing_ends_it_at_once(write_config: Config, trained: list[int]) -> None:
