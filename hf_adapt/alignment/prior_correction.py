@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_adapt.alignment.heads import last_linear
+from hf_adapt.alignment.predictions import refuse_heads
 from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors, predicted
 from hf_adapt.alignment.source_weights import (
     num_source_labels,
@@ -84,6 +85,7 @@ class PriorCorrection(PriorObjective):
     def setup(self, trainer: Trainer) -> None:
         """Refuse what cannot be weighted or corrected."""
         super().setup(trainer)
+        refuse_heads(trainer.model, "PriorCorrection", "multiple_choice")
         refuse_other_losses(trainer, "PriorCorrection")
         bias = head_bias(trainer.accelerator.unwrap_model(trainer.model))
         self._trainer.check_sweep(TRAINING)

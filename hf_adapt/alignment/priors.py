@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from hf_adapt.alignment.predictions import LANGUAGE_MODELS, ClassPredictions, refuse_heads
 from hf_adapt.engine.streams import TARGET, TRAINING
+from hf_adapt.models.heads import has_head
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -297,8 +298,9 @@ def resolved_priors(given: Priors, names: Mapping[int, str]) -> torch.Tensor:
 
 def class_names(trainer: Trainer, num_classes: int) -> dict[int, str]:
     """The classes of the Trainer's model, by their numbers."""
-    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
-    names = getattr(config, "id2label", None) or {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    has_names = not has_head(model, "multiple_choice")
+    names = (getattr(getattr(model, "config", None), "id2label", None) or {}) if has_names else {}
     return {i: str(names.get(i, i)) for i in range(num_classes)}
 
 
@@ -333,9 +335,17 @@ class PriorObjective(ClassPredictions):
         self._priors = None
         model = trainer.accelerator.unwrap_model(trainer.model)
         size = getattr(getattr(model, "config", None), "num_labels", None)
+        if has_head(model, "multiple_choice"):  # of which `num_labels` says nothing
+            size = None
+            if isinstance(self._used, Mapping):
+                raise ValueError(
+                    "target_priors names classes, and those of a multiple choice are the places of "
+                    "the answers, which have no names. Give an array with the frequency of each "
+                    "place."
+                )
         if not self._kind and size is not None:  # what is wrong is told before anything is trained
             self._priors = resolved_priors(self._used, class_names(trainer, size))
-        elif self._kind not in get_args(NamedPriors):
+        elif self._kind and self._kind not in get_args(NamedPriors):
             resolved_priors(self._used, class_names(trainer, size or 2))
         if self._kind == "estimate":
             self._trainer.check_sweep(TARGET)

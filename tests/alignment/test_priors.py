@@ -4,12 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from transformers import Trainer
+from transformers import BertForMultipleChoice, Trainer
 
 from hf_adapt import MMD, AdaptationCallback, InformationMaximization, Stream, adapt
 from hf_adapt.alignment import (
@@ -23,7 +24,7 @@ from hf_adapt.alignment import (
 from hf_adapt.alignment.prior_correction import head_bias
 from hf_adapt.alignment.priors import resolved_priors
 from tests.helpers.data import collate, rows
-from tests.helpers.models import bert
+from tests.helpers.models import bert, bert_config
 from tests.helpers.trainers import arguments
 
 NAMES = {0: "ham", 1: "spam", 2: "other"}
@@ -199,6 +200,34 @@ def test_frequencies_given_twice_or_wrongly_are_refused_before_training(tmp_path
     with pytest.raises(ValueError, match="expected 3 numbers"):
         run.train()
     assert run.state.global_step == 0
+
+
+@pytest.mark.parametrize("method", [SelfTraining, InformationMaximization])
+def test_the_places_of_a_multiple_choice_have_frequencies_and_no_names(
+    method: Any, tmp_path: Path
+) -> None:
+    """Three answers, where the model's configuration says two classes, as it does by default."""
+
+    data = datasets.Dataset.from_list(
+        [{"input_ids": [[5 + i, 6], [7, 8], [9, 9 + i]], "labels": i % 3} for i in range(8)]
+    )
+
+    def made(priors: Any) -> Trainer:
+        run = Trainer(BertForMultipleChoice(bert_config()), arguments(tmp_path), train_dataset=data)
+        target = data.remove_columns("labels")
+        return adapt(run, method(), target_dataset=target, target_priors=priors)
+
+    run = made([0.5, 0.3, 0.2])
+    assert run.model.config.num_labels == 2  # type: ignore[union-attr]
+    run.train()
+    for names in ({"LABEL_0": 0.5, "LABEL_1": 0.5}, {0: 0.5, 1: 0.3, 2: 0.2}):
+        with pytest.raises(ValueError, match=r"which have no names\. Give an array"):
+            made(names).train()
+    with pytest.raises(ValueError, match=r"expected 3 numbers .* of the classes '0', '1', '2'"):
+        made([0.5, 0.5]).train()
+    method = PriorCorrection  # whose head has one bias for all places
+    with pytest.raises(ValueError, match=r"PriorCorrection needs a head .* BertForMultipleChoice"):
+        made([0.5, 0.3, 0.2]).train()
 
 
 def test_the_sources_own_frequencies_are_counted(tmp_path: Path) -> None:
