@@ -68,7 +68,6 @@ class ADDA(DANN):
     ) -> None:
         super().__init__(weight, **adversary)
         self.source_model = source_model
-        self._frozen: list[nn.Parameter] = []
         self._label_names: set[str] = set()
 
     def setup(self, trainer: Trainer) -> None:
@@ -95,9 +94,7 @@ class ADDA(DANN):
             )
         self.source_model.requires_grad_(False).eval().to(trainer.args.device)
         encoder = {id(p) for p in find_feature_module(model, None).parameters()}
-        self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in encoder]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        self.fixed = [p for p in model.parameters() if p.requires_grad and id(p) not in encoder]
         self._label_names = {*trainer.label_names, "labels"}
 
     def base_weight(self, progress: float) -> float:
@@ -127,9 +124,3 @@ class ADDA(DANN):
         mask = chosen.item_mask if batch.pooling == "tokens" else chosen.attention_mask
         mask = token_mask(hidden, mask, self.source_model) if hidden.ndim == 3 else hidden
         return pool(hidden, mask, batch.pooling)
-
-    def close(self) -> None:
-        """Let the head be trained again."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = []

@@ -124,7 +124,6 @@ class SHOT(RowBankObjective):
             raise ValueError(f"pseudo_label_weight={pseudo_label_weight} must not be negative.")
         self.pseudo_label_weight = pseudo_label_weight
         self.prior = prior
-        self._frozen: list[torch.nn.Parameter] = []
 
     def base_weight(self, progress: float) -> float:
         """0: the rows' labels are not used."""
@@ -141,14 +140,12 @@ class SHOT(RowBankObjective):
         model: Any = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
         base = set(map(id, model.base_model.parameters()))
         own = [p for p in model.parameters() if p.requires_grad]
-        self._frozen = [p for p in own if id(p) not in base]
-        if len(self._frozen) == len(own) or model.base_model is model:
+        self.fixed = [p for p in own if id(p) not in base]
+        if len(self.fixed) == len(own) or model.base_model is model:
             raise ValueError(
                 f"SHOT freezes the head and trains the encoder of a model; {type(model).__name__} "
                 "has no trainable encoder beside its head. Unfreeze it."
             )
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
 
     def before_step(self, step: int) -> None:
         """Label the rows, at the beginning of each epoch."""
@@ -180,13 +177,6 @@ class SHOT(RowBankObjective):
             "divergence": prior_divergence(logits, self.target_priors(logits.shape[1])),
             "pseudo_labels": (self.pseudo_label_weight * losses, count),
         }
-
-    def close(self) -> None:
-        """Let the head be trained again."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = []
-        super().close()
 
 
 def shot(

@@ -74,6 +74,7 @@ class AdaptationRun:
         self._passes: dict[Hashable, Pass] | None = None
         self._schedule: Callable[[int], float] | None = None
         self._divided_groups = DividedGroups()
+        self._fixed: list[nn.Parameter] = []
 
     # ---- start and end ----
 
@@ -88,6 +89,9 @@ class AdaptationRun:
         forget_compiled(self.trainer)
         for adaptation in self.adaptations:
             adaptation.setup(self.trainer)
+        self._fixed = [p for a in self.adaptations for p in a.fixed if p.requires_grad]
+        for parameter in self._fixed:
+            parameter.requires_grad_(False)
         self.step.forward.connect()
 
     def begin(self) -> None:
@@ -108,6 +112,8 @@ class AdaptationRun:
     def close(self) -> None:
         """Remove all hooks and restore what was changed."""
         with ExitStack() as stack:  # whatever one of them raises, the others are closed
+            for parameter in self._fixed:
+                stack.callback(parameter.requires_grad_, True)
             stack.callback(self.step.forward.close)
             for adaptation in reversed(self.adaptations):
                 stack.callback(adaptation.close)

@@ -38,6 +38,12 @@ def resumed_from(trainer: Trainer) -> Path | None:
     return None if run is None or run.checkpoint is None else Path(run.checkpoint)
 
 
+def fixed_parameters(trainer: Trainer) -> set[int]:
+    """The ids of the parameters that adaptations of the run under way hold fixed."""
+    run = getattr(trainer, "_adaptation_run", None)
+    return set() if run is None else {id(p) for each in run.adaptations for p in each.fixed}
+
+
 def added_inputs(trainer: Trainer) -> set[str]:
     """The inputs that the Trainer's adaptations add for its own model, and for no other."""
     present = trainer._present_adaptations() if hasattr(trainer, "_present_adaptations") else ()

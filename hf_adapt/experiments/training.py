@@ -9,7 +9,7 @@ import io
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.hub_names import check_hub_name
 from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing
+from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 
 PRETRAINING_EPOCHS = 10
 
@@ -105,6 +106,13 @@ class _Run:
     model: PreTrainedModel
     frozen: Sequence[str]
 
+    @property
+    def store(self) -> str | None:
+        """The folder in which all runs keep what the frozen layers return, if they do."""
+        if not (self.experiment.cache_prefix and self.frozen):
+            return None
+        return str(Path(self.experiment.output_dir, "frozen_prefix"))
+
     def rows(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """Rows as the model takes them."""
         return self.task.prepared(dataset, self.processor, self.experiment.max_length)
@@ -142,12 +150,13 @@ def train_and_test(
         trainer = _trained(run, method)
         result: dict[str, Any] = {"seconds": time.perf_counter() - start}
         result["peak_memory_mb"] = None if before is None else peak(device) / 2**20
-    for name, domain in (("source", pair.source), ("target", pair.target)):
-        tested, is_scored = domain["test"], len(domain["test"]) > 0
-        if not is_scored:
-            tested = run.task.with_any_labels(pair.target_unlabelled)
-        scores = _scores(trainer, run.rows(tested), run.task, pair.labels, is_scored)
-        result |= {f"{name}_{key}": value for key, value in scores.items()}
+    with _frozen_prefix(run, trainer):
+        for name, domain in (("source", pair.source), ("target", pair.target)):
+            tested, is_scored = domain["test"], len(domain["test"]) > 0
+            if not is_scored:
+                tested = run.task.with_any_labels(pair.target_unlabelled)
+            scores = _scores(trainer, run.rows(tested), run.task, pair.labels, is_scored)
+            result |= {f"{name}_{key}": value for key, value in scores.items()}
     result["warnings"] = len(warnings.texts)
     result["first_warning"] = warnings.texts[0] if warnings.texts else None
     shutil.rmtree(folder / "pretraining", ignore_errors=True)
@@ -204,11 +213,9 @@ def _trainer(run: _Run, method: Method) -> Trainer:
         data_collator=run.task.collator(run.processor),
     )
     trainer.remove_callback(PrinterCallback)
-    if run.experiment.cache_prefix and run.frozen:
-        store = str(Path(run.experiment.output_dir, "frozen_prefix"))
+    if run.store is not None:
         frozen = FreezeOnly(*run.frozen)
-        prefix = GradualUnfreezing(frozen, cache_frozen_prefix=True, cache_dir=store)
-        adapt(trainer, prefix)
+        adapt(trainer, GradualUnfreezing(frozen, cache_frozen_prefix=True, cache_dir=run.store))
     if method.adaptations:
         adaptations = method.build(lambda: copy.deepcopy(run.model))
         priors = resolved_priors(method, pair, run.task)
@@ -276,6 +283,23 @@ def freeze(model: PreTrainedModel, groups: Sequence[str]) -> None:
     for group in layer_groups(model):
         for name in group.parameters if group.name in groups else ():
             named[name].requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _frozen_prefix(run: _Run, trainer: Trainer) -> Iterator[None]:
+    """Test rows are kept for the other runs as well, where training rows are."""
+    if run.store is None:
+        yield
+        return
+    groups = layer_groups(run.model)
+    freeze(run.model, run.frozen)
+    prefix = FrozenPrefix(trainer, run.model, groups, run.store)
+    try:
+        prefix.start_phase(frozenset(group.name for group in groups) - {*run.frozen})
+        with prefix.for_sweep():
+            yield
+    finally:
+        prefix.close()
 
 
 def _scores(

@@ -16,6 +16,7 @@ from hf_adapt.engine.training import (
     check_unused_parameters,
     checkpoint_without_reentry,
     expect_unused_parameters,
+    fixed_parameters,
     refuse_changing_gradients,
     steps_per_epoch,
     unwrapped_model,
@@ -165,9 +166,13 @@ class GradualUnfreezing(LearningRateControl):
         plan = self._builder.plan(model, self._groups, self._clock, trainer.args.seed)
         costs = group_costs(model, self._groups)
         self._plan = replace(plan, clock=self._clock, costs=costs)
-        self._set_timeline()
         named = dict(model.named_parameters())
-        self._parameters = {g.name: {n: named[n] for n in g.parameters} for g in self._groups}
+        fixed = fixed_parameters(trainer)
+        self._parameters = {
+            g.name: {n: named[n] for n in g.parameters if id(named[n]) not in fixed}
+            for g in self._groups
+        }
+        self._set_timeline()
         everything = {n: p for group in self._parameters.values() for n, p in group.items()}
         trained = frozenset().union(*self._plan.trained(self._groups))
         scheduled = {n: p for g in sorted(trained) for n, p in self._parameters[g].items()}
@@ -199,14 +204,17 @@ class GradualUnfreezing(LearningRateControl):
             if not self._trainable(trained):
                 raise ValueError(
                     f"Phase {number} trains only {', '.join(sorted(trained))}, whose learning rate "
-                    "is 0 (lr_multipliers, importance): nothing would learn."
+                    "is 0 (lr_multipliers, importance) or whose weights another adaptation holds "
+                    "fixed (SHOT, ADDA): nothing would learn."
                 )
 
     def _trainable(self, groups: frozenset[str]) -> frozenset[str]:
-        """Those whose learning-rate multiplier is not the constant 0."""
+        """Those with weights that may change, and no multiplier that is the constant 0."""
         multipliers, importance = self._plan.lr_multipliers, self._importance
         return frozenset(
-            g for g in groups if multipliers.get(g, 1.0) != 0 and importance.get(g) != 1
+            g
+            for g in groups
+            if self._parameters[g] and multipliers.get(g, 1.0) != 0 and importance.get(g) != 1
         )
 
     # ---- each optimizer step ----
@@ -280,7 +288,7 @@ class GradualUnfreezing(LearningRateControl):
             for p in group["params"]
         }
         for group, parameters in self._parameters.items():
-            first = next(iter(parameters.values()))
+            first = next(iter(parameters.values()), None)  # None where all of it is fixed
             rate = rate_of.get(id(first)) or 0.0  # None where the optimizer makes its own
             self._learning_rates[f"learning_rate/{group}"] = float(rate) * multipliers[group]
 

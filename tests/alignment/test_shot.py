@@ -1,6 +1,7 @@
 """SHOT: centroids by hand, what is frozen, what labels do, and a target that is found again."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import Trainer
 
 from hf_adapt import adapt
 from hf_adapt.alignment import SHOT, centroid_labels, shot
+from hf_adapt.unfreezing import LPFT, FreezeOnly, GradualUnfreezing
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, same_bits, weights
@@ -76,6 +78,22 @@ def test_the_head_of_a_model_with_adapters_stays(tmp_path: Path) -> None:
     shot(model, list(rows(12, 2, None)), arguments(tmp_path), data_collator=collate)
     moved = {key for key, value in weights(model).items() if not torch.equal(before[key], value)}
     assert moved and not any("classifier" in key for key in moved)
+
+
+def test_a_schedule_leaves_the_head_alone(tmp_path: Path) -> None:
+    def trainer(schedule: Any) -> Trainer:
+        args = arguments(tmp_path, max_steps=4)
+        made = Trainer(bert(), args, train_dataset=rows(12, 2, None), data_collator=collate)
+        return adapt(made, SHOT(), GradualUnfreezing(schedule))
+
+    adapted = trainer(FreezeOnly("embeddings"))
+    before = weights(adapted.model)
+    adapted.train()
+    moved = {k for k, value in weights(adapted.model).items() if not torch.equal(before[k], value)}
+    assert moved and not any(key.startswith(("classifier", "bert.embeddings")) for key in moved)
+    assert all(parameter.requires_grad for parameter in adapted.model.parameters())
+    with pytest.raises(ValueError, match=r"trains only head, .* holds fixed"):
+        trainer(LPFT()).train()
 
 
 def test_a_stream_is_refused_before_training(tmp_path: Path) -> None:

@@ -93,12 +93,12 @@ class FrozenPrefix:
 
     # ---- phases ----
 
-    def start_phase(self, trained: frozenset[str], num_steps: int) -> None:
+    def start_phase(self, trained: frozenset[str], num_steps: int | None = None) -> None:
         """Find the frozen lower layers and whether caching them pays.
 
         Args:
             trained: The groups that train from now on.
-            num_steps: Optimizer steps of the phase.
+            num_steps: Optimizer steps of the phase; None to cache however long it lasts.
         """
         self._close_store()
         self._prefix = PrefixLayers(self._layers[: self._frozen_depth(trained)])
@@ -108,7 +108,7 @@ class FrozenPrefix:
         if self._depth == 0:
             return
         epoch = steps_per_epoch(self.trainer)
-        if epoch is not None and num_steps <= epoch:
+        if epoch is not None and num_steps is not None and num_steps <= epoch:
             logger.info(
                 "The frozen prefix is not cached in this phase: it lasts %d steps, no more than "
                 "an epoch, so nothing would be read.",
