@@ -101,7 +101,8 @@ def _sum_of_mixed(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """
     total = torch.zeros(len(values), dtype=torch.long, device=values.device)
     step = max(1, (CPU_BLOCK if values.device.type == "cpu" else 2**24) // max(1, len(values)))
-    for own, at in zip(values.split(step, 1), places.split(step, 1), strict=True):
+    blocks = (torch.split(each, step, dim=1) for each in (values, places))
+    for own, at in zip(*blocks, strict=True):
         mixed = mixed_bits(mixed_bits(at.long()) + own)
         if len(places) == len(values):
             mixed *= at != 0
