@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import Objective, adapt
-from hf_adapt.alignment import ADDA, SelfTraining
+from hf_adapt.alignment import ADDA, SelfTraining, TargetLanguageModeling
 from tests.helpers import toy
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments
@@ -64,13 +64,16 @@ def target() -> Any:
     return made.map(lambda row: {"input_ids": [CLS, UNKNOWN, *row["input_ids"][2:]]})
 
 
-def trained(folder: Path, method: Any, side: str = "right", **settings: Any) -> Trainer:
+def trained(
+    folder: Path, method: Any, side: str = "right", knows: bool = True, **settings: Any
+) -> Trainer:
     """A step of a tagger on rows with [CLS], [SEP] and an unknown word."""
+    collate = toy.collator("token", side)
     trainer = Trainer(
         bert("token"),
         arguments(folder, max_steps=1, learning_rate=0.0),
         train_dataset=toy.rows(8, 1, "token", keep=()),
-        data_collator=toy.collator("token", side),
+        data_collator=collate if knows else lambda rows: collate(rows),
         **settings,
     )
     adapt(trainer, method, target_dataset=target()).train()
@@ -105,6 +108,18 @@ def test_pseudo_labels_and_predicted_frequencies_are_those_of_the_text(tmp_path:
         mean = trainer.model.eval()(**batch).logits[kept].softmax(-1).mean(0)
     torch.testing.assert_close(method.state_dict()["priors"], (mean + 1 / len(mean)) / 2)
     assert 0 < len(method.bank) <= int(kept.sum())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_words_are_predicted_where_they_stand(side: str, tmp_path: Path) -> None:
+    """As where the Trainer does not know the tokenizer, and all tokens are items."""
+    values = []
+    for knows in (True, False):
+        options = {"mask_probability": 0.5, "warmup": 0}
+        method = TargetLanguageModeling(tokenizer=toy.tokenizer(), **options)  # type: ignore[arg-type]
+        trainer = trained(tmp_path, method, side, knows)
+        values.append(trainer.state.log_history[0]["loss/target_language_modeling"])
+    assert values[0] == values[1] > 1
 
 
 def test_features_of_another_model_are_of_the_same_items(tmp_path: Path) -> None:
