@@ -121,6 +121,6 @@ class ADDA(DANN):
             inputs = {k: v for k, v in chosen.inputs.items() if k not in self._label_names}
             self.source_model(**inputs)
             hidden = take()[module]
-        mask = chosen.attention_mask
+        mask = chosen.item_mask if batch.pooling == "tokens" else chosen.attention_mask
         mask = token_mask(hidden, mask, self.source_model) if hidden.ndim == 3 else hidden
         return pool(hidden, mask, batch.pooling)

@@ -288,6 +288,9 @@ class TargetLanguageModeling(Objective):
             else:
                 labels = F.pad(ids.masked_fill(~real, IGNORED)[:, 1:], (0, 1), value=IGNORED)
                 labels = labels.masked_fill(~real, IGNORED)
+            if part.added is not None:  # no items of this head; they are masked nowhere either
+                real = real & ~part.added[kept]
+                labels = labels.masked_fill(~real, IGNORED)
             found.append((labels, real))
         return found
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hf_adapt.alignment.heads import last_linear
-from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors
+from hf_adapt.alignment.predictions import refuse_heads
+from hf_adapt.alignment.priors import LEAST, PriorObjective, Priors, predicted
 from hf_adapt.alignment.source_weights import (
     num_source_labels,
     refuse_other_losses,
@@ -84,6 +85,7 @@ class PriorCorrection(PriorObjective):
     def setup(self, trainer: Trainer) -> None:
         """Refuse what cannot be weighted or corrected."""
         super().setup(trainer)
+        refuse_heads(trainer.model, "PriorCorrection", "multiple_choice")
         refuse_other_losses(trainer, "PriorCorrection")
         bias = head_bias(trainer.accelerator.unwrap_model(trainer.model))
         self._trainer.check_sweep(TRAINING)
@@ -123,8 +125,7 @@ class PriorCorrection(PriorObjective):
     def finish(self, trainer: Trainer) -> None:
         """Estimate the target's frequencies, where they are not given; correct the head."""
         if self.estimates_priors:
-            found = self._trainer.sweep(self, TARGET, lambda b: {"logits": b.logits()[0]})
-            self.refresh_priors(found["logits"])
+            self.refresh_priors(self._trainer.sweep(self, TARGET, predicted)["logits"])
         source = self.source_priors() if self._source is None else self._source
         target = self.target_priors(len(source))
         trained = torch.full_like(target, 1 / len(target)) if self.balance else source

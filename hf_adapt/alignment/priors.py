@@ -21,9 +21,12 @@ import torch.nn.functional as F
 
 from hf_adapt.alignment.predictions import LANGUAGE_MODELS, ClassPredictions, refuse_heads
 from hf_adapt.engine.streams import TARGET, TRAINING
+from hf_adapt.models.heads import has_head
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from hf_adapt.engine.batch import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -295,8 +298,9 @@ def resolved_priors(given: Priors, names: Mapping[int, str]) -> torch.Tensor:
 
 def class_names(trainer: Trainer, num_classes: int) -> dict[int, str]:
     """The classes of the Trainer's model, by their numbers."""
-    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
-    names = getattr(config, "id2label", None) or {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    has_names = not has_head(model, "multiple_choice")
+    names = (getattr(getattr(model, "config", None), "id2label", None) or {}) if has_names else {}
     return {i: str(names.get(i, i)) for i in range(num_classes)}
 
 
@@ -331,9 +335,17 @@ class PriorObjective(ClassPredictions):
         self._priors = None
         model = trainer.accelerator.unwrap_model(trainer.model)
         size = getattr(getattr(model, "config", None), "num_labels", None)
+        if has_head(model, "multiple_choice"):  # of which `num_labels` says nothing
+            size = None
+            if isinstance(self._used, Mapping):
+                raise ValueError(
+                    "target_priors names classes, and those of a multiple choice are the places of "
+                    "the answers, which have no names. Give an array with the frequency of each "
+                    "place."
+                )
         if not self._kind and size is not None:  # what is wrong is told before anything is trained
             self._priors = resolved_priors(self._used, class_names(trainer, size))
-        elif self._kind not in get_args(NamedPriors):
+        elif self._kind and self._kind not in get_args(NamedPriors):
             resolved_priors(self._used, class_names(trainer, size or 2))
         if self._kind == "estimate":
             self._trainer.check_sweep(TARGET)
@@ -362,8 +374,7 @@ class PriorObjective(ClassPredictions):
         if self._priors is None and self._kind in ("source", "estimate"):
             self._priors = self.source_priors()
         if self.estimates_priors and step in self.estimation_steps():
-            read = self._trainer.sweep(self, TARGET, lambda batch: {"logits": batch.logits()[0]})
-            self.refresh_priors(read["logits"])
+            self.refresh_priors(self._trainer.sweep(self, TARGET, predicted)["logits"])
 
     def estimation_steps(self) -> Collection[int]:
         """Before which steps frequencies are estimated, if they are: at each fifth of training."""
@@ -371,9 +382,8 @@ class PriorObjective(ClassPredictions):
 
     def source_priors(self) -> torch.Tensor:
         """The class frequencies of the training rows, (C,)."""
-        found = self._trainer.sweep(self, TRAINING, _labelled)
-        labels, classes = found["labels"], found["logits"].shape[1]
-        counts = torch.bincount(labels[labels >= 0], minlength=classes)
+        found = self._trainer.sweep(self, TRAINING, _counted, forward=False)
+        counts: torch.Tensor = found["counts"].sum(0)
         if self._kind == "estimate" and not bool((counts > 0).all()):
             raise ValueError(
                 f"{self.name}: class frequencies are estimated from predictions for source rows of "
@@ -404,10 +414,14 @@ class PriorObjective(ClassPredictions):
             )
         return priors.to(self._trainer.args.device)
 
-    def refresh_priors(self, target_logits: torch.Tensor) -> None:
-        """Estimate the frequencies again from predictions for the target rows, (M, C).
+    def refresh_priors(
+        self, target_logits: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Estimate the frequencies again, where they are not given.
 
-        Nothing is done where they are given.
+        Args:
+            target_logits: (M, C), predictions for the target rows.
+            weights: The weights that made them, if not the model's own.
         """
         if not self.estimates_priors:
             return
@@ -415,7 +429,7 @@ class PriorObjective(ClassPredictions):
             mean = target_logits.softmax(1).mean(0)
             self._priors = (mean + 1 / len(mean)) / 2
             return
-        source = self._trainer.sweep(self, TRAINING, _labelled)
+        source = self._trainer.sweep(self, TRAINING, _labelled, weights)
         kept = source["labels"] >= 0
         self._priors = estimate_priors(
             source["logits"][kept], source["labels"][kept], target_logits
@@ -438,8 +452,18 @@ class PriorObjective(ClassPredictions):
         self._trainer = None
 
 
-def _labelled(batch: Any) -> dict[str, torch.Tensor]:
+def predicted(batch: Batch) -> dict[str, torch.Tensor]:
+    """What a pass keeps to estimate frequencies: the predictions."""
+    return {"logits": batch.logits()[0]}
+
+
+def _labelled(batch: Batch) -> dict[str, torch.Tensor]:
     return {"logits": batch.logits()[0], "labels": batch.labels()}
+
+
+def _counted(batch: Batch) -> dict[str, torch.Tensor]:
+    labels = batch.labels()
+    return {"counts": torch.bincount(labels[labels >= 0], minlength=batch.num_classes)[None]}
 
 
 def corrected_logits(

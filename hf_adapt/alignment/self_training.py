@@ -208,11 +208,8 @@ class SelfTraining(RowBankObjective):
             self.refresh(share)
 
     def _predictions(self, batch: Batch) -> dict[str, torch.Tensor]:
-        keys = batch.keys()
-        rows = torch.cat([part.keys for part in batch.parts])
-        if len(rows) < len(keys):
-            rows = torch.cat([p.keys.repeat_interleave(p.token_counts) for p in batch.parts])
-        return {"logits": self.class_logits(batch)[0], "keys": keys, "rows": rows}
+        logits, _ = self.class_logits(batch)
+        return {"logits": logits, "keys": batch.keys(), "rows": batch.row_keys()}
 
     def estimation_steps(self) -> Collection[int]:
         """None: they are estimated whenever rows are labelled."""
@@ -223,7 +220,7 @@ class SelfTraining(RowBankObjective):
         trainer: Any = self._trainer
         weights = None if self.average is None else self.average.weights
         found = trainer.sweep(self, TARGET, self._predictions, weights)
-        self.refresh_priors(found["logits"])
+        self.refresh_priors(found["logits"], weights)
         probabilities = found["logits"].softmax(1)
         if not bool(probabilities.isfinite().all()):
             raise ValueError(

@@ -19,6 +19,8 @@ PLAIN = (
     "num_test",
     "balanced",
     "max_length",
+    "text_column",
+    "label_column",
     "freeze_layers",
     "cache_prefix",
     "save_models",
@@ -165,13 +167,10 @@ def _choose_pairs(settings: Settings, flags: Mapping[str, Any]) -> None:
         for other in [other for other in data if other not in names]:
             del data[other]
         settings.set(("pairs",), [names], "--source")
-    for option in ("text_column", "label_column"):
-        if option in flags:
-            for name, spec in data.items():
-                if isinstance(spec, str):
-                    data[name] = {"train": spec}
-                flag = f"--{option.replace('_', '-')}"
-                settings.set(("data", name, option), flags[option], flag)
+    for option in {"text_column", "label_column"} & flags.keys():
+        for spec in data.values():
+            if isinstance(spec, dict):
+                spec.pop(option, None)
     if chosen := flags.get("pair"):
         pairs = [each.split(":") for each in chosen]
         settings.set(("pairs",), pairs, "--pair")

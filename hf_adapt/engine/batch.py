@@ -44,6 +44,7 @@ class Rows:
         parts: One part, and one for each stream that goes through the model separately.
         model: The unwrapped model.
         num_domains: Number of domains, the source included.
+        num_classes: How many scores a prediction has; 0 where the model gives none.
         domain_streams: The stream of each domain number.
     """
 
@@ -59,6 +60,11 @@ class Rows:
     def num_domains(self) -> int:
         """Number of domains, the source included."""
         return len(self.domain_streams)
+
+    @property
+    def num_classes(self) -> int:
+        """How many scores a prediction has; 0 where the model gives none."""
+        return self._layout.num_classes
 
     def ratio(self, stream: str = TARGET) -> float:
         """How many rows of a stream each training row brings along; 0 where there is none."""
@@ -113,6 +119,12 @@ class Rows:
             tokens = self._layout.token_logits
             found.append(item_keys(keys, part.token_counts) if tokens else keys)
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
+    def row_keys(self) -> torch.Tensor:
+        """(N,) long, the key of the row of each item of `logits()`."""
+        if not self._layout.token_logits:
+            return self.keys()
+        return torch.cat([p.keys.repeat_interleave(p.token_counts) for p in self.parts])
 
     def item_domain(self) -> torch.Tensor:
         """(N,) long, the domain of each item of `logits()`, before the forward too."""
@@ -176,7 +188,7 @@ class Rows:
                     "labels of their own."
                 )
             if by_token:
-                mask = part.attention_mask
+                mask = part.item_mask
                 if of == "logits" and is_causal_lm(self.model):
                     value = torch.cat([value[:, 1:], torch.full_like(value[:, :1], IGNORED)], 1)
                 value = value.flatten() if mask is None else value[mask.bool()]
@@ -256,9 +268,13 @@ class Batch(Rows):
                 kept[0] = True
             part_rows = part if bool(kept.all()) else part.select(kept)
             inputs = dict(part_rows.inputs) if change is None else change(dict(part_rows.inputs))
+            added, ids = part_rows.added, inputs.get("input_ids")
+            if added is not None and isinstance(ids, torch.Tensor) and ids.shape != added.shape:
+                added = self._layout.added_tokens(inputs)  # else as they were: a view may mask them
             plain = replace(
                 part_rows,
                 inputs=inputs,
+                added=added,
                 hidden={},
                 masks={},
                 outputs=None,
@@ -308,7 +324,7 @@ class Batch(Rows):
                 domain = domain.repeat_interleave(part.num_choices)
             mask = torch.ones_like(domain, dtype=torch.bool)
             if hidden.ndim == 3:
-                given = part.attention_mask
+                given = part.item_mask if self.pooling == "tokens" else part.attention_mask
                 given = part.masks.get(id(module)) if given is None else given
                 hidden = part.own_tokens(hidden, self.model)
                 mask = token_mask(hidden, given, self.model)
@@ -319,6 +335,9 @@ class Batch(Rows):
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The predictions and the domain of each; for token heads one per real token.
+
+        A head that classifies tokens has no item for the tokens that the Trainer's tokenizer adds
+        to a text ([CLS], [SEP]). Without a tokenizer they cannot be told from the others.
 
         Shape:
             - logits: (N, C) float32; domain: (N,) long, 0 for the source.
@@ -338,7 +357,7 @@ class Batch(Rows):
                         "objective on features (DANN, MMD)."
                     )
                 values = part.own_tokens(values, self.model)
-                mask = token_mask(values, part.attention_mask, self.model)
+                mask = token_mask(values, part.item_mask, self.model)
                 values, domain = values[mask], domain.repeat_interleave(mask.sum(1))
             logits.append(values)
             domains.append(domain)

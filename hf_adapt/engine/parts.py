@@ -34,6 +34,8 @@ class Part:
             all processes run the same forwards.
         whole: The part that these rows are a selection of, if they are one.
         kept: (B,) bool, which of the whole's rows they are.
+        added: (B, T) bool, the tokens that the tokenizer adds to a text ([CLS], [SEP]), where the
+            head classifies tokens; they are no items.
         cache: Values that an adaptation computed for these rows and needs again, by its own keys.
     """
 
@@ -49,6 +51,7 @@ class Part:
     is_stand_in: bool = False
     whole: Part | None = None
     kept: torch.Tensor | None = None
+    added: torch.Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict, init=False)
 
     def select(self, kept: torch.Tensor) -> Part:
@@ -75,6 +78,7 @@ class Part:
             extra=rows_of(self.extra, kept),
             whole=self,
             kept=kept,
+            added=None if self.added is None else self.added[kept],
         )
 
     @property
@@ -101,7 +105,9 @@ class Part:
         if width >= mask.shape[1] or any(mask.shape[1] in v.shape[1:] for v in others):
             return self
         return replace(
-            self, inputs={k: v[:, :width] if k in wide else v for k, v in self.inputs.items()}
+            self,
+            inputs={k: v[:, :width] if k in wide else v for k, v in self.inputs.items()},
+            added=None if self.added is None else self.added[:, :width],
         )
 
     def _expanded(self, kept: torch.Tensor, length: int) -> torch.Tensor:
@@ -123,6 +129,14 @@ class Part:
         mask = self.inputs.get("attention_mask")
         return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
+    @property
+    def item_mask(self) -> torch.Tensor | None:
+        """(B, T) with 1 on the tokens that are items where tokens are; None if all are."""
+        mask = self.attention_mask
+        if self.added is None:
+            return mask
+        return ~self.added if mask is None else mask.bool() & ~self.added
+
     def own_tokens(self, hidden: torch.Tensor, model: nn.Module) -> torch.Tensor:
         """A value per token, without the virtual tokens of a learned prompt."""
         tokens = self.inputs.get("input_ids", self.attention_mask)
@@ -138,7 +152,9 @@ class Part:
 
     @property
     def token_counts(self) -> torch.Tensor:
-        """(B,) the number of real tokens in each row, all its choices together."""
+        """(B,) the number of items in each row where tokens are, all its choices together."""
+        if self.added is not None and self.item_mask is not None:
+            return self.item_mask.sum(1)
         mask, ids = self.inputs.get("attention_mask"), self.inputs.get("input_ids")
         if isinstance(mask, torch.Tensor) and mask.ndim in (2, 3):
             return mask.flatten(1).sum(1)
@@ -185,7 +201,10 @@ class Layout:
         token_features: Ids of the modules whose output has one vector per token.
         choice_features: Ids of the modules whose output has one entry per choice of a row.
         token_logits: Whether the model predicts per token rather than per row.
+        num_classes: How many scores a prediction has; 0 where there are none.
         may_be_frozen: Whether an adaptation freezes parts of the model for a while.
+        added_ids: Ids of the tokens that the tokenizer adds to a text, where the head classifies
+            tokens.
     """
 
     model: nn.Module
@@ -195,7 +214,16 @@ class Layout:
     token_features: set[int] = field(default_factory=set)
     choice_features: set[int] = field(default_factory=set)
     token_logits: bool = False
+    num_classes: int = 0
     may_be_frozen: bool = False
+    added_ids: tuple[int, ...] = ()
+
+    def added_tokens(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """(B, T) bool, which tokens the tokenizer added; None where all tokens may be items."""
+        ids = inputs.get("input_ids")
+        if not self.added_ids or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            return None
+        return torch.isin(ids, torch.tensor(self.added_ids, dtype=ids.dtype, device=ids.device))
 
     def learn(self, parts: list[Part]) -> None:
         """Take the number of dimensions from a first forward."""
@@ -205,5 +233,6 @@ class Layout:
             self.choice_features |= {key for key, h in hidden if len(h) > rows}
             try:
                 self.token_logits = self.token_logits or part.logits.ndim == 3
+                self.num_classes = part.logits.shape[-1]
             except ValueError:
                 continue  # no logits; an objective that needs them says so

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ from hf_adapt.engine.training import forget_compiled
 from hf_adapt.engine.weights import SwappedWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import Trainer
 
     from hf_adapt.engine.stream_data import StreamData
 
 logger = logging.getLogger(__name__)
+
+Pass = dict[str, torch.Tensor]
+"""What a pass over the rows of a stream has found."""
 
 
 class AdaptationRun:
@@ -70,6 +71,7 @@ class AdaptationRun:
         self.saved = SavedState(None)
         self._resumes = False
         self._begun: int | None = None
+        self._passes: dict[Hashable, Pass] | None = None
         self._schedule: Callable[[int], float] | None = None
         self._divided_groups = DividedGroups()
         self._fixed: list[nn.Parameter] = []
@@ -188,8 +190,20 @@ class AdaptationRun:
         step = self.trainer.state.global_step
         if step != self._begun:
             self._begun = step
-            for adaptation in self.adaptations:
-                adaptation.before_step(step)
+            self._passes = {}
+            try:
+                for adaptation in self.adaptations:
+                    adaptation.before_step(step)
+            finally:
+                self._passes = None
+
+    def passed(self, key: Hashable, make: Callable[[], Pass]) -> Pass:
+        """What a pass over rows has found, made once for all adaptations before a step."""
+        if self._passes is None:
+            return make()
+        if key not in self._passes:
+            self._passes[key] = make()
+        return dict(self._passes[key])
 
     def after_backward(self) -> None:
         """The last backward of an optimizer step is done, and nothing is clipped yet."""

@@ -30,6 +30,7 @@ from hf_adapt.engine.probe import Probe
 from hf_adapt.engine.progress import value_at
 from hf_adapt.engine.streams import TRAINING, StreamTable
 from hf_adapt.engine.terms import FUSED, TaskLosses, Terms
+from hf_adapt.models.heads import has_head
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -76,6 +77,7 @@ class TrainingStep:
             StreamTable() if data is None else data.table,
             tuple(dict.fromkeys([*trainer.label_names, "labels"])),
             may_be_frozen=any(control.freezes for control in controls),
+            added_ids=_added_ids(trainer) if has_head(model, "token_classification") else (),
         )
         self.forward = ForwardPass(trainer, model, self.layout, adaptations, base_loss)
         self.counts = StepCounts(trainer, self.layout, self.objectives)
@@ -115,7 +117,8 @@ class TrainingStep:
             domain, stands_in = given.pop(DOMAIN), given.pop(STAND_IN, None) is not None
             columns = take_columns(given, len(domain))
             extra = {k: given.pop(k) for k in self.extra_inputs if k in given}
-            part = Part(given, domain, stream, columns=columns, extra=extra)
+            added = self.layout.added_tokens(given)
+            part = Part(given, domain, stream, columns=columns, extra=extra, added=added)
             part.is_stand_in = stands_in
             parts.append(part)
         return parts
@@ -154,13 +157,20 @@ class TrainingStep:
 
         return Batch(parts, self.layout, self.progress, self.metrics, run)
 
-    def evaluated(self, inputs: Mapping[str, Any], stream: str) -> Batch:
-        """Rows of one stream after a forward without a loss, outside the run's own batches."""
+    def evaluated(self, inputs: Mapping[str, Any], stream: str, forward: bool = True) -> Batch:
+        """Rows of one stream after a forward without a loss, outside the run's own batches.
+
+        Args:
+            inputs: The batch.
+            stream: Whose rows they are.
+            forward: Whether there is a forward; the batch has no outputs else.
+        """
         model = self.trainer.model_wrapped
         part, *_ = self._parts(inputs)
         part.stream = stream if stream in self.layout.table.separate else TRAINING
-        with self.trainer.compute_loss_context_manager():
-            self.forward.features(model, part)
+        if forward:
+            with self.trainer.compute_loss_context_manager():
+                self.forward.features(model, part)
         return self._batch(model, [part])
 
     def compute_loss(
@@ -257,3 +267,17 @@ class TrainingStep:
         """The first batch with a label: a loss over none is NaN and shows nothing."""
         labelled = (b for b in batches if (count_labels(self.trainer, b) or 0) > 0)
         return next(labelled, batches[0])
+
+
+def _added_ids(trainer: Trainer) -> tuple[int, ...]:
+    """Ids of the tokens that a Trainer's tokenizer puts around a text.
+
+    Unknown words and tokens of the user's own are part of the text.
+    """
+    tokenizer = trainer.processing_class
+    if tokenizer is None:
+        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
+    kinds = ("cls", "sep", "bos", "eos", "pad")
+    found = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return tuple(sorted(number for number in found if number not in (None, unknown)))

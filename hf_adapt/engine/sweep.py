@@ -108,6 +108,7 @@ class Sweep:
         stream: str,
         read: Read,
         weights: Mapping[str, torch.Tensor] | None = None,
+        forward: bool = True,
     ) -> dict[str, torch.Tensor]:
         """What `read` returns for every batch, joined, on the CPU.
 
@@ -116,6 +117,7 @@ class Sweep:
             stream: The stream's name; `"train"` for the training rows.
             read: Called with each batch; the same keys each time.
             weights: Other weights that the model has meanwhile, by their names.
+            forward: Whether the model runs; `read` needs no outputs else.
 
         Raises:
             ValueError: If the rows cannot be read by number.
@@ -132,7 +134,7 @@ class Sweep:
             stack.enter_context(torch.no_grad())
             for adaptation in self.step.adaptations:
                 stack.enter_context(adaptation.around_sweep())
-            for batch in self._batches(rows, stream, rank, processes):
+            for batch in self._batches(rows, stream, rank, processes, forward):
                 values = {} if batch is None else read(batch.for_objective(objective))
                 for name, value in values.items():
                     found.setdefault(name, []).append(value.detach().cpu())
@@ -144,9 +146,9 @@ class Sweep:
         return {n: torch.cat([each[n] for each in gathered if each]) for n in names}
 
     def _batches(
-        self, rows: _Rows, stream: str, rank: int, processes: int
+        self, rows: _Rows, stream: str, rank: int, processes: int, forward: bool
     ) -> Iterator[Batch | None]:
-        """The batches of this process, after their forward; None for one that only keeps pace."""
+        """The batches of this process, after a forward if asked; None for one to keep pace."""
         like = self.data.example_row
         size = self.trainer.args.per_device_eval_batch_size
         mine = rows.by_length(list(range(rank, len(rows), processes)))
@@ -161,7 +163,8 @@ class Sweep:
             for inputs in loader:
                 done += 1
                 keeps_pace = not mine or done > math.ceil(len(mine) / size)
-                batch = self.step.evaluated(self.trainer._prepare_inputs(inputs), stream)
+                given = self.trainer._prepare_inputs(inputs)
+                batch = self.step.evaluated(given, stream, forward)
                 yield None if keeps_pace else batch
                 if done == rounds:
                     return

@@ -168,14 +168,18 @@ class AdaptationMixin(_Base):
         stream: str,
         read: Read,
         weights: Mapping[str, torch.Tensor] | None = None,
+        forward: bool = True,
     ) -> dict[str, torch.Tensor]:
         """Run the model over all rows of a stream, between two steps of training.
+
+        Objectives that keep the same (by the same function) of a stream share one pass of a step.
 
         Args:
             objective: Whose features and streams the batches show.
             stream: The stream's name; `"train"` for the training rows.
             read: What to keep of a batch: tensors with one entry per item.
             weights: Other weights that the model has meanwhile, by their names.
+            forward: False where `read` needs no features or predictions, but labels or keys alone.
 
         Returns:
             What was kept of all rows, of all processes, on the CPU.
@@ -183,7 +187,14 @@ class AdaptationMixin(_Base):
         Raises:
             ValueError: If the rows cannot be read by number.
         """
-        return self._sweep().run(objective, stream, read, weights)
+
+        def made() -> dict[str, torch.Tensor]:
+            return self._sweep().run(objective, stream, read, weights, forward)
+
+        if weights is not None or self._adaptation_run is None:
+            return made()
+        seen = (objective.feature_layer, objective.pooling, frozenset(objective.streams))
+        return self._adaptation_run.passed((stream, read, forward, *seen), made)
 
     def check_sweep(self, stream: str) -> None:
         """Refuse rows that `sweep` cannot read, or not find again.

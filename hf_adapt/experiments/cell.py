@@ -116,9 +116,16 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]
 
 
 def finished_result(folder: Path, with_model: bool = False) -> dict[str, Any] | None:
-    """The result of an earlier run; None if there is none, or it failed, or a model is missing."""
+    """The result of an earlier run; None if there is none, or it failed, or a model is missing.
+
+    A file that is cut off or damaged is none.
+    """
     file = folder / RESULT_FILE
     if not file.exists() or (with_model and not (folder / "config.json").exists()):
         return None
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return None if "error" in result else result
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    is_whole = isinstance(result, dict) and "warnings" in result
+    return result if is_whole and "error" not in result else None

@@ -55,8 +55,9 @@ class DomainFiles:
             (`id:configuration`).
         dev: Rows that are not trained on, in the same way; split off by default.
         test: Rows to test on, in the same way; split off by default.
-        text_column: Column with the text, or whatever the task reads.
-        label_column: Column with the label.
+        text_column: Column with the text, or whatever the task reads; by default the experiment's.
+        label_column: Column with the label; by default the experiment's. One that is named here
+            must be there.
     """
 
     train: str
@@ -81,6 +82,8 @@ class Experiment:
         freeze_layers: Train neither the embeddings nor the first N layers; 0 trains all.
         cache_prefix: Compute the frozen layers once per row for all runs. Turns their dropout off.
         max_length: Tokens of a text that are read.
+        text_column: Column with the text in every domain; by default the task's.
+        label_column: Column with the label in every domain; a target may lack it.
         num_train: Training rows of each domain, at most.
         num_test: Dev and test rows of each domain, at most.
         balanced: Keep as many rows of every label, in all splits; for study only, as it needs the
@@ -100,6 +103,8 @@ class Experiment:
     freeze_layers: int = 0
     cache_prefix: bool = False
     max_length: int = 128
+    text_column: str | None = None
+    label_column: str | None = None
     num_train: int | None = None
     num_test: int | None = None
     balanced: bool = False

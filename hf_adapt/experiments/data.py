@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ def _rows_of(
         if column not in data.column_names:
             only = data.column_names[0] if len(data.column_names) == 1 else ""
             mark = next((mark for mark in (";", "\t", "|") if mark in only), None)
-            fix = f"Name it with {option}."
+            near = difflib.get_close_matches(column, data.column_names, n=1)
+            fix = f"Did you mean {near[0]!r}? " if near else ""
+            fix += f"Name it with {option}."
             if mark is not None:
                 fix = f"Its cells are separated by {mark!r}: save it with commas, or as .tsv."
             raise DataError(
@@ -209,12 +212,33 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
     """
     task = TASKS[experiment.task]
     rows = {
-        name: load_domain(experiment.data[name], task, needs_labels=name == source)
+        name: load_domain(
+            _named(experiment, name),
+            task,
+            needs_labels=name == source or experiment.data[name].label_column is not None,
+        )
         for name in (source, target)
     }
     return paired(
         rows, task, experiment.num_train, experiment.num_test, balanced=experiment.balanced
     )
+
+
+def _named(experiment: Experiment, name: str) -> DomainFiles:
+    """The files of a domain with the names of its columns."""
+    files, task = experiment.data[name], TASKS[experiment.task]
+    return replace(
+        files,
+        text_column=files.text_column or experiment.text_column or task.input_column,
+        label_column=files.label_column or experiment.label_column or task.label_column,
+    )
+
+
+def label_columns(experiment: Experiment, name: str) -> tuple[str, list[str]]:
+    """The column that labels of a domain are read from, and the columns that it has."""
+    files = _named(experiment, name)
+    splits = _read(files.train, (str(files.text_column), str(files.label_column)))
+    return str(files.label_column), list(next(iter(splits.values())).column_names)
 
 
 _PAIRS: dict[str, Pair] = {}
@@ -223,10 +247,11 @@ _PAIRS: dict[str, Pair] = {}
 def cached_pair(experiment: Experiment, source: str, target: str) -> Pair:
     """The rows of a pair, read once in a process, and again when a file has changed."""
     limits = (experiment.num_train, experiment.num_test, experiment.balanced, experiment.task)
-    domains = [experiment.data[name] for name in (source, target)]
+    domains = [_named(experiment, name) for name in (source, target)]
+    own = [experiment.data[name].label_column for name in (source, target)]
     files = [Path(name) for each in domains for name in (each.train, each.dev, each.test) if name]
     changed = [file.stat().st_mtime_ns for file in files if file.exists()]
-    key = repr((domains, limits, changed))
+    key = repr((domains, own, limits, changed))
     if key not in _PAIRS:
         _PAIRS[key] = load_pair(experiment, source, target)
     return _PAIRS[key]

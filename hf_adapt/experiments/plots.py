@@ -20,7 +20,7 @@ def plot(experiment: Experiment, rows: Sequence[Row], results: Results) -> Figur
     """Accuracy on the target: a panel for each pair, a line for each method, a point a seed."""
     across = min(PANELS_IN_A_ROW, len(experiment.pairs))
     down = -(-len(experiment.pairs) // across)
-    names = 0.09 * max(len(row.method) for row in rows)
+    names = 0.09 * max(len(row.marked) for row in rows)
     width = 5.0 if across == 1 else 2.7
     height = 0.32 * len(rows) + 0.7
     figure = Figure(figsize=(names + width * across, height * down + 0.5), layout="constrained")
@@ -85,7 +85,7 @@ def _panel(
     if true:
         share = 100 * max(true[0].values())
         axes.axvline(share, ls=":", lw=1.5, color=ORANGE, label="most frequent class")
-    axes.set_yticks(range(len(rows)), [row.method for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [row.marked for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title(" → ".join(pair), fontsize=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from hf_adapt.experiments import plots, tables
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.data import cached_pair
+from hf_adapt.experiments.data import cached_pair, label_columns
 from hf_adapt.experiments.summary import Results, summarize
 from hf_adapt.experiments.tables import Cells
 from hf_adapt.experiments.tasks import TASKS
@@ -41,7 +42,20 @@ def describe_pairs(experiment: Experiment, console: Console) -> None:
             truth = list(task.class_numbers(pair.target["test"][task.label_column]))
             share = max(map(truth.count, set(truth))) / len(truth)
             text += f" Always answering the most frequent class of the target gives {share:.1%}."
+        else:
+            text += escape(_without_score(experiment, target))
         console.print(text, highlight=False)
+
+
+def _without_score(experiment: Experiment, target: str) -> str:
+    """Why there is no score, in a sentence."""
+    column, found = label_columns(experiment, target)
+    near = difflib.get_close_matches(column, found, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near and column not in found else ""
+    return (
+        f" {target} has no labels in a column {column!r} (it has {', '.join(found)}{hint}), "
+        "so there is no score."
+    )
 
 
 def publish(experiment: Experiment, results: Results, console: Console) -> None:
@@ -53,7 +67,7 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
     shown: list[tuple[str, Cells]] = []
     if several:
         shown.append(("Average over the pairs", tables.summary_table(rows, results)))
-        shown.append(("Accuracy on the target", tables.accuracy_table(experiment, rows)))
+        shown.append(("Accuracy on the target", tables.accuracy_table(experiment, rows, results)))
     else:
         title = " → ".join(experiment.pairs[0])
         shown.append((title, tables.pair_table(experiment, rows, results)))

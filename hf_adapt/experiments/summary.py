@@ -63,8 +63,7 @@ class Row:
         gap_closed: Mean of `gaps` over the pairs whose gap is 10 points or more.
         below: Pairs on which it is more than a point below source only.
         compared: Pairs on which it can be compared with source only.
-        warned: Runs with a warning of an adaptation.
-        failed: Runs that failed.
+        marked: Its name, with how many of its runs failed or were warned of.
     """
 
     method: str
@@ -74,8 +73,21 @@ class Row:
     gap_closed: float | None
     below: int | None
     compared: int
-    warned: int
-    failed: int
+    marked: str
+
+
+def marked(text: str, runs: Iterable[Mapping[str, Any]]) -> str:
+    """A name or a score, with how many of its runs failed or were warned of.
+
+    Example:
+        >>> marked("66.0", [{"warnings": 2}, {"warnings": 0}]), marked("66.0", [{"warnings": 0}])
+        ('66.0 (1 warned)', '66.0')
+    """
+    runs = list(runs)
+    failed = sum("error" in run for run in runs)
+    warned = sum(bool(run.get("warnings")) for run in runs)
+    notes = [f"{failed} failed"] * bool(failed) + [f"{warned} warned"] * bool(warned)
+    return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def summarize(experiment: Experiment, results: Results) -> list[Row]:
@@ -117,8 +129,7 @@ def summarize(experiment: Experiment, results: Results) -> list[Row]:
                 gap_closed=statistics.mean(large) if large else None,
                 below=sum(gain < -BELOW for gain in gains) if gains else None,
                 compared=len(gains),
-                warned=sum(bool(run.get("warnings")) for run in own_runs),
-                failed=sum("error" in run for run in own_runs),
+                marked=marked(method, own_runs),
             )
         )
     return rows

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.methods import GIVEN, is_shifted
-from hf_adapt.experiments.summary import Results, Row, percent, runs_of, scores_of
+from hf_adapt.experiments.summary import Results, Row, marked, percent, runs_of, scores_of
 
 COLUMNS = (
     "source",
@@ -71,7 +71,7 @@ def pair_table(experiment: Experiment, rows: Sequence[Row], results: Results) ->
         seconds = scores_of(runs, "seconds")
         cells.append(
             [
-                marked(row),
+                row.marked,
                 *(percent(scores_of(runs, key)) for key in keys),
                 "–" if gap is None else f"{gap:.0%}",
                 "–" if seconds is None else f"{seconds['mean']:.0f}",
@@ -89,7 +89,7 @@ def summary_table(rows: Sequence[Row], results: Results) -> Cells:
         seconds, memory = scores_of(runs, "seconds"), scores_of(runs, "peak_memory_mb")
         cells.append(
             [
-                marked(row),
+                row.marked,
                 "–" if row.average is None else f"{100 * row.average:.1f}",
                 "–" if row.gap_closed is None else f"{row.gap_closed:.0%}",
                 "–" if row.below is None else f"{row.below} of {row.compared}",
@@ -100,11 +100,14 @@ def summary_table(rows: Sequence[Row], results: Results) -> Cells:
     return _without_empty_columns(cells)
 
 
-def accuracy_table(experiment: Experiment, rows: Sequence[Row]) -> Cells:
+def accuracy_table(experiment: Experiment, rows: Sequence[Row], results: Results) -> Cells:
     """Accuracy on the target: a line for each pair, a column for each method."""
     cells = [["pair", *(row.method for row in rows)]]
     for pair in experiment.pairs:
-        cells.append([" → ".join(pair), *(percent(row.accuracy[pair]) for row in rows)])
+        scores = [
+            marked(percent(row.accuracy[pair]), runs_of(results, row.method, pair)) for row in rows
+        ]
+        cells.append([" → ".join(pair), *scores])
     return cells
 
 
@@ -115,21 +118,16 @@ def shares_table(experiment: Experiment, results: Results) -> Cells:
     for pair in experiment.pairs:
         for key, name in (("target_true_shares", "true"), ("target_predicted_shares", None)):
             for method in experiment.methods:
-                runs = [run for run in runs_of(results, method, pair) if key in run]
+                own = runs_of(results, method, pair)
+                runs = [run for run in own if key in run]
                 shares = [scores_of([run[key] for run in runs], label) for label in labels]
                 if runs:
-                    cells.append([" → ".join(pair), name or method, *map(percent, shares)])
+                    cells.append(
+                        [" → ".join(pair), name or marked(method, own), *map(percent, shares)]
+                    )
                 if name:
                     break
     return cells
-
-
-def marked(row: Row) -> str:
-    """A method's name, with its runs that failed or were warned of."""
-    notes = [f"{row.failed} failed"] * bool(row.failed) + [f"{row.warned} warned"] * bool(
-        row.warned
-    )
-    return f"{row.method} ({', '.join(notes)})" if notes else row.method
 
 
 def legend(experiment: Experiment) -> str:

@@ -4,12 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from transformers import Trainer
+from transformers import BertForMultipleChoice, Trainer
 
 from hf_adapt import MMD, AdaptationCallback, InformationMaximization, Stream, adapt
 from hf_adapt.alignment import (
@@ -17,12 +18,13 @@ from hf_adapt.alignment import (
     SelfTraining,
     corrected_logits,
     estimate_priors,
+    priors,
     priors_from_sample,
 )
 from hf_adapt.alignment.prior_correction import head_bias
 from hf_adapt.alignment.priors import resolved_priors
 from tests.helpers.data import collate, rows
-from tests.helpers.models import bert
+from tests.helpers.models import bert, bert_config
 from tests.helpers.trainers import arguments
 
 NAMES = {0: "ham", 1: "spam", 2: "other"}
@@ -200,12 +202,89 @@ def test_frequencies_given_twice_or_wrongly_are_refused_before_training(tmp_path
     assert run.state.global_step == 0
 
 
+@pytest.mark.parametrize("method", [SelfTraining, InformationMaximization])
+def test_the_places_of_a_multiple_choice_have_frequencies_and_no_names(
+    method: Any, tmp_path: Path
+) -> None:
+    """Three answers, where the model's configuration says two classes, as it does by default."""
+
+    data = datasets.Dataset.from_list(
+        [{"input_ids": [[5 + i, 6], [7, 8], [9, 9 + i]], "labels": i % 3} for i in range(8)]
+    )
+
+    def made(priors: Any) -> Trainer:
+        run = Trainer(BertForMultipleChoice(bert_config()), arguments(tmp_path), train_dataset=data)
+        target = data.remove_columns("labels")
+        return adapt(run, method(), target_dataset=target, target_priors=priors)
+
+    run = made([0.5, 0.3, 0.2])
+    assert run.model.config.num_labels == 2  # type: ignore[union-attr]
+    run.train()
+    for names in ({"LABEL_0": 0.5, "LABEL_1": 0.5}, {0: 0.5, 1: 0.3, 2: 0.2}):
+        with pytest.raises(ValueError, match=r"which have no names\. Give an array"):
+            made(names).train()
+    with pytest.raises(ValueError, match=r"expected 3 numbers .* of the classes '0', '1', '2'"):
+        made([0.5, 0.5]).train()
+    method = PriorCorrection  # whose head has one bias for all places
+    with pytest.raises(ValueError, match=r"PriorCorrection needs a head .* BertForMultipleChoice"):
+        made([0.5, 0.3, 0.2]).train()
+
+
 def test_the_sources_own_frequencies_are_counted(tmp_path: Path) -> None:
     method = SelfTraining(prior="source")
     run = adapt(trainer(tmp_path), method, target_dataset=rows(12, 2, None))
     run.train()
     counts = np.bincount([row["labels"] for row in rows(16, 1)], minlength=3)
     assert method.state_dict()["priors"].numpy() == pytest.approx(counts / 16)
+
+
+@pytest.mark.parametrize(
+    ("names", "method", "number"),
+    [
+        ("ab", lambda name: InformationMaximization(prior="source", name=name), 0),
+        ("a", lambda name: InformationMaximization(prior="estimate", name=name), 8),
+        ("ab", lambda name: InformationMaximization(prior="estimate", name=name), 8),
+        ("a", lambda name: SelfTraining(prior="source", refreshes=(0.5,), name=name), 1),
+        ("ab", lambda name: SelfTraining(prior="estimate", refreshes=(0.5,), name=name), 3),
+        ("a", lambda name: PriorCorrection(prior=(0.6, 0.3, 0.1), name=name), 0),
+    ],
+)
+def test_the_model_runs_no_more_than_it_must(
+    names: str, method: Any, number: int, tmp_path: Path
+) -> None:
+    """Labels are counted without it; estimates read both domains once a step for all methods."""
+
+    def forwards(*methods: Any) -> int:
+        """In evaluation mode; the first batch is looked at in it as well."""
+        run, modes = trainer(tmp_path, max_steps=5, per_device_eval_batch_size=16), []
+        run.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+        adapt(run, *methods, target_dataset=rows(12, 2, None)).train()
+        return modes.count(False)
+
+    methods = [method(name) for name in names]
+    assert forwards(*methods) - forwards(MMD()) == number
+    for one in methods[1:]:
+        assert torch.equal(one.state_dict()["priors"], methods[0].state_dict()["priors"])
+
+
+def test_an_average_is_compared_with_its_own_predictions_for_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, found = SelfTraining(refreshes=(0.8,), teacher_decay=0.9, prior="estimate"), []
+    run = trainer(tmp_path, max_steps=5, learning_rate=0.1)
+
+    def noted(logits: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        weights = {name: value.clone() for name, value in method.average.weights.items()}  # type: ignore[union-attr]
+        found.append((logits, weights))
+        return estimate_priors(logits, *rest)
+
+    monkeypatch.setattr(priors, "estimate_priors", noted)
+    adapt(run, method, target_dataset=rows(12, 2, None)).train()
+    ((logits, weights),) = found
+    batch = collate(list(rows(16, 1)))
+    with torch.no_grad():
+        wanted = torch.func.functional_call(run.model.eval(), weights, (), batch).logits
+    torch.testing.assert_close(logits.sort(0).values, wanted.sort(0).values, atol=1e-5, rtol=1e-4)
 
 
 def test_without_frequencies_half_of_what_the_model_predicts_is_believed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import Trainer, pipeline
 
 from hf_adapt.alignment import MMD
 from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.experiments import plots
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
 
@@ -70,6 +71,17 @@ def test_only_what_is_missing_is_run(
     assert len(trained) == 4
     run(write_config(), "--overwrite", "--method", "MMD")
     assert len(trained) == 5
+
+
+@pytest.mark.parametrize("content", ["", '{"seconds": 3', "[1]", "{}", b"\xff\xfe"])
+def test_a_result_that_is_cut_off_is_made_again(
+    write_config: Config, tmp_path: Path, trained: list[int], content: str | bytes
+) -> None:
+    run(write_config(), "--method", "source only")
+    (file,) = (tmp_path / "out").rglob("result.json")
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    run(write_config(), "--method", "source only")
+    assert len(trained) == 2 and json.loads(file.read_text())["seed"] == 42
 
 
 def test_failed_run_is_shown_and_tried_again_and_the_others_go_on(
@@ -271,7 +283,34 @@ def test_warnings_of_a_method_are_counted(
         ("2", "too [far]"),
         ("0", ""),
     ]
-    assert "| MMD (1 warned) |" in (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| MMD (1 warned) |" in table.split("Predicted")[0]
+    assert "| films → phones | MMD (1 warned) |" in table.split("Predicted")[1]
+
+
+def test_a_warned_or_failed_run_is_marked_wherever_it_stands(
+    write_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two pairs, by the seed that was warned of."""
+    log, figures = logging.getLogger("hf_adapt.alignment.mmd"), []
+
+    def noisy(self: MMD, trainer: Trainer) -> None:
+        (log.warning if trainer.args.seed == 42 else log.info)("too far")
+        if trainer.args.seed == 43 and "films-phones" in str(trainer.args.output_dir):
+            raise ArithmeticError("no such kernel")
+
+    monkeypatch.setattr(MMD, "begin", noisy)
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    run(write_config(pairs="all", seeds=2), fails=True)
+    table = (tmp_path / "out" / "table.md").read_text()
+    means, scores, shares = table.split("## ")[1:]
+    assert means.count("| MMD (1 failed, 2 warned) |") == 1
+    for name, mark in (("films → phones", "1 failed, 1 warned"), ("phones → films", "1 warned")):
+        (line,) = (line for line in scores.splitlines() if line.startswith(f"| {name}"))
+        assert line.count("(") == 1 and line.split(" | ")[2].endswith(f" ({mark})")
+        assert f"| {name} | MMD ({mark}) |" in shares
+    names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert names == ["source only", "MMD (1 failed, 2 warned)", "bound"]
 
 
 def test_a_model_that_is_missing_ends_it_at_once(write_config: Config, trained: list[int]) -> None:
@@ -301,6 +340,7 @@ def test_target_without_labels_gives_a_model_and_no_score(tmp_path: Path, model_
     assert [line["method"] for line in lines] == ["source only", "recommended"]
     assert [line["target_accuracy"] for line in lines] == ["", ""]
     assert "48 of the target without; 12 and 0 to test on" in printed
+    assert "theirs has no labels in a column 'label' (it has text), so there is no" in printed
     assert "Predicted shares" in printed and "target acc." not in printed
     folder = lines[1]["model"]
     assert f"'{folder}'" in printed
@@ -320,6 +360,25 @@ def test_target_with_labels_gives_a_score(tmp_path: Path, model_dir: Path) -> No
     words[1] = str(source)
     run(*words, "--text-column", "review", "--label-column", "stars")
     assert all(float(line["target_accuracy"]) >= 0 for line in results(tmp_path / "out"))
+
+
+def test_a_mistyped_label_column_of_the_target(
+    write_config: Config, domains: dict[str, str], tmp_path: Path, trained: list[int]
+) -> None:
+    """Named for the target alone it must be there; named for both it may be, and is asked for."""
+    other = str(write_csv(tmp_path / "other.csv", rows("phone"), "text,labels"))
+    data = {"films": domains["films"], "phones": {"train": other, "label_column": "lable"}}
+    printed = run(write_config(data=data), fails=True)
+    assert "and not 'lable'. Did you mean 'labels'? Name it with label_column" in printed
+    assert not trained
+    config = write_config(data={**data, "phones": other}, methods={"source only": []})
+    for words in ((), ("--label-column", "label")):
+        printed = run(config, *words)
+        hint = "no labels in a column 'label' (it has text, labels; did you mean 'labels'?)"
+        assert hint in printed
+    data["phones"] = {"train": other, "label_column": "labels"}
+    run(write_config(data=data, methods={"source only": []}))
+    assert results(tmp_path / "out")[0]["target_accuracy"]
 
 
 def test_rows_without_a_label_are_training_rows(tmp_path: Path, model_dir: Path) -> None:

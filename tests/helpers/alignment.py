@@ -29,12 +29,14 @@ from hf_adapt.alignment import (
     MMD,
     PADA,
     SAM,
+    SHOT,
     VAT,
     AaD,
     DeepJDOT,
     EntropyMinimization,
     ImportanceWeighting,
     InformationMaximization,
+    PriorCorrection,
     RDrop,
     SelfTraining,
     SupervisedContrastive,
@@ -59,6 +61,7 @@ class Method:
         refuses_checkpointing: What it says of gradient checkpointing, if it cannot work with it.
         refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
         keeps: How the names of the weights begin that it does not train.
+        corrects: The weights that it changes when training has ended, after the last checkpoint.
     """
 
     make: Callable[[], list[Adaptation]]
@@ -66,6 +69,7 @@ class Method:
     refuses_tokens: str | None = None
     refuses_checkpointing: str | None = None
     keeps: tuple[str, ...] = ()
+    corrects: tuple[str, ...] = ()
 
 
 PRIORS = (0.5, 0.3, 0.2)
@@ -110,6 +114,7 @@ METHODS = {
     "mdd": Method(lambda: [MDD(ramp=None, hidden_sizes=(8,))], "rows"),
     "mmd": Method(lambda: [MMD(weight=0.5)], "batches"),
     "pada": Method(lambda: [PADA(ramp=None, hidden_sizes=(8,), momentum=0.3)], "rows"),
+    "prior_correction": Method(lambda: [PriorCorrection()], "rows", corrects=("classifier.bias",)),
     "self_training": Method(
         lambda: [SelfTraining(shares=(0.9, 0.9), refreshes=(0, 0.5), prior=PRIORS)], "rows"
     ),
@@ -127,6 +132,7 @@ METHODS = {
         "batches",
         refuses_checkpointing="gradient checkpointing computes parts of that forward again",
     ),
+    "shot": Method(lambda: [SHOT(prior=PRIORS)], "batches", keeps=("classifier",)),
     "supervised_contrastive": Method(lambda: [SupervisedContrastive()], "batches"),
     "target_language_modeling": Method(
         lambda: [TargetLanguageModeling(tokenizer=tokenizer(), mask_probability=0.3, warmup=0)],
