@@ -101,14 +101,17 @@ def summary_table(rows: Sequence[Row], results: Results) -> Cells:
 
 
 def accuracy_table(experiment: Experiment, rows: Sequence[Row], results: Results) -> Cells:
-    """Accuracy on the target: a line for each pair, a column for each method."""
+    """Accuracy on the target by pair and method; a line for each of whichever are more."""
     cells = [["pair", *(row.method for row in rows)]]
     for pair in experiment.pairs:
         scores = [
             marked(percent(row.accuracy[pair]), runs_of(results, row.method, pair)) for row in rows
         ]
         cells.append([" → ".join(pair), *scores])
-    return cells
+    if len(rows) <= len(experiment.pairs):
+        return cells
+    cells[0][0] = "method"
+    return [list(line) for line in zip(*cells, strict=True)]
 
 
 def shares_table(experiment: Experiment, results: Results) -> Cells:

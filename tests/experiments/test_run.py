@@ -48,8 +48,8 @@ def test_every_cell_is_a_line_and_a_table_is_written(write_config: Config, tmp_p
         assert sum(json.loads(line["target_predicted_shares"]).values()) == pytest.approx(1)
         assert line["error"] == ""
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| pair | source only | MMD | bound |" in table
-    assert table.count("| films → phones | ") == 5  # accuracies; true and three predicted shares
+    assert "| method | films → phones | phones → films |" in table
+    assert table.count("| films → phones | ") == 5  # a column; true and three predicted shares
     assert "±" in table and "transformers" in table
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "below source only" in table and str(tmp_path / "out" / "table.md") in printed
@@ -305,10 +305,11 @@ def test_a_warned_or_failed_run_is_marked_wherever_it_stands(
     table = (tmp_path / "out" / "table.md").read_text()
     means, scores, shares = table.split("## ")[1:]
     assert means.count("| MMD (1 failed, 2 warned) |") == 1
-    for name, mark in (("films → phones", "1 failed, 1 warned"), ("phones → films", "1 warned")):
-        (line,) = (line for line in scores.splitlines() if line.startswith(f"| {name}"))
-        assert line.count("(") == 1 and line.split(" | ")[2].endswith(f" ({mark})")
-        assert f"| {name} | MMD ({mark}) |" in shares
+    (line,) = (line for line in scores.splitlines() if line.startswith("| MMD"))
+    marks = {"films → phones": "(1 failed, 1 warned)", "phones → films": "(1 warned)"}
+    for (name, mark), cell in zip(marks.items(), line.split("|")[2:4], strict=True):
+        assert cell.endswith(f" {mark} ") and scores.count(mark) == 1
+        assert f"| {name} | MMD {mark} |" in shares
     names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
     assert names == ["source only", "MMD (1 failed, 2 warned)", "bound"]
 
