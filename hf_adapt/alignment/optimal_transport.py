@@ -161,7 +161,8 @@ class DeepJDOT(Discrepancy):
         Optimal Transport; Applications to Domain Adaptation", arXiv:2103.03606.
 
     Args:
-        weight: Factor of the term, or a schedule of it.
+        weight: Factor of the term, or a schedule of it. With 0.1 a fine-tuned text classifier came
+            to predict one class.
         feature_weight: Factor of the squared distance of features, relative to their norm.
             Transport contracts features: with 1, a classifier of text did not learn its task.
         label_weight: Factor of the cross-entropy of a source label and a target prediction.
@@ -189,7 +190,7 @@ class DeepJDOT(Discrepancy):
 
     def __init__(
         self,
-        weight: float | Schedule = 0.1,
+        weight: float | Schedule = 0.03,
         feature_weight: float = 0.1,
         label_weight: float = 1.0,
         regularization: float = 0.1,
