@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.models.bert.modeling_bert import BertAttention
 
-from hf_adapt import DANN, MMD, GradualUnfreezingCallback, adapt
-from hf_adapt.alignment import SelfTraining
+from hf_adapt import DANN, MMD, GradualUnfreezingCallback, Objective, adapt
+from hf_adapt.alignment import FGM, VAT, SelfTraining
 from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
 from hf_adapt.unfreezing import FreezeOnly, Phase
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
@@ -143,6 +143,40 @@ def test_passes_over_a_stream_use_the_rows(tmp_path: Path, monkeypatch: pytest.M
         found.append((recorder, calls.count(False)))
     assert_same_gradients(found[0][0], found[1][0])
     assert found[1][1] < 0.7 * found[0][1]
+
+
+class Noise(Objective):
+    """Agreement with a further forward whose embeddings somebody changes, without a gradient."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        logits, _ = batch.logits()
+        hook = batch.model.get_input_embeddings().register_forward_hook(lambda m, a, out: 1.5 * out)
+        other, _ = batch.forward().logits()
+        hook.remove()
+        return (logits - other).square().mean()
+
+
+@pytest.mark.parametrize("method", [FGM, VAT, Noise])
+def test_a_perturbed_forward_is_computed_after_a_pass_too(
+    method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The passes before the first step have opened the store; they still use it at the end."""
+
+    def add(trainer: Trainer) -> None:
+        passes = SelfTraining(refreshes=(0, 0.5, 0.9))
+        adapt(trainer, passes, method(), target_dataset=rows(9, 2, None, low=20))
+
+    skipped = []
+    original = FrozenPrefix._skip_layers
+
+    def skip(self: Any, hidden: torch.Tensor) -> None:
+        skipped.append(torch.is_grad_enabled())
+        original(self, hidden)
+
+    monkeypatch.setattr(FrozenPrefix, "_skip_layers", skip)
+    found = [run(tmp_path, cached, before=add) for cached in (False, True)]
+    assert_same_gradients(found[0][1], found[1][1])
+    assert False in skipped and (True in skipped) == (method is Noise)
 
 
 def test_lora_on_the_upper_layers(tmp_path: Path) -> None:

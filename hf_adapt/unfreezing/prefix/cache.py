@@ -19,6 +19,8 @@ from hf_adapt.storage.row_store import RowStore, row_keys
 from hf_adapt.unfreezing.prefix.checks import (
     cacheable_stack,
     hooked_module,
+    hooks_of,
+    modules_within,
     output_tensors,
     why_not_cached,
 )
@@ -46,7 +48,9 @@ class FrozenPrefix:
 
     A row is identified by a hash of its own inputs without padding, so new, changed and augmented
     rows are computed. The folder is named by a hash of the frozen weights. The first batches that
-    are read are computed as well, and compared.
+    are read are computed as well, and compared. The first forward of training is always computed.
+    Where its embeddings take a gradient (FGM), training is never served, and only passes are. Where
+    the prefix has a hook that it did not have at the start of the phase, nothing is.
 
     Args:
         trainer: The Trainer of the run, with its dataloader.
@@ -78,7 +82,7 @@ class FrozenPrefix:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
-        self._is_comparing = self._is_sweep = False
+        self._is_comparing = self._is_sweep = self._trains = False
         self._rows_read = self._rows_seen = 0
 
     def _reset_forward(self) -> None:
@@ -120,11 +124,14 @@ class FrozenPrefix:
         if hooked is not None:
             self._give_up(f"a forward hook on its {hooked} reads it (a feature_layer=?)")
             return
+        self._beneath = self._modules_beneath(trained)
+        self._hooks = hooks_of(self._beneath)
         self._fingerprint = PrefixFingerprint(self.trainer, self.model, self.stack, self._depth)
 
     def _expect_new_rows(self) -> None:
         """Let the next batch open a store, and compare the first batches read from it."""
-        self._is_new = True
+        self._is_new = self._is_untrained = True
+        self._only_sweeps = False
         self._unchecked = dict.fromkeys(("all", "padded"), CHECKED_BATCHES)
 
     def _frozen_depth(self, trained: frozenset[str]) -> int:
@@ -141,6 +148,28 @@ class FrozenPrefix:
                 break  # something below trains
             depth += 1
         return depth
+
+    def _modules_beneath(self, trained: frozenset[str]) -> set[nn.Module]:
+        """The modules whose outputs are or determine that of the prefix."""
+        above = self._parameters_above(trained)
+        return modules_within(self.model, {id(p) for p in self.model.parameters()} - above)
+
+    def _parameters_above(self, trained: frozenset[str]) -> set[int]:
+        """The ids of the parameters that come after the prefix in the forward."""
+        cached, later = (
+            tuple(name + "." for name in names)
+            for names in (self.stack.layers[: self._depth], self.stack.layers[self._depth :])
+        )
+        level_of = {n: group.level for group in self.groups for n in group.parameters}
+        top = max(
+            (level for name, level in level_of.items() if name.startswith(cached)),
+            default=min(group.level for group in self.groups if group.name in trained),
+        )
+        return {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if name.startswith(later) or level_of.get(name, top) > top
+        }
 
     def _open_store(self, hidden: torch.Tensor, rows: int) -> bool:
         """Open the store for rows like these; False if that is not possible."""
@@ -185,8 +214,9 @@ class FrozenPrefix:
         if self._is_comparing:
             return
         self._reset_forward()
-        trains = module.training and torch.is_grad_enabled()
-        if self._depth == 0 or not (trains or self._is_sweep):
+        self._trains = module.training and torch.is_grad_enabled()
+        wanted = self._is_sweep or (self._trains and not self._only_sweeps)
+        if self._depth == 0 or not wanted or not hooks_of(self._beneath) <= self._hooks:
             return
         if self._fingerprint.has_changed():
             logger.warning(
@@ -207,7 +237,8 @@ class FrozenPrefix:
         self._rows_seen += len(self._keys)
         if self._store is not None and not all(key in self._store for key in self._keys):
             self._store.refresh()
-        if self._store is not None and all(key in self._store for key in self._keys):
+        first = self._trains and self._is_untrained
+        if self._store is not None and not first and all(key in self._store for key in self._keys):
             hidden = self._store.batch(self._keys, self._positions)
             if hidden is not None:
                 if self._is_due_for_check() and not self._same(args, kwargs, hidden, inputs):
@@ -265,10 +296,19 @@ class FrozenPrefix:
         if captured is None or captured.hidden is None or self._depth == 0:
             return
         hidden = captured.hidden
-        if self._is_new:
+        if self._is_new or (self._trains and self._is_untrained):
             if (problem := why_not_cached(captured, len(keys))) is not None:
                 self._give_up(problem)
                 return
+            if hidden.requires_grad:
+                self._only_sweeps = True
+                logger.info(
+                    "The frozen prefix is computed in training, for a gradient of the embeddings "
+                    "(FGM, VAT), and read in passes over a stream."
+                )
+                return
+            self._is_untrained = self._is_untrained and not self._trains
+        if self._is_new:
             self._wrappers = [wrapper for wrapper in captured.wrappers if wrapper is not None]
             if spans is not None and hidden.shape[1] != self._positions:
                 self._give_up("the layers' output has another length than the attention mask")

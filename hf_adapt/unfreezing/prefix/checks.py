@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ def why_not_cached(output: PrefixOutput, rows: int) -> str | None:
     """
     hidden = output.hidden
     assert hidden is not None
-    if hidden.requires_grad:
+    if _reaches_parameter(hidden):
         return "something that trains lies below the frozen layers (a prompt, tied embeddings?)"
     if None in output.wrappers:
         return "its layers hand on more than a hidden state (a position bias, attention weights)"
@@ -35,6 +35,20 @@ def why_not_cached(output: PrefixOutput, rows: int) -> str | None:
     if not all(torch.equal(before, after) for before, after in states):
         return "it draws random numbers (dropout that evaluation mode does not turn off)"
     return None
+
+
+def _reaches_parameter(output: torch.Tensor) -> bool:
+    """Whether a gradient flows from a tensor to a parameter, not only to perturbed embeddings."""
+    nodes, seen = [output.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
@@ -53,6 +67,26 @@ def hooked_module(layers: Sequence[nn.Module]) -> str | None:
             if any(not _is_of_transformers(hook) for hook in module._forward_hooks.values()):
                 return f"layer {number}" + (f" ({name})" if name else "")
     return None
+
+
+def hooks_of(modules: Collection[nn.Module]) -> set[int]:
+    """The ids of the hooks on the forward of modules."""
+    return {
+        number
+        for module in modules
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for number in hooks
+    }
+
+
+def modules_within(model: nn.Module, parameters: Collection[int]) -> set[nn.Module]:
+    """The modules that have only parameters with these ids, and all that is inside of them."""
+    found = set[nn.Module]()
+    for module in model.modules():
+        own = {id(p) for p in module.parameters()}
+        if own and own <= set(parameters):
+            found.update(module.modules())
+    return found
 
 
 def _is_of_transformers(hook: Any) -> bool:
