@@ -106,6 +106,10 @@ class Adaptation:
         """A context held open while the base loss of a training micro-batch is computed."""
         return nullcontext()
 
+    def around_changed_forward(self) -> AbstractContextManager[Any]:
+        """A context held open during a further forward whose inputs an objective has changed."""
+        return nullcontext()
+
     def around_sweep(self) -> AbstractContextManager[Any]:
         """A context held open during a pass over a stream's rows, without gradients."""
         return nullcontext()

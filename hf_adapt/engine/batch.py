@@ -217,7 +217,7 @@ class Batch(Rows):
         layout: Layout,
         progress: float,
         metrics: MetricAverager,
-        run: Callable[[Part], Part],
+        run: Callable[[Part, bool], Part],
     ) -> None:
         super().__init__(parts, layout)
         self.progress = progress
@@ -282,7 +282,7 @@ class Batch(Rows):
                 whole=None,
                 kept=None,
             )
-            made = self._run(plain)
+            made = self._run(plain, change is not None)
             if empty or part.is_stand_in:
                 made = made.select(torch.zeros_like(made.domain, dtype=torch.bool))
             further.parts.append(made)

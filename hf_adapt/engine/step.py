@@ -151,8 +151,11 @@ class TrainingStep:
         return found
 
     def _batch(self, model: nn.Module, parts: list[Part]) -> Batch:
-        def run(part: Part) -> Part:
-            with self.trainer.compute_loss_context_manager():
+        def run(part: Part, is_changed: bool) -> Part:
+            with ExitStack() as stack:
+                for adaptation in self.adaptations if is_changed else ():
+                    stack.enter_context(adaptation.around_changed_forward())
+                stack.enter_context(self.trainer.compute_loss_context_manager())
                 return self.forward.features(model, part)
 
         return Batch(parts, self.layout, self.progress, self.metrics, run)

@@ -250,6 +250,10 @@ class GradualUnfreezing(LearningRateControl):
             self._freezer.before_forward()
         return nullcontext()
 
+    def around_changed_forward(self) -> AbstractContextManager[Any]:
+        """Leave the cached prefix out: the same inputs will hardly come again."""
+        return nullcontext() if self._prefix is None else self._prefix.left_out()
+
     def around_sweep(self) -> AbstractContextManager[Any]:
         """Use the cached prefix, as training does."""
         return nullcontext() if self._prefix is None else self._prefix.for_sweep()

@@ -179,6 +179,30 @@ def test_a_perturbed_forward_is_computed_after_a_pass_too(
     assert False in skipped and (True in skipped) == (method is Noise)
 
 
+class Shifted(Objective):
+    """The predictions of a view that is another one in each step."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        step = 1 + round(batch.progress * 12)
+
+        def view(inputs: dict[str, Any]) -> dict[str, Any]:
+            return {**inputs, "input_ids": (inputs["input_ids"] + step) % 40}
+
+        return batch.forward(view).logits()[0].square().mean()
+
+
+def test_views_are_not_kept(tmp_path: Path) -> None:
+    def add(trainer: Trainer) -> None:
+        adapt(trainer, Shifted())
+
+    kept = tmp_path / "kept"
+    found = [run(tmp_path, cached, before=add, cache_dir=kept) for cached in (False, True)]
+    assert_same_gradients(found[0][1], found[1][1])
+    assert found[1][2][-1] == 1.0
+    index = next(kept.glob("*/index-*"))
+    assert index.stat().st_size == ROWS * RECORD.size
+
+
 def test_lora_on_the_upper_layers(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

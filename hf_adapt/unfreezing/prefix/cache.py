@@ -82,7 +82,7 @@ class FrozenPrefix:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
-        self._is_comparing = self._is_sweep = self._trains = False
+        self._is_comparing = self._is_sweep = self._is_left_out = self._trains = False
         self._rows_read = self._rows_seen = 0
 
     def _reset_forward(self) -> None:
@@ -208,6 +208,15 @@ class FrozenPrefix:
         finally:
             self._is_sweep = False
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """No forward is served or kept while the context is open."""
+        self._is_left_out = True
+        try:
+            yield
+        finally:
+            self._is_left_out = False
+
     # ---- one forward ----
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -216,7 +225,9 @@ class FrozenPrefix:
         self._reset_forward()
         self._trains = module.training and torch.is_grad_enabled()
         wanted = self._is_sweep or (self._trains and not self._only_sweeps)
-        if self._depth == 0 or not wanted or not hooks_of(self._beneath) <= self._hooks:
+        if self._depth == 0 or self._is_left_out or not wanted:
+            return
+        if not hooks_of(self._beneath) <= self._hooks:
             return
         if self._fingerprint.has_changed():
             logger.warning(
