@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.models.bert.modeling_bert import BertAttention
 
-from hf_adapt import DANN, MMD, GradualUnfreezingCallback, Objective, adapt
+from hf_adapt import DANN, MMD, Adaptation, GradualUnfreezingCallback, Objective, adapt
 from hf_adapt.alignment import FGM, VAT, SelfTraining
 from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
 from hf_adapt.unfreezing import FreezeOnly, Phase
@@ -320,6 +320,37 @@ def test_another_prefix_does_not_read_these_rows(tmp_path: Path, caplog: Any) ->
     assert cached[2][0] == 0.0
     assert "holds rows of other prefixes" in caplog.text
     assert_same_gradients(plain[1], cached[1])
+
+
+def test_a_head_that_is_held_fixed_is_no_part_of_the_prefix(tmp_path: Path, caplog: Any) -> None:
+    """A second run with another head reads the rows of the first, whose head trained."""
+
+    class Held(Adaptation):
+        def setup(self, trainer: Trainer) -> None:
+            self.fixed = [*trainer.model.classifier.parameters()]
+
+    def other_head() -> Any:
+        model = bert(num_hidden_layers=4, dropout=True)
+        torch.manual_seed(7)
+        model.classifier = Noted()
+        return model
+
+    kept = tmp_path / "kept"
+    schedule = [Phase(0, ["layer.3", "head"])]
+    run(tmp_path, True, schedule=schedule, cache_dir=kept)
+    found = [
+        run(
+            tmp_path,
+            cached,
+            other_head(),
+            schedule=schedule,
+            before=lambda trainer: adapt(trainer, Held()),
+            cache_dir=kept,
+        )
+        for cached in (False, True)
+    ]
+    assert len(list(kept.iterdir())) == 1 and found[1][2][1] == 1.0
+    assert_same_gradients(found[0][1], found[1][1], 1e-5)
 
 
 class Change(TrainerCallback):

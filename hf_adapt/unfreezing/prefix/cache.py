@@ -124,9 +124,13 @@ class FrozenPrefix:
         if hooked is not None:
             self._give_up(f"a forward hook on its {hooked} reads it (a feature_layer=?)")
             return
-        self._beneath = self._modules_beneath(trained)
+        above = self._parameters_above(trained)
+        others = {id(parameter) for parameter in self.model.parameters()} - above
+        self._beneath = modules_within(self.model, others)
         self._hooks = hooks_of(self._beneath)
-        self._fingerprint = PrefixFingerprint(self.trainer, self.model, self.stack, self._depth)
+        self._fingerprint = PrefixFingerprint(
+            self.trainer, self.model, self.stack, self._depth, above
+        )
 
     def _expect_new_rows(self) -> None:
         """Let the next batch open a store, and compare the first batches read from it."""
@@ -148,11 +152,6 @@ class FrozenPrefix:
                 break  # something below trains
             depth += 1
         return depth
-
-    def _modules_beneath(self, trained: frozenset[str]) -> set[nn.Module]:
-        """The modules whose outputs are or determine that of the prefix."""
-        above = self._parameters_above(trained)
-        return modules_within(self.model, {id(p) for p in self.model.parameters()} - above)
 
     def _parameters_above(self, trained: frozenset[str]) -> set[int]:
         """The ids of the parameters that come after the prefix in the forward."""

@@ -81,10 +81,10 @@ def hooks_of(modules: Collection[nn.Module]) -> set[int]:
 
 def modules_within(model: nn.Module, parameters: Collection[int]) -> set[nn.Module]:
     """The modules that have only parameters with these ids, and all that is inside of them."""
-    found = set[nn.Module]()
+    found, wanted = set[nn.Module](), set(parameters)
     for module in model.modules():
         own = {id(p) for p in module.parameters()}
-        if own and own <= set(parameters):
+        if own and own <= wanted:
             found.update(module.modules())
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from hf_adapt.engine.training import steps_per_epoch
 from hf_adapt.models.layers import Stack
+from hf_adapt.unfreezing.prefix.checks import modules_within
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -28,14 +30,22 @@ class PrefixFingerprint:
         model: The unwrapped model.
         stack: The stack of layers that the prefix belongs to.
         depth: Number of frozen layers.
+        above: The ids of the parameters that come after them in the forward.
 
     Attributes:
         digest: The hash, of the weights and of `description`.
         description: What else determines the output of the prefix.
     """
 
-    def __init__(self, trainer: Trainer, model: nn.Module, stack: Stack, depth: int) -> None:
-        self.trainer, self.model, self.stack, self.depth = trainer, model, stack, depth
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        stack: Stack,
+        depth: int,
+        above: Collection[int],
+    ) -> None:
+        self.trainer, self.model, self.above = trainer, model, above
         arguments = trainer.args
         self.description = {
             "format": FORMAT,
@@ -72,20 +82,17 @@ class PrefixFingerprint:
 
     def _prefix_tensors(self) -> list[torch.Tensor]:
         """All tensors that the prefix's output depends on, and perhaps a few more."""
-        later = tuple(name + "." for name in self.stack.layers[self.depth :])
-        tracking = {  # statistics that still follow the data
+        later = modules_within(self.model, self.above)
+        apart = set(self.above) | {  # also statistics that still follow the data
             id(buffer)
             for module in self.model.modules()
-            if any(p.requires_grad for p in module.parameters(recurse=False))
+            if module in later or any(p.requires_grad for p in module.parameters(recurse=False))
             for buffer in module.buffers(recurse=False)
         }
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
         return [
             tensor
-            for name, tensor in named
-            if not tensor.requires_grad
-            and not name.startswith(later)
-            and id(tensor) not in tracking
+            for tensor in (*self.model.parameters(), *self.model.buffers())
+            if not tensor.requires_grad and id(tensor) not in apart
         ]
 
     def _sample(self) -> tuple[int, int, torch.Tensor]:
