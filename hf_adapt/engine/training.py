@@ -19,6 +19,8 @@ from hf_adapt.engine.streams import TARGET
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from hf_adapt.engine.stream_data import StreamData
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,6 +44,12 @@ def fixed_parameters(trainer: Trainer) -> set[int]:
     """The ids of the parameters that adaptations of the run under way hold fixed."""
     run = getattr(trainer, "_adaptation_run", None)
     return set() if run is None else {id(p) for each in run.adaptations for p in each.fixed}
+
+
+def streams_of_run(trainer: Trainer) -> StreamData | None:
+    """The streams of the run under way; None without a run, or where nothing is paired."""
+    run = getattr(trainer, "_adaptation_run", None)
+    return None if run is None else run.data
 
 
 def added_inputs(trainer: Trainer) -> set[str]:

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.models.bert.modeling_bert import BertAttention
 
-from hf_adapt import DANN, MMD, Adaptation, GradualUnfreezingCallback, Objective, adapt
+from hf_adapt import DANN, MMD, Adaptation, GradualUnfreezingCallback, Objective, Stream, adapt
 from hf_adapt.alignment import FGM, VAT, SelfTraining
+from hf_adapt.models.groups import layer_groups
 from hf_adapt.storage.row_store import RECORD, RowStore, row_keys
-from hf_adapt.unfreezing import FreezeOnly, Phase
+from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing, Phase
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from hf_adapt.unfreezing.prefix.checks import cacheable_stack
 from tests.helpers.data import collate, rows
@@ -34,6 +35,7 @@ def run(
     model: Any = None,
     schedule: Any = LOWER_3,
     before: Any = None,
+    after: Any = None,
     data: Any = None,
     cache_dir: Path | None = None,
     callbacks: Any = (),
@@ -49,14 +51,17 @@ def run(
     )
     if before is not None:
         before(trainer)
-    trainer.add_callback(
-        GradualUnfreezingCallback(
+    adapt(
+        trainer,
+        GradualUnfreezing(
             schedule,
             cache_frozen_prefix=cached,
             frozen_dropout=False,
             cache_dir=cache_dir if cached else None,
-        )
+        ),
     )
+    if after is not None:
+        after(trainer)
     trainer.train()
     shares = [
         entry["unfreezing/cached_share"]
@@ -174,7 +179,7 @@ def test_a_perturbed_forward_is_computed_after_a_pass_too(
         original(self, hidden)
 
     monkeypatch.setattr(FrozenPrefix, "_skip_layers", skip)
-    found = [run(tmp_path, cached, before=add) for cached in (False, True)]
+    found = [run(tmp_path, cached, after=add) for cached in (False, True)]
     assert_same_gradients(found[0][1], found[1][1])
     assert False in skipped and (True in skipped) == (method is Noise)
 
@@ -243,6 +248,41 @@ def test_the_disk_it_needs_is_logged_before_it_starts(tmp_path: Path, caplog: An
     tokens = sum(len(row["input_ids"]) for row in data)
     sizes = [sum(f.stat().st_size for f in folder.glob(f"{k}-*")) for k in ("rows", "index")]
     assert sizes == [tokens * 16 * 4, ROWS * RECORD.size], "float32, without padding"
+
+
+@pytest.mark.parametrize(
+    ("method", "forward", "expected"),
+    [
+        (SelfTraining(refreshes=(0, 0.5)), "joint", ROWS + 9),
+        (MMD(), "joint", 2 * ROWS),
+        (MMD(), "separate", 2 * ROWS),
+    ],
+)
+def test_the_rows_of_the_streams_count(
+    method: Any, forward: Any, expected: int, tmp_path: Path, caplog: Any
+) -> None:
+    """Whatever the size of the batch that comes first; a pass reads each row, and no more."""
+    target = Stream(rows(9, 2, None, low=20), forward=forward)
+
+    def add(trainer: Trainer) -> None:
+        adapt(trainer, method, target_dataset=target)
+
+    run(tmp_path, True, after=add, per_device_eval_batch_size=64)
+    assert f"{expected} rows will take" in caplog.text
+
+
+def test_rows_that_are_scored_have_no_known_number(tmp_path: Path, caplog: Any) -> None:
+    model = bert()
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(4, 1), data_collator=collate)
+    groups = layer_groups(model)
+    prefix = FrozenPrefix(trainer, model, groups, tmp_path / "kept")
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[0].requires_grad_(False)
+    prefix.start_phase(frozenset({"layer.1", "head"}))
+    with prefix.for_sweep():
+        trainer.predict(rows(30, 2))
+    prefix.close()
+    assert "each row takes" in caplog.text
 
 
 def test_the_rows_of_a_complete_run_are_removed_but_not_those_in_a_chosen_folder(

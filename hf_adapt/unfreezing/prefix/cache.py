@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_adapt.engine.training import steps_per_epoch
+from hf_adapt.engine.streams import TRAINING
+from hf_adapt.engine.training import steps_per_epoch, streams_of_run
 from hf_adapt.models.groups import LayerGroup
 from hf_adapt.models.state import preserved
 from hf_adapt.storage.row_store import RowStore, row_keys
@@ -176,20 +177,30 @@ class FrozenPrefix:
         what = f"the output of the lower {self._depth} of {len(self._layers)} layers"
         try:
             self._store = self.folder.open_store(
-                self._fingerprint, what, hidden, row_bytes, self._num_rows(rows)
+                self._fingerprint, what, hidden, row_bytes, self._num_rows()
             )
         except OSError as error:
             self._give_up(str(error))
             return False
         return True
 
-    def _num_rows(self, rows: int) -> int | None:
-        """The number of rows that an epoch brings, if the training set has a length."""
-        dataset = self.trainer.train_dataset
-        if not hasattr(dataset, "__len__"):
+    def _num_rows(self) -> int | None:
+        """The number of rows that an epoch brings, or passes over the streams; None if unknown."""
+        data = streams_of_run(self.trainer)
+        if self._is_sweep:
+            if data is None:
+                return None  # rows that are no part of the run are scored
+            try:
+                read = [data.rows_of(name) for name in (TRAINING, *data.streams)]
+            except ValueError:
+                return None  # another stream has no length
+            return sum(len(dataset) for datasets in read for _, dataset in datasets)
+        source = self.trainer.train_dataset if data is None else data.source
+        if not hasattr(source, "__len__"):
             return None
-        ratio = rows / self.trainer.args.per_device_train_batch_size  # above 1 with target rows
-        return round(len(dataset) * max(1.0, ratio))  # type: ignore[arg-type]
+        ratios = {} if data is None else data.table.ratios
+        read_too = sum(r for name, r in ratios.items() if data and name not in data.table.unread)
+        return round(len(source) * (1 + read_too))
 
     def _give_up(self, why: str) -> None:
         """Continue without a cache in this phase: slower, but correct."""
