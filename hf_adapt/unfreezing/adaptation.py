@@ -327,7 +327,9 @@ class GradualUnfreezing(LearningRateControl):
         assert self._trainer is not None
         trained = state.get("trained", [group.name for group in self._groups])
         named = dict(unwrapped_model(self._trainer).named_parameters())
-        waiting = [named[n] for g in self._groups if g.name not in trained for n in g.parameters]
+        fixed = fixed_parameters(self._trainer)
+        names = [n for g in self._groups if g.name not in trained for n in g.parameters]
+        waiting = [named[n] for n in names if id(named[n]) not in fixed]
         for parameter in waiting:
             parameter.requires_grad_(False)
         try:

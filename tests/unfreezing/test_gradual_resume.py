@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hf_adapt import DANN, GradualUnfreezingCallback, adapt
-from hf_adapt.unfreezing import Plateau, RandomLayers
+from hf_adapt import DANN, Adaptation, GradualUnfreezingCallback, adapt
+from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing, Plateau, RandomLayers
 from tests.helpers.data import rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import (
@@ -55,6 +55,26 @@ def test_resume_is_bit_exact_in_a_phase_and_on_its_boundary(
         for t in (whole, second)
     ]
     assert logs[0] == logs[1] and len(set(logs[0])) > 1
+
+
+def test_what_another_holds_fixed_stays_fixed_when_an_optimizer_is_loaded(tmp_path: Path) -> None:
+    """As a sharded run resumes from a phase in which some groups, the head too, had not trained."""
+    unfreezing = GradualUnfreezing(FreezeOnly("embeddings"))
+    seen = []
+
+    class Held(Adaptation):
+        def setup(self, trainer: Any) -> None:
+            self.fixed = [*trainer.model.classifier.parameters()]
+
+        def begin(self, trainer: Any) -> None:
+            with unfreezing.around_optimizer_load({"trained": ["layer.1"]}):
+                seen.append(trainer.model.bert.embeddings.word_embeddings.weight.requires_grad)
+            seen.extend(p.requires_grad for p in self.fixed)
+
+    trainer = make(tmp_path, bert())
+    adapt(trainer, unfreezing, Held())
+    trainer.train()
+    assert seen == [False, False, False]
 
 
 def test_a_plateau_adds_a_group(tmp_path: Path) -> None:
