@@ -68,6 +68,7 @@ class ADDA(DANN):
     ) -> None:
         super().__init__(weight, **adversary)
         self.source_model = source_model
+        self._trained: list[nn.Parameter] = []
         self._label_names: set[str] = set()
 
     def setup(self, trainer: Trainer) -> None:
@@ -92,6 +93,7 @@ class ADDA(DANN):
                 "ADDA's source_model is the model that is trained, so that it would change with "
                 "it. Pass a copy: ADDA(copy.deepcopy(model))."
             )
+        self._trained = [p for p in self.source_model.parameters() if p.requires_grad]
         self.source_model.requires_grad_(False).eval().to(trainer.args.device)
         encoder = {id(p) for p in find_feature_module(model, None).parameters()}
         self.fixed = [p for p in model.parameters() if p.requires_grad and id(p) not in encoder]
@@ -124,3 +126,9 @@ class ADDA(DANN):
         mask = chosen.item_mask if batch.pooling == "tokens" else chosen.attention_mask
         mask = token_mask(hidden, mask, self.source_model) if hidden.ndim == 3 else hidden
         return pool(hidden, mask, batch.pooling)
+
+    def close(self) -> None:
+        """Let the source model be trained again."""
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        super().close()

@@ -109,6 +109,7 @@ class SHOT(RowBankObjective):
     name = "shot"
     streams = ()
     remembered_stream = TRAINING
+    source_free = True
 
     def __init__(
         self,
@@ -174,7 +175,9 @@ class SHOT(RowBankObjective):
         losses = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
         return {
             "entropy": (prediction_entropy(logits).sum(), count),
-            "divergence": prior_divergence(logits, self.target_priors(logits.shape[1])),
+            "divergence": prior_divergence(logits, self.target_priors(logits.shape[1]))
+            if len(logits)
+            else logits.sum() * 0.0,
             "pseudo_labels": (self.pseudo_label_weight * losses, count),
         }
 

@@ -45,6 +45,8 @@ class Adaptation:
         weight_decay: Weight decay of its auxiliary modules.
         module: What `build_modules` returned; the engine sets, trains and stores it.
         uses_priors: Whether it reads `target_priors`.
+        source_free: Whether it adapts to the training rows themselves, without their labels, and
+            sees no other stream.
         fixed: Parameters of the model that do not train while it takes part, found in `setup`; a
             schedule over the layers leaves them alone.
         columns: Columns of the rows that it wants to see; they come with the batch, in
@@ -57,6 +59,7 @@ class Adaptation:
     weight_decay: float = 0.0
     module: nn.Module | None = None
     uses_priors: bool = False
+    source_free: bool = False
     fixed: Sequence[nn.Parameter] = ()
     columns: Sequence[str] = ()
 

@@ -200,6 +200,14 @@ def streams_of(plans: Sequence[Plan], adaptations: Sequence[Adaptation]) -> dict
                     f"{adaptation.name!r} needs the stream {name!r}, and the run has "
                     f"{', '.join(map(repr, found)) or 'none'}. Pass streams={{{name!r}: dataset}}."
                 )
+    source_free = next((a for a in adaptations if a.source_free), None)
+    if source_free is not None and TARGET in found:
+        name = type(source_free).__name__
+        raise ValueError(
+            f"{name} adapts to the rows of train_dataset: pass the target's rows there (their "
+            f"labels are not used) and class frequencies as {name}(prior=...). Leave "
+            "target_dataset and target_priors out."
+        )
     for name, stream in found.items():
         if (
             stream.priors is not None

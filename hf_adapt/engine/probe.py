@@ -103,7 +103,7 @@ class Probe:
 
     def _look(self, model: nn.Module, parts: list[Part], has_loss: Callable[[Part], bool]) -> None:
         first, trainer = parts[0], self.trainer
-        items = count_labels(trainer, first.inputs)
+        items = count_labels(trainer, first.inputs) if has_loss(first) else None
         reference = items if items is not None and trainer.model_accepts_loss_kwargs else None
         if reference is None and trainer.compute_loss_func is not None:
             reference = items

@@ -94,6 +94,17 @@ class AdaptationRun:
             parameter.requires_grad_(False)
         self.step.forward.connect()
 
+    @contextmanager
+    def all_weights(self) -> Iterator[None]:
+        """While the optimizer is made: a later run, and a plain Trainer, need it to have all."""
+        for parameter in self._fixed:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in self._fixed:
+                parameter.requires_grad_(False)
+
     def begin(self) -> None:
         """The model is wrapped and the optimizer exists."""
         for adaptation in self.adaptations:

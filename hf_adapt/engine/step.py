@@ -100,7 +100,8 @@ class TrainingStep:
     def _has_loss(self, part: Part) -> bool:
         """Whether there is a task's loss to compute: it counts, or there are labels."""
         labels = {*self.trainer.label_names, "labels"} & set(part.inputs)
-        return bool(labels) or bool(self._base_weight)
+        unused = any(objective.source_free for objective in self.objectives)
+        return (bool(labels) and not unused) or bool(self._base_weight)
 
     def _parts(self, inputs: Mapping[str, Any]) -> list[Part]:
         """Split a batch into what goes through the model together, without the domain column."""
@@ -280,6 +281,7 @@ def _added_ids(trainer: Trainer) -> tuple[int, ...]:
     tokenizer = trainer.processing_class
     if tokenizer is None:
         tokenizer = getattr(trainer.data_collator, "tokenizer", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
     kinds = ("cls", "sep", "bos", "eos", "pad")
     found = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
     unknown = getattr(tokenizer, "unk_token_id", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -329,6 +329,12 @@ class AdaptationMixin(_Base):
         if self._adaptation_run is not None and self.accelerator.sync_gradients:
             self._adaptation_run.after_backward()
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, with the weights that an adaptation holds fixed in this run."""
+        run = self._adaptation_run
+        with nullcontext() if run is None else run.all_weights():
+            return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, unless an adaptation has a learning-rate schedule."""

@@ -49,6 +49,7 @@ def cell_folder(experiment: Experiment, cell: Cell) -> Path:
         "model": model_fingerprint(experiment.model),
         "task": experiment.task,
         "rows": _rows_fingerprint(pair, TASKS[experiment.task]),
+        "labels": pair.labels,
         "method": method.described(),
         "training": {**experiment.training, **method.training},
         "freeze_layers": experiment.freeze_layers,

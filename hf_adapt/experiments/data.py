@@ -110,9 +110,11 @@ def _read(name: str, columns: Sequence[str]) -> dict[str, Dataset]:
     try:
         return read_splits(name, columns)
     except (OSError, ValueError) as error:
+        text = f"{error} {error.__cause__ or ''}".lower()
+        fix = "Save it as UTF-8. " if "utf-8" in text or "codec" in text else ""
         raise DataError(
-            f"Cannot read {name!r}: {error} Give a csv, tsv, json, jsonl or parquet file, a folder "
-            "made by save_to_disk, or the id of a data set on the Hub."
+            f"Cannot read {name!r}: {error} {fix}Give a csv, tsv, json, jsonl or parquet file, a "
+            "folder made by save_to_disk, or the id of a data set on the Hub."
         ) from error
 
 

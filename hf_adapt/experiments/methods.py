@@ -63,14 +63,16 @@ class Method:
     @property
     def uses_priors(self) -> bool:
         """Whether it has adaptations that use the target's class frequencies."""
-        return any(each.uses_priors for each in self._sketch())
+        return any(each.uses_priors for each in self.sketch)
 
     @property
     def reads_target(self) -> bool:
         """Whether it has adaptations that see rows of the target."""
-        return any(reads_target(each) for each in self._sketch())
+        return any(reads_target(each) for each in self.sketch)
 
-    def _sketch(self) -> list[Adaptation]:
+    @property
+    def sketch(self) -> list[Adaptation]:
+        """Its adaptations, to look at."""
         return self.build(lambda: nn.Linear(1, 1))
 
     @property
@@ -158,6 +160,16 @@ def read_method(settings: Settings, name: str, spec: Any, within: KeyPath = ()) 
     if given != RECOMMENDED:
         for number, each in enumerate(given):
             _check_adaptation(settings, (*adaptations, number), each)
+    if method.train_on != UNLABELLED and (free := [a for a in method.sketch if a.source_free]):
+        raise settings.error(
+            path,
+            f"methods: {name!r}: {type(free[0]).__name__} has no source, and trains on the "
+            "target's rows: write {first: [], adaptations: [...], train_on: unlabelled}.",
+        )
+    if method.train_on == UNLABELLED and not given:
+        raise settings.error(
+            (*path, "train_on"), f"methods: {name!r}: rows without labels need an adaptation."
+        )
     known = [each.name for each in fields(Stream) if each.name not in ("dataset", "priors")]
     for key in method.stream:
         if key not in known:

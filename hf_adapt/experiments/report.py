@@ -52,6 +52,8 @@ def _without_score(experiment: Experiment, target: str) -> str:
     column, found = label_columns(experiment, target)
     near = difflib.get_close_matches(column, found, n=1)
     hint = f"; did you mean {near[0]!r}?" if near and column not in found else ""
+    if column in found:
+        return f" {target} has too few labels in {column!r} to test on, so there is no score."
     return (
         f" {target} has no labels in a column {column!r} (it has {', '.join(found)}{hint}), "
         "so there is no score."

@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
+import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
@@ -51,6 +52,8 @@ from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 
 PRETRAINING_EPOCHS = 10
+NO_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False}
+"""`TrainingArguments` of a stage without rows to evaluate on."""
 
 
 class ModelError(ValueError):
@@ -61,18 +64,22 @@ def check_model(experiment: Experiment) -> None:
     """Load the configuration and the tokenizer of the model once, before hundreds of runs fail.
 
     Raises:
-        ModelError: If there is no such model, or it is out of reach.
+        ModelError: If there is no such model, it is out of reach, or has too few layers.
     """
     try:
         check_hub_name(experiment.model)
         with _quiet():
-            AutoConfig.from_pretrained(experiment.model)
+            config = AutoConfig.from_pretrained(experiment.model)
             TASKS[experiment.task].processor(experiment.model)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"The model {experiment.model!r} cannot be loaded: {error} Name a folder, or an id on "
             "the Hub, with model: or --model."
         ) from error
+    if experiment.freeze_layers:
+        with _quiet(), torch.device("meta"):
+            model = TASKS[experiment.task].model_class.from_config(config)
+        first_groups(model, experiment.freeze_layers)
 
 
 def check_priors(experiment: Experiment) -> None:
@@ -189,9 +196,9 @@ def _trained(run: _Run, method: Method) -> Trainer:
         _trained(run, method.first)
     if method.pretrain is not None:
         folder = run.folder / "pretraining"
-        given = {"num_train_epochs": PRETRAINING_EPOCHS, **method.pretrain}
+        given = {"num_train_epochs": PRETRAINING_EPOCHS, **method.pretrain, **NO_EVALUATION}
         texts = run.rows(run.pair.target_unlabelled)
-        with contextlib.redirect_stdout(io.StringIO()):  # its logs
+        with contextlib.redirect_stdout(io.StringIO()), _frozen(run):  # its logs
             adapt_pretrain(run.model, run.processor, texts, run.arguments(folder, **given))
     trainer = _trainer(run, method)
     trainer.train()
@@ -206,7 +213,9 @@ def _trainer(run: _Run, method: Method) -> Trainer:
     dev = domain["dev"] if len(domain["dev"]) and not unlabelled else None
     trainer = Trainer(
         model=run.model,
-        args=run.arguments(run.folder, **method.training),
+        args=run.arguments(
+            run.folder, **{**method.training, **(NO_EVALUATION if dev is None else {})}
+        ),
         train_dataset=run.rows(pair.target_unlabelled if unlabelled else domain["train"]),
         eval_dataset=None if dev is None else run.rows(dev),
         processing_class=run.processor,
@@ -265,14 +274,14 @@ def first_groups(model: PreTrainedModel, count: int) -> list[str]:
     """The layer groups of the embeddings and of the first layers; none for 0 layers.
 
     Raises:
-        ValueError: If the model has no layers to train then.
+        ModelError: If the model has no layers to train then.
     """
     if not count:
         return []
     groups = layer_groups(model)
     layers = [group for group in groups if group.kind == "layer"]
     if count >= len(layers):
-        raise ValueError(f"freeze_layers: {count}, but the model has {len(layers)} layers.")
+        raise ModelError(f"freeze_layers: {count}, but the model has {len(layers)} layers.")
     lowest = layers[count].level
     return [group.name for group in groups if group.level < lowest]
 
@@ -292,14 +301,26 @@ def _frozen_prefix(run: _Run, trainer: Trainer) -> Iterator[None]:
         yield
         return
     groups = layer_groups(run.model)
+    with _frozen(run):
+        prefix = FrozenPrefix(trainer, run.model, groups, run.store)
+        try:
+            prefix.start_phase(frozenset(group.name for group in groups) - {*run.frozen})
+            with prefix.for_sweep():
+                yield
+        finally:
+            prefix.close()
+
+
+@contextlib.contextmanager
+def _frozen(run: _Run) -> Iterator[None]:
+    """The first layers do not train meanwhile, where the cache of their output freezes them."""
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     freeze(run.model, run.frozen)
-    prefix = FrozenPrefix(trainer, run.model, groups, run.store)
     try:
-        prefix.start_phase(frozenset(group.name for group in groups) - {*run.frozen})
-        with prefix.for_sweep():
-            yield
+        yield
     finally:
-        prefix.close()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _scores(

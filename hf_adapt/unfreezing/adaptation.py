@@ -205,7 +205,7 @@ class GradualUnfreezing(LearningRateControl):
                 raise ValueError(
                     f"Phase {number} trains only {', '.join(sorted(trained))}, whose learning rate "
                     "is 0 (lr_multipliers, importance) or whose weights another adaptation holds "
-                    "fixed (SHOT, ADDA): nothing would learn."
+                    "fixed (SHOT, ADDA): nothing would learn. Leave such a phase out."
                 )
 
     def _trainable(self, groups: frozenset[str]) -> frozenset[str]:

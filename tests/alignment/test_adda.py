@@ -58,7 +58,8 @@ def test_head_and_source_model_stay_and_the_head_is_free_again(tmp_path: Path) -
     after = weights(model)
     moved = {name for name, value in after.items() if not torch.equal(before[name], value)}
     assert moved and not any(name.startswith("classifier") for name in moved)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    for each in (model, adda.source_model):
+        assert all(parameter.requires_grad for parameter in each.parameters())
 
 
 def test_refuses_the_model_itself(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
-from hf_adapt import adapt
+from hf_adapt import AdaptationCallback, adapt
 from hf_adapt.alignment import SHOT, centroid_labels, shot
 from hf_adapt.unfreezing import LPFT, FreezeOnly, GradualUnfreezing
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
+from tests.helpers.toy import tokenizer
 from tests.helpers.trainers import arguments, same_bits, weights
 
 
@@ -64,6 +65,51 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
 
     whole = run(tmp_path / "whole")
     assert same_bits(whole, run(tmp_path / "again", tmp_path / "whole" / "checkpoint-2"))
+
+
+def test_labels_out_of_range_are_not_looked_at(tmp_path: Path) -> None:
+    """As in public test splits, whose labels are -1."""
+    data = rows(12, 2, None).add_column("labels", [-1] * 12)
+    trainer = Trainer(bert(), arguments(tmp_path), train_dataset=data, data_collator=collate)
+    adapt(trainer, SHOT()).train()
+
+
+@pytest.mark.parametrize("given", [{"target_dataset": rows(8, 2, None)}, {"target_priors": [1, 0]}])
+def test_a_target_beside_it_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    """It would adapt to the source's rows."""
+    args = arguments(tmp_path)
+    trainer = Trainer(bert(), args, train_dataset=rows(12, 1), data_collator=collate)
+    with pytest.raises(ValueError, match="pass the target's rows there"):
+        adapt(trainer, SHOT(), **given).train()
+
+
+def test_the_trainer_goes_on_without_it(tmp_path: Path) -> None:
+    """Its optimizer has the head, for a later run and for a plain Trainer that resumes."""
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = Trainer(bert(), args, train_dataset=rows(12, 2), data_collator=collate)
+    callback = AdaptationCallback(SHOT())
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.remove_callback(callback)
+    before = weights(trainer.model)
+    trainer.train()
+    assert not torch.equal(before["classifier.weight"], trainer.model.classifier.weight)
+    plain = Trainer(bert(), args, train_dataset=rows(12, 2), data_collator=collate)
+    plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_micro_batch_without_items(tmp_path: Path) -> None:
+    words = tokenizer()
+    data = [{"input_ids": [words.cls_token_id, 5 + i, words.sep_token_id]} for i in range(5)]
+    data.append({"input_ids": [words.cls_token_id, words.sep_token_id]})
+    trainer = Trainer(
+        bert("token"),
+        arguments(tmp_path, max_steps=6, per_device_train_batch_size=1),
+        train_dataset=data,
+        processing_class=words,
+    )
+    adapt(trainer, SHOT()).train()
+    assert all(bool(value.isfinite().all()) for value in weights(trainer.model).values())
 
 
 @pytest.mark.parametrize("prior", ["source", "estimate"])

@@ -64,6 +64,8 @@ def test_a_configuration_is_read_and_methods_are_built() -> None:
         ("[DANN]", "[{DANN: {learning_rate: -1}}]", 6, "must be positive"),
         ("end_value", "stop", 7, "linear_ramp: the argument 'stop' is unknown"),
         ("[DANN]", "{first: [DAN], adaptations: [SHOT]}", 6, "Did you mean DANN?"),
+        ("[DANN]", "[SHOT]", 6, "SHOT has no source, and trains on the target's rows"),
+        ("[DANN]", "{train_on: unlabelled}", 6, "rows without labels need an adaptation"),
         ("[DANN]", "{train_on: sauce}", 6, "train_on must be source, target or unlabelled"),
         ("stream:", "strem:", 8, "'strem' is unknown. Did you mean stream?"),
         ("{ratio: 0.5}", "{ratoi: 0.5}", 8, "'ratoi' is unknown. Did you mean ratio?"),

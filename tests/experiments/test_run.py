@@ -138,7 +138,7 @@ def test_first_layers_are_frozen_and_the_rest_is_trained(
     write_config: Config, tmp_path: Path, model_dir: Path, extra: tuple[str, ...]
 ) -> None:
     run(
-        write_config(methods={"MMD": ["MMD"]}),
+        write_config(methods={"MMD": {"adaptations": ["MMD"], "pretrain": {"max_steps": 2}}}),
         *("--freeze-layers", "1", "--save-models", "--max_steps", "24", *extra),
     )
     (path,) = (tmp_path / "out").rglob("model.safetensors")
@@ -202,7 +202,9 @@ def test_methods_of_two_stages(write_config: Config, tmp_path: Path, trained: li
         "SHOT": {**shot, "target_priors": priors, "training": {"max_steps": 1}},
         "ADDA": {"first": [], "adaptations": ["ADDA"]},
     }
-    run(write_config(methods=methods), "--save-models", "--learning_rate", "0.01")
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1}  # where a stage has rows for it
+    config = write_config(methods=methods, training={"max_steps": 4, **evaluated})
+    run(config, "--save-models", "--learning_rate", "0.01")
     assert len(trained) == 6
     models = [load_file(p) for p in sorted((tmp_path / "out").rglob("model.safetensors"))]
     assert len(models) == 3  # and none of a first stage
@@ -312,6 +314,25 @@ def test_a_warned_or_failed_run_is_marked_wherever_it_stands(
         assert f"| {name} | MMD {mark} |" in shares
     names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
     assert names == ["source only", "MMD (1 failed, 2 warned)", "bound"]
+
+
+def test_renamed_classes_are_run_again(
+    write_config: Config, tmp_path: Path, trained: list[int]
+) -> None:
+    for number, names in enumerate((("neg", "pos"), ("no", "yes")), start=1):
+        data = {}
+        for name, thing in (("films", "film"), ("phones", "phone")):
+            renamed = [(text, names[label == "pos"]) for text, label in rows(thing)]
+            data[name] = str(write_csv(tmp_path / f"{name}.csv", renamed))
+        run(write_config(methods={"MMD": ["MMD"]}, data=data))
+        assert len(trained) == number
+        (line,) = results(tmp_path / "out")
+        assert tuple(json.loads(line["target_true_shares"])) == names
+
+
+def test_too_many_frozen_layers_end_it_at_once(write_config: Config, trained: list[int]) -> None:
+    printed = run(write_config(freeze_layers=9), fails=True)
+    assert "freeze_layers: 9, but the model has" in printed and not trained
 
 
 def test_a_model_that_is_missing_ends_it_at_once(write_config: Config, trained: list[int]) -> None:
