@@ -200,7 +200,7 @@ class FrozenPrefix:
             return None
         ratios = {} if data is None else data.table.ratios
         read_too = sum(r for name, r in ratios.items() if data and name not in data.table.unread)
-        return round(len(source) * (1 + read_too))
+        return round(len(source) * (1 + read_too))  # type: ignore[arg-type]
 
     def _give_up(self, why: str) -> None:
         """Continue without a cache in this phase: slower, but correct."""
