@@ -106,7 +106,9 @@ class Part:
             return self
         return replace(
             self,
-            inputs={k: v[:, :width] if k in wide else v for k, v in self.inputs.items()},
+            inputs={
+                k: v[:, :width].contiguous() if k in wide else v for k, v in self.inputs.items()
+            },
             added=None if self.added is None else self.added[:, :width],
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Trainer
+from transformers import DataCollatorForTokenClassification, Trainer
 
 from hf_adapt import Stream, adapt
 from hf_adapt.alignment import SelfTraining, aligned_predictions, balanced_pseudo_labels
@@ -14,6 +14,7 @@ from hf_adapt.alignment.row_bank import RowBank
 from tests.helpers.adaptation import InputRecorder
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
+from tests.helpers.toy import tokenizer
 from tests.helpers.trainers import arguments
 
 PRIORS = (0.5, 0.3, 0.2)
@@ -148,6 +149,18 @@ def test_rows_without_a_label_are_left_out_of_the_forward(tmp_path: Path) -> Non
     trainer.train()
     sizes = [len(inputs["input_ids"]) for inputs in recorder.inputs]
     assert sizes[-2:] == [8, 8 + len(method.bank)] and 0 < len(method.bank) < 8
+
+
+def test_a_tagger_whose_longest_rows_are_left_out(tmp_path: Path) -> None:
+    """Without their padding, the others are still what a model's own loss can read."""
+    target = [{"input_ids": [20 + i % 9] * (24 if i % 2 else 3)} for i in range(20)]
+    trainer = Trainer(
+        bert("token"),
+        arguments(tmp_path, max_steps=4),
+        train_dataset=[{"input_ids": [7, 8, 9], "labels": [0, 1, 2]}] * 20,
+        data_collator=DataCollatorForTokenClassification(tokenizer()),
+    )
+    adapt(trainer, SelfTraining(refreshes=(0.5,)), target_dataset=target).train()
 
 
 def test_a_view_of_a_stream_of_its_own_before_any_row_has_a_label(tmp_path: Path) -> None:
