@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import concatenate_datasets
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt import Adaptation, adapt
@@ -163,19 +164,18 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> Trainer:
-    """A Trainer of a tiny BERT with 40 source rows, adapted to 23 target rows."""
+    """A Trainer of a tiny BERT with 40 source rows, if it needs them, and 23 target rows."""
+    found = target() if target_dataset is None else target_dataset
+    has_source = not any(adaptation.source_free for adaptation in adaptations)
     trainer = Trainer(
         bert() if model is None else model,
         arguments(folder, **settings) if args is None else args,
-        train_dataset=rows(40, 1, labels),
+        # As many as all steps take: what comes after them differs between numbers of processes.
+        train_dataset=rows(40, 1, labels) if has_source else concatenate_datasets([found] * 2),
         data_collator=collate,
         callbacks=list(callbacks),
     )
-    return adapt(
-        trainer,
-        *adaptations,
-        target_dataset=target() if target_dataset is None else target_dataset,
-    )
+    return adapt(trainer, *adaptations, target_dataset=found if has_source else None)
 
 
 def state_of(adaptations: Sequence[Adaptation]) -> dict[str, Any]:
