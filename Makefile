@@ -56,7 +56,7 @@ help:  ## show this list
 
 .PHONY: demo
 demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 5"
-	$(RUN) examples/domain_shift_text.py $(ARGS)
+	$(RUN) examples/domain_shift_text.py --jobs 2 $(ARGS)
 
 .PHONY: demo-unfreezing
 demo-unfreezing: $(EXAMPLES)  ## gradual unfreezing on real data; options in ARGS="--seeds 5"

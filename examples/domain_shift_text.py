@@ -17,9 +17,9 @@ the texts and the model have been fetched.
     python examples/domain_shift_text.py --source sms --target email --seeds 5
     python examples/domain_shift_text.py --source mine.csv --target theirs.csv --num-train 5000
 
-Takes about twelve minutes on two CPU cores. What is finished is kept in --output-dir: the same
-command again goes on where it stopped. Every option of TrainingArguments can be given as well;
-`hf-adapt run --help` has the others.
+Takes about seven minutes on two CPU cores with --jobs 2. What is finished is kept in --output-dir:
+the same command again goes on where it stopped. Every option of TrainingArguments can be given as
+well; `hf-adapt run --help` has the others.
 """
 
 import sys
