@@ -50,10 +50,10 @@ def describe_pairs(experiment: Experiment, console: Console) -> None:
 def _without_score(experiment: Experiment, target: str) -> str:
     """Why there is no score, in a sentence."""
     column, found = label_columns(experiment, target)
-    near = difflib.get_close_matches(column, found, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near and column not in found else ""
     if column in found:
         return f" {target} has too few labels in {column!r} to test on, so there is no score."
+    near = difflib.get_close_matches(column, found, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     return (
         f" {target} has no labels in a column {column!r} (it has {', '.join(found)}{hint}), "
         "so there is no score."

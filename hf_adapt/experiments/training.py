@@ -305,7 +305,7 @@ def _frozen_prefix(run: _Run, trainer: Trainer) -> Iterator[None]:
         prefix = FrozenPrefix(trainer, run.model, groups, run.store)
         try:
             prefix.start_phase(frozenset(group.name for group in groups) - {*run.frozen})
-            with prefix.for_sweep():
+            with prefix.serving("all"):
                 yield
         finally:
             prefix.close()

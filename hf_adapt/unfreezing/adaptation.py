@@ -252,11 +252,11 @@ class GradualUnfreezing(LearningRateControl):
 
     def around_changed_forward(self) -> AbstractContextManager[Any]:
         """Leave the cached prefix out: the same inputs will hardly come again."""
-        return nullcontext() if self._prefix is None else self._prefix.left_out()
+        return nullcontext() if self._prefix is None else self._prefix.serving("none")
 
     def around_sweep(self) -> AbstractContextManager[Any]:
         """Use the cached prefix, as training does."""
-        return nullcontext() if self._prefix is None else self._prefix.for_sweep()
+        return nullcontext() if self._prefix is None else self._prefix.serving("all")
 
     def _lr_multiplier(self, group: str, step: int) -> float:
         """The multiplier of a group that trains at this step."""

@@ -279,7 +279,7 @@ def test_rows_that_are_scored_have_no_known_number(tmp_path: Path, caplog: Any) 
     model.bert.embeddings.requires_grad_(False)
     model.bert.encoder.layer[0].requires_grad_(False)
     prefix.start_phase(frozenset({"layer.1", "head"}))
-    with prefix.for_sweep():
+    with prefix.serving("all"):
         trainer.predict(rows(30, 2))
     prefix.close()
     assert "each row takes" in caplog.text

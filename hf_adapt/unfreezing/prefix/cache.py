@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+Forwards = Literal["training", "all", "none"]
+"""Those of training; those in evaluation mode as well, in a pass over a stream; none."""
 
 MOST_CHANGES = 3
 """Changes of the frozen weights after which a phase is no longer cached."""
@@ -83,7 +86,8 @@ class FrozenPrefix:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
-        self._is_comparing = self._is_sweep = self._is_left_out = self._trains = False
+        self._serves: Forwards = "training"
+        self._is_comparing = self._trains = False
         self._rows_read = self._rows_seen = 0
 
     def _reset_forward(self) -> None:
@@ -187,7 +191,7 @@ class FrozenPrefix:
     def _num_rows(self) -> int | None:
         """The number of rows that an epoch brings, or passes over the streams; None if unknown."""
         data = streams_of_run(self.trainer)
-        if self._is_sweep:
+        if self._serves == "all":  # a pass
             if data is None:
                 return None  # rows that are no part of the run are scored
             try:
@@ -210,22 +214,13 @@ class FrozenPrefix:
         self._close_store()
 
     @contextmanager
-    def for_sweep(self) -> Iterator[None]:
-        """Forwards in evaluation mode are served as well, while the context is open."""
-        self._is_sweep = True
+    def serving(self, forwards: Forwards) -> Iterator[None]:
+        """Which forwards are served and kept, while the context is open."""
+        before, self._serves = self._serves, forwards
         try:
             yield
         finally:
-            self._is_sweep = False
-
-    @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """No forward is served or kept while the context is open."""
-        self._is_left_out = True
-        try:
-            yield
-        finally:
-            self._is_left_out = False
+            self._serves = before
 
     # ---- one forward ----
 
@@ -234,8 +229,8 @@ class FrozenPrefix:
             return
         self._reset_forward()
         self._trains = module.training and torch.is_grad_enabled()
-        wanted = self._is_sweep or (self._trains and not self._only_sweeps)
-        if self._depth == 0 or self._is_left_out or not wanted:
+        trains = self._serves == "training" and self._trains and not self._only_sweeps
+        if self._depth == 0 or not (trains or self._serves == "all"):
             return
         if not hooks_of(self._beneath) <= self._hooks:
             return
