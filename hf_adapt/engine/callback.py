@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
 from hf_adapt.engine.plan import Plan
 from hf_adapt.engine.trainer import AdaptationMixin
 
@@ -70,6 +71,19 @@ def adapt(
     """
     _attach(trainer, Plan.of(adaptations, target_dataset, streams, target_priors=target_priors))
     return trainer
+
+
+def collect_items(trainer: Trainer, dataset: Any, **options: Any) -> ItemOutputs:
+    """Run a Trainer's model over a data set and keep features, predictions and labels of its items.
+
+    Args:
+        trainer: Any Trainer; it is changed in place, as by [`adapt`].
+        dataset: Rows, prepared like `train_dataset`.
+        **options: Those of [`OutputCollector`].
+    """
+    trainer.__class__ = adapted_class(type(trainer))
+    assert isinstance(trainer, AdaptationMixin)
+    return trainer.collect(dataset, OutputCollector(**options))
 
 
 def _attach(trainer: Trainer, plan: Plan) -> None:

@@ -104,7 +104,13 @@ class EvaluationObserver(Adaptation):
     Its `columns` and `extra_inputs` come with the batches. With several processes each sees its own
     batches, and the last ones are filled up with rows seen already: gather what belongs to rows by
     `trainer.accelerator.gather_for_metrics`, which leaves those out.
+
+    Attributes:
+        hides_labels: Whether the rows go through the model without their labels, which nothing sees
+            then.
     """
+
+    hides_labels: bool = False
 
     def observes_evaluation(self, trainer: Trainer) -> bool:
         """Whether it takes part."""
@@ -112,6 +118,14 @@ class EvaluationObserver(Adaptation):
 
     def begin_evaluation(self, trainer: Trainer, prefix: str) -> None:
         """An evaluation (or prediction) begins, whose metrics are named `<prefix>_...`."""
+
+    def around_prediction(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """A context held open while the model predicts a batch.
+
+        Args:
+            inputs: As in `observe`.
+        """
+        return nullcontext()
 
     @abstractmethod
     def observe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,11 @@ from torch import nn
 from hf_adapt.engine.selection import rows_of
 from hf_adapt.engine.streams import TRAINING, StreamTable
 from hf_adapt.models.hashing import row_keys
+from hf_adapt.models.heads import has_head
 from hf_adapt.models.pooling import without_virtual_tokens
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 @dataclass
@@ -238,3 +242,20 @@ class Layout:
                 self.num_classes = part.logits.shape[-1]
             except ValueError:
                 continue  # no logits; an objective that needs them says so
+
+
+def added_ids(trainer: Trainer) -> tuple[int, ...]:
+    """Ids of the tokens that a tokenizer puts around a text, where the head classifies tokens.
+
+    Unknown words and tokens of the user's own are part of the text.
+    """
+    if not has_head(trainer.accelerator.unwrap_model(trainer.model), "token_classification"):
+        return ()
+    tokenizer = trainer.processing_class
+    if tokenizer is None:
+        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    kinds = ("cls", "sep", "bos", "eos", "pad")
+    found = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return tuple(sorted(number for number in found if number not in (None, unknown)))

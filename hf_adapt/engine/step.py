@@ -24,13 +24,12 @@ from hf_adapt.engine.forward import BaseLoss, ForwardPass
 from hf_adapt.engine.metrics import FiniteGuard, MetricAverager
 from hf_adapt.engine.mixins import FusedObjective, LearningRateControl, LossCombiner
 from hf_adapt.engine.normalisation import StepCounts, count_labels
-from hf_adapt.engine.parts import Layout, Part
+from hf_adapt.engine.parts import Layout, Part, added_ids
 from hf_adapt.engine.plan import the_only
 from hf_adapt.engine.probe import Probe
 from hf_adapt.engine.progress import value_at
 from hf_adapt.engine.streams import TRAINING, StreamTable
 from hf_adapt.engine.terms import FUSED, TaskLosses, Terms
-from hf_adapt.models.heads import has_head
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -77,7 +76,7 @@ class TrainingStep:
             StreamTable() if data is None else data.table,
             tuple(dict.fromkeys([*trainer.label_names, "labels"])),
             may_be_frozen=any(control.freezes for control in controls),
-            added_ids=_added_ids(trainer) if has_head(model, "token_classification") else (),
+            added_ids=added_ids(trainer),
         )
         self.forward = ForwardPass(trainer, model, self.layout, adaptations, base_loss)
         self.counts = StepCounts(trainer, self.layout, self.objectives)
@@ -271,18 +270,3 @@ class TrainingStep:
         """The first batch with a label: a loss over none is NaN and shows nothing."""
         labelled = (b for b in batches if (count_labels(self.trainer, b) or 0) > 0)
         return next(labelled, batches[0])
-
-
-def _added_ids(trainer: Trainer) -> tuple[int, ...]:
-    """Ids of the tokens that a Trainer's tokenizer puts around a text.
-
-    Unknown words and tokens of the user's own are part of the text.
-    """
-    tokenizer = trainer.processing_class
-    if tokenizer is None:
-        tokenizer = getattr(trainer.data_collator, "tokenizer", None)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
-    kinds = ("cls", "sep", "bos", "eos", "pad")
-    found = {getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    return tuple(sorted(number for number in found if number not in (None, unknown)))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.training_args import ParallelMode
 
 from hf_adapt.engine.adaptation import Adaptation
@@ -16,6 +16,7 @@ from hf_adapt.engine.checkpoint import AuxiliaryState
 from hf_adapt.engine.collating import COLUMNS, DOMAIN, AdaptationCollator
 from hf_adapt.engine.columns import inputs_of, kept_columns, model_inputs
 from hf_adapt.engine.gradients import check_whole_gradients
+from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
 from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver, GradientTransform
 from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
 from hf_adapt.engine.run import AdaptationRun
@@ -72,6 +73,7 @@ class AdaptationMixin(_Base):
     _adaptation_inputs: tuple[str, ...] = ()
     _adaptation_observers: tuple[tuple[EvaluationObserver, ...], tuple[str, ...]] = ((), ())
     """Those of the evaluation under way, and the inputs that are only for them."""
+    _adaptation_collector: OutputCollector | None = None
 
     def __init__(
         self,
@@ -267,6 +269,8 @@ class AdaptationMixin(_Base):
 
     def _observers(self) -> list[EvaluationObserver]:
         """The adaptations that see the batches of evaluations; a weight of 0 changes nothing."""
+        if self._adaptation_collector is not None:
+            return [self._adaptation_collector]
         given = [a for plan in self._present_plans() for a in plan.adaptations]
         observers = [a for a in given if isinstance(a, EvaluationObserver)]
         return [a for a in observers if a.observes_evaluation(self)]
@@ -431,6 +435,36 @@ class AdaptationMixin(_Base):
             metrics.update(found)
         return output._replace(metrics=metrics)
 
+    def collect(self, dataset: Any, collector: OutputCollector) -> ItemOutputs:
+        """Run the model over a data set, as an evaluation does, and keep what it gives.
+
+        Args:
+            dataset: Rows, prepared like `train_dataset`; of any kind that `predict` takes.
+            collector: Says what is kept.
+        """
+        self._adaptation_collector = collector
+        try:
+            with self._evaluating(), self._bar_of_its_own():
+                self.evaluation_loop(
+                    self.get_test_dataloader(dataset), "Collecting", prediction_loss_only=True
+                )
+        finally:
+            self._adaptation_collector = None
+            collector.close()
+        return collector.items
+
+    @contextmanager
+    def _bar_of_its_own(self) -> Iterator[None]:
+        """The Trainer's progress bar of a prediction ends before, and afterwards again."""
+        bars = [c for c in self.callback_handler.callbacks if isinstance(c, ProgressCallback)]
+        try:
+            for callback in bars:
+                callback.on_evaluate(self.args, self.state, self.control)
+            yield
+        finally:
+            for callback in bars:
+                callback.on_evaluate(self.args, self.state, self.control)
+
     def prediction_step(
         self,
         model: Any,
@@ -441,14 +475,19 @@ class AdaptationMixin(_Base):
     ) -> Any:
         """The Trainer's own; what lies beside a batch is shown to observers, not to the model."""
         observers, extra = self._adaptation_observers
-        hidden = {DOMAIN, COLUMNS} if self._adaptation_plans else set()
+        hidden = {DOMAIN, COLUMNS} if self._adaptation_plans or observers else set()
+        if any(observer.hides_labels for observer in observers):
+            hidden |= {*self.label_names, "labels"}
         own = inputs
         if {*hidden, *extra} & set(inputs):
             own = {key: value for key, value in inputs.items() if key not in {*hidden, *extra}}
         if not observers:
             return super().prediction_step(model, own, prediction_loss_only, ignore_keys, **kwargs)
-        result = super().prediction_step(model, own, False, ignore_keys, **kwargs)
         seen = self._prepare_inputs({k: v for k, v in inputs.items() if k not in hidden})
+        with ExitStack() as stack:
+            for observer in observers:
+                stack.enter_context(observer.around_prediction(seen))
+            result = super().prediction_step(model, own, False, ignore_keys, **kwargs)
         for observer in observers:
             observer.observe(seen, inputs.get(COLUMNS, {}), result[1])
         return (result[0], None, None) if prediction_loss_only else result

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import Pair, cached_pair
+from hf_adapt.experiments.outputs import OUTPUTS_FILE
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.experiments.training import train_and_test
 from hf_adapt.experiments.versions import installed
@@ -117,12 +118,14 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]
 
 
 def finished_result(folder: Path, with_model: bool = False) -> dict[str, Any] | None:
-    """The result of an earlier run; None if there is none, or it failed, or a model is missing.
+    """The result of an earlier run; None if there is none, or it failed, or a file is missing.
 
     A file that is cut off or damaged is none.
     """
     file = folder / RESULT_FILE
-    if not file.exists() or (with_model and not (folder / "config.json").exists()):
+    if not file.exists() or not (folder / OUTPUTS_FILE).exists():
+        return None
+    if with_model and not (folder / "config.json").exists():
         return None
     try:
         result = json.loads(file.read_text(encoding="utf-8"))

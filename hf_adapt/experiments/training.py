@@ -32,7 +32,8 @@ from transformers import (
 from hf_adapt.alignment import adapt_pretrain
 from hf_adapt.alignment import priors as alignment_priors
 from hf_adapt.alignment.priors import PriorObjective
-from hf_adapt.engine.callback import AdaptationCallback, adapt
+from hf_adapt.engine.callback import AdaptationCallback, adapt, collect_items
+from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import DataError, Pair, cached_pair, label_name
@@ -45,6 +46,7 @@ from hf_adapt.experiments.methods import (
     reads_target,
     shifted,
 )
+from hf_adapt.experiments.outputs import RunOutputs
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.hub_names import check_hub_name
@@ -157,13 +159,11 @@ def train_and_test(
         trainer = _trained(run, method)
         result: dict[str, Any] = {"seconds": time.perf_counter() - start}
         result["peak_memory_mb"] = None if before is None else peak(device) / 2**20
-    with _frozen_prefix(run, trainer):
-        for name, domain in (("source", pair.source), ("target", pair.target)):
-            tested, is_scored = domain["test"], len(domain["test"]) > 0
-            if not is_scored:
-                tested = run.task.with_any_labels(pair.target_unlabelled)
-            scores = _scores(trainer, run.rows(tested), run.task, pair.labels, is_scored)
-            result |= {f"{name}_{key}": value for key, value in scores.items()}
+    outputs = _outputs(run, trainer)
+    outputs.save(folder)
+    for name, tested in (("source", outputs.source_test), ("target", outputs.target_test)):
+        scores = _scores(tested or outputs.target_unlabelled, pair.labels, tested is not None)
+        result |= {f"{name}_{key}": value for key, value in scores.items()}
     result["warnings"] = len(warnings.texts)
     result["first_warning"] = warnings.texts[0] if warnings.texts else None
     shutil.rmtree(folder / "pretraining", ignore_errors=True)
@@ -323,18 +323,35 @@ def _frozen(run: _Run) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _scores(
-    trainer: Trainer, rows: datasets.Dataset, task: Task, labels: Sequence[str], is_scored: bool
-) -> dict[str, Any]:
+def _outputs(run: _Run, trainer: Trainer) -> RunOutputs:
+    """What the trained model gives for the rows of both domains."""
+    pair = run.pair
+
+    def collected(rows: datasets.Dataset) -> ItemOutputs | None:
+        if not len(rows):
+            return None
+        rows = run.rows(rows)
+        if "input_ids" in rows.column_names:  # rows of like length in a batch: less padding
+            lengths = [len(tokens) for tokens in rows["input_ids"]]
+            rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+        found = collect_items(trainer, rows)
+        labelled = found.labelled  # of the tokens of a word only the first has a label
+        return labelled if len(labelled) else found
+
+    with _frozen_prefix(run, trainer):
+        unlabelled = collected(run.task.with_any_labels(pair.target_unlabelled))
+        return RunOutputs(
+            source_dev=collected(pair.source["dev"]),
+            source_test=collected(pair.source["test"]),
+            target_unlabelled=None if unlabelled is None else unlabelled.without_labels,
+            target_test=collected(pair.target["test"]),
+        )
+
+
+def _scores(items: ItemOutputs | None, labels: Sequence[str], is_scored: bool) -> dict[str, Any]:
     """Accuracy, macro-F1 and class shares; without labels only the shares that are predicted."""
-    if "input_ids" in rows.column_names:  # rows of like length in a batch: less padding
-        lengths = [len(tokens) for tokens in rows["input_ids"]]
-        rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
-    predicted = trainer.predict(rows)
-    logits = predicted.predictions
-    guess, truth = task.decoded(
-        logits[0] if isinstance(logits, tuple) else logits, predicted.label_ids
-    )
+    assert items is not None
+    guess, truth = items.logits.argmax(1).numpy(), items.labels.numpy()
     scores: dict[str, Any] = {"predicted_shares": _shares(guess, labels)}
     if is_scored:
         scores["true_shares"] = _shares(truth, labels)

@@ -6,14 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from datasets import Dataset, Features
 
 Row = tuple[Any, Any]
 """What a row holds, and its label: a class name, a list of them, or None."""
-
-Labels = npt.NDArray[np.int64]
 
 
 class Task(ABC):
@@ -82,10 +78,3 @@ class Task(ABC):
     @abstractmethod
     def collator(self, processor: Any) -> Any:
         """What makes batches of prepared rows."""
-
-    def decoded(self, logits: Any, labels: Any) -> tuple[Labels, Labels]:
-        """The predicted and true classes of all items with a label."""
-        guess = np.asarray(logits).argmax(-1).reshape(-1)
-        truth = np.full_like(guess, -100) if labels is None else np.asarray(labels).reshape(-1)
-        counts = truth != -100
-        return (guess[counts], truth[counts]) if counts.any() else (guess, truth)

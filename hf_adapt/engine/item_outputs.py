@@ -1,0 +1,169 @@
+"""Features, predictions and labels of all items of a data set, as an evaluation sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_adapt.engine.adaptation import Objective
+from hf_adapt.engine.batch import Batch
+from hf_adapt.engine.forward import ForwardPass
+from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.metrics import MetricAverager
+from hf_adapt.engine.mixins import EvaluationObserver
+from hf_adapt.engine.parts import Layout, Part, added_ids
+from hf_adapt.models.pooling import Pooling
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+@dataclass(frozen=True, eq=False)
+class ItemOutputs:
+    """What a model gives for the items of a data set: its rows, or the tokens of a tagger.
+
+    They are in the order of their keys, so that it depends on neither the batch size nor the number
+    of processes.
+
+    Args:
+        features: Pooled hidden states.
+        logits: Scores of each class.
+        labels: The classes; -100 where there is none.
+        keys: A key of each item by its content; equal items have equal ones.
+
+    Shape:
+        - features: (N, D) float32; logits: (N, C) float32; labels, keys: (N,) long.
+    """
+
+    features: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+    keys: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def select(self, which: torch.Tensor) -> ItemOutputs:
+        """Some of the items, by number or by a mask."""
+        return ItemOutputs(**{each.name: getattr(self, each.name)[which] for each in fields(self)})
+
+    @property
+    def labelled(self) -> ItemOutputs:
+        """The items that have a label."""
+        return self.select(self.labels != IGNORED)
+
+    @property
+    def without_labels(self) -> ItemOutputs:
+        """The same items; the labels are -100."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORED))
+
+    @classmethod
+    def joined(cls, batches: Sequence[ItemOutputs]) -> ItemOutputs:
+        """Several as one, in the order of their keys."""
+        whole = cls(
+            **{n.name: torch.cat([getattr(each, n.name) for each in batches]) for n in fields(cls)}
+        )
+        return whole.select(torch.argsort(whole.keys, stable=True))
+
+
+class OutputCollector(EvaluationObserver):
+    """Collects the [`ItemOutputs`] of an evaluation, of all processes.
+
+    Args:
+        feature_layer: The module whose output the features are, as objectives have it.
+        pooling: How a feature is made of it.
+        hides_labels: Whether the model and this see no labels.
+    """
+
+    def __init__(
+        self,
+        feature_layer: str | None = None,
+        pooling: Pooling = "auto",
+        hides_labels: bool = False,
+    ) -> None:
+        self.hides_labels = hides_labels
+        self._reader = Objective(1.0, feature_layer, pooling, "collected")
+        self._batches: list[ItemOutputs] = []
+        self._part: Part | None = None
+        self._forward: ForwardPass | None = None
+
+    def begin_evaluation(self, trainer: Trainer, prefix: str) -> None:
+        """Hook the module of the features."""
+        self.close()
+        self._trainer, self._batches = trainer, []
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        labels = tuple(dict.fromkeys([*trainer.label_names, "labels"]))
+        self._layout = Layout(model, label_names=labels, added_ids=added_ids(trainer))
+        self._forward = ForwardPass(trainer, model, self._layout, [self._reader], _no_loss)
+        self._forward.connect()
+
+    @contextmanager
+    def around_prediction(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Capture what the model gives for these rows."""
+        assert self._forward is not None
+        tensors = (v for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim)
+        rows = next((len(value) for value in tensors), 0)
+        domain = torch.zeros(rows, dtype=torch.long, device=self._trainer.args.device)
+        self._part = Part(inputs, domain, added=self._layout.added_tokens(inputs))
+        with torch.no_grad(), self._forward.recording(self._part):
+            yield
+
+    @torch.no_grad()
+    def observe(
+        self, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]], outputs: Any
+    ) -> None:
+        """Keep the items of one batch."""
+        assert self._part is not None and self._forward is not None
+        part, self._part = self._part, None
+        self._layout.learn([part])
+        metrics = MetricAverager(self._trainer.accelerator)
+        batch = Batch([part], self._layout, 1.0, metrics, lambda rows, _: rows)
+        batch = batch.for_objective(self._reader)
+        logits, keys = batch.logits()[0], batch.keys()
+        has_labels = any(name in part.inputs for name in self._layout.label_names)
+        found = ItemOutputs(
+            batch.features()[0],
+            logits,
+            batch.labels() if has_labels else torch.full_like(keys, IGNORED),
+            keys,
+        )
+        self._batches.append(self._of_all_processes(found, part))
+
+    def _of_all_processes(self, found: ItemOutputs, part: Part) -> ItemOutputs:
+        """The items of all processes, without those of rows that fill up the last batch."""
+        values = {each.name: getattr(found, each.name) for each in fields(found)}
+        if (accelerator := self._trainer.accelerator).num_processes > 1:
+            counts = part.token_counts if self._layout.token_logits else part.domain + 1
+            split = [torch.split(value.cpu(), counts.tolist()) for value in values.values()]
+            rows = accelerator.gather_for_metrics(
+                list(zip(*split, strict=True)), use_gather_object=True
+            )
+            values = {
+                name: torch.cat(each)
+                for name, each in zip(values, zip(*rows, strict=True), strict=True)
+            }
+        return ItemOutputs(**{name: value.detach().cpu() for name, value in values.items()})
+
+    def end_evaluation(self, metrics: Mapping[str, float], prefix: str) -> Mapping[str, float]:
+        """No metrics; the items are there."""
+        self.close()
+        return {}
+
+    @property
+    def items(self) -> ItemOutputs:
+        """What the last evaluation has shown."""
+        return ItemOutputs.joined(self._batches)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        if self._forward is not None:
+            self._forward.close()
+            self._forward = None
+
+
+def _no_loss(*args: Any) -> torch.Tensor:
+    raise AssertionError("an evaluation computes its loss itself")
