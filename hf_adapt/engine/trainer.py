@@ -214,9 +214,12 @@ class AdaptationMixin(_Base):
         return Sweep(self, run.step, data, columns, transforms)
 
     def stream_options(self, stream: str) -> Stream | None:
-        """The options of a stream of the run under way, if it has it."""
+        """The options of a stream of the run under way, or of the next one, if it has it."""
         run = self._adaptation_run
-        return run.data.streams.get(stream) if run is not None and run.data is not None else None
+        if run is None:
+            plans = self._present_plans()
+            return streams_of(plans, active_adaptations(plans)).get(stream)
+        return run.data.streams.get(stream) if run.data is not None else None
 
     # ---- data ----
 
@@ -459,11 +462,11 @@ class AdaptationMixin(_Base):
         bars = [c for c in self.callback_handler.callbacks if isinstance(c, ProgressCallback)]
         try:
             for callback in bars:
-                callback.on_evaluate(self.args, self.state, self.control)
+                callback.on_evaluate(self.args, self.state, self.control)  # type: ignore[no-untyped-call]
             yield
         finally:
             for callback in bars:
-                callback.on_evaluate(self.args, self.state, self.control)
+                callback.on_evaluate(self.args, self.state, self.control)  # type: ignore[no-untyped-call]
 
     def prediction_step(
         self,

@@ -1,7 +1,15 @@
-"""Metrics that compare a student with its teacher: functions, and metrics of `evaluate`."""
+"""What a model is worth: without target labels, against its teacher, and as probabilities."""
 
 from typing import TYPE_CHECKING, Any
 
+from hf_adapt.evaluation import validators
+from hf_adapt.evaluation.calibration import brier_score, fitted_temperature, reliability
+from hf_adapt.evaluation.collapse import collapse
+from hf_adapt.evaluation.density_ratio import (
+    density_ratio,
+    effective_sample_size,
+    proxy_a_distance,
+)
 from hf_adapt.evaluation.distillation import (
     agreement,
     calibration_error,
@@ -10,6 +18,8 @@ from hf_adapt.evaluation.distillation import (
     retained_share,
     teacher_divergence,
 )
+from hf_adapt.evaluation.estimates import AccuracyEstimate, estimate_accuracy
+from hf_adapt.evaluation.validation import LabelFreeValidation
 
 if TYPE_CHECKING:
     from hf_adapt.evaluation.metrics import (
@@ -20,16 +30,27 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AccuracyEstimate",
     "Agreement",
     "CalibrationError",
+    "LabelFreeValidation",
     "RetainedShare",
     "TeacherDivergence",
     "agreement",
+    "brier_score",
     "calibration_error",
     "calibration_error_from",
     "calibration_histogram",
+    "collapse",
+    "density_ratio",
+    "effective_sample_size",
+    "estimate_accuracy",
+    "fitted_temperature",
+    "proxy_a_distance",
+    "reliability",
     "retained_share",
     "teacher_divergence",
+    "validators",
 ]
 
 

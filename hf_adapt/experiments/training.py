@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import json
 import logging
 import shutil
 import time
@@ -50,9 +51,12 @@ from hf_adapt.experiments.outputs import RunOutputs
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.hub_names import check_hub_name
+from hf_adapt.storage.text_file import write_text
 from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 
+LOGS_FILE = "logs.json"
+"""What the last stage of a run has logged, as `TrainerState.log_history`."""
 PRETRAINING_EPOCHS = 10
 NO_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False}
 """`TrainingArguments` of a stage without rows to evaluate on."""
@@ -161,6 +165,7 @@ def train_and_test(
         result["peak_memory_mb"] = None if before is None else peak(device) / 2**20
     outputs = _outputs(run, trainer)
     outputs.save(folder)
+    write_text(folder / LOGS_FILE, json.dumps(trainer.state.log_history, indent=1))
     for name, tested in (("source", outputs.source_test), ("target", outputs.target_test)):
         scores = _scores(tested or outputs.target_unlabelled, pair.labels, tested is not None)
         result |= {f"{name}_{key}": value for key, value in scores.items()}

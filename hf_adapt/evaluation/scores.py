@@ -1,0 +1,132 @@
+"""All validators of one model at once, from its outputs for both domains."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hf_adapt.engine.item_outputs import ItemOutputs
+from hf_adapt.evaluation import validators
+from hf_adapt.evaluation.arrays import Array, Floats
+from hf_adapt.evaluation.density_ratio import (
+    LEAST_EFFECTIVE_SIZE,
+    UntrustedWeights,
+    domain_log_odds,
+    effective_sample_size,
+    weights_of,
+)
+
+VALIDATORS = (
+    "entropy",
+    "im",
+    "nuclear_norm",
+    "iwv",
+    "dev",
+    "circular",
+    "class_ami",
+    "snd",
+    "class_balance",
+)
+"""The validators of one model, by the names of their metrics."""
+NEED_SOURCE = ("iwv", "dev", "circular")
+"""Those that need held-out source items with labels."""
+
+
+class TargetScores:
+    """The validators of a model, each computed when it is asked for; what they share, once.
+
+    Args:
+        source: Held-out source items with labels; None if there are none.
+        target: Target items.
+        prior: The target's class frequencies, if they are known.
+    """
+
+    def __init__(
+        self, source: ItemOutputs | None, target: ItemOutputs, prior: Array | None = None
+    ) -> None:
+        self.source, self.target, self.prior = source, target, prior
+
+    @cached_property
+    def odds(self) -> tuple[Floats, Floats]:
+        """The log-odds of the target, of source and target items."""
+        assert self.source is not None
+        return domain_log_odds(self.source.features, self.target.features)
+
+    def weights(self, normalize: bool = True) -> Floats:
+        """The importance weights of the source items."""
+        source_odds, target_odds = self.odds
+        return weights_of(source_odds, len(target_odds) / len(source_odds), normalize=normalize)
+
+    @cached_property
+    def losses(self) -> Floats:
+        """The cross-entropies of the source items."""
+        assert self.source is not None
+        losses = F.cross_entropy(self.source.logits, self.source.labels, reduction="none")
+        return np.asarray(losses.double().numpy())
+
+    def _trusted(self, normalize: bool) -> Floats:
+        weights = self.weights(normalize)
+        size = effective_sample_size(weights)
+        if size < LEAST_EFFECTIVE_SIZE:
+            raise UntrustedWeights(size, len(weights), LEAST_EFFECTIVE_SIZE)
+        return weights
+
+    def score(self, name: str) -> float:
+        """The value of a validator.
+
+        Raises:
+            UntrustedWeights: If importance weights leave too few items.
+        """
+        logits, features = self.target.logits, self.target.features
+        if name == "entropy":
+            return validators.entropy(logits)
+        if name == "im":
+            return validators.information_maximization(logits, self.prior)
+        if name == "nuclear_norm":
+            return validators.nuclear_norm(logits)
+        if name == "snd":
+            return validators.soft_neighborhood_density(logits)
+        if name == "class_ami":
+            return validators.class_ami(logits, features)
+        if name == "class_balance":
+            return validators.class_balance(logits, self.prior)
+        assert self.source is not None
+        if name == "circular":
+            return validators.circular(
+                features, logits.argmax(1), self.source.features, self.source.labels
+            )
+        if name == "iwv":
+            return float(-(self._trusted(True) * self.losses).mean())
+        if name == "dev":
+            return validators.controlled_risk(self._trusted(False), self.losses)
+        raise ValueError(f"The validator {name!r} is unknown: use {', '.join(VALIDATORS)}.")
+
+    def all(self, names: Collection[str] = VALIDATORS) -> dict[str, float]:
+        """Several values by their names; -inf where weights cannot be trusted."""
+        found = {}
+        for name in names:
+            if self.source is None and name in NEED_SOURCE:
+                continue
+            try:
+                found[name] = self.score(name)
+            except UntrustedWeights:
+                found[name] = -np.inf
+        return found
+
+    @property
+    def source_accuracy(self) -> float:
+        """The accuracy on held-out source items."""
+        assert self.source is not None
+        right = self.source.logits.argmax(1) == self.source.labels
+        return float(right.double().mean())
+
+
+def strided(items: ItemOutputs, most: int) -> ItemOutputs:
+    """At most so many of the items, evenly spread over their keys."""
+    if len(items) <= most:
+        return items
+    return items.select(torch.linspace(0, len(items) - 1, most).long())
