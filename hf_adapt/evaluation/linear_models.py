@@ -12,7 +12,7 @@ Scores = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 
 
 def logistic_regression(
-    features: NDArray[np.float32], classes: NDArray[np.int64], strength: float = 0.01
+    features: NDArray[np.float32], classes: NDArray[np.int64], strength: float = 1e-3
 ) -> Scores:
     """Fit a multinomial logistic regression with an L2 penalty.
 
