@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = Callable[[NDArray[np.float32]], NDArray[np.float64]]
-"""Log-probabilities of each class, (N, C), of features (N, D)."""
+"""Scores of each class, (N, C), of features (N, D): logits."""
 
 
 def logistic_regression(
@@ -35,6 +35,7 @@ def logistic_regression(
     model.fit(standardised(features), classes)
 
     def scores(given: NDArray[np.float32]) -> NDArray[np.float64]:
-        return np.asarray(model.predict_log_proba(standardised(given)), dtype=np.float64)
+        found = np.asarray(model.decision_function(standardised(given)), dtype=np.float64)
+        return np.stack([-found / 2, found / 2], 1) if found.ndim == 1 else found
 
     return scores
