@@ -86,6 +86,11 @@ def collect_items(trainer: Trainer, dataset: Any, **options: Any) -> ItemOutputs
     return trainer.collect(dataset, OutputCollector(**options))
 
 
+def load_weights(trainer: Trainer, folder: str) -> None:
+    """Give a Trainer's model the weights that `save_model` has written to a folder."""
+    trainer._load_from_checkpoint(folder)
+
+
 def _attach(trainer: Trainer, plan: Plan) -> None:
     if not isinstance(trainer, Trainer):
         raise TypeError(f"Expected a transformers Trainer, got {type(trainer).__name__}.")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hf_adapt.engine.adaptation import Objective
@@ -20,6 +22,8 @@ from hf_adapt.models.pooling import Pooling
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+HALF_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,31 @@ class ItemOutputs:
             **{n.name: torch.cat([getattr(each, n.name) for each in batches]) for n in fields(cls)}
         )
         return whole.select(torch.argsort(whole.keys, stable=True))
+
+
+def save_items(path: str | Path, items: Mapping[str, ItemOutputs | None]) -> None:
+    """Write several sets of items to a file, the features in half precision; None is left out."""
+    arrays = {}
+    for name, each in items.items():
+        for column in fields(ItemOutputs) if each is not None else ():
+            value = getattr(each, column.name).numpy()
+            if column.name == "features":
+                value = value.clip(-HALF_MAX, HALF_MAX).astype(np.float16)
+            arrays[f"{name}.{column.name}"] = value
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def load_items(path: str | Path) -> dict[str, ItemOutputs]:
+    """Read what [`save_items`] has written."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    with np.load(path) as stored:
+        for key in stored.files:
+            name, _, column = key.rpartition(".")
+            value = torch.from_numpy(stored[key])
+            value = value.float() if value.is_floating_point() else value
+            found.setdefault(name, {})[column] = value
+    return {name: ItemOutputs(**columns) for name, columns in found.items()}
 
 
 class OutputCollector(EvaluationObserver):

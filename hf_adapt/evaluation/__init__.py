@@ -19,6 +19,9 @@ from hf_adapt.evaluation.importance_weights import (
     effective_sample_size,
     proxy_a_distance,
 )
+from hf_adapt.evaluation.neighborhoods import Neighborhoods, neighbor_agreement
+from hf_adapt.evaluation.selection import Candidate, Choice, choose
+from hf_adapt.evaluation.train_and_choose import train_and_choose
 from hf_adapt.evaluation.validation import LabelFreeValidation
 
 if TYPE_CHECKING:
@@ -33,7 +36,10 @@ __all__ = [
     "AccuracyEstimate",
     "Agreement",
     "CalibrationError",
+    "Candidate",
+    "Choice",
     "LabelFreeValidation",
+    "Neighborhoods",
     "RetainedShare",
     "TeacherDivergence",
     "agreement",
@@ -41,15 +47,18 @@ __all__ = [
     "calibration_error",
     "calibration_error_from",
     "calibration_histogram",
+    "choose",
     "collapse",
     "density_ratio",
     "effective_sample_size",
     "estimate_accuracy",
     "fitted_temperature",
+    "neighbor_agreement",
     "proxy_a_distance",
     "reliability",
     "retained_share",
     "teacher_divergence",
+    "train_and_choose",
     "validators",
 ]
 
