@@ -19,6 +19,9 @@ from hf_adapt.evaluation.distillation import (
     teacher_divergence,
 )
 from hf_adapt.evaluation.estimates import AccuracyEstimate, estimate_accuracy
+from hf_adapt.evaluation.groups import GroupAccuracy, WorstGroupAccuracy, group_accuracy
+from hf_adapt.evaluation.influence import source_influence
+from hf_adapt.evaluation.layers import LayerDistance, layer_distances
 from hf_adapt.evaluation.validation import LabelFreeValidation
 
 if TYPE_CHECKING:
@@ -33,9 +36,12 @@ __all__ = [
     "AccuracyEstimate",
     "Agreement",
     "CalibrationError",
+    "GroupAccuracy",
     "LabelFreeValidation",
+    "LayerDistance",
     "RetainedShare",
     "TeacherDivergence",
+    "WorstGroupAccuracy",
     "agreement",
     "brier_score",
     "calibration_error",
@@ -46,9 +52,12 @@ __all__ = [
     "effective_sample_size",
     "estimate_accuracy",
     "fitted_temperature",
+    "group_accuracy",
+    "layer_distances",
     "proxy_a_distance",
     "reliability",
     "retained_share",
+    "source_influence",
     "teacher_divergence",
     "validators",
 ]
