@@ -39,6 +39,8 @@ def source_influence(
 
     Look at the lowest rows first: mislabelled rows, and those whose like has another label in the
     target, are among them. A row that is fitted well has an influence near 0, whatever it taught.
+    Rows that have misled the model just where the target is agree with its pseudo-labels and stay
+    hidden; a few labelled target rows, as `target_predictions`, find them.
 
     Reference:
         Pruthi et al. 2020, "Estimating Training Data Influence by Tracing Gradient Descent",
@@ -115,12 +117,14 @@ def _pseudo_labels(
                 f"{len(labels)}, {int(counted.sum())} of them classes."
             )
         return labels, counted
-    confidence = softmax(logits).max(1)
-    return logits.argmax(1), confidence >= np.quantile(confidence, 1 - share, method="lower")
+    counted = np.zeros(len(logits), dtype=bool)
+    surest = np.argsort(-softmax(logits).max(1), kind="stable")
+    counted[surest[: max(1, round(share * len(logits)))]] = True
+    return logits.argmax(1), counted
 
 
 def _residuals(logits: Floats, labels: Array, name: str) -> Floats:
-    """p - y, (N, C)."""
+    """The predicted probabilities less the labels, (N, C)."""
     residuals = softmax(logits)
     residuals[np.arange(len(logits)), as_classes(labels, name, len(logits), logits.shape[1])] -= 1
     return residuals
