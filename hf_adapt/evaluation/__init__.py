@@ -3,6 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from hf_adapt.evaluation import validators
+from hf_adapt.evaluation.attributions import (
+    AttributionChange,
+    TokenAttributions,
+    compare_attributions,
+    token_attributions,
+)
 from hf_adapt.evaluation.calibration import brier_score, fitted_temperature, reliability
 from hf_adapt.evaluation.collapse import collapse
 from hf_adapt.evaluation.density_ratio import (
@@ -35,12 +41,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AccuracyEstimate",
     "Agreement",
+    "AttributionChange",
     "CalibrationError",
     "GroupAccuracy",
     "LabelFreeValidation",
     "LayerDistance",
     "RetainedShare",
     "TeacherDivergence",
+    "TokenAttributions",
     "WorstGroupAccuracy",
     "agreement",
     "brier_score",
@@ -48,6 +56,7 @@ __all__ = [
     "calibration_error_from",
     "calibration_histogram",
     "collapse",
+    "compare_attributions",
     "density_ratio",
     "effective_sample_size",
     "estimate_accuracy",
@@ -59,6 +68,7 @@ __all__ = [
     "retained_share",
     "source_influence",
     "teacher_divergence",
+    "token_attributions",
     "validators",
 ]
 
