@@ -74,8 +74,9 @@ def token_attributions(
     r"""Attribute the score of a class to the tokens of a text, by integrated gradients.
 
     The score is the log-odds of the class, \(z_c - \log \sum_{k \ne c} e^{z_k}\). The attributions
-    add up to its difference from the score of the baseline, where each token of the text is
-    padding (or a mask, if padding is a vector of zeros); `error` says how exactly. They describe the model, not the truth of the text.
+    add up to its difference from the score of the baseline, in which padding (or a mask, if padding
+    is a vector of zeros) takes the place of each token of the text; `error` says how exactly. They
+    describe the model, not the truth of the text.
 
     Reference:
         Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks", Eq. 1,
