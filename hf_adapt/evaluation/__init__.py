@@ -10,12 +10,7 @@ from hf_adapt.evaluation.attributions import (
     token_attributions,
 )
 from hf_adapt.evaluation.calibration import brier_score, fitted_temperature, reliability
-from hf_adapt.evaluation.collapse import collapse
-from hf_adapt.evaluation.density_ratio import (
-    density_ratio,
-    effective_sample_size,
-    proxy_a_distance,
-)
+from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.distillation import (
     agreement,
     calibration_error,
@@ -26,6 +21,11 @@ from hf_adapt.evaluation.distillation import (
 )
 from hf_adapt.evaluation.estimates import AccuracyEstimate, estimate_accuracy
 from hf_adapt.evaluation.groups import GroupAccuracy, WorstGroupAccuracy, group_accuracy
+from hf_adapt.evaluation.importance_weights import (
+    density_ratio,
+    effective_sample_size,
+    proxy_a_distance,
+)
 from hf_adapt.evaluation.influence import source_influence
 from hf_adapt.evaluation.layers import LayerDistance, layer_distances
 from hf_adapt.evaluation.validation import LabelFreeValidation

@@ -12,7 +12,7 @@ from hf_adapt.alignment.mmd import mmd_loss
 from hf_adapt.engine.callback import collect_items
 from hf_adapt.engine.item_outputs import LayerCollector
 from hf_adapt.engine.pairing import is_map_style
-from hf_adapt.evaluation.density_ratio import proxy_a_distance
+from hf_adapt.evaluation.importance_weights import proxy_a_distance
 from hf_adapt.evaluation.scores import strided
 from hf_adapt.models.heads import has_head
 from hf_adapt.models.layers import Stack, find_stacks
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 FEWEST_ROWS = 10
 """Of each domain, for a cross-fitted classifier of the domains."""
+
+
+MMD_ROWS = 1000
+"""Of each domain: its time and memory grow with their square."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ def layer_distances(
         trainer: Any Trainer with the model; it is changed in place, as by `adapt`.
         source_dataset: Source rows, prepared like `train_dataset`; best those not trained on.
         target_dataset: Target rows.
-        max_items: So many rows of each domain are used at most, spread evenly. A torch stream is
-            read to its end.
+        max_items: So many rows of each domain are used at most, spread evenly (1,000 of them for
+            the discrepancy). A torch stream is read to its end.
         pooling: How a row's feature is made of a layer's output.
 
     Returns:
@@ -94,10 +98,12 @@ def layer_distances(
                 f"Expected at least {FEWEST_ROWS} rows in the {name}_dataset, got {len(items)}."
             )
         found.append(torch.split(items.features, collector.widths, dim=1))
-    return [
-        LayerDistance(name, proxy_a_distance(*both), float(mmd_loss(*both, unbiased=True)))
-        for name, *both in zip(names, *found, strict=True)
-    ]
+    distances = []
+    for name, *both in zip(names, *found, strict=True):
+        some = (features[:MMD_ROWS] for features in both)  # their order is that of their hashes
+        mmd = float(mmd_loss(*some, unbiased=True))
+        distances.append(LayerDistance(name, proxy_a_distance(*both), mmd))
+    return distances
 
 
 def _layers(model: nn.Module) -> tuple[list[str], list[str], list[str]]:
