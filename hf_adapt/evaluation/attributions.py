@@ -101,33 +101,14 @@ def token_attributions(
             print(f"{token:12} {score:+.2f}")
         ```
     """
-    try:
-        from captum.attr import LayerIntegratedGradients
-    except ImportError as error:
-        raise ImportError(
-            "token_attributions needs the package captum. Install it with "
-            '`pip install "hf-adapt[attributions]"`.'
-        ) from error
-
+    integrated_gradients = _integrated_gradients()
     embeddings = _input_embeddings(model)
-    inputs = tokenizer(
-        text, return_tensors="pt", truncation=True, return_special_tokens_mask=True
-    ).to(next(model.parameters()).device)
-    added = inputs.pop("special_tokens_mask").bool()
-    ids = inputs.pop("input_ids")
-    if bool(added.all()):
-        raise ValueError(f"Expected a text with tokens, got {text!r}.")
+    ids, added, inputs = _encoded(tokenizer, text, next(model.parameters()).device)
     baseline = torch.where(added, ids, _baseline_id(tokenizer, embeddings, ids))
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         batch = {key: value.expand(len(ids), -1) for key, value in inputs.items()}
-        scores = model(input_ids=ids, **batch).logits
-        if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or scores.shape[1] < 2:
-            raise ValueError(
-                f"Expected a model that gives a text scores of at least two classes, (1, C); "
-                f"{type(unwrapped_base(model)).__name__} gave {tuple(scores.shape)}."
-            )
-        return scores.float()
+        return _checked(model(input_ids=ids, **batch).logits, model)
 
     with evaluating(model):
         with torch.no_grad():
@@ -141,22 +122,22 @@ def token_attributions(
                 empty = logits(ids)
         # A decoder that knows no padding takes one row at a time.
         pads = getattr(unwrapped_base(model).config, "pad_token_id", None) is not None
-        attributed = LayerIntegratedGradients(
+        attributed = integrated_gradients(
             lambda ids: _log_odds(logits(ids), chosen), embeddings
         ).attribute(ids, baseline, n_steps=steps, internal_batch_size=None if pads else 1)
     scores = attributed.detach()[0].double().sum(-1)
-    ends = [float(_log_odds(each, chosen)) for each in (whole, empty)]
-    error = abs(float(scores.sum()) - (ends[0] - ends[1]))
-    if error > LARGEST_ERROR * max(abs(ends[0] - ends[1]), 1e-2):
+    score, start = (float(_log_odds(each, chosen)) for each in (whole, empty))
+    gap = abs(float(scores.sum()) - (score - start))
+    if gap > LARGEST_ERROR * max(abs(score - start), 1e-2):
         logger.warning(
             "The attributions add up to %.3f, and the scores differ by %.3f: use more than %d "
             "steps.",
             float(scores.sum()),
-            ends[0] - ends[1],
+            score - start,
             steps,
         )
     tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
-    return TokenAttributions(tokens, scores.tolist(), chosen, *ends, error)
+    return TokenAttributions(tokens, scores.tolist(), chosen, score, start, gap)
 
 
 def compare_attributions(
@@ -188,6 +169,38 @@ def compare_attributions(
     """
     new = token_attributions(after, tokenizer, text, target, steps)
     return AttributionChange(token_attributions(before, tokenizer, text, new.target, steps), new)
+
+
+def _integrated_gradients() -> Any:
+    try:
+        from captum.attr import LayerIntegratedGradients
+    except ImportError as error:
+        raise ImportError(
+            "token_attributions needs the package captum. Install it with "
+            '`pip install "hf-adapt[attributions]"`.'
+        ) from error
+    return LayerIntegratedGradients
+
+
+def _encoded(
+    tokenizer: Any, text: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The tokens of a text, (1, T); which of them the tokenizer added; and the other inputs."""
+    inputs = tokenizer(text, return_tensors="pt", truncation=True, return_special_tokens_mask=True)
+    inputs = dict(inputs.to(device))
+    added = inputs.pop("special_tokens_mask").bool()
+    if bool(added.all()):
+        raise ValueError(f"Expected a text with tokens, got {text!r}.")
+    return inputs.pop("input_ids"), added, inputs
+
+
+def _checked(logits: Any, model: nn.Module) -> torch.Tensor:
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"Expected a model that gives a text scores of at least two classes, (1, C); "
+            f"{type(unwrapped_base(model)).__name__} gave {tuple(logits.shape)}."
+        )
+    return logits.float()
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module:

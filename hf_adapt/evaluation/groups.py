@@ -151,7 +151,7 @@ def group_accuracy(
     if not counted.any():
         raise ValueError(f"Expected labels, got {IGNORED} (no label) for all {len(truth)} items.")
     tally = GroupTally()
-    tally.add(zip(names, (guess == truth) & counted, counted, strict=True))
+    tally.add(zip(names, guess == truth, counted, strict=True))
     return tally.result
 
 
@@ -260,9 +260,8 @@ class WorstGroupAccuracy(EvaluationObserver):
         if logits is None or labels is None or labels.shape != logits.shape[:-1]:
             counts = [(0, 0)] * len(names)  # rows of `predict` have no labels
         else:
-            counted = (labels != IGNORED).reshape(len(labels), -1)
-            right = (logits.argmax(-1) == labels).reshape(len(labels), -1) & counted
-            counts = torch.stack([right.sum(1), counted.sum(1)], 1).tolist()
+            pairs = torch.stack([logits.argmax(-1) == labels, labels != IGNORED], -1)
+            counts = pairs.reshape(len(labels), -1, 2).sum(1).tolist()
         rows = [(name, *count) for name, count in zip(names, counts, strict=True)]
         if (accelerator := self._trainer.accelerator).num_processes > 1:
             rows = accelerator.gather_for_metrics(rows, use_gather_object=True)

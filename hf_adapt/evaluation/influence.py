@@ -48,10 +48,10 @@ def source_influence(
         pseudo-labels of the target rows that the model is most sure of.
 
     Args:
-        source_features: The input of the last linear layer, for each source row. Where the head is
-            more than a linear layer (RoBERTa's) or the features are pooled otherwise than it pools
-            them, the values are an approximation: use `feature_layer=` of `collect_items` for the
-            module before it.
+        source_features: The input of the last linear layer, for each source row: for BERT,
+            `collect_items(trainer, rows, feature_layer="bert.pooler")`. Where they are pooled
+            otherwise than the head pools them, or it has more layers, the values are an
+            approximation.
         source_logits: What the model gives for them.
         source_labels: Their labels.
         target_features: The same of the target rows.

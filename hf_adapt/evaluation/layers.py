@@ -99,10 +99,10 @@ def layer_distances(
             )
         found.append(torch.split(items.features, collector.widths, dim=1))
     distances = []
-    for name, *both in zip(names, *found, strict=True):
-        some = (features[:MMD_ROWS] for features in both)  # their order is that of their hashes
-        mmd = float(mmd_loss(*some, unbiased=True))
-        distances.append(LayerDistance(name, proxy_a_distance(*both), mmd))
+    for name, source, target in zip(names, *found, strict=True):
+        # The rows are in the order of their hashes: the first are any.
+        mmd = mmd_loss(source[:MMD_ROWS], target[:MMD_ROWS], unbiased=True)
+        distances.append(LayerDistance(name, proxy_a_distance(source, target), float(mmd)))
     return distances
 
 

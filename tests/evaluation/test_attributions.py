@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2ForSequenceClassification
 
 from hf_adapt.evaluation import compare_attributions, token_attributions
-from tests.helpers.models import MODELS, enlarged, family, gpt2_config
+from tests.helpers.models import MODELS, bert, enlarged, family, gpt2_config
 from tests.helpers.tokenizers import word_tokenizer
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -50,7 +50,7 @@ def test_attributions_are_the_integral(name: str) -> None:
 
 
 @pytest.mark.usefixtures("captum")
-@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama_rows", "no padding"])
+@pytest.mark.parametrize("name", ["bert", "dropout", "roberta", "gpt2", "llama_rows", "no padding"])
 def test_the_sum_is_the_difference_of_the_scores(name: str, caplog: Any) -> None:
     tokenizer = word_tokenizer(WORDS, single=None)
     if name in ("gpt2", "no padding"):
@@ -58,11 +58,11 @@ def test_the_sum_is_the_difference_of_the_scores(name: str, caplog: Any) -> None
         model = enlarged(GPT2ForSequenceClassification(gpt2_config()), 5)
         model.config.pad_token_id = None if name == "no padding" else 0
     else:
-        model = family(name)
+        model = enlarged(bert(dropout=True), 5) if name == "dropout" else family(name)
     model.train()
     found = token_attributions(model, tokenizer, TEXT, steps=100)
     difference = found.score - found.baseline_score
-    assert abs(difference) > 1e-3
+    assert abs(difference) > 1e-3 and model.training
     assert sum(found.scores) == pytest.approx(difference, abs=found.error + 1e-9)
     assert found.error < 0.05 * max(abs(difference), 0.1)
     ids = tokenizer(TEXT, return_tensors="pt")

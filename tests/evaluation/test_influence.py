@@ -1,5 +1,6 @@
 """The influence of source rows, against autograd and on a problem whose answer is known."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from transformers import Trainer
 
+from hf_adapt.engine.callback import collect_items
 from hf_adapt.evaluation import source_influence
+from tests.helpers.data import collate, rows
+from tests.helpers.models import family
+from tests.helpers.trainers import arguments
 
 
 def gradient(layer: torch.nn.Linear, feature: torch.Tensor, label: int) -> torch.Tensor:
@@ -34,6 +40,30 @@ def test_influence_is_the_product_of_gradients(bias: bool, given: bool) -> None:
         source, layer(source), labels, target, logits, pseudo if given else None, bias=bias
     )
     np.testing.assert_allclose(found, torch.stack(own) @ mean, rtol=1e-5, atol=1e-7)
+
+
+def test_the_pooler_of_a_model_is_what_its_last_layer_is_given(tmp_path: Path) -> None:
+    model, source, target = family("bert").eval(), rows(6, 1), rows(5, 2, None)
+    source = source.map(lambda row: {"labels": row["labels"] % 2})
+    trainer = Trainer(model, arguments(tmp_path), data_collator=collate)
+    one, two = (collect_items(trainer, d, feature_layer="bert.pooler") for d in (source, target))
+    found = source_influence(
+        one.features, one.logits, one.labels, two.features, two.logits, confident_share=1.0
+    )
+
+    def gradients(data: Any) -> torch.Tensor:
+        made = []
+        for row in data:
+            ids = torch.tensor([row["input_ids"]])
+            logits = model(ids).logits
+            label = torch.tensor([row["labels"]]) if "labels" in row else logits.argmax(1)
+            loss = F.cross_entropy(logits, label)
+            head = list(model.classifier.parameters())
+            made.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, head)]))
+        return torch.stack(made)
+
+    expected = gradients(source) @ gradients(target).mean(0)
+    assert sorted(found) == pytest.approx(sorted(expected.tolist()), rel=1e-3, abs=1e-6)
 
 
 def problem(seed: int, wrong_are_near_target: bool) -> dict[str, Any]:
@@ -87,8 +117,8 @@ def test_dropping_the_lowest_rows_helps_and_the_highest_hurts(
         some = np.random.default_rng(seed).choice(300, 30, replace=False)
         assert np.isin(order[:30], made["wrong"]).mean() > 0.7  # by chance it is 0.1
         before = (logits(target).argmax(1) == truth).mean()
-        for name, rows in (("lowest", order[:30]), ("highest", order[-30:]), ("random", some)):
-            kept = np.setdiff1d(np.arange(300), rows)
+        for name, few in (("lowest", order[:30]), ("highest", order[-30:]), ("random", some)):
+            kept = np.setdiff1d(np.arange(300), few)
             after = (fitted(x[kept], y[kept])(target).argmax(1) == truth).mean()
             gains[name].append(after - before)
     mean = {name: float(np.mean(values)) for name, values in gains.items()}
