@@ -52,7 +52,8 @@ def test_attributions_are_the_integral(name: str) -> None:
 @pytest.mark.usefixtures("captum")
 @pytest.mark.parametrize("name", ["bert", "dropout", "roberta", "gpt2", "llama_rows", "no padding"])
 def test_the_sum_is_the_difference_of_the_scores(name: str, caplog: Any) -> None:
-    tokenizer = word_tokenizer(WORDS, single=None)
+    inputs = ["input_ids", "attention_mask"]  # GPT-2 embeds token types as tokens
+    tokenizer = word_tokenizer(WORDS, single=None, model_input_names=inputs)
     if name in ("gpt2", "no padding"):
         torch.manual_seed(0)
         model = enlarged(GPT2ForSequenceClassification(gpt2_config()), 5)
@@ -67,8 +68,7 @@ def test_the_sum_is_the_difference_of_the_scores(name: str, caplog: Any) -> None
     assert found.error < 0.05 * max(abs(difference), 0.1)
     ids = tokenizer(TEXT, return_tensors="pt")
     with torch.no_grad():
-        batch = {k: ids[k] for k in ("input_ids", "attention_mask")}
-        logits = model.eval()(**batch).logits[0]
+        logits = model.eval()(**ids).logits[0]
     assert found.target == int(logits.argmax())
     others = torch.cat([logits[: found.target], logits[found.target + 1 :]])
     assert found.score == pytest.approx(float(logits.max() - others.logsumexp(0)), rel=1e-4)

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from hf_adapt import AdaptationCallback, AdaptationTrainer
 from hf_adapt.evaluation import WorstGroupAccuracy, group_accuracy
-from tests.helpers.data import collate, rows
+from tests.helpers.data import MapStyle, RowStream, collate, rows
 from tests.helpers.models import MODELS, bert, enlarged
 from tests.helpers.trainers import arguments
 
@@ -145,6 +145,19 @@ def test_names_stay_apart_and_bounded(tmp_path: Path) -> None:
     data = rows(20, 3).add_column("place", values)
     found = [key for key in trainer.evaluate(data) if key.startswith("eval_group_")]
     assert len(found) == 4 and max(map(len, found)) < 70
+
+
+@pytest.mark.parametrize("kind", [MapStyle, RowStream, lambda d: d.to_iterable_dataset(), list])
+def test_rows_of_other_kinds(kind: Any, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, WorstGroupAccuracy(groups="place"))
+    expected, data = trainer.evaluate(), trainer.eval_dataset
+    trainer.eval_dataset = {"one": kind(data), "two": data}
+    trainer.train()
+    for prefix in ("eval_one", "eval_two"):
+        found = trainer.evaluate(trainer.eval_dataset)
+        keys = [key for key in expected if "group" in key]
+        assert len(keys) == 4
+        assert {f"{prefix}_{key.removeprefix('eval_')}" for key in keys} <= found.keys()
 
 
 def test_a_missing_column_or_another_head_is_refused(tmp_path: Path) -> None:
