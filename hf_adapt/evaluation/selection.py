@@ -19,8 +19,8 @@ MAX_SOURCE_LOSS = 0.05
 """How much accuracy on held-out source items a candidate may lose against the baseline."""
 MAX_SHIFT = 0.15
 """How far its predicted classes' shares may be from known frequencies (total variation)."""
-CONFIDENCE = 0.95
-"""Of the interval of a paired bootstrap that must lie above the baseline."""
+CREDIBLE = 0.75
+"""In which share of bootstrap samples a candidate must beat the baseline: three to one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,15 +77,13 @@ class Verdict:
         name: Its name.
         kept: Whether it could be chosen.
         reason: Why not, or where it stands.
-        scores: Its values by name.
-        rank: Its mean rank among those kept, from 0 to 1, higher is better; None if it was dropped.
+        scores: Its values by name; empty if it was dropped.
     """
 
     name: str
     kept: bool
     reason: str
     scores: Mapping[str, float]
-    rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,11 +133,10 @@ def choose(
     """Choose a model for the target without its labels, or keep the one without adaptation.
 
     1. What has collapsed, has lost the source, or contradicts known class frequencies is dropped.
-    2. The rest is ranked by the mean of two ranks: whether target items that were alike before
-       training are given the same class ([`neighbor_agreement`]), and whether the target's
-       predictions teach the source's labels ([`circular`]).
-    3. The first is taken only if its neighbour agreement is credibly above the baseline's: the
-       interval of a paired bootstrap over the items lies above 0.
+    2. The rest is ranked by whether target items that were alike before training are given the same
+       class ([`neighbor_agreement`]).
+    3. The first is taken if that is credibly more than the baseline's: in three of four bootstrap
+       samples of the items.
 
     Without `reference_features`, agreement with the mean of all candidates ([`ensemble_agreement`])
     takes the place of the neighbours', which is much weaker.
@@ -173,25 +170,22 @@ def choose(
     }
     kept = [each for each in candidates if problems.get(each.name) is None]
     evidence = _evidence(kept, reference_features)
-    name = "ensv" if reference_features is None else "neighbors"
+    criterion = "ensv" if reference_features is None else "neighbors"
     found = {
         each.name: {
-            name: float(evidence[each.name].mean()),
-            "circular": scores[each.name].score("circular"),
+            criterion: float(evidence[each.name].mean()),
             "source_accuracy": scores[each.name].source_accuracy,
         }
         for each in kept
     }
-    ranks = _mean_ranks({n: [found[n][key] for key in (name, "circular")] for n in found})
-    order = sorted(found, key=lambda each: (ranks[each], each == first), reverse=True)
-    chosen, reason = _decide(order, first, evidence, name, seed)
+    order = sorted(found, key=lambda n: (found[n][criterion], n == first), reverse=True)
+    chosen, reason = _decide(order, first, evidence, criterion, seed)
     verdicts = [
         Verdict(
             each,
             each in found,
             problems.get(each) or _standing(order.index(each) + 1, found[each]),
             found.get(each, {}),
-            ranks.get(each),
         )
         for each in names
     ]
@@ -209,16 +203,8 @@ def _evidence(kept: Sequence[Candidate], reference: Array | None) -> dict[str, F
     return {name: near.agreements(each) for name, each in logits.items()}
 
 
-def _mean_ranks(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The mean rank of each over several criteria, from 0 to 1; equal values share a rank."""
-    table = np.array(list(values.values()))
-    below = (table[:, None] > table[None]).sum(1) + ((table[:, None] == table[None]).sum(1) - 1) / 2
-    ranks = below / max(1, len(table) - 1)
-    return dict(zip(values, ranks.mean(1).tolist(), strict=True))
-
-
 def _decide(
-    order: Sequence[str], first: str, evidence: Mapping[str, Floats], name: str, seed: int
+    order: Sequence[str], first: str, evidence: Mapping[str, Floats], criterion: str, seed: int
 ) -> tuple[str, str]:
     """The name of what is taken, and why."""
     best = order[0]
@@ -226,28 +212,26 @@ def _decide(
         why = "No adapted model ranks higher." if len(order) > 1 else "Nothing else is left."
         return first, why
     differences = evidence[best] - evidence[first]
-    low, high = _interval(differences, seed)
-    what = "neighbour agreement" if name == "neighbors" else "agreement with all candidates"
+    share = _share_above(differences, seed)
+    what = "neighbour agreement" if criterion == "neighbors" else "agreement with all candidates"
     text = (
-        f"{what} {differences.mean():+.3f} against {first} ({CONFIDENCE:.0%} interval {low:+.3f} "
-        f"to {high:+.3f})"
+        f"{what} {differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap "
+        "samples"
     )
-    if low > 0:
-        return best, f"It ranks highest, with {text}."
+    if share >= CREDIBLE:
+        return best, f"It ranks highest: {text}."
     return first, (
         f"Nothing is credibly better: {best} ranks highest, with {text}. To decide, label fifty "
         f"target rows on which {best} and {first} disagree."
     )
 
 
-def _interval(differences: Floats, seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """A percentile bootstrap interval of a mean."""
+def _share_above(differences: Floats, seed: int, resamples: int = 1000) -> float:
+    """In which share of bootstrap samples the mean is above 0."""
     random = np.random.default_rng(seed)
     size = len(differences)
     means = [differences[random.integers(size, size=size)].mean() for _ in range(resamples)]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    return float(np.mean(np.array(means) > 0))
 
 
 def _standing(rank: int, scores: Mapping[str, float]) -> str:
