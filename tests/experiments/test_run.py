@@ -407,3 +407,45 @@ def test_rows_without_a_label_are_training_rows(tmp_path: Path, model_dir: Path)
     partly = [(text, label if i % 2 else "") for i, (text, label) in enumerate(rows("phone"))]
     printed = run(*own_files(tmp_path, model_dir, write_csv(tmp_path / "theirs.csv", partly)))
     assert "40 of the target without; 12 and 6 to test on" in printed
+
+
+def test_one_of_the_methods_is_chosen_without_target_labels(
+    write_config: Config, domains: dict[str, str], tmp_path: Path, trained: list[int]
+) -> None:
+    printed = run(write_config(), "--choose", "--seeds", "2")
+    assert "films → phones, seed 43" in printed and "Chosen without target labels: " in printed
+    (file,) = (tmp_path / "out").rglob("choice.json")
+    found = json.loads(file.read_text())
+    assert [each["seed"] for each in found] == [42, 43]
+    assert [each["name"] for each in found[0]["candidates"]] == ["source only", "MMD"]  # no bound
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| chosen |" in table and "chosen: the run that was chosen" in table
+    assert len(results(tmp_path / "out")) == 8
+    count = len(trained)
+    assert "6 of 6 runs are kept" in run(write_config(), "--choose", "--seeds", "2")
+    assert len(trained) == count and json.loads(file.read_text()) == found
+
+    # Other labels of the target, as many of each class: other scores, the same choice.
+    other = [
+        (text, label) for (text, _), (_, label) in zip(rows("phone"), rows("phone", flip=True))
+    ]
+    write_csv(Path(domains["phones"]), other)
+    run(write_config(), "--choose", "--seeds", "2", "--output-dir", str(tmp_path / "flipped"))
+    (flipped,) = (tmp_path / "flipped").rglob("choice.json")
+    assert json.loads(flipped.read_text()) == found
+
+
+def test_candidates_of_two_files_are_chosen_from(
+    domains: dict[str, str], model_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ("--source", domains["films"], "--target", domains["phones"], "--choose")
+    small = ("--max_steps", "2", "--model", str(model_dir), "--output-dir", str(tmp_path / "out"))
+    printed = run(*arguments, *small)
+    methods = [line["method"] for line in results(tmp_path / "out")]
+    assert methods == ["source only", "SelfTraining", "ATDOC", "MCC", "chosen"]
+    assert "Chosen without target labels" in printed
+
+
+def test_a_choice_needs_a_method_without_adaptation(write_config: Config) -> None:
+    printed = run(write_config(methods={"MMD": ["MMD"]}), "--choose", fails=True)
+    assert "needs a method without adaptation to compare with" in printed
