@@ -427,7 +427,8 @@ def test_one_of_the_methods_is_chosen_without_target_labels(
 
     # Other labels of the target, as many of each class: other scores, the same choice.
     other = [
-        (text, label) for (text, _), (_, label) in zip(rows("phone"), rows("phone", flip=True))
+        (text, label)
+        for (text, _), (_, label) in zip(rows("phone"), rows("phone", flip=True), strict=True)
     ]
     write_csv(Path(domains["phones"]), other)
     run(write_config(), "--choose", "--seeds", "2", "--output-dir", str(tmp_path / "flipped"))
