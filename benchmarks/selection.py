@@ -1,7 +1,7 @@
 """How well models are chosen without target labels: each validator, and `choose`, on finished runs.
 
     python benchmarks/domain_shift.py --seeds 3 --jobs 2 --cache-prefix     # hours: the runs
-    python benchmarks/selection.py runs/vader4                              # minutes: this table
+    python benchmarks/selection.py benchmarks/configs/vader4.yaml           # minutes: this table
 
 The candidates of a pair and seed are all methods but the bound and those that were given the
 target's class frequencies. Regret is what the choice loses against the best candidate, in points of
@@ -10,6 +10,7 @@ accuracy on the target's test rows; those labels are used for nothing else.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections import defaultdict
@@ -19,10 +20,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_adapt.evaluation import Candidate, choose
+from domain_data import cache_folder
+from measure import print_machine, progress
+
+from hf_adapt.cli.run_options import experiment
+from hf_adapt.engine.item_outputs import ItemOutputs
+from hf_adapt.evaluation import Candidate, Neighborhoods, choose
 from hf_adapt.evaluation.estimates import estimate_accuracy
 from hf_adapt.evaluation.scores import VALIDATORS, TargetScores
 from hf_adapt.evaluation.validators import ensemble_agreement
+from hf_adapt.experiments.choice import reference_items
+from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.outputs import RunOutputs
 from hf_adapt.experiments.tables import markdown
 
@@ -75,6 +83,7 @@ class Group:
     seed: int
     runs: dict[str, Run]
     bound: float | None
+    reference: ItemOutputs
 
     @property
     def source_only(self) -> float:
@@ -95,16 +104,30 @@ class Group:
         return list(self.runs.values())[values.index(max(values))].accuracy
 
     @cached_property
+    def neighbors(self) -> float:
+        classes = self.reference.logits.shape[1]
+        near = Neighborhoods(self.reference.features, num_classes=classes)
+
+        def agreement(run: Run) -> float:
+            return near.agreement(run.outputs.target_unlabelled.logits)
+
+        return max(self.runs.values(), key=agreement).accuracy
+
+    @cached_property
     def choice(self) -> float:
         candidates = [
             Candidate(name, run.outputs.source_dev, run.outputs.target_unlabelled)
             for name, run in self.runs.items()
         ]
-        return self.runs[choose(candidates, "source only").chosen].accuracy
+        made = choose(candidates, "source only", reference_features=self.reference.features)
+        pair = " → ".join(self.pair)
+        progress({"pair": pair, "seed": self.seed, "chosen": made.chosen, "why": made.reason})
+        return self.runs[made.chosen].accuracy
 
 
-def groups(root: Path, least: int = 2) -> Iterator[Group]:
-    """The runs of a folder by pair and seed; those with source only and others."""
+def groups(experiment: Experiment, least: int = 2) -> Iterator[Group]:
+    """The runs of an experiment by pair and seed; those with source only and others."""
+    root = Path(experiment.output_dir)
     found: dict[Any, dict[str, Run]] = defaultdict(dict)
     for file in sorted(root.glob("*/*/result.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -115,7 +138,8 @@ def groups(root: Path, least: int = 2) -> Iterator[Group]:
         bound = runs.pop("bound", None)
         kept = {n: r for n, r in runs.items() if not any(part in n for part in LABELS_USED)}
         if "source only" in kept and len(kept) >= least:
-            yield Group(pair, seed, kept, None if bound is None else bound.accuracy)
+            reference = reference_items(experiment, *pair)
+            yield Group(pair, seed, kept, None if bound is None else bound.accuracy, reference)
 
 
 def row(name: str, found: list[Group], accuracy: Callable[[Group], float]) -> list[str]:
@@ -157,6 +181,7 @@ def table(found: list[Group]) -> str:
     for method in ("recommended", "ATDOC", "MCC", "DANN"):
         if all(method in group.runs for group in found):
             rows.append(row(f"always {method}", found, lambda g, m=method: g.runs[m].accuracy))
+    rows.append(row("neighbors", found, lambda group: group.neighbors))
     rows.append(row("ensv", found, lambda group: group.ensemble))
     for name in [*VALIDATORS, "estimate (atc)", "estimate (doc)", "estimate (iwv)"]:
         rows.append(row(name, found, lambda group, n=name: group.highest(n)))
@@ -165,12 +190,17 @@ def table(found: list[Group]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="output folders of hf-adapt run")
+    parser.add_argument("config", help="of runs that benchmarks/domain_shift.py has made")
+    parser.add_argument("--output-dir", help="where they are, if not where the file says")
     parser.add_argument("--least", type=int, default=4, help="candidates of a pair and seed")
     given = parser.parse_args()
-    found = [group for root in given.runs for group in groups(root, given.least)]
+    os.environ["HF_ADAPT_CACHE"] = str(cache_folder())
+    flags = {} if given.output_dir is None else {"output_dir": given.output_dir}
+    made = experiment(given.config, flags, {})
+    found = list(groups(made, given.least))
     if not found:
-        sys.exit(f"No finished runs with source only among them under {given.runs}.")
+        sys.exit(f"No finished runs with source only among them under {made.output_dir}.")
+    print_machine("cpu", "scikit-learn", "torch", "transformers")
     for name, kept in (
         ("Pairs on which nothing was settled", [g for g in found if g.pair not in TUNING]),
         ("Pairs on which thresholds were settled", [g for g in found if g.pair in TUNING]),

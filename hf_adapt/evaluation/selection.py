@@ -19,8 +19,8 @@ MAX_SOURCE_LOSS = 0.05
 """How much accuracy on held-out source items a candidate may lose against the baseline."""
 MAX_SHIFT = 0.15
 """How far its predicted classes' shares may be from known frequencies (total variation)."""
-CREDIBLE = 0.75
-"""In which share of bootstrap samples a candidate must beat the baseline: three to one."""
+CREDIBLE = 2 / 3
+"""In which share of bootstrap samples a candidate must beat the baseline: two to one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ def choose(
     1. What has collapsed, has lost the source, or contradicts known class frequencies is dropped.
     2. The rest is ranked by whether target items that were alike before training are given the same
        class ([`neighbor_agreement`]).
-    3. The first is taken if that is credibly more than the baseline's: in three of four bootstrap
+    3. The first is taken if that is credibly more than the baseline's: in two of three bootstrap
        samples of the items.
 
     Without `reference_features`, agreement with the mean of all candidates ([`ensemble_agreement`])
