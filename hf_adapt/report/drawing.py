@@ -1,0 +1,198 @@
+"""Plots for a page: inline SVG that follows its colours, and the same as PNG."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+INK = "#24292f"
+"""Text and axes; in a page, the colour of the text around the plot."""
+COLOURS = ("#2a78c2", "#d9622b", "#2e9e6b", "#a259c4", "#c0392b", "#8a6d3b", "#d6579a", "#5b8c00")
+LINES = ("-", "--", "-.", ":")
+GREY = "#8b95a1"
+
+STYLE = {
+    "axes.edgecolor": GREY,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.labelsize": 8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.use": True,
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hf_adapt",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+SVG = "{http://www.w3.org/2000/svg}"
+LINK = "{http://www.w3.org/1999/xlink}href"
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: object) -> str:
+    """Text without characters that neither XML nor UTF-8 has."""
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def short(text: object, most: int = 26) -> str:
+    """A name as it stands in a plot, where there is little room."""
+    name = printable(text).replace("\n", " ")
+    name = name if len(name) <= most else f"{name[: most - 1]}…"
+    return f" {name}" if name.startswith("_") else name  # matplotlib leaves out _names
+
+
+def colour(number: int) -> tuple[str, str]:
+    """The colour and the dashes of the n-th line."""
+    return COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw as a page needs it, and without a warning of characters that a font lacks."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
+@dataclass(frozen=True)
+class Column:
+    """The head of a column.
+
+    Args:
+        text: What it says.
+        oracle: Whether it needs target labels.
+        numeric: Whether it is set to the right.
+    """
+
+    text: str
+    oracle: bool = False
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Args:
+        caption: What it shows.
+        columns: Its columns; the first names the row.
+        rows: The cells.
+        oracle_rows: Numbers of the rows that need target labels.
+    """
+
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+    oracle_rows: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of the page.
+
+    Args:
+        name: The name of its file, without the ending.
+        title: What stands above it.
+        description: The same for who does not see it.
+        size: Width and height, in inches.
+        draw: Draws on the axes it is given.
+        table: The numbers behind it.
+        oracle: Whether it needs target labels.
+        panels: Axes side by side.
+    """
+
+    name: str
+    title: str
+    description: str
+    size: tuple[float, float]
+    draw: Callable[..., None]
+    table: Table
+    oracle: bool = False
+    panels: int = 1
+
+    def figure(self) -> Figure:
+        """The plot, drawn."""
+        figure = Figure(figsize=self.size)
+        self.draw(*figure.subplots(1, self.panels, squeeze=False)[0])
+        return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    figure.savefig(part, dpi=150, format="png", facecolor="white", metadata={"Software": None})
+    os.replace(part, path)
+
+
+def svg(figure: Figure, key: str, title: str, description: str) -> Markup:
+    """A figure as an element of a page: the same text for the same figure.
+
+    Args:
+        figure: What to show.
+        key: Prefix of its ids, that of no other plot of the page.
+        title: Its name for a screen reader.
+        description: What it shows.
+    """
+    buffer = io.StringIO()
+    nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    root = ET.fromstring(buffer.getvalue())
+    for parent in root.iter():
+        for child in list(parent):
+            if child.tag in (f"{SVG}metadata", f"{SVG}style"):  # its rules would hold for the page
+                parent.remove(child)
+    for element in root.iter():
+        _localise(element, key)
+    width, height = (float(root.attrib.pop(side).removesuffix("pt")) for side in ("width", "height"))
+    root.attrib.update(
+        {
+            "role": "img",
+            "aria-labelledby": f"{key}-title {key}-text",
+            "style": f"width:{width * 4 / 3:.0f}px",
+            "viewBox": f"0 0 {width:g} {height:g}",
+        }
+    )
+    for place, (tag, name, text) in enumerate(
+        (("title", "title", title), ("desc", "text", description))
+    ):
+        element = ET.Element(f"{SVG}{tag}", {"id": f"{key}-{name}"})
+        element.text = printable(text)
+        root.insert(place, element)
+    ET.register_namespace("", SVG[1:-1])
+    ET.register_namespace("xlink", LINK[1:].partition("}")[0])
+    return Markup(ET.tostring(root, encoding="unicode"))
+
+
+def _localise(element: ET.Element, key: str) -> None:
+    """Ids that no other plot of the page has, and the page's own colour of text."""
+    values = element.attrib
+    if element.tag == f"{SVG}g":  # a group is never referred to
+        values.pop("id", None)
+    if "id" in values:
+        values["id"] = f"{key}-{values['id']}"
+    if LINK in values:
+        values["href"] = values.pop(LINK).replace("#", f"#{key}-", 1)
+    for name in ("clip-path", "style"):
+        if name in values:
+            text = values[name].replace("url(#", f"url(#{key}-").replace(INK, "currentColor")
+            values[name] = re.sub(r"(font: [\d.]+px) [^;]*", r"\1 sans-serif", text)
