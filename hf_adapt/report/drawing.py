@@ -45,6 +45,7 @@ STYLE = {
     "ytick.color": INK,
 }
 SVG = "{http://www.w3.org/2000/svg}"
+TEXTS = {f"{SVG}{name}" for name in ("text", "tspan", "title", "desc")}
 LINK = "{http://www.w3.org/1999/xlink}href"
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -64,6 +65,16 @@ def short(text: object, most: int = 26) -> str:
 def colour(number: int) -> tuple[str, str]:
     """The colour and the dashes of the n-th line."""
     return COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
+
+
+def domain_colour(number: int) -> str:
+    """Blue for the source, orange for the target."""
+    return COLOURS[number]
+
+
+def class_colour(number: int) -> str:
+    """The colour of a class: that of no domain, while there are enough."""
+    return COLOURS[(number + 2) % len(COLOURS)]
 
 
 @contextmanager
@@ -161,9 +172,14 @@ def svg(figure: Figure, key: str, title: str, description: str) -> Markup:
         for child in list(parent):
             if child.tag in (f"{SVG}metadata", f"{SVG}style"):  # its rules would hold for the page
                 parent.remove(child)
+    ids: dict[str, str] = {}
     for element in root.iter():
-        _localise(element, key)
-    width, height = (float(root.attrib.pop(side).removesuffix("pt")) for side in ("width", "height"))
+        _localise(element, ids, key)
+    for element in root.iter():
+        _shorten(element)
+    width, height = (
+        float(root.attrib.pop(side).removesuffix("pt")) for side in ("width", "height")
+    )
     root.attrib.update(
         {
             "role": "img",
@@ -183,16 +199,37 @@ def svg(figure: Figure, key: str, title: str, description: str) -> Markup:
     return Markup(ET.tostring(root, encoding="unicode"))
 
 
-def _localise(element: ET.Element, key: str) -> None:
+def _localise(element: ET.Element, ids: dict[str, str], key: str) -> None:
     """Ids that no other plot of the page has, and the page's own colour of text."""
     values = element.attrib
+
+    def local(name: str) -> str:
+        return ids.setdefault(name, f"{key}-{len(ids)}")
+
     if element.tag == f"{SVG}g":  # a group is never referred to
         values.pop("id", None)
     if "id" in values:
-        values["id"] = f"{key}-{values['id']}"
+        values["id"] = local(values["id"])
     if LINK in values:
-        values["href"] = values.pop(LINK).replace("#", f"#{key}-", 1)
-    for name in ("clip-path", "style"):
-        if name in values:
-            text = values[name].replace("url(#", f"url(#{key}-").replace(INK, "currentColor")
-            values[name] = re.sub(r"(font: [\d.]+px) [^;]*", r"\1 sans-serif", text)
+        values["href"] = f"#{local(values.pop(LINK).removeprefix('#'))}"
+    if "clip-path" in values:
+        name = values["clip-path"].removeprefix("url(#").removesuffix(")")
+        values["clip-path"] = f"url(#{local(name)})"
+    if "style" in values:
+        text = values["style"].replace(INK, "currentColor")
+        values["style"] = re.sub(r"(font: [\d.]+px) [^;]*", r"\1 sans-serif", text)
+
+
+def _shorten(element: ET.Element) -> None:
+    """Half the bytes: no more digits than a screen shows, and one style for all points."""
+    element.tail = None
+    if element.tag not in TEXTS:
+        element.text = None
+    for name in ("x", "y", "d"):
+        if name in element.attrib:
+            text = re.sub(r"-?\d+\.\d+", lambda n: f"{float(n[0]):.2f}", element.attrib[name])
+            element.attrib[name] = " ".join(text.split())
+    styles = {child.get("style") for child in element}
+    if len(element) > 1 and len(styles) == 1 and all(each.tag == f"{SVG}use" for each in element):
+        for child in element:
+            element.attrib["style"] = child.attrib.pop("style")

@@ -35,7 +35,7 @@ def projected(before: RunOutputs, after: RunOutputs) -> tuple[View, View] | None
     both = np.concatenate([first, second]) if first.shape[1] == second.shape[1] else first
     if first.shape[1] != second.shape[1] or min(both.shape) < 2 or not np.isfinite(both).all():
         return None
-    components = PCA(2, svd_solver="full").fit(both)
+    components = PCA(2, svd_solver="covariance_eigh").fit(both)
     return (
         {**first_view, "points": components.transform(first)},
         {**second_view, "points": components.transform(second)},

@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_adapt.experiments.summary import percent, scores_of
-from hf_adapt.report.drawing import GREY, INK, Column, Plot, Table, colour, short
+from hf_adapt.report.drawing import (
+    GREY,
+    INK,
+    Column,
+    Plot,
+    Table,
+    class_colour,
+    colour,
+    domain_colour,
+    short,
+)
 from hf_adapt.report.numbers import Numbers
 
 MOST_CLASSES = 12
@@ -27,6 +37,11 @@ def methods_of(runs: Runs) -> dict[str, list[Numbers]]:
     for run in runs:
         found.setdefault(run["method"], []).append(run)
     return found
+
+
+def trained_on_target(runs: Runs) -> list[str]:
+    """The methods that trained on target labels."""
+    return [name for name, own in methods_of(runs).items() if own[0]["role"] == "bound"]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -56,8 +71,12 @@ def accuracy_plot(key: str, runs: Runs) -> Plot | None:
                 axes.plot([value], [line + 0.16], "D", color=INK, ms=4)
             if levels[name]:
                 shown = [100 * level for level in levels[name]]
-                axes.plot([np.mean(shown)] * 2, [line - 0.34, line + 0.02], color=colour(0)[0], lw=3)
-                axes.plot(shown, [line - 0.16] * len(shown), "o", mfc="none", mec=INK, ms=4, mew=0.9)
+                axes.plot(
+                    [np.mean(shown)] * 2, [line - 0.34, line + 0.02], color=colour(0)[0], lw=3
+                )
+                axes.plot(
+                    shown, [line - 0.16] * len(shown), "o", mfc="none", mec=INK, ms=4, mew=0.9
+                )
         axes.plot([], [], color=GREY, lw=4, marker="D", mfc=INK, mec=INK, ms=4, label="estimate")
         if oracle:
             axes.plot([], [], color=colour(0)[0], lw=3, label="mean (oracle)")
@@ -106,7 +125,9 @@ def _as_score(interval: Mapping[str, float] | None) -> dict[str, float | None] |
 
 
 def _range(interval: Mapping[str, float] | None) -> str:
-    return "–" if interval is None else f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}"
+    return (
+        "–" if interval is None else f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}"
+    )
 
 
 def shares_plot(key: str, runs: Runs) -> Plot | None:
@@ -121,9 +142,9 @@ def shares_plot(key: str, runs: Runs) -> Plot | None:
         name: {c: scores_of([run["predicted_shares"] for run in own], c) for c in classes}
         for name, own in methods.items()
     }
-    bars = {name: [(s or {}).get("mean") or 0.0 for s in own.values()] for name, own in scores.items()}
+    bars = {n: [(s or {}).get("mean") or 0.0 for s in own.values()] for n, own in scores.items()}
     if true:
-        bars = {"true (oracle)": [true.get(name, 0.0) for name in classes], **bars}
+        bars["true (oracle)"] = [true.get(name, 0.0) for name in classes]
 
     def draw(axes: Any) -> None:
         left = np.zeros(len(bars))
@@ -131,7 +152,12 @@ def shares_plot(key: str, runs: Runs) -> Plot | None:
             widths = 100 * np.array([shares[place] for shares in bars.values()])
             label = short(name, 16) if len(classes) <= MOST_CLASSES else None
             axes.barh(
-                range(len(bars)), widths, left=left, height=0.7, color=colour(place)[0], label=label
+                range(len(bars)),
+                widths,
+                left=left,
+                height=0.7,
+                color=class_colour(place),
+                label=label,
             )
             left = left + widths
         axes.set_yticks(range(len(bars)), [short(name) for name in bars])
@@ -142,7 +168,7 @@ def shares_plot(key: str, runs: Runs) -> Plot | None:
 
     rows = [[name, *map(percent, own.values())] for name, own in scores.items()]
     if true:
-        rows.insert(0, ["true", *(f"{100 * true.get(name, 0.0):.1f}" for name in classes)])
+        rows.append(["true", *(f"{100 * true.get(name, 0.0):.1f}" for name in classes)])
     return Plot(
         f"{key}-shares",
         "Predicted class shares on the target",
@@ -153,14 +179,20 @@ def shares_plot(key: str, runs: Runs) -> Plot | None:
             "Class shares on the target, %",
             [Column("method", numeric=False), *map(Column, classes)],
             rows,
-            oracle_rows=[0] if true else [],
+            oracle_rows=[
+                n for n, row in enumerate(rows) if row[0] in ("true", *trained_on_target(runs))
+            ],
         ),
         oracle=bool(true),
     )
 
 
 def curve_plots(key: str, runs: Runs) -> list[Plot]:
-    """A plot for each term that was logged: a line for each run, a colour for each method."""
+    """A plot for each term that was logged: a line for each run, a colour for each method.
+
+    Runs that trained on target labels are left out, here and by layer.
+    """
+    runs = [run for run in runs if run["role"] != "bound"]
     names = list(dict.fromkeys(name for run in runs for name in run["curves"]))
     places = {method: place for place, method in enumerate(methods_of(runs))}
     order = sorted(names, key=lambda name: min(_place(run, name) for run in runs))
@@ -183,9 +215,7 @@ def _curve_plot(key: str, name: str, runs: Runs, places: Mapping[str, int]) -> P
             seen.add(run["method"])
             values = np.where(np.isfinite(values), values, np.nan)
             marker = "o" if len(values) < 12 else None
-            axes.plot(
-                steps, values, dashes, color=tint, lw=1.2, marker=marker, ms=2.5, label=label
-            )
+            axes.plot(steps, values, dashes, color=tint, lw=1.2, marker=marker, ms=2.5, label=label)
         axes.set_xlabel("step")
         axes.figure.legend(loc="outside lower center", ncols=2)
 
@@ -257,19 +287,19 @@ def calibration_plot(key: str, run: Numbers) -> Plot | None:
     """Whether confidence is right as often as it says, on source and target."""
     sides = {
         "source (held out)": run.get("source_calibration"),
-        "target (oracle)": run["oracle"].get("calibration"),
+        "target": run["oracle"].get("calibration"),
     }
     shown = {name: side for name, side in sides.items() if side}
     if not shown:
         return None
-    oracle = bool(sides["target (oracle)"])
+    oracle = bool(sides["target"])
 
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], ":", color=GREY, lw=1)
         for name, side in shown.items():
             tint, dashes = colour(list(sides).index(name))
             xs, ys = ([each[k] for each in side["bins"]] for k in ("confidence", "accuracy"))
-            label = f"{name}: ECE {100 * side['ece']:.1f} %"
+            label = f"{name}{' (oracle)' * (name == 'target')}: ECE {100 * side['ece']:.1f} %"
             axes.plot(xs, ys, dashes, color=tint, marker="o", ms=3.5, lw=1.2, label=label)
         axes.set_xlabel("confidence")
         axes.set_ylabel("accuracy")
@@ -286,14 +316,14 @@ def calibration_plot(key: str, run: Numbers) -> Plot | None:
     return Plot(
         f"{key}-calibration",
         f"{run['method']}: calibration",
-        "Accuracy over confidence in bins; on the dotted line a confidence of 0.8 is right in 80 %.",
+        "Accuracy over confidence in bins; on the dotted line 0.8 is right in 80 % of the cases.",
         (3.2, 2.9),
         draw,
         Table(
             "Bins of confidence",
             [Column("rows of", numeric=False), *map(Column, heads)],
             rows,
-            oracle_rows=[n for n, row in enumerate(rows) if row[0] == "target (oracle)"],
+            oracle_rows=[n for n, row in enumerate(rows) if row[0] == "target"],
         ),
         oracle=oracle,
     )
@@ -301,7 +331,7 @@ def calibration_plot(key: str, run: Numbers) -> Plot | None:
 
 def layers_plot(key: str, runs: Runs) -> Plot | None:
     """How well the domains can be told apart after each layer."""
-    own = [run for run in runs if run["layers"]]
+    own = [run for run in runs if run["layers"] and run["role"] != "bound"]
     if not own:
         return None
     layers = list(dict.fromkeys(str(each["name"]) for run in own for each in run["layers"]))
@@ -314,7 +344,9 @@ def layers_plot(key: str, runs: Runs) -> Plot | None:
             xs = [layers.index(str(each["name"])) for each in run["layers"]]
             ys = [np.nan if (d := each.get("a_distance")) is None else d for each in run["layers"]]
             axes.plot(xs, ys, dashes, color=tint, marker="o", ms=3, lw=1.2, label=label)
-        axes.set_xticks(range(len(layers)), [short(name, 18) for name in layers], rotation=45, ha="right")
+        axes.set_xticks(
+            range(len(layers)), [short(name, 18) for name in layers], rotation=45, ha="right"
+        )
         axes.set_ylabel("proxy A-distance")
         axes.figure.legend(loc="outside lower center", ncols=2)
 
@@ -340,29 +372,33 @@ def layers_plot(key: str, runs: Runs) -> Plot | None:
 
 
 def embedding_plots(
-    key: str, run: Numbers, before: Mapping[str, Any], after: Mapping[str, Any]
+    key: str, baseline: str, run: Numbers, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[Plot]:
     """Features of source only and of an adapted run on the same two axes, in two colourings.
 
     Args:
         key: Prefix of the names.
+        baseline: The name of source only.
         run: The numbers of the adapted run.
         before: Points, domains and predicted classes of source only, from [`projected`].
         after: Those of the adapted run.
     """
-    classes = run["classes"]
-    names = {"domain": ["source", "target"], "predicted class": classes}
+    names = {"domain": ["source", "target"], "predicted class": run["classes"]}
+    sides = ((baseline, before), (run["method"], after))
     plots = []
     for coloured, labels in names.items():
 
-        def draw(left: Any, right: Any, coloured: str = coloured, labels: list[str] = labels) -> None:
-            for axes, view, title in ((left, before, "source only"), (right, after, run["method"])):
+        def draw(
+            left: Any, right: Any, coloured: str = coloured, labels: Sequence[str] = labels
+        ) -> None:
+            tints = domain_colour if coloured == "domain" else class_colour
+            for axes, (title, view) in zip((left, right), sides, strict=True):
                 for place, label in enumerate(labels):
                     chosen = view["points"][view[coloured] == place]
                     axes.plot(
                         *chosen.T,
                         "o",
-                        color=colour(place)[0],
+                        color=tints(place),
                         ms=2.6,
                         alpha=0.6,
                         mew=0,
@@ -378,8 +414,13 @@ def embedding_plots(
                 left.figure.legend(loc="outside lower center", ncols=4, markerscale=2)
 
         rows = [
-            [when, label, str(int((view[coloured] == place).sum())), *_centre(view, coloured, place)]
-            for when, view in (("source only", before), (run["method"], after))
+            [
+                when,
+                label,
+                str(int((view[coloured] == place).sum())),
+                *_centre(view, coloured, place),
+            ]
+            for when, view in sides
             for place, label in enumerate(labels)
         ]
         heads = [Column("run", numeric=False), Column(coloured, numeric=False), Column("rows")]
@@ -387,8 +428,8 @@ def embedding_plots(
             Plot(
                 f"{key}-embedding-{coloured.split()[-1]}",
                 f"Features by {coloured}",
-                f"Features of source and target rows in two dimensions, coloured by {coloured}: "
-                "left source only, right adapted. Both on the same two principal components.",
+                f"Features of source and target rows, coloured by {coloured}: left {baseline}, "
+                f"right {run['method']}, both on the same two principal components.",
                 (WIDTH, 2.7),
                 draw,
                 Table(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from hf_adapt.experiments.summary import marked, percent, scores_of
+from hf_adapt.experiments.summary import Score, marked, percent, scores_of
 from hf_adapt.experiments.versions import installed
 from hf_adapt.report import drawing, figures, words
 from hf_adapt.report.drawing import Column, Plot, Table, printable
@@ -34,6 +35,23 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Details:
+    """What the page says of a method, by its first seed.
+
+    Args:
+        run: The numbers of that run.
+        is_open: Whether it is unfolded.
+        plots: Its plots.
+        warnings: Why its estimates cannot be trusted.
+    """
+
+    run: Numbers
+    is_open: bool
+    plots: Sequence[Shown]
+    warnings: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Section:
     """What the page says of a pair of domains.
 
@@ -44,7 +62,7 @@ class Section:
         tables: The methods, and the candidates of the choice.
         plots: Plots of all methods.
         curves: A plot for each logged term.
-        details: Embeddings, confusion and calibration of each method, with whether they are open.
+        details: Embeddings, confusion and calibration of each method.
         notes: What is missing.
     """
 
@@ -54,7 +72,7 @@ class Section:
     tables: Sequence[Table]
     plots: Sequence[Shown]
     curves: Sequence[Shown]
-    details: Sequence[tuple[str, bool, Sequence[Shown], Sequence[str]]]
+    details: Sequence[Details]
     notes: Sequence[str]
 
 
@@ -112,6 +130,10 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "_", name.lower()).strip("_") or "unnamed"
+
+
 # ---------------------------------------------------------------- a pair
 def _section(key: str, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
     """Compute and draw all of a pair; the outputs of its runs are in memory meanwhile alone."""
@@ -122,8 +144,7 @@ def _section(key: str, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
         runs[-1]["notes"] += [problem] if problem else []
         outputs.append(loaded)
     good = [run for run in runs if not run["error"]]
-    slug = re.sub(r"[^\w.]+", "_", pair.title.lower()).strip("_")
-    plots = _Plots(folder, key, slug)
+    plots = _Plots(folder, key, _slug(pair.title))
     firsts: dict[str, tuple[Numbers, Any]] = {}
     for run, each in zip(runs, outputs, strict=True):
         if not run["error"]:
@@ -132,21 +153,21 @@ def _section(key: str, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
     focus = words.focus_of(good, pair.choice)
     details = []
     for place, (method, (run, each)) in enumerate(firsts.items()):
-        own: list[Plot | None] = []
+        name, own = f"{place}-{_slug(method)}", list[Plot | None]()
         views = None
         if baseline and baseline[1] and each and run is not baseline[0]:
             views = projected(baseline[1], each)
         if views is not None:
-            own += figures.embedding_plots(f"method{place}", run, *views)
-        own += [draw(f"method{place}", run) for draw in PER_METHOD]
-        shown = plots.shown(own)
+            own += figures.embedding_plots(name, baseline[0]["method"], run, *views)
+        own += [draw(name, run) for draw in PER_METHOD]
+        shown = plots.shown(own, pictures=method == focus)
         if shown:
             warned = [
                 f"{name.upper()}: {text}"
                 for name, estimate in (run.get("estimates") or {}).items()
                 for text in (estimate or {}).get("warnings", ())
             ]
-            details.append((f"{method}, seed {run['seed']}", method == focus, shown, warned))
+            details.append(Details(run, method == focus, shown, warned))
     section = Section(
         key=key,
         title=pair.title,
@@ -155,13 +176,22 @@ def _section(key: str, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
         plots=plots.shown([draw("all", good) for draw in PER_PAIR]),
         curves=plots.shown(figures.curve_plots("all", good)),
         details=details,
-        notes=[
-            *pair.notes,
-            *(f"{r['method']}, seed {r['seed']}: {note}" for r in runs for note in r["notes"]),
-        ],
+        notes=[*pair.notes, *_notes(runs)],
     )
     choice = pair.choice
     return section, {"source": pair.source, "target": pair.target, "choice": choice, "runs": runs}
+
+
+def _notes(runs: Sequence[Numbers]) -> list[str]:
+    """What is missing, each thing once, with the runs that miss it."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run["notes"]:
+            found.setdefault(note, []).append(f"{run['method']}, seed {run['seed']}")
+    return [
+        f"{'All runs' if len(names) == len(runs) > 1 else '; '.join(names)}: {note}"
+        for note, names in found.items()
+    ]
 
 
 PER_PAIR = (figures.accuracy_plot, figures.shares_plot, figures.layers_plot)
@@ -175,17 +205,18 @@ class _Plots:
     folder: Path
     key: str
     slug: str
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def shown(self, plots: Sequence[Plot | None]) -> list[Shown]:
+    def shown(self, plots: Sequence[Plot | None], pictures: bool = True) -> list[Shown]:
+        """The plots that there are."""
         found = []
         for plot in plots:
             if plot is not None:
                 figure = plot.figure()
-                drawing.save_png(figure, self.folder / f"{self.slug}-{plot.name}.png")
-                key = f"{self.key}-{plot.name}"
-                found.append(
-                    Shown(plot, drawing.svg(figure, key, plot.title, plot.description))
-                )
+                if pictures:
+                    drawing.save_png(figure, self.folder / f"{self.slug}-{plot.name}.png")
+                key = f"{self.key}-{next(self.numbers)}"
+                found.append(Shown(plot, drawing.svg(figure, key, plot.title, plot.description)))
         return found
 
 
@@ -195,7 +226,9 @@ def _accuracies(pairs: Sequence[Numbers]) -> Table | None:
     good = [[run for run in pair["runs"] if not run["error"]] for pair in pairs]
     if not any(run["oracle"]["accuracy"] is not None for runs in good for run in runs):
         return None
-    methods = list(dict.fromkeys(run["method"] for runs in good for run in runs))
+    order = ("baseline", "adapted", "bound")
+    every = sorted((run for runs in good for run in runs), key=lambda run: order.index(run["role"]))
+    methods = list(dict.fromkeys(run["method"] for run in every))
     columns = [Column("method", numeric=False)]
     columns += [Column(f"{pair['source']} → {pair['target']}", oracle=True) for pair in pairs]
     rows = []
@@ -223,30 +256,41 @@ def _without(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _methods(runs: Sequence[Numbers]) -> Table:
     """What is known of each method without target labels, and with them."""
-    heads = ("runs", "source acc. %", "ATC %", "IWV %", "A-distance", "collapsed", "seconds")
-    oracle = ("target acc. %", "target F1 %", "target ECE %")
+    heads = ("runs", "source acc. %", "ATC %", "IWV %", "A-distance", "collapsed")
+    oracle = ("accuracy %", "gain", "F1 %", "ECE %")
+    reference = [r["oracle"] for r in runs if r["role"] == "baseline"]
+    low = scores_of(reference, "accuracy")
     columns = [Column("method", numeric=False), *map(Column, heads)]
     columns += [Column(head, oracle=True) for head in oracle]
     rows = []
     for method, own in methods_of(runs).items():
         known = [run["oracle"] for run in own]
         calibration = [each.get("calibration") or {} for each in known]
-        role = " (trained on target labels)" if own[0]["role"] == "bound" else ""
-        distances, seconds = scores_of(own, "a_distance"), scores_of(own, "seconds")
+        accuracy = scores_of(known, "accuracy")
+        distances = scores_of(own, "a_distance")
         rows.append(
             [
-                method + role,
+                method,
                 str(len(own)),
                 percent(scores_of(own, "source_accuracy")),
                 *(_interval(mean_estimate(own, name)) for name in ("atc", "iwv")),
                 number(None if distances is None else distances["mean"], 2),
                 str(sum(bool(run.get("collapsed")) for run in own) or "–"),
-                number(None if seconds is None else seconds["mean"], 0),
-                *(percent(scores_of(known, key)) for key in ("accuracy", "f1")),
+                percent(accuracy),
+                _gain(accuracy, low) if own[0]["role"] != "baseline" else "–",
+                percent(scores_of(known, "f1")),
                 percent(scores_of(calibration, "ece")),
             ]
         )
-    return Table("Methods", columns, rows)
+    bound = figures.trained_on_target(runs)
+    marked_rows = [place for place, row in enumerate(rows) if row[0] in bound]
+    return Table("Methods: means over seeds", columns, rows, oracle_rows=marked_rows)
+
+
+def _gain(score: Score | None, low: Score | None) -> str:
+    if score is None or low is None or score["mean"] is None or low["mean"] is None:
+        return "–"
+    return f"{100 * (score['mean'] - low['mean']):+.1f}"
 
 
 def _interval(estimate: Mapping[str, float] | None) -> str:
@@ -294,4 +338,4 @@ def _flagged(pairs: Sequence[Numbers]) -> Table | None:
                 rows.append([*name, count, str(run["first_warning"])])
     heads = ("pair", "method", "seed", "what", "text")
     columns = [Column(head, numeric=head == "seed") for head in heads]
-    return Table("Runs to look at", columns, rows) if rows else None
+    return Table("Runs that failed, collapsed or were warned of", columns, rows) if rows else None

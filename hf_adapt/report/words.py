@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.summary import BELOW, percent, scores_of
 from hf_adapt.report.figures import mean_estimate, methods_of
 from hf_adapt.report.numbers import Numbers
@@ -18,10 +19,12 @@ class Sentence:
     """Something that is said.
 
     Args:
+        lead: What it is about.
         text: The words.
         oracle: Whether it needs target labels.
     """
 
+    lead: str
     text: str
     oracle: bool = False
 
@@ -34,7 +37,8 @@ def listed(names: Sequence[str], most: int = 12) -> str:
         'a, b and c'
     """
     shown = [*names[:most], f"{len(names) - most} more"] if len(names) > most else list(names)
-    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+    comma = "; " if any("," in name for name in shown) else ", "
+    return " and ".join([comma.join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def counted(count: int, noun: str) -> str:
@@ -53,8 +57,8 @@ def compared(pairs: Sequence[Pair], runs: Sequence[Numbers]) -> str:
     seeds = sorted({run["seed"] for run in runs})
     return (
         f"{counted(len(methods), 'method')} ({listed(methods)}) on "
-        f"{counted(len(pairs), 'pair')} of domains ({listed([pair.title for pair in pairs])}), with "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {listed(list(map(str, seeds)))}: "
+        f"{counted(len(pairs), 'pair')} of domains ({listed([pair.title for pair in pairs])}), "
+        f"with {'seed' if len(seeds) == 1 else 'seeds'} {listed(list(map(str, seeds)))}: "
         f"{counted(len(runs), 'run')} in all."
     )
 
@@ -76,12 +80,12 @@ def chosen(pair: Pair) -> Sentence:
     """What was chosen without target labels."""
     if pair.choice is None:
         return Sentence(
-            "No choice is recorded: the runs stand side by side. `hf-adapt run --choose` chooses "
-            "without target labels, and says why."
+            "No choice is recorded.",
+            "hf-adapt run --choose chooses without target labels, and says why.",
         )
     name, reason = pair.choice.get("chosen"), str(pair.choice.get("reason") or "")
-    kept = " (source only is kept: do not adapt)" if name == pair.choice.get("baseline") else ""
-    return Sentence(f"Chosen without target labels: {name}{kept}. {reason}".strip())
+    kept = " (do not adapt)" if name == pair.choice.get("baseline") else ""
+    return Sentence(f"Chosen without target labels: {name}{kept}.", reason)
 
 
 def outcome(runs: Sequence[Numbers], choice: Mapping[str, Any] | None) -> list[Sentence]:
@@ -95,7 +99,9 @@ def outcome(runs: Sequence[Numbers], choice: Mapping[str, Any] | None) -> list[S
     estimates = {name: mean_estimate(own, "atc") for name, own in methods.items()}
     known = {name: each for name, each in estimates.items() if each is not None}
     focus = focus_of(runs, choice)
-    names = dict.fromkeys([name for name in (baseline_of(runs), focus) if name in known])
+    names = dict.fromkeys(
+        name for name in (baseline_of(runs), focus if choice else None) if name in known
+    )
     found = []
     if names:
         texts = [
@@ -110,8 +116,9 @@ def outcome(runs: Sequence[Numbers], choice: Mapping[str, Any] | None) -> list[S
         )
         found.append(
             Sentence(
-                f"Estimated accuracy on the target, from confidence alone: {listed(texts)}."
-                + (" The estimate is not to be trusted here: see its warnings." if doubt else "")
+                "Estimated accuracy on the target:",
+                f"{listed(texts)}, by ATC."
+                + (" The estimate is not to be trusted here: see its warnings." if doubt else ""),
             )
         )
     return [*found, *_from_labels(methods, baseline_of(runs), focus if choice else None)]
@@ -121,7 +128,9 @@ def _from_labels(
     methods: Mapping[str, Sequence[Numbers]], baseline: str | None, choice: str | None
 ) -> list[Sentence]:
     """The accuracies on labelled target rows."""
-    scores = {n: scores_of([run["oracle"] for run in own], "accuracy") for n, own in methods.items()}
+    scores = {
+        n: scores_of([run["oracle"] for run in own], "accuracy") for n, own in methods.items()
+    }
     means = {n: s["mean"] for n, s in scores.items() if s is not None and s["mean"] is not None}
     fair = {name: mean for name, mean in means.items() if methods[name][0]["role"] != "bound"}
     if not fair:
@@ -146,7 +155,7 @@ def _from_labels(
     if bounds:
         level = statistics.mean(means[name] for name in bounds)
         parts.append(f"{listed(bounds)}, trained on target labels, {100 * level:.1f} %")
-    return [Sentence(f"Accuracy on the target: {'; '.join(parts)}.", oracle=True)]
+    return [Sentence("Accuracy on the target:", f"{'; '.join(parts)}.", oracle=True)]
 
 
 def baseline_of(runs: Sequence[Numbers]) -> str | None:
@@ -155,8 +164,10 @@ def baseline_of(runs: Sequence[Numbers]) -> str | None:
 
 
 def focus_of(runs: Sequence[Numbers], choice: Mapping[str, Any] | None) -> str | None:
-    """The method that is shown first: the chosen one, or else the first that adapts."""
+    """The method that is shown first: the chosen or the recommended one, or any that adapts."""
     adapted = [run["method"] for run in runs if run["role"] == "adapted"]
     name = str((choice or {}).get("chosen"))
-    found = [method for method in methods_of(runs) if name == method or name.startswith(f"{method},")]
-    return found[0] if found else next(iter(adapted), None)
+    found = [
+        method for method in methods_of(runs) if name == method or name.startswith(f"{method},")
+    ]
+    return next(iter([*found, *(name for name in adapted if name == RECOMMENDED), *adapted]), None)
