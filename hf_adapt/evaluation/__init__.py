@@ -4,12 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_adapt.evaluation import validators
 from hf_adapt.evaluation.calibration import brier_score, fitted_temperature, reliability
-from hf_adapt.evaluation.collapse import collapse
-from hf_adapt.evaluation.density_ratio import (
-    density_ratio,
-    effective_sample_size,
-    proxy_a_distance,
-)
+from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.distillation import (
     agreement,
     calibration_error,
@@ -19,6 +14,11 @@ from hf_adapt.evaluation.distillation import (
     teacher_divergence,
 )
 from hf_adapt.evaluation.estimates import AccuracyEstimate, estimate_accuracy
+from hf_adapt.evaluation.importance_weights import (
+    density_ratio,
+    effective_sample_size,
+    proxy_a_distance,
+)
 from hf_adapt.evaluation.validation import LabelFreeValidation
 
 if TYPE_CHECKING:

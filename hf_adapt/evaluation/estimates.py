@@ -12,17 +12,12 @@ from hf_adapt.evaluation.arrays import (
     Array,
     Floats,
     as_classes,
-    as_features,
     as_logits,
     log_softmax,
     softmax,
 )
 from hf_adapt.evaluation.calibration import fitted_temperature
-from hf_adapt.evaluation.density_ratio import (
-    LEAST_EFFECTIVE_SIZE,
-    density_ratio,
-    effective_sample_size,
-)
+from hf_adapt.evaluation.importance_weights import DomainWeights
 
 Method = Literal["atc", "doc", "iwv"]
 
@@ -136,14 +131,11 @@ def estimate_accuracy(
                 'method="iwv" weights source items by their features: pass source_features= and '
                 "target_features=."
             )
-        weights = density_ratio(as_features(source_features), as_features(target_features))
-        size = effective_sample_size(weights)
-        if size < LEAST_EFFECTIVE_SIZE:
-            warnings.append(
-                f"The effective sample size is {size:.1f}, under {LEAST_EFFECTIVE_SIZE}: almost no "
-                "source item looks like the target's."
-            )
-        items, others, compute = np.stack([weights, right], 1), np.zeros(1), _weighted
+        domains = DomainWeights(source_features, target_features)
+        size = domains.effective_size
+        if domains.problem is not None:
+            warnings.append(str(domains.problem))
+        items, others, compute = np.stack([domains.weights(), right], 1), np.zeros(1), _weighted
     else:
         temperature = fitted_temperature(source, labels)
         measure = _negative_entropy if method == "atc" else _confidence

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = Callable[[NDArray[np.float32]], NDArray[np.float64]]
-"""Log-probabilities of each class, (N, C), of features (N, D)."""
+"""Scores of each class, (N, C), of features (N, D): logits."""
 
 
 def logistic_regression(
-    features: NDArray[np.float32], classes: NDArray[np.int64], strength: float = 0.01
+    features: NDArray[np.float32], classes: NDArray[np.int64], strength: float = 1e-3
 ) -> Scores:
     """Fit a multinomial logistic regression with an L2 penalty.
 
@@ -35,6 +35,7 @@ def logistic_regression(
     model.fit(standardised(features), classes)
 
     def scores(given: NDArray[np.float32]) -> NDArray[np.float64]:
-        return np.asarray(model.predict_log_proba(standardised(given)), dtype=np.float64)
+        found = np.asarray(model.decision_function(standardised(given)), dtype=np.float64)
+        return np.stack([-found / 2, found / 2], 1) if found.ndim == 1 else found
 
     return scores

@@ -12,13 +12,7 @@ import torch.nn.functional as F
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.evaluation import validators
 from hf_adapt.evaluation.arrays import Array, Floats
-from hf_adapt.evaluation.density_ratio import (
-    LEAST_EFFECTIVE_SIZE,
-    UntrustedWeights,
-    domain_log_odds,
-    effective_sample_size,
-    weights_of,
-)
+from hf_adapt.evaluation.importance_weights import DomainWeights, UntrustedWeights
 
 VALIDATORS = (
     "entropy",
@@ -51,15 +45,10 @@ class TargetScores:
         self.source, self.target, self.prior = source, target, prior
 
     @cached_property
-    def odds(self) -> tuple[Floats, Floats]:
-        """The log-odds of the target, of source and target items."""
-        assert self.source is not None
-        return domain_log_odds(self.source.features, self.target.features)
-
-    def weights(self, normalize: bool = True) -> Floats:
+    def domains(self) -> DomainWeights:
         """The importance weights of the source items."""
-        source_odds, target_odds = self.odds
-        return weights_of(source_odds, len(target_odds) / len(source_odds), normalize=normalize)
+        assert self.source is not None
+        return DomainWeights(self.source.features, self.target.features)
 
     @cached_property
     def losses(self) -> Floats:
@@ -67,13 +56,6 @@ class TargetScores:
         assert self.source is not None
         losses = F.cross_entropy(self.source.logits, self.source.labels, reduction="none")
         return np.asarray(losses.double().numpy())
-
-    def _trusted(self, normalize: bool) -> Floats:
-        weights = self.weights(normalize)
-        size = effective_sample_size(weights)
-        if size < LEAST_EFFECTIVE_SIZE:
-            raise UntrustedWeights(size, len(weights), LEAST_EFFECTIVE_SIZE)
-        return weights
 
     def score(self, name: str) -> float:
         """The value of a validator.
@@ -100,9 +82,9 @@ class TargetScores:
                 features, logits.argmax(1), self.source.features, self.source.labels
             )
         if name == "iwv":
-            return float(-(self._trusted(True) * self.losses).mean())
+            return float(-(self.domains.trusted() * self.losses).mean())
         if name == "dev":
-            return validators.controlled_risk(self._trusted(False), self.losses)
+            return validators.controlled_risk(self.domains.trusted(normalize=False), self.losses)
         raise ValueError(f"The validator {name!r} is unknown: use {', '.join(VALIDATORS)}.")
 
     def all(self, names: Collection[str] = VALIDATORS) -> dict[str, float]:

@@ -19,12 +19,7 @@ from hf_adapt.alignment.priors import Priors, class_names, resolved_priors
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
 from hf_adapt.engine.mixins import EvaluationObserver
 from hf_adapt.engine.streams import TARGET, Stream
-from hf_adapt.evaluation.collapse import collapse
-from hf_adapt.evaluation.density_ratio import (
-    LEAST_EFFECTIVE_SIZE,
-    a_distance_of,
-    effective_sample_size,
-)
+from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.estimates import estimate_accuracy
 from hf_adapt.evaluation.scores import NEED_SOURCE, VALIDATORS, TargetScores, strided
 from hf_adapt.models.pooling import Pooling
@@ -196,14 +191,10 @@ class LabelFreeValidation(EvaluationObserver):
             missing = [name for name in NEED_SOURCE if name in self.validators]
             self._warn(f"the evaluated rows have no labels, so there is no {', '.join(missing)}")
         else:
-            size = effective_sample_size(scores.weights())
-            found["effective_sample_size"] = size
-            found["a_distance"] = a_distance_of(*scores.odds)
-            if size < LEAST_EFFECTIVE_SIZE:
-                self._warn(
-                    f"the effective sample size of importance weights is {size:.1f}, so iwv and "
-                    "dev are -inf: almost no source row looks like the target's"
-                )
+            found["effective_sample_size"] = scores.domains.effective_size
+            found["a_distance"] = scores.domains.distance
+            if scores.domains.problem is not None:
+                self._warn(f"iwv and dev are -inf: {scores.domains.problem}")
             found["accuracy_estimate"] = estimate_accuracy(
                 source.logits, source.labels, target.logits, resamples=1
             ).value

@@ -22,7 +22,7 @@ from hf_adapt.evaluation.arrays import (
     log_softmax,
     softmax,
 )
-from hf_adapt.evaluation.density_ratio import trusted_weights
+from hf_adapt.evaluation.importance_weights import DomainWeights
 from hf_adapt.evaluation.linear_models import logistic_regression
 
 
@@ -142,10 +142,11 @@ def importance_weighted(
         The negative loss, in the unit of the losses.
 
     Raises:
-        UntrustedWeights: If the effective sample size is below 30.
+        UntrustedWeights: If the effective sample size is below 30, or the domains do not overlap.
     """
     losses = _losses(source_losses, source_features)
-    return float(-(trusted_weights(source_features, target_features) * losses).mean())
+    weights = DomainWeights(source_features, target_features).trusted()
+    return float(-(weights * losses).mean())
 
 
 def deep_embedded(source_features: Array, source_losses: Array, target_features: Array) -> float:
@@ -173,10 +174,10 @@ def deep_embedded(source_features: Array, source_losses: Array, target_features:
         The negative risk, in the unit of the losses.
 
     Raises:
-        UntrustedWeights: If the effective sample size is below 30.
+        UntrustedWeights: If the effective sample size is below 30, or the domains do not overlap.
     """
     losses = _losses(source_losses, source_features)
-    weights = trusted_weights(source_features, target_features, normalize=False)
+    weights = DomainWeights(source_features, target_features).trusted(normalize=False)
     return controlled_risk(weights, losses)
 
 
@@ -269,7 +270,6 @@ def class_ami(logits: Array, features: Array, seed: int = 0) -> float:
         raise ValueError(f"Expected a feature for each of {len(scores)} items, got {len(items)}.")
     classes = min(scores.shape[1], len(items))
     predicted = scores.argmax(1)
-    items = items / np.maximum(np.linalg.norm(items, axis=1, keepdims=True), 1e-12)
     starts = [items[predicted == number].mean(0) for number in np.unique(predicted)]
     if len(starts) < 2:
         return 0.0

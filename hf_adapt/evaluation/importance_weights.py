@@ -12,14 +12,21 @@ LEAST_EFFECTIVE_SIZE = 30
 """Fewer items than this say too little of the others."""
 
 
-class UntrustedWeights(ValueError):
-    """The weights leave too few items; `size` says how many."""
+NO_OVERLAP = 1.95
+"""The proxy A-distance from which domains do not overlap: one error in 80 items."""
 
-    def __init__(self, size: float, count: int, least: float) -> None:
+
+class UntrustedWeights(ValueError):
+    """The weights say nothing; `size` is their effective sample size."""
+
+    def __init__(self, size: float, count: int, distance: float) -> None:
+        problem = f"the effective sample size is {size:.1f} of {count} source items"
+        if size >= LEAST_EFFECTIVE_SIZE:
+            problem = f"the domains do not overlap (a proxy A-distance of {distance:.2f} of 2)"
         super().__init__(
-            f"The effective sample size is {size:.1f} of {count} source items, and at least "
-            f"{least:g} are needed: almost no source item looks like the target's. Do not trust "
-            "importance weighting here; label fifty target rows instead."
+            f"Importance weights cannot be trusted: {problem}, and at least "
+            f"{LEAST_EFFECTIVE_SIZE} source items must look like the target's. Use a validator "
+            "without weights, or label fifty target rows."
         )
         self.size = size
 
@@ -38,11 +45,12 @@ def density_ratio(
 
     d is a logistic regression's probability of the target. Each item's is that of a classifier that
     has not seen it, since one with more features than items knows by heart where each one is from.
-    Weights over a quantile are cut there.
+    Weights over a quantile are cut there. The regression's penalty flattens them: between domains
+    that a classifier tells apart, exact ones would leave the weight to a few items.
 
     Reference:
         Bickel et al. 2009, "Discriminative Learning Under Covariate Shift", JMLR 10, section 4.
-        Deviation: cross-fitted and cut.
+        Deviation: cross-fitted, flattened as in Sugiyama et al. 2007, JMLR 8, and cut.
 
     Args:
         source_features: Features of held-out source items.
@@ -154,19 +162,42 @@ def effective_sample_size(weights: Array) -> float:
     return float(array.sum() ** 2 / np.square(array).sum())
 
 
-def trusted_weights(
-    source_features: Array,
-    target_features: Array,
-    least: float = LEAST_EFFECTIVE_SIZE,
-    normalize: bool = True,
-) -> Floats:
-    """The weights of [`density_ratio`], if they leave enough items.
+class DomainWeights:
+    """The importance weights of source items, and whether they can be trusted.
 
-    Raises:
-        UntrustedWeights: If the effective sample size is below `least`.
+    Args:
+        source_features: Features of held-out source items.
+        target_features: Features of target items.
+
+    Attributes:
+        effective_size: Their effective sample size.
+        distance: The proxy A-distance of the domains.
     """
-    weights = density_ratio(source_features, target_features, normalize=normalize)
-    size = effective_sample_size(weights)
-    if size < least:
-        raise UntrustedWeights(size, len(weights), least)
-    return weights
+
+    def __init__(self, source_features: Array, target_features: Array) -> None:
+        self._odds, target_odds = domain_log_odds(source_features, target_features)
+        self._ratio = len(target_odds) / len(self._odds)
+        self.distance = a_distance_of(self._odds, target_odds)
+        self.effective_size = effective_sample_size(self.weights())
+
+    def weights(self, normalize: bool = True) -> Floats:
+        """The weights, (N,): see [`density_ratio`]."""
+        return weights_of(self._odds, self._ratio, normalize=normalize)
+
+    @property
+    def problem(self) -> UntrustedWeights | None:
+        """Why they cannot be trusted, if they cannot."""
+        if self.effective_size < LEAST_EFFECTIVE_SIZE or self.distance > NO_OVERLAP:
+            return UntrustedWeights(self.effective_size, len(self._odds), self.distance)
+        return None
+
+    def trusted(self, normalize: bool = True) -> Floats:
+        """The weights.
+
+        Raises:
+            UntrustedWeights: If the effective sample size is below 30, or the domains do not
+                overlap.
+        """
+        if (problem := self.problem) is not None:
+            raise problem
+        return self.weights(normalize)
