@@ -47,7 +47,7 @@ class RunOutputs:
     @classmethod
     def load(cls, folder: Path) -> RunOutputs:
         """Read what `save` has written."""
-        with np.load(folder / OUTPUTS_FILE) as stored:
+        with (folder / OUTPUTS_FILE).open("rb") as file, np.load(file) as stored:
             found: dict[str, dict[str, torch.Tensor]] = {}
             for name in stored.files:
                 split, column = name.split(".")

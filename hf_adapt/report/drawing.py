@@ -145,6 +145,8 @@ class Plot:
         """The plot, drawn."""
         figure = Figure(figsize=self.size)
         self.draw(*figure.subplots(1, self.panels, squeeze=False)[0])
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not for each file
         return figure
 
 

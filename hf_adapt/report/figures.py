@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_adapt.experiments.summary import percent, scores_of
+from hf_adapt.experiments.summary import percent, score, scores_of
 from hf_adapt.report.drawing import (
     GREY,
     INK,
@@ -86,16 +86,12 @@ def accuracy_plot(key: str, runs: Runs) -> Plot | None:
         axes.set_xlabel("accuracy on the target, %")
         axes.figure.legend(loc="outside lower center", ncols=3)
 
-    rows = [
-        [
-            name,
-            percent(_as_score(intervals[name])),
-            _range(intervals[name]),
-            percent(scores_of([{"a": level} for level in levels[name]], "a")),
-        ]
-        for name in methods
-    ]
     columns = [Column("method", numeric=False), Column("estimate (ATC), %"), Column("interval, %")]
+    rows = [[name, percent(_as_score(e)), _range(e)] for name, e in intervals.items()]
+    if oracle:
+        columns.append(Column("accuracy, %", oracle=True))
+        for row, own in zip(rows, levels.values(), strict=True):
+            row.append(percent(score(own) if own else None))
     return Plot(
         f"{key}-accuracy",
         "Accuracy on the target: estimated" + (", and from its labels" if oracle else ""),
@@ -103,11 +99,7 @@ def accuracy_plot(key: str, runs: Runs) -> Plot | None:
         + (", and the accuracy of each seed on labelled target rows." if oracle else "."),
         (WIDTH, 0.34 * len(methods) + 1.0),
         draw,
-        Table(
-            "Accuracy on the target",
-            [*columns, Column("from target labels, %", oracle=True)],
-            rows,
-        ),
+        Table("Accuracy on the target", columns, rows),
         oracle=oracle,
     )
 

@@ -52,7 +52,6 @@ def numbers_of(run: Run, outputs: RunOutputs | None) -> Numbers:
         "seed": run.seed,
         "role": run.role,
         "folder": run.folder.name,
-        "error": result.get("error"),
         "warnings": result.get("warnings") or 0,
         "first_warning": result.get("first_warning"),
         "seconds": result.get("seconds"),
@@ -63,6 +62,8 @@ def numbers_of(run: Run, outputs: RunOutputs | None) -> Numbers:
         "layers": (run.diagnostics or {}).get("layers") or [],
         "notes": list(run.notes),
     }
+    if "error" in result:
+        found["error"] = result["error"]
     oracle: Numbers = {
         name: result.get(key)
         for name, key in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from hf_adapt.experiments.summary import Score, marked, percent, scores_of
 from hf_adapt.experiments.versions import installed
-from hf_adapt.report import drawing, figures, words
-from hf_adapt.report.drawing import Column, Plot, Table, printable
+from hf_adapt.report import drawing, figures, tables, words
+from hf_adapt.report.drawing import Plot, Table, printable
 from hf_adapt.report.embedding import projected
-from hf_adapt.report.figures import mean_estimate, methods_of, number
 from hf_adapt.report.numbers import Numbers, numbers_of, plain
 from hf_adapt.report.runs import Pair, find_pairs
 from hf_adapt.storage.text_file import write_text
@@ -108,8 +106,8 @@ def write_report(paths: Sequence[str | Path], output: str | Path | None = None) 
         title=f"Adaptation report: {words.listed([pair.title for pair in pairs], 3)}",
         compared=words.compared(pairs, every),
         health=words.health(every),
-        accuracies=_accuracies(numbers),
-        flagged=_flagged(numbers),
+        accuracies=tables.accuracies(numbers),
+        flagged=tables.flagged(numbers),
         sections=sections,
         notes=notes,
         versions=", ".join(f"{name} {version}" for name, version in installed().items()),
@@ -143,11 +141,11 @@ def _section(key: str, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
         runs.append(numbers_of(run, loaded))
         runs[-1]["notes"] += [problem] if problem else []
         outputs.append(loaded)
-    good = [run for run in runs if not run["error"]]
+    good = [run for run in runs if "error" not in run]
     plots = _Plots(folder, key, _slug(pair.title))
     firsts: dict[str, tuple[Numbers, Any]] = {}
     for run, each in zip(runs, outputs, strict=True):
-        if not run["error"]:
+        if "error" not in run:
             firsts.setdefault(run["method"], (run, each))
     baseline = firsts.get(words.baseline_of(good) or "")
     focus = words.focus_of(good, pair.choice)
@@ -172,7 +170,7 @@ def _section(key: str, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
         key=key,
         title=pair.title,
         sentences=[words.chosen(pair), *words.outcome(good, pair.choice)],
-        tables=[_methods(good), *_candidates(pair.choice)],
+        tables=[tables.methods(good), *tables.candidates(pair.choice)],
         plots=plots.shown([draw("all", good) for draw in PER_PAIR]),
         curves=plots.shown(figures.curve_plots("all", good)),
         details=details,
@@ -218,124 +216,3 @@ class _Plots:
                 key = f"{self.key}-{next(self.numbers)}"
                 found.append(Shown(plot, drawing.svg(figure, key, plot.title, plot.description)))
         return found
-
-
-# ---------------------------------------------------------------- tables
-def _accuracies(pairs: Sequence[Numbers]) -> Table | None:
-    """Accuracy on the target: methods × pairs."""
-    good = [[run for run in pair["runs"] if not run["error"]] for pair in pairs]
-    if not any(run["oracle"]["accuracy"] is not None for runs in good for run in runs):
-        return None
-    order = ("baseline", "adapted", "bound")
-    every = sorted((run for runs in good for run in runs), key=lambda run: order.index(run["role"]))
-    methods = list(dict.fromkeys(run["method"] for run in every))
-    columns = [Column("method", numeric=False)]
-    columns += [Column(f"{pair['source']} → {pair['target']}", oracle=True) for pair in pairs]
-    rows = []
-    for method in methods:
-        cells = []
-        for pair in pairs:
-            own = [run for run in pair["runs"] if run["method"] == method]
-            score = percent(scores_of([r["oracle"] for r in own if not r["error"]], "accuracy"))
-            cells.append(_flags(score, own) if own else "–")
-        rows.append([method, *cells])
-    return Table("Accuracy on the target, %: mean ± standard deviation over seeds", columns, rows)
-
-
-def _flags(text: str, runs: Sequence[Numbers]) -> str:
-    """A cell with how many of its runs failed, were warned of, or collapsed."""
-    failed = [{**run, "error": run["error"]} if run["error"] else _without(run) for run in runs]
-    text = marked(text, failed)
-    collapsed = sum(bool(run.get("collapsed")) for run in runs)
-    return f"{text} ({collapsed} collapsed)" if collapsed else text
-
-
-def _without(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run.items() if key != "error"}
-
-
-def _methods(runs: Sequence[Numbers]) -> Table:
-    """What is known of each method without target labels, and with them."""
-    heads = ("runs", "source acc. %", "ATC %", "IWV %", "A-distance", "collapsed")
-    oracle = ("accuracy %", "gain", "F1 %", "ECE %")
-    reference = [r["oracle"] for r in runs if r["role"] == "baseline"]
-    low = scores_of(reference, "accuracy")
-    columns = [Column("method", numeric=False), *map(Column, heads)]
-    columns += [Column(head, oracle=True) for head in oracle]
-    rows = []
-    for method, own in methods_of(runs).items():
-        known = [run["oracle"] for run in own]
-        calibration = [each.get("calibration") or {} for each in known]
-        accuracy = scores_of(known, "accuracy")
-        distances = scores_of(own, "a_distance")
-        rows.append(
-            [
-                method,
-                str(len(own)),
-                percent(scores_of(own, "source_accuracy")),
-                *(_interval(mean_estimate(own, name)) for name in ("atc", "iwv")),
-                number(None if distances is None else distances["mean"], 2),
-                str(sum(bool(run.get("collapsed")) for run in own) or "–"),
-                percent(accuracy),
-                _gain(accuracy, low) if own[0]["role"] != "baseline" else "–",
-                percent(scores_of(known, "f1")),
-                percent(scores_of(calibration, "ece")),
-            ]
-        )
-    bound = figures.trained_on_target(runs)
-    marked_rows = [place for place, row in enumerate(rows) if row[0] in bound]
-    return Table("Methods: means over seeds", columns, rows, oracle_rows=marked_rows)
-
-
-def _gain(score: Score | None, low: Score | None) -> str:
-    if score is None or low is None or score["mean"] is None or low["mean"] is None:
-        return "–"
-    return f"{100 * (score['mean'] - low['mean']):+.1f}"
-
-
-def _interval(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return "–"
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} ({low:.1f}–{high:.1f})"
-
-
-def _candidates(choice: Mapping[str, Any] | None) -> list[Table]:
-    """What the choice says of each candidate."""
-    candidates = (choice or {}).get("candidates") or []
-    if not candidates or choice is None:
-        return []
-    names = list(dict.fromkeys(name for each in candidates for name in each.get("scores") or {}))
-    rows = []
-    for each in candidates:
-        scores = each.get("scores") or {}
-        verdict = "kept" if each.get("kept") else "dropped"
-        is_chosen = each["name"] == choice.get("chosen")
-        rows.append(
-            [
-                str(each["name"]),
-                "chosen" if is_chosen else verdict,
-                str(each.get("reason") or ""),
-                *(number(scores.get(name)) for name in names),
-            ]
-        )
-    heads = [Column(text, numeric=False) for text in ("candidate", "verdict", "why")]
-    return [Table("The choice without target labels", [*heads, *map(Column, names)], rows)]
-
-
-def _flagged(pairs: Sequence[Numbers]) -> Table | None:
-    """Runs that failed, collapsed or were warned of, by name."""
-    rows = []
-    for pair in pairs:
-        for run in pair["runs"]:
-            name = [f"{pair['source']} → {pair['target']}", run["method"], str(run["seed"])]
-            if run["error"]:
-                rows.append([*name, "failed", str(run["error"])])
-            if run.get("collapsed"):
-                rows.append([*name, "collapsed", run["collapsed"]])
-            if run["warnings"]:
-                count = f"warned ({run['warnings']})" if run["warnings"] > 1 else "warned"
-                rows.append([*name, count, str(run["first_warning"])])
-    heads = ("pair", "method", "seed", "what", "text")
-    columns = [Column(head, numeric=head == "seed") for head in heads]
-    return Table("Runs that failed, collapsed or were warned of", columns, rows) if rows else None

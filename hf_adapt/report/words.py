@@ -66,7 +66,7 @@ def compared(pairs: Sequence[Pair], runs: Sequence[Numbers]) -> str:
 def health(runs: Sequence[Numbers]) -> str:
     """How many runs failed, were warned of, or collapsed."""
     counts = {
-        "failed": sum(bool(run["error"]) for run in runs),
+        "failed": sum("error" in run for run in runs),
         "collapsed": sum(bool(run.get("collapsed")) for run in runs),
         "warned": sum(bool(run["warnings"]) for run in runs),
     }
