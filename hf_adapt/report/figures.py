@@ -21,7 +21,7 @@ from hf_adapt.report.drawing import (
     domain_colour,
     short,
 )
-from hf_adapt.report.numbers import Numbers
+from hf_adapt.report.numbers import Numbers, curve_order
 
 MOST_CLASSES = 12
 """Up to this number of classes a plot names them and colours each."""
@@ -68,7 +68,8 @@ def accuracy_plot(key: str, runs: Runs) -> Plot | None:
             if (interval := intervals[name]) is not None:
                 value, low, high = (100 * interval[k] for k in ("value", "low", "high"))
                 axes.plot([low, high], [line + 0.16] * 2, color=GREY, lw=4, solid_capstyle="butt")
-                axes.plot([value], [line + 0.16], "D", color=INK, ms=4)
+                fill = INK if interval["trusted"] else "none"
+                axes.plot([value], [line + 0.16], "D", mec=INK, mfc=fill, ms=4)
             if levels[name]:
                 shown = [100 * level for level in levels[name]]
                 axes.plot(
@@ -104,19 +105,23 @@ def accuracy_plot(key: str, runs: Runs) -> Plot | None:
     )
 
 
-def mean_estimate(runs: Runs, method: str) -> Mapping[str, float] | None:
-    """An estimate and the ends of its interval, averaged over the seeds; None if one lacks it."""
+def mean_estimate(runs: Runs, method: str) -> Mapping[str, Any] | None:
+    """An estimate and the ends of its interval, averaged over the seeds; None if one lacks it.
+
+    It is `trusted` if it is for every seed.
+    """
     found = [(run.get("estimates") or {}).get(method) for run in runs]
     if not found or None in found:
         return None
-    return {key: float(np.mean([each[key] for each in found])) for key in ("value", "low", "high")}
+    means = {key: float(np.mean([e[key] for e in found])) for key in ("value", "low", "high")}
+    return {**means, "trusted": not any(each["warnings"] for each in found)}
 
 
-def _as_score(interval: Mapping[str, float] | None) -> dict[str, float | None] | None:
+def _as_score(interval: Mapping[str, Any] | None) -> dict[str, float | None] | None:
     return None if interval is None else {"mean": interval["value"], "sd": None}
 
 
-def _range(interval: Mapping[str, float] | None) -> str:
+def _range(interval: Mapping[str, Any] | None) -> str:
     return (
         "–" if interval is None else f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}"
     )
@@ -185,14 +190,9 @@ def curve_plots(key: str, runs: Runs) -> list[Plot]:
     Runs that trained on target labels are left out, here and by layer.
     """
     runs = [run for run in runs if run["role"] != "bound"]
-    names = list(dict.fromkeys(name for run in runs for name in run["curves"]))
+    names = sorted({name for run in runs for name in run["curves"]}, key=curve_order)
     places = {method: place for place, method in enumerate(methods_of(runs))}
-    order = sorted(names, key=lambda name: min(_place(run, name) for run in runs))
-    return [_curve_plot(f"{key}-curve{n}", name, runs, places) for n, name in enumerate(order)]
-
-
-def _place(run: Numbers, name: str) -> int:
-    return list(run["curves"]).index(name) if name in run["curves"] else len(run["curves"])
+    return [_curve_plot(f"{key}-curve{n}", name, runs, places) for n, name in enumerate(names)]
 
 
 def _curve_plot(key: str, name: str, runs: Runs, places: Mapping[str, int]) -> Plot:
@@ -330,9 +330,11 @@ def layers_plot(key: str, runs: Runs) -> Plot | None:
     places = {method: place for place, method in enumerate(methods_of(runs))}
 
     def draw(axes: Any) -> None:
+        seen: set[str] = set()
         for run in own:
             tint, dashes = colour(places[run["method"]])
-            label = short(f"{run['method']}, seed {run['seed']}")
+            label = None if run["method"] in seen else short(run["method"], 20)
+            seen.add(run["method"])
             xs = [layers.index(str(each["name"])) for each in run["layers"]]
             ys = [np.nan if (d := each.get("a_distance")) is None else d for each in run["layers"]]
             axes.plot(xs, ys, dashes, color=tint, marker="o", ms=3, lw=1.2, label=label)

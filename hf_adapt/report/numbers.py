@@ -165,12 +165,15 @@ def curves(logs: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
             if is_number and not NO_CURVES.match(key):
                 found.setdefault(key, []).append([entry.get("step", 0), value])
 
-    def place(key: str) -> int:
-        if key in ("learning_rate", "grad_norm"):
-            return 4
-        return 0 if key == "loss" else 1 if key.startswith("loss/") else 2 + key.startswith("eval_")
+    return {key: found[key] for key in sorted(found, key=curve_order)}
 
-    return {key: found[key] for key in sorted(found, key=lambda key: (place(key), key))}
+
+def curve_order(key: str) -> tuple[int, str]:
+    """To sort curves by: the losses, what methods log, evaluations, and the rest."""
+    if key in ("learning_rate", "grad_norm"):
+        return 4, key
+    places = [key == "loss", key.startswith("loss/"), not key.startswith("eval_"), True]
+    return places.index(True), key
 
 
 def plain(value: Any) -> Any:

@@ -17,8 +17,10 @@ CHOICE_FILE = "choice.json"
 """In the folder of a pair: which method was chosen without target labels, and why."""
 DIAGNOSTICS_FILE = "diagnostics.json"
 """In the folder of a run: distances of the domains per layer, accuracy per group."""
-ROLES = {"source only": "baseline", "bound": "bound"}
-"""Roles of methods by the names that the built-in experiments give them."""
+ROLES = ("baseline", "adapted", "bound")
+"""Of methods, as they are ordered: source only, and what trained on target labels, at the ends."""
+NAMED_ROLES = {"source only": "baseline", "bound": "bound"}
+"""By the names that the built-in experiments give such methods."""
 
 
 class ReportError(ValueError):
@@ -64,7 +66,8 @@ class Run:
 
         Results that do not say so are told apart by the method's name.
         """
-        return str(self.result.get("role") or ROLES.get(self.method, "adapted"))
+        role = self.result.get("role")
+        return role if role in ROLES else NAMED_ROLES.get(self.method, "adapted")
 
     def outputs(self) -> tuple[RunOutputs | None, str | None]:
         """What the model gave for the rows; or None, and why."""
@@ -162,8 +165,25 @@ def _read_run(folder: Path) -> Run:
     )
     if logs is None and "error" not in result:
         notes.append(f"{LOGS_FILE} is missing, so there are no curves of this run.")
+    if diagnostics is not None and not _are_diagnostics(diagnostics):
+        notes.append(
+            f"{DIAGNOSTICS_FILE} is left out: expected layers, each with a name, and groups, each "
+            "with accuracy, low, high and count."
+        )
+        diagnostics = None
     entries = [each for each in logs or () if isinstance(each, dict)]
     return Run(folder, result, entries, diagnostics, tuple(dict.fromkeys(notes)))
+
+
+def _are_diagnostics(found: Mapping[str, Any]) -> bool:
+    layers, groups = found.get("layers") or [], found.get("groups") or {}
+    keys = ("accuracy", "low", "high", "count")
+    return (
+        isinstance(layers, list)
+        and all(isinstance(each, dict) and "name" in each for each in layers)
+        and isinstance(groups, dict)
+        and all(isinstance(g, dict) and all(k in g for k in keys) for g in groups.values())
+    )
 
 
 def _read_optional(file: Path, kind: type, notes: list[str]) -> Any:
@@ -182,8 +202,7 @@ def _read_optional(file: Path, kind: type, notes: list[str]) -> Any:
 
 
 def _pair(names: tuple[str, str], runs: Iterable[Run]) -> Pair:
-    order = {"baseline": 0, "adapted": 1, "bound": 2}
-    ordered = sorted(runs, key=lambda run: (order.get(run.role, 1), run.method, run.seed))
+    ordered = sorted(runs, key=lambda run: (ROLES.index(run.role), run.method, run.seed))
     notes: list[str] = []
     choice = None
     for folder in dict.fromkeys(run.folder.parent for run in ordered):

@@ -9,6 +9,7 @@ from hf_adapt.experiments.summary import Score, marked, percent, scores_of
 from hf_adapt.report.drawing import Column, Table
 from hf_adapt.report.figures import Runs, mean_estimate, methods_of, number, trained_on_target
 from hf_adapt.report.numbers import Numbers
+from hf_adapt.report.runs import ROLES
 
 
 def accuracies(pairs: Sequence[Numbers]) -> Table | None:
@@ -16,8 +17,7 @@ def accuracies(pairs: Sequence[Numbers]) -> Table | None:
     good = [[run for run in pair["runs"] if "error" not in run] for pair in pairs]
     if not any(run["oracle"]["accuracy"] is not None for runs in good for run in runs):
         return None
-    order = ("baseline", "adapted", "bound")
-    every = sorted((run for runs in good for run in runs), key=lambda run: order.index(run["role"]))
+    every = sorted((run for runs in good for run in runs), key=lambda run: ROLES.index(run["role"]))
     methods = list(dict.fromkeys(run["method"] for run in every))
     columns = [Column("method", numeric=False)]
     columns += [Column(f"{pair['source']} → {pair['target']}", oracle=True) for pair in pairs]
@@ -29,7 +29,7 @@ def accuracies(pairs: Sequence[Numbers]) -> Table | None:
             score = percent(scores_of([r["oracle"] for r in own if "error" not in r], "accuracy"))
             cells.append(_flags(score, own) if own else "–")
         rows.append([method, *cells])
-    return Table("Accuracy on the target, %: mean ± standard deviation over seeds", columns, rows)
+    return Table("Accuracy on the target, % ± sd over seeds", columns, rows)
 
 
 def _flags(text: str, runs: Runs) -> str:
@@ -78,11 +78,11 @@ def _gain(score: Score | None, low: Score | None) -> str:
     return f"{100 * (score['mean'] - low['mean']):+.1f}"
 
 
-def _interval(estimate: Mapping[str, float] | None) -> str:
+def _interval(estimate: Mapping[str, Any] | None) -> str:
     if estimate is None:
         return "–"
     value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} ({low:.1f}–{high:.1f})"
+    return f"{value:.1f} ({low:.1f}–{high:.1f}){'' if estimate['trusted'] else '*'}"
 
 
 def candidates(choice: Mapping[str, Any] | None) -> list[Table]:
@@ -95,12 +95,12 @@ def candidates(choice: Mapping[str, Any] | None) -> list[Table]:
     for each in given:
         scores = each.get("scores") or {}
         verdict = "kept" if each.get("kept") else "dropped"
-        is_chosen = each["name"] == choice.get("chosen")
+        is_chosen = each.get("name") == choice.get("chosen")
         rows.append(
             [
-                str(each["name"]),
+                str(each.get("name")),
                 "chosen" if is_chosen else verdict,
-                str(each.get("reason") or ""),
+                str(each.get("reason") or "").removeprefix("dropped: "),
                 *(number(scores.get(name)) for name in names),
             ]
         )

@@ -11,7 +11,7 @@ from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.summary import BELOW, percent, scores_of
 from hf_adapt.report.figures import mean_estimate, methods_of
 from hf_adapt.report.numbers import Numbers
-from hf_adapt.report.runs import Pair
+from hf_adapt.report.runs import ROLES, Pair
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def counted(count: int, noun: str) -> str:
 
 def compared(pairs: Sequence[Pair], runs: Sequence[Numbers]) -> str:
     """What was compared, and on what."""
-    methods = list(methods_of(runs))
+    methods = list(methods_of(sorted(runs, key=lambda run: ROLES.index(run["role"]))))
     seeds = sorted({run["seed"] for run in runs})
     return (
         f"{counted(len(methods), 'method')} ({listed(methods)}) on "
@@ -109,11 +109,7 @@ def outcome(runs: Sequence[Numbers], choice: Mapping[str, Any] | None) -> list[S
             f"{100 * known[name]['high']:.1f})"
             for name in names
         ]
-        doubt = any(
-            (run.get("estimates") or {}).get("atc", {}).get("warnings")
-            for name in names
-            for run in methods[name]
-        )
+        doubt = not all(known[name]["trusted"] for name in names)
         found.append(
             Sentence(
                 "Estimated accuracy on the target:",

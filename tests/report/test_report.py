@@ -68,7 +68,7 @@ def test_says_what_was_compared_what_came_out_and_what_was_chosen(tmp_path: Path
         f"source only has {np.mean(low):.1f} ± {np.std(low, ddof=1):.1f} %; best: DANN, which was "
         f"chosen, with {high:.1f} % ({high - np.mean(low):+.1f} points); bound, trained on"
     ) in shown
-    assert "MCC dropped dropped: it has collapsed" in shown
+    assert "MCC dropped it has collapsed" in shown
     assert "long (worst)" in shown
 
 
@@ -161,7 +161,7 @@ def cut_choice(folder: Path) -> None:
 
 
 def odd_diagnostics(folder: Path) -> None:
-    (folder / "diagnostics.json").write_text("[1]")
+    (folder / "diagnostics.json").write_text('{"layers": ["a layer"]}')
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def odd_diagnostics(folder: Path) -> None:
         (no_target, "There are no outputs for unlabelled target rows, so nothing is estimated."),
         (no_logs, "logs.json is missing, so there are no curves of this run."),
         (cut_choice, "choice.json cannot be read"),
-        (odd_diagnostics, "diagnostics.json is left out: expected a JSON dict."),
+        (odd_diagnostics, "diagnostics.json is left out: expected layers, each with a name, and"),
     ],
 )
 def test_copes_with_what_is_missing(
