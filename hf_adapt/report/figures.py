@@ -165,7 +165,7 @@ def shares_plot(key: str, runs: Runs) -> Plot | None:
 
     rows = [[name, *map(percent, own.values())] for name, own in scores.items()]
     if true:
-        rows.append(["true", *(f"{100 * true.get(name, 0.0):.1f}" for name in classes)])
+        rows.append(["true (oracle)", *(f"{100 * true.get(name, 0.0):.1f}" for name in classes)])
     return Plot(
         f"{key}-shares",
         "Predicted class shares on the target",
@@ -176,9 +176,6 @@ def shares_plot(key: str, runs: Runs) -> Plot | None:
             "Class shares on the target, %",
             [Column("method", numeric=False), *map(Column, classes)],
             rows,
-            oracle_rows=[
-                n for n, row in enumerate(rows) if row[0] in ("true", *trained_on_target(runs))
-            ],
         ),
         oracle=bool(true),
     )
@@ -315,7 +312,6 @@ def calibration_plot(key: str, run: Numbers) -> Plot | None:
             "Bins of confidence",
             [Column("rows of", numeric=False), *map(Column, heads)],
             rows,
-            oracle_rows=[n for n, row in enumerate(rows) if row[0] == "target"],
         ),
         oracle=oracle,
     )
