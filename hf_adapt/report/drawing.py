@@ -22,8 +22,12 @@ INK = "#24292f"
 COLOURS = ("#2a78c2", "#d9622b", "#2e9e6b", "#a259c4", "#c0392b", "#8a6d3b", "#d6579a", "#5b8c00")
 LINES = ("-", "--", "-.", ":")
 GREY = "#8b95a1"
+MOST_CLASSES = 12
+"""Up to this number of classes a plot names them and colours each."""
+WIDTH = 4.6
+"""Of a plot, in inches; a smaller one is given where it is drawn."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": GREY,
     "axes.facecolor": "none",
     "axes.labelcolor": INK,

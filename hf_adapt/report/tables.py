@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_adapt.experiments.summary import Score, marked, percent, scores_of
 from hf_adapt.report.drawing import Column, Table
-from hf_adapt.report.figures import Runs, mean_estimate, methods_of, number, trained_on_target
+from hf_adapt.report.methods import Runs, mean_estimate, methods_of, number, trained_on_target
 from hf_adapt.report.numbers import Numbers
 from hf_adapt.report.runs import ROLES
 

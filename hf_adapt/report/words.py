@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.summary import BELOW, percent, scores_of
-from hf_adapt.report.figures import mean_estimate, methods_of
+from hf_adapt.report.methods import mean_estimate, methods_of
 from hf_adapt.report.numbers import Numbers
 from hf_adapt.report.runs import ROLES, Pair
 

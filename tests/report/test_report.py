@@ -204,7 +204,7 @@ def test_takes_output_folders_pairs_and_runs(tmp_path: Path) -> None:
         assert (len(pair.runs), notes) == (count, [])
         assert pair.choice is not None
     page = write_report([run], tmp_path / "out")
-    assert (page.parent / "films_phones-all-accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert (page.parent / "1-films_phones-all-accuracy.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_newest_of_several_runs_of_a_seed_counts(tmp_path: Path) -> None:
