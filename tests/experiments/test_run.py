@@ -13,6 +13,7 @@ from transformers import Trainer, pipeline
 from hf_adapt.alignment import MMD
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.experiments import plots
+from hf_adapt.report import write_report
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
 
@@ -407,3 +408,15 @@ def test_rows_without_a_label_are_training_rows(tmp_path: Path, model_dir: Path)
     partly = [(text, label if i % 2 else "") for i, (text, label) in enumerate(rows("phone"))]
     printed = run(*own_files(tmp_path, model_dir, write_csv(tmp_path / "theirs.csv", partly)))
     assert "40 of the target without; 12 and 6 to test on" in printed
+
+
+def test_its_runs_are_reported(write_config: Config, tmp_path: Path) -> None:
+    methods = {"plain": [], "MMD": ["MMD"], "upper": "target"}
+    run(write_config(methods=methods), "--logging_steps", "1")
+    page = write_report([tmp_path / "out"])
+    (pair,) = json.loads((page.parent / "report.json").read_text())["pairs"]
+    roles = {each["method"]: each["role"] for each in pair["runs"]}
+    assert roles == {"plain": "baseline", "MMD": "adapted", "upper": "bound"}
+    curves = pair["runs"][1]["curves"]
+    assert [step for step, _ in curves["loss/mmd"]] == [1, 2]
+    assert "upper, trained on target labels" in page.read_text()
