@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+from hf_adapt.alignment.class_confusion import MCC
+from hf_adapt.alignment.neighbours import ATDOC
 from hf_adapt.alignment.self_training import SelfTraining
 from hf_adapt.engine.adaptation import Adaptation
 
@@ -22,3 +26,19 @@ def recommended() -> list[Adaptation]:
         ['SelfTraining']
     """
     return [SelfTraining()]
+
+
+def candidates() -> dict[str, Callable[[], Sequence[Adaptation]]]:
+    """The adaptations to choose from where nothing is known of the target, by name.
+
+    Functions that return new ones, for [`hf_adapt.evaluation.train_and_choose`].
+
+    Example:
+        >>> list(candidates())
+        ['SelfTraining', 'ATDOC', 'MCC']
+    """
+    return {
+        "SelfTraining": lambda: [SelfTraining()],
+        "ATDOC": lambda: [ATDOC()],
+        "MCC": lambda: [MCC()],
+    }

@@ -65,6 +65,10 @@ def run(
         bool | None, typer.Option(help="Compute the frozen layers once per row.")
     ] = None,
     save_models: Annotated[bool | None, typer.Option(help="Save every model.")] = None,
+    choose: Annotated[
+        bool | None,
+        typer.Option("--choose", help="Choose one of the methods, without target labels."),
+    ] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
     jobs: Annotated[
         int | None, typer.Option(help="Processes; by default one for two cores.", min=1)

@@ -24,6 +24,7 @@ PLAIN = (
     "freeze_layers",
     "cache_prefix",
     "save_models",
+    "choose",
     "output_dir",
 )
 """Options that are keys of a configuration."""
@@ -84,7 +85,7 @@ def experiment(
     Raises:
         ConfigError: If an option or a key is wrong.
     """
-    settings = built_in() if file is None else Settings.read(file)
+    settings = built_in(flags.get("choose", False)) if file is None else Settings.read(file)
     values = settings.values
     for name in PLAIN:
         if name in flags:

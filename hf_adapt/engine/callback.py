@@ -73,17 +73,25 @@ def adapt(
     return trainer
 
 
-def collect_items(trainer: Trainer, dataset: Any, **options: Any) -> ItemOutputs:
+def collect_items(
+    trainer: Trainer, dataset: Any, collector: OutputCollector | None = None, **options: Any
+) -> ItemOutputs:
     """Run a Trainer's model over a data set and keep features, predictions and labels of its items.
 
     Args:
         trainer: Any Trainer; it is changed in place, as by [`adapt`].
         dataset: Rows, prepared like `train_dataset`.
+        collector: Says what is kept; by default an [`OutputCollector`] with these options.
         **options: Those of [`OutputCollector`].
     """
     trainer.__class__ = adapted_class(type(trainer))
     assert isinstance(trainer, AdaptationMixin)
-    return trainer.collect(dataset, OutputCollector(**options))
+    return trainer.collect(dataset, collector or OutputCollector(**options))
+
+
+def load_weights(trainer: Trainer, folder: str) -> None:
+    """Give a Trainer's model the weights that `save_model` has written to a folder."""
+    trainer._load_from_checkpoint(folder)
 
 
 def _attach(trainer: Trainer, plan: Plan) -> None:

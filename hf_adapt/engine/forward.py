@@ -15,7 +15,7 @@ from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.parts import Layout, Part
 from hf_adapt.engine.trainer_kinds import is_sentence_trainer, sentence_inputs
 from hf_adapt.engine.unlabelled_rows import TARGET_ROWS_FAIL, explained
-from hf_adapt.models.capture import OutputCapture
+from hf_adapt.models.capture import InputCapture, OutputCapture
 from hf_adapt.models.structure import find_feature_module, is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
@@ -84,6 +84,17 @@ class ForwardPass:
                 elif id(module) not in self._captures:
                     self._captures[id(module)] = OutputCapture(module)
         self._outputs = OutputCapture(self.model, extract=lambda output: output)
+
+    def capture_input(self, layer: str) -> str:
+        """Hook what a module is given.
+
+        Returns:
+            The name of a feature layer whose output it is.
+        """
+        name, stand_in = f"the input of {layer}", nn.Identity()
+        self._captures[id(stand_in)] = InputCapture(find_feature_module(self.model, layer))
+        self._layout.module_of[name] = stand_in
+        return name
 
     def close(self) -> None:
         """Remove all hooks from the model."""

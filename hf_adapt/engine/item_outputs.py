@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hf_adapt.engine.adaptation import Objective
@@ -20,6 +22,8 @@ from hf_adapt.models.pooling import Pooling
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+HALF_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,31 @@ class ItemOutputs:
         return whole.select(torch.argsort(whole.keys, stable=True))
 
 
+def save_items(path: str | Path, items: Mapping[str, ItemOutputs | None]) -> None:
+    """Write several sets of items to a file, the features in half precision; None is left out."""
+    arrays = {}
+    for name, each in items.items():
+        for column in fields(ItemOutputs) if each is not None else ():
+            value = getattr(each, column.name).numpy()
+            if column.name == "features":
+                value = value.clip(-HALF_MAX, HALF_MAX).astype(np.float16)
+            arrays[f"{name}.{column.name}"] = value
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def load_items(path: str | Path) -> dict[str, ItemOutputs]:
+    """Read what [`save_items`] has written."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    with Path(path).open("rb") as file, np.load(file) as stored:
+        for key in stored.files:
+            name, _, column = key.rpartition(".")
+            value = torch.from_numpy(stored[key])
+            value = value.float() if value.is_floating_point() else value
+            found.setdefault(name, {})[column] = value
+    return {name: ItemOutputs(**columns) for name, columns in found.items()}
+
+
 class OutputCollector(EvaluationObserver):
     """Collects the [`ItemOutputs`] of an evaluation, of all processes.
 
@@ -86,7 +115,7 @@ class OutputCollector(EvaluationObserver):
         hides_labels: bool = False,
     ) -> None:
         self.hides_labels = hides_labels
-        self._reader = Objective(1.0, feature_layer, pooling, "collected")
+        self._readers = [Objective(1.0, feature_layer, pooling, "collected")]
         self._batches: list[ItemOutputs] = []
         self._part: Part | None = None
         self._forward: ForwardPass | None = None
@@ -98,7 +127,7 @@ class OutputCollector(EvaluationObserver):
         model = trainer.accelerator.unwrap_model(trainer.model)
         labels = tuple(dict.fromkeys([*trainer.label_names, "labels"]))
         self._layout = Layout(model, label_names=labels, added_ids=added_ids(trainer))
-        self._forward = ForwardPass(trainer, model, self._layout, [self._reader], _no_loss)
+        self._forward = ForwardPass(trainer, model, self._layout, self._readers, _no_loss)
         self._forward.connect()
 
     @contextmanager
@@ -122,22 +151,25 @@ class OutputCollector(EvaluationObserver):
         self._layout.learn([part])
         metrics = MetricAverager(self._trainer.accelerator)
         batch = Batch([part], self._layout, 1.0, metrics, lambda rows, _: rows)
-        batch = batch.for_objective(self._reader)
+        self._batches.append(self._of_all_processes(self._read(batch), part))
+
+    def _read(self, batch: Batch) -> ItemOutputs:
+        """The items of one batch."""
+        batch = batch.for_objective(self._readers[0])
         logits, keys = batch.logits()[0], batch.keys()
-        has_labels = any(name in part.inputs for name in self._layout.label_names)
-        found = ItemOutputs(
-            batch.features()[0],
-            logits,
-            batch.labels() if has_labels else torch.full_like(keys, IGNORED),
-            keys,
-        )
-        self._batches.append(self._of_all_processes(found, part))
+        has_labels = any(name in batch.parts[0].inputs for name in self._layout.label_names)
+        labels = batch.labels() if has_labels else torch.full_like(keys, IGNORED)
+        return ItemOutputs(batch.features()[0], logits, labels, keys)
+
+    @property
+    def _has_token_items(self) -> bool:
+        return self._layout.token_logits
 
     def _of_all_processes(self, found: ItemOutputs, part: Part) -> ItemOutputs:
         """The items of all processes, without those of rows that fill up the last batch."""
         values = {each.name: getattr(found, each.name) for each in fields(found)}
         if (accelerator := self._trainer.accelerator).num_processes > 1:
-            counts = part.token_counts if self._layout.token_logits else part.domain + 1
+            counts = part.token_counts if self._has_token_items else torch.ones_like(part.domain)
             split = [torch.split(value.cpu(), counts.tolist()) for value in values.values()]
             rows = accelerator.gather_for_metrics(
                 list(zip(*split, strict=True)), use_gather_object=True
@@ -163,6 +195,51 @@ class OutputCollector(EvaluationObserver):
         if self._forward is not None:
             self._forward.close()
             self._forward = None
+
+
+class LayerCollector(OutputCollector):
+    """Collects the pooled outputs of several layers in one pass, a row's side by side.
+
+    The items are rows without logits and labels, in a tagger too.
+
+    Args:
+        layers: The modules of the layers, by their dotted names.
+        inputs_of: Modules whose input is collected as well, before the layers' outputs: that of the
+            first layer is the embeddings.
+        pooling: How a feature is made of an output.
+
+    Attributes:
+        widths: The size of each feature, in the order of the inputs and layers.
+    """
+
+    def __init__(
+        self, layers: Sequence[str], inputs_of: Sequence[str] = (), pooling: Pooling = "mean"
+    ) -> None:
+        super().__init__(hides_labels=True)
+        self._inputs_of = tuple(inputs_of)
+        self._readers = [Objective(1.0, layer, pooling, "collected") for layer in layers]
+        self.widths: list[int] = []
+
+    def begin_evaluation(self, trainer: Trainer, prefix: str) -> None:
+        """Hook the modules."""
+        super().begin_evaluation(trainer, prefix)
+        assert self._forward is not None
+        self._input_readers = [
+            Objective(1.0, self._forward.capture_input(name), self._readers[0].pooling, "collected")
+            for name in self._inputs_of
+        ]
+
+    def _read(self, batch: Batch) -> ItemOutputs:
+        readers = [*self._input_readers, *self._readers]
+        found = [batch.for_objective(reader).features()[0] for reader in readers]
+        self.widths = [features.shape[1] for features in found]
+        keys = batch.parts[0].keys
+        no_labels = torch.full_like(keys, IGNORED)
+        return ItemOutputs(torch.cat(found, 1), found[0].new_zeros(len(keys), 0), no_labels, keys)
+
+    @property
+    def _has_token_items(self) -> bool:
+        return False
 
 
 def _no_loss(*args: Any) -> torch.Tensor:

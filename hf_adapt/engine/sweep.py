@@ -129,7 +129,7 @@ class Sweep:
         model = self.step.forward.model
         with ExitStack() as stack:
             stack.enter_context(preserved_random_state())
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(model))
             stack.enter_context(swapped(model, weights or {}))
             stack.enter_context(torch.no_grad())
             for adaptation in self.step.adaptations:
@@ -171,7 +171,7 @@ class Sweep:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """All modules are in evaluation mode while the context is open, then as they were."""
     training = [module for module in model.modules() if module.training]
     for module in training:

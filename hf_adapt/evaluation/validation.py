@@ -21,6 +21,7 @@ from hf_adapt.engine.mixins import EvaluationObserver
 from hf_adapt.engine.streams import TARGET, Stream
 from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.estimates import estimate_accuracy
+from hf_adapt.evaluation.neighborhoods import neighbor_agreement
 from hf_adapt.evaluation.scores import NEED_SOURCE, VALIDATORS, TargetScores, strided
 from hf_adapt.models.pooling import Pooling
 
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ENSEMBLE = "ensv"
+ENSEMBLE, NEIGHBORS = "ensv", "neighbors"
+OF_A_RUN = (ENSEMBLE, NEIGHBORS)
+"""Validators that compare an evaluation with what came before it."""
 
 
 class LabelFreeValidation(EvaluationObserver):
@@ -49,7 +52,8 @@ class LabelFreeValidation(EvaluationObserver):
         validators: Which ones: `"entropy"`, `"im"` (information maximisation with the class
             frequencies), `"nuclear_norm"`, `"iwv"` and `"dev"` (importance-weighted), `"circular"`,
             `"class_ami"`, `"snd"`, `"class_balance"`, `"ensv"` (agreement with the mean of all
-            evaluations of this run so far). All by default.
+            evaluations of this run so far), `"neighbors"` (whether rows that were alike before
+            training are given the same class; only during training). All by default.
         prior: The target's class frequencies, as `target_priors=` takes them (numbers or
             `"uniform"`); the run's `target_priors` by default.
         max_items: So many items of each side are used at most, spread evenly.
@@ -84,14 +88,14 @@ class LabelFreeValidation(EvaluationObserver):
         self,
         target_dataset: Any = None,
         *,
-        validators: Sequence[str] = (*VALIDATORS, ENSEMBLE),
+        validators: Sequence[str] = (*VALIDATORS, *OF_A_RUN),
         prior: Priors | None = None,
         max_items: int = 20_000,
         feature_layer: str | None = None,
         pooling: Pooling = "auto",
         name: str = "target",
     ) -> None:
-        known = (*VALIDATORS, ENSEMBLE)
+        known = (*VALIDATORS, *OF_A_RUN)
         validators = (validators,) if isinstance(validators, str) else tuple(validators)
         if unknown := [each for each in validators if each not in known]:
             raise ValueError(f"The validators {unknown} are unknown: use {', '.join(known)}.")
@@ -108,20 +112,28 @@ class LabelFreeValidation(EvaluationObserver):
         self._source = OutputCollector(**self._options)
         self._ensemble: torch.Tensor | None = None
         self._ensemble_keys = torch.zeros(0, dtype=torch.long)
+        self._reference: dict[str, torch.Tensor] = {}
         self._warned: set[str] = set()
         self._evaluates = False
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes; forget the evaluations of an earlier run."""
         self._check(trainer)
-        self._ensemble, self._warned = None, set()
+        self._ensemble, self._reference, self._warned = None, {}, set()
+
+    def begin(self, trainer: Trainer) -> None:
+        """Note which target rows are alike before anything is trained."""
+        if NEIGHBORS in self.validators and trainer.state.global_step == 0:
+            self._trainer = trainer
+            items = self._target()
+            self._reference = {"features": items.features.half(), "keys": items.keys}
 
     def _check(self, trainer: Trainer) -> None:
         refuse_other_problems(trainer.model, "LabelFreeValidation")
         heads = (*LANGUAGE_MODELS, "question_answering", "multiple_choice")
         refuse_heads(trainer.model, "LabelFreeValidation", *heads)
         best = str(trainer.args.metric_for_best_model or "").removeprefix("eval_")
-        if best.removeprefix(f"{self.name}_") in (*VALIDATORS, ENSEMBLE):
+        if best.removeprefix(f"{self.name}_") in (*VALIDATORS, *OF_A_RUN):
             if trainer.args.greater_is_better is False:
                 raise ValueError(
                     f"metric_for_best_model={best!r} is better when it is higher, and "
@@ -156,13 +168,16 @@ class LabelFreeValidation(EvaluationObserver):
         if not self._evaluates:
             return {}
         self._source.close()
+        source = strided(self._source.items.labelled, self.max_items)
+        found = self._values(source, self._target())
+        return {f"{prefix}_{self.name}_{key}": value for key, value in found.items()}
+
+    def _target(self) -> ItemOutputs:
+        """Run the model over the target."""
         trainer: Any = self._trainer
         collector = OutputCollector(hides_labels=True, **self._options)
         batches = [trainer.collect(rows, collector) for rows in self._domains(trainer)]
-        target = strided(ItemOutputs.joined(batches), self.max_items)
-        source = strided(self._source.items.labelled, self.max_items)
-        found = self._values(source, target)
-        return {f"{prefix}_{self.name}_{key}": value for key, value in found.items()}
+        return strided(ItemOutputs.joined(batches), self.max_items)
 
     def _domains(self, trainer: Any) -> list[Any]:
         stream = self.target if self.target is not None else trainer.stream_options(TARGET)
@@ -184,9 +199,16 @@ class LabelFreeValidation(EvaluationObserver):
     def _values(self, source: ItemOutputs, target: ItemOutputs) -> dict[str, float]:
         prior = self._prior(self._trainer, target.logits.shape[1])
         scores = TargetScores(source if len(source) else None, target, prior)
-        found = scores.all([name for name in self.validators if name != ENSEMBLE])
+        found = scores.all([name for name in self.validators if name not in OF_A_RUN])
         if ENSEMBLE in self.validators:
             found[ENSEMBLE] = self._agreement(target)
+        if NEIGHBORS in self.validators and self._reference:
+            if torch.equal(self._reference["keys"], target.keys):
+                found[NEIGHBORS] = neighbor_agreement(
+                    target.logits, self._reference["features"], num_classes=target.logits.shape[1]
+                )
+            else:
+                self._warn("the target rows are others than before training: no neighbors")
         if not len(source):
             missing = [name for name in NEED_SOURCE if name in self.validators]
             self._warn(f"the evaluated rows have no labels, so there is no {', '.join(missing)}")
@@ -225,13 +247,17 @@ class LabelFreeValidation(EvaluationObserver):
     # ---- the checkpoint ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The sum of the evaluations' predictions."""
-        if self._ensemble is None:
-            return {}
-        return {"ensemble": self._ensemble, "ensemble_keys": self._ensemble_keys}
+        """The sum of the evaluations' predictions, and the features before training."""
+        state = {f"reference_{name}": value for name, value in self._reference.items()}
+        if self._ensemble is not None:
+            state |= {"ensemble": self._ensemble, "ensemble_keys": self._ensemble_keys}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
+        self._reference = {
+            n: state[f"reference_{n}"] for n in ("features", "keys") if f"reference_{n}" in state
+        }
         if "ensemble" in state:
             self._ensemble, self._ensemble_keys = state["ensemble"], state["ensemble_keys"]
 

@@ -64,6 +64,19 @@ def cell_folder(experiment: Experiment, cell: Cell) -> Path:
     return Path(experiment.output_dir, names[0], f"{names[1]}-{digest}")
 
 
+def reference_file(experiment: Experiment, source: str, target: str) -> Path:
+    """Where the outputs of the untrained model for a pair's target are kept."""
+    pair = cached_pair(experiment, source, target)
+    described = [
+        model_fingerprint(experiment.model),
+        _rows_fingerprint(pair, TASKS[experiment.task]),
+        experiment.max_length,
+    ]
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:10]
+    folder = f"{_slug(source)}-{_slug(target)}"
+    return Path(experiment.output_dir, folder, f"untrained-{digest}.npz")
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "_", name.lower()).strip("_") or "unnamed"
 

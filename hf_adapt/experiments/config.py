@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from transformers import TrainingArguments
 
+from hf_adapt.alignment.recommended import candidates
 from hf_adapt.experiments.methods import RECOMMENDED, Method, read_method
 from hf_adapt.experiments.settings import ConfigError, KeyPath, Settings
 from hf_adapt.experiments.tasks import TASKS
@@ -89,6 +90,7 @@ class Experiment:
         balanced: Keep as many rows of every label, in all splits; for study only, as it needs the
             target's labels.
         save_models: Save every model.
+        choose: Choose one of the methods for each pair and seed, without target labels.
         output_dir: Folder of the results, with `~` and variables; a relative one starts in the
             current directory.
     """
@@ -109,6 +111,7 @@ class Experiment:
     num_test: int | None = None
     balanced: bool = False
     save_models: bool = False
+    choose: bool = False
     output_dir: str = "runs/experiment"
 
     @classmethod
@@ -154,6 +157,12 @@ class Experiment:
                 _check_training(settings, (*path, "training"), stage.training)
                 _check_training(settings, (*path, "pretrain"), stage.pretrain or {})
                 path, stage = (*path, "first"), stage.first
+        if values.get("choose") and not any(m.is_baseline for m in values["methods"].values()):
+            raise settings.error(
+                ("choose",),
+                "choose: needs a method without adaptation to compare with: add "
+                "'source only: []' to methods.",
+            )
         if "model" in values:
             values["model"] = _located(values["model"], folder)
         if "output_dir" in values:
@@ -161,14 +170,17 @@ class Experiment:
         return cls(**values)
 
 
-def built_in() -> Settings:
-    """The configuration of `--source A --target B`, to which the two domains are added."""
+def built_in(choose: bool = False) -> Settings:
+    """The configuration of `--source A --target B`, to which the two domains are added.
+
+    Args:
+        choose: Whether there are several adaptations, to choose from.
+    """
+    adaptations: dict[str, Any] = {RECOMMENDED: RECOMMENDED}
+    if choose:
+        adaptations = {name: [name] for name in candidates()}
     return Settings(
-        {
-            "methods": {"source only": [], RECOMMENDED: RECOMMENDED},
-            "seeds": 1,
-            "save_models": True,
-        }
+        {"methods": {"source only": [], **adaptations}, "seeds": 1, "save_models": True}
     )
 
 

@@ -24,6 +24,8 @@ RECOMMENDED = "recommended"
 TARGET = "target"
 UNLABELLED = "unlabelled"
 GIVEN = "given"
+CHOSEN = "chosen"
+"""The row of the tables with the runs that were chosen without target labels."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from rich.progress import (
 
 from hf_adapt.alignment import recommended
 from hf_adapt.experiments.cell import Cell
+from hf_adapt.experiments.choice import choices, with_chosen, write_choices
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.report import describe_pairs, publish, tell_models
@@ -86,7 +87,16 @@ def execute(
         results = run_experiment(experiment, jobs, overwrite, report)
     if kept:
         console.print(f"{kept} of {len(results)} runs are kept from earlier.", highlight=False)
-    publish(experiment, results, console)
+    if experiment.choose:
+        found = choices(experiment, results)
+        for (source, target, seed), choice in found.items():
+            console.print(escape(f"\n{source} → {target}, seed {seed}"), highlight=False)
+            console.print(escape(str(choice)), soft_wrap=True, highlight=False)
+        for file in write_choices(experiment, found):
+            console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
+        publish(*with_chosen(experiment, results, found), console)
+    else:
+        publish(experiment, results, console)
     tell_models(experiment, results, console)
     return not any("error" in result for result in results)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.methods import GIVEN, is_shifted
+from hf_adapt.experiments.methods import CHOSEN, GIVEN, is_shifted
 from hf_adapt.experiments.summary import Results, Row, marked, percent, runs_of, scores_of
 
 COLUMNS = (
@@ -151,6 +151,8 @@ def legend(experiment: Experiment) -> str:
             "gap closed: share of the way, in target accuracy, from source only to "
             f"{bounds[0]}{over if len(experiment.pairs) > 1 else ''}."
         )
+    if CHOSEN in experiment.methods:
+        sentences.append(f"{CHOSEN}: the run that was chosen, without target labels.")
     if len(experiment.pairs) > 1:
         sentences.append("below source only: pairs that are more than a point below it.")
     priors = {name: method.target_priors for name, method in methods}

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -351,6 +352,24 @@ def _outputs(run: _Run, trainer: Trainer) -> RunOutputs:
             target_unlabelled=None if unlabelled is None else unlabelled.without_labels,
             target_test=collected(pair.target["test"]),
         )
+
+
+def untrained_outputs(experiment: Experiment, source: str, target: str) -> ItemOutputs:
+    """What the model gives for the target's unlabelled rows before any training."""
+    pair = cached_pair(experiment, source, target)
+    with tempfile.TemporaryDirectory() as folder:
+        with _quiet():
+            run = _started(experiment, experiment.seeds[0], pair, Path(folder))
+            freeze(run.model, run.frozen)
+        trainer = Trainer(
+            run.model,
+            run.arguments(Path(folder), **NO_EVALUATION),
+            data_collator=run.task.collator(run.processor),
+        )
+        trainer.remove_callback(PrinterCallback)
+        rows = run.rows(run.task.with_any_labels(pair.target_unlabelled))
+        found = collect_items(trainer, rows)
+    return (found.labelled if len(found.labelled) else found).without_labels
 
 
 def _scores(items: ItemOutputs | None, labels: Sequence[str], is_scored: bool) -> dict[str, Any]:

@@ -97,6 +97,13 @@ class OutputCapture:
         self._handle.remove()
 
 
+class InputCapture(OutputCapture):
+    """Captures the hidden state that a module is given, as [`OutputCapture`] its output."""
+
+    def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        super()._hook(module, args, kwargs, [*args, *kwargs.values()])
+
+
 @contextmanager
 def capturing(
     modules: Mapping[nn.Module, Extract | None],

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from hf_adapt.experiments.versions import installed
-from hf_adapt.report import drawing, tables, words
+from hf_adapt.report import drawing, outcome, tables, words
 from hf_adapt.report.drawing import printable
 from hf_adapt.report.numbers import plain
 from hf_adapt.report.runs import find_pairs
@@ -52,6 +52,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path | None = None) 
         title=f"Adaptation report: {words.listed([pair.title for pair in pairs], 3)}",
         compared=words.compared(pairs, every),
         health=words.health(every),
+        overall=outcome.overall(numbers),
         accuracies=tables.accuracies(numbers),
         flagged=tables.flagged(numbers),
         sections=sections,

@@ -87,14 +87,14 @@ class Pair:
         source: The domain with labels.
         target: The domain without.
         runs: Its runs, by method and seed; the baseline first, the bound last.
-        choice: What `choice.json` holds, if it is there.
+        choices: What `choice.json` holds, one for each seed; none if it is not there.
         notes: What cannot be read.
     """
 
     source: str
     target: str
     runs: Sequence[Run]
-    choice: Mapping[str, Any] | None = None
+    choices: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
 
     @property
@@ -186,7 +186,7 @@ def _are_diagnostics(found: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_optional(file: Path, kind: type, notes: list[str]) -> Any:
+def _read_optional(file: Path, kind: type | tuple[type, ...], notes: list[str]) -> Any:
     """A JSON file of that kind; None if it is missing, or is something else, with a note."""
     if not file.exists():
         return None
@@ -197,15 +197,15 @@ def _read_optional(file: Path, kind: type, notes: list[str]) -> Any:
         return None
     if isinstance(value, kind):
         return value
-    notes.append(f"{file.name} is left out: expected a JSON {kind.__name__}.")
+    notes.append(f"{file.name} is left out: it holds {type(value).__name__}.")
     return None
 
 
 def _pair(names: tuple[str, str], runs: Iterable[Run]) -> Pair:
     ordered = sorted(runs, key=lambda run: (ROLES.index(run.role), run.method, run.seed))
     notes: list[str] = []
-    choice = None
+    choices: list[Any] = []
     for folder in dict.fromkeys(run.folder.parent for run in ordered):
-        found = _read_optional(folder / CHOICE_FILE, dict, notes)
-        choice = found if choice is None else choice
-    return Pair(*names, ordered, choice, tuple(notes))
+        found = _read_optional(folder / CHOICE_FILE, (dict, list), notes)
+        choices += [found] if isinstance(found, dict) else found or []
+    return Pair(*names, ordered, [each for each in choices if isinstance(each, dict)], tuple(notes))

@@ -11,11 +11,12 @@ from pathlib import Path
 from markupsafe import Markup
 
 from hf_adapt.experiments.outputs import RunOutputs
-from hf_adapt.report import drawing, plots, tables, words
+from hf_adapt.report import drawing, outcome, plots, tables
 from hf_adapt.report.drawing import Plot, Table
 from hf_adapt.report.embedding import projected
 from hf_adapt.report.numbers import Numbers, numbers_of
 from hf_adapt.report.runs import Pair
+from hf_adapt.report.words import Sentence
 
 PER_PAIR = (plots.accuracy_plot, plots.shares_plot, plots.layers_plot)
 PER_METHOD = (plots.confusion_plot, plots.calibration_plot, plots.groups_plot)
@@ -70,7 +71,7 @@ class Section:
 
     key: str
     title: str
-    sentences: Sequence[words.Sentence]
+    sentences: Sequence[Sentence]
     tables: Sequence[Table]
     plots: Sequence[Shown]
     curves: Sequence[Shown]
@@ -104,15 +105,21 @@ def section_of(place: int, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
     section = Section(
         key=f"pair{place}",
         title=pair.title,
-        sentences=[words.chosen(pair), *words.outcome(good, pair.choice)],
-        tables=[tables.methods(good), *tables.candidates(pair.choice)],
+        sentences=_sentences(good, pair.choices),
+        tables=[tables.methods(good), *tables.candidates(pair.choices)],
         plots=drawer.shown([draw("all", good) for draw in PER_PAIR]),
         curves=drawer.shown(plots.curve_plots("all", good)),
-        details=_details(drawer, firsts, words.focus_of(good, pair.choice)),
+        details=_details(drawer, firsts, outcome.focus_of(good, pair.choices)),
         notes=[*pair.notes, *_notes(runs)],
     )
     names = {"source": pair.source, "target": pair.target}
-    return section, {**names, "choice": pair.choice, "runs": runs}
+    return section, {**names, "choices": list(pair.choices), "runs": runs}
+
+
+def _sentences(runs: Sequence[Numbers], choices: outcome.Choices) -> list[Sentence]:
+    levels = outcome.levels_of(runs, choices)
+    from_labels = [] if levels is None else [outcome.from_labels(levels)]
+    return [outcome.chosen(choices), *outcome.estimated(runs, choices), *from_labels]
 
 
 def _details(
@@ -120,7 +127,7 @@ def _details(
 ) -> list[Details]:
     """The plots of each method, beside those of source only where they are compared."""
     numbers = [run for run, _ in firsts.values()]
-    baseline = words.baseline_of(numbers)
+    baseline = outcome.baseline_of(numbers)
     before = firsts[baseline][1] if baseline is not None else None
     found = []
     for place, (method, (run, after)) in enumerate(firsts.items()):

@@ -85,26 +85,27 @@ def _interval(estimate: Mapping[str, Any] | None) -> str:
     return f"{value:.1f} ({low:.1f}–{high:.1f}){'' if estimate['trusted'] else '*'}"
 
 
-def candidates(choice: Mapping[str, Any] | None) -> list[Table]:
-    """What the choice says of each candidate."""
-    given = (choice or {}).get("candidates") or []
-    if not given or choice is None:
+def candidates(choices: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What each choice says of each candidate."""
+    given = [(choice, each) for choice in choices for each in choice.get("candidates") or ()]
+    if not given:
         return []
-    names = list(dict.fromkeys(name for each in given for name in each.get("scores") or {}))
+    names = list(dict.fromkeys(name for _, each in given for name in each.get("scores") or ()))
     rows = []
-    for each in given:
+    for choice, each in given:
         scores = each.get("scores") or {}
-        verdict = "kept" if each.get("kept") else "dropped"
         is_chosen = each.get("name") == choice.get("chosen")
         rows.append(
             [
                 str(each.get("name")),
-                "chosen" if is_chosen else verdict,
+                str(choice.get("seed", "–")),
+                "chosen" if is_chosen else "kept" if each.get("kept") else "dropped",
                 str(each.get("reason") or "").removeprefix("dropped: "),
                 *(number(scores.get(name)) for name in names),
             ]
         )
-    heads = [Column(text, numeric=False) for text in ("candidate", "verdict", "why")]
+    heads = [Column("candidate", numeric=False), Column("seed")]
+    heads += [Column(text, numeric=False) for text in ("verdict", "why")]
     return [Table("The choice without target labels", [*heads, *map(Column, names)], rows)]
 
 

@@ -1,15 +1,11 @@
-"""What the first screen says, in sentences."""
+"""Sentences of the first screen: what was compared, and how it went."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from hf_adapt.experiments.methods import RECOMMENDED
-from hf_adapt.experiments.summary import BELOW, percent, scores_of
-from hf_adapt.report.methods import mean_estimate, methods_of
+from hf_adapt.report.methods import methods_of
 from hf_adapt.report.numbers import Numbers
 from hf_adapt.report.runs import ROLES, Pair
 
@@ -74,96 +70,3 @@ def health(runs: Sequence[Numbers]) -> str:
     if not found:
         return "No run failed, warned or collapsed."
     return f"{listed(found)}: see the runs to look at."
-
-
-def chosen(pair: Pair) -> Sentence:
-    """What was chosen without target labels."""
-    if pair.choice is None:
-        return Sentence(
-            "No choice is recorded.",
-            "hf-adapt run --choose chooses without target labels, and says why.",
-        )
-    name, reason = pair.choice.get("chosen"), str(pair.choice.get("reason") or "")
-    kept = " (do not adapt)" if name == pair.choice.get("baseline") else ""
-    return Sentence(f"Chosen without target labels: {name}{kept}.", reason)
-
-
-def outcome(runs: Sequence[Numbers], choice: Mapping[str, Any] | None) -> list[Sentence]:
-    """What came out on a pair: the estimates, and the accuracies if there are labels.
-
-    Args:
-        runs: The runs of the pair that ended well.
-        choice: What was chosen.
-    """
-    methods = methods_of(runs)
-    estimates = {name: mean_estimate(own, "atc") for name, own in methods.items()}
-    known = {name: each for name, each in estimates.items() if each is not None}
-    focus = focus_of(runs, choice)
-    names = dict.fromkeys(
-        name for name in (baseline_of(runs), focus if choice else None) if name in known
-    )
-    found = []
-    if names:
-        texts = [
-            f"{name} {100 * known[name]['value']:.1f} % ({100 * known[name]['low']:.1f} to "
-            f"{100 * known[name]['high']:.1f})"
-            for name in names
-        ]
-        doubt = not all(known[name]["trusted"] for name in names)
-        found.append(
-            Sentence(
-                "Estimated accuracy on the target:",
-                f"{listed(texts)}, by ATC."
-                + (" The estimate is not to be trusted here: see its warnings." if doubt else ""),
-            )
-        )
-    return [*found, *_from_labels(methods, baseline_of(runs), focus if choice else None)]
-
-
-def _from_labels(
-    methods: Mapping[str, Sequence[Numbers]], baseline: str | None, choice: str | None
-) -> list[Sentence]:
-    """The accuracies on labelled target rows."""
-    scores = {
-        n: scores_of([run["oracle"] for run in own], "accuracy") for n, own in methods.items()
-    }
-    means = {n: s["mean"] for n, s in scores.items() if s is not None and s["mean"] is not None}
-    fair = {name: mean for name, mean in means.items() if methods[name][0]["role"] != "bound"}
-    if not fair:
-        return []
-    best = max(fair, key=lambda name: fair[name])
-    low = fair.get(baseline) if baseline else None
-    parts = []
-    if low is not None and baseline is not None:
-        parts.append(f"{baseline} has {percent(scores[baseline])} %")
-    for name, verb in ((choice, "chosen"), (best, "best")):
-        if name in fair and name != baseline and not (verb == "chosen" and name == best):
-            gain = "" if low is None else f" ({100 * (fair[name] - low):+.1f} points)"
-            both = ", which was chosen," if verb == "best" and name == choice else ""
-            parts.append(f"{verb}: {name}{both} with {percent(scores[name])} %{gain}")
-    if best == baseline and len(fair) > 1:
-        parts.append("no method is better")
-    elif low is not None:
-        worse = sum(mean < low - BELOW for mean in fair.values())
-        if worse:
-            parts.append(f"{counted(worse, 'method')} more than a point below {baseline}")
-    bounds = [name for name in means if name not in fair]
-    if bounds:
-        level = statistics.mean(means[name] for name in bounds)
-        parts.append(f"{listed(bounds)}, trained on target labels, {100 * level:.1f} %")
-    return [Sentence("Accuracy on the target:", f"{'; '.join(parts)}.", oracle=True)]
-
-
-def baseline_of(runs: Sequence[Numbers]) -> str | None:
-    """The method that does not adapt."""
-    return next((run["method"] for run in runs if run["role"] == "baseline"), None)
-
-
-def focus_of(runs: Sequence[Numbers], choice: Mapping[str, Any] | None) -> str | None:
-    """The method that is shown first: the chosen or the recommended one, or any that adapts."""
-    adapted = [run["method"] for run in runs if run["role"] == "adapted"]
-    name = str((choice or {}).get("chosen"))
-    found = [
-        method for method in methods_of(runs) if name == method or name.startswith(f"{method},")
-    ]
-    return next(iter([*found, *(name for name in adapted if name == RECOMMENDED), *adapted]), None)

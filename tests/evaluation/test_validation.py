@@ -15,7 +15,12 @@ from transformers import EarlyStoppingCallback, Trainer
 from hf_adapt import AdaptationCallback
 from hf_adapt.alignment import MMD, SelfTraining
 from hf_adapt.engine.callback import collect_items
-from hf_adapt.evaluation import LabelFreeValidation, estimate_accuracy, validators
+from hf_adapt.evaluation import (
+    LabelFreeValidation,
+    estimate_accuracy,
+    neighbor_agreement,
+    validators,
+)
 from hf_adapt.evaluation.scores import VALIDATORS
 from tests.helpers.data import collate, rows
 from tests.helpers.heads import CASES
@@ -59,6 +64,15 @@ def by_hand(model: torch.nn.Module, data: Any) -> tuple[torch.Tensor, torch.Tens
         features.append(found.hidden_states[-1].mean(1))
         logits.append(found.logits)
     return torch.cat(features), torch.cat(logits)
+
+
+def undecided() -> Any:
+    """A model that gives the target all classes."""
+    model = CASES["sequence"].model(0)
+    _, logits = by_hand(model, target())
+    with torch.no_grad():
+        model.classifier.bias -= logits.mean(0)
+    return model
 
 
 def test_metrics_are_those_of_the_functions_on_outputs_by_hand(tmp_path: Path) -> None:
@@ -179,20 +193,48 @@ def test_a_metric_chooses_the_checkpoint_and_stops_early(tmp_path: Path) -> None
     assert values(made.evaluate())["eval_target_nuclear_norm"] == pytest.approx(max(seen))
 
 
+def test_neighbours_are_those_before_training(tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path,
+        LabelFreeValidation(target(), validators=["neighbors"]),
+        model=undecided(),
+        eval_strategy="steps",
+        eval_steps=3,
+        learning_rate=0.005,
+    )
+    features, _ = by_hand(copy.deepcopy(made.model), target())
+    made.train()
+    _, logits = by_hand(made.model, target())
+    expected = neighbor_agreement(logits, features, num_classes=3)
+    found = [entry.get("eval_target_neighbors") for entry in made.state.log_history]
+    assert pytest.approx(expected, abs=1e-6) in found
+    assert (
+        "eval_target_neighbors" not in trainer(tmp_path, LabelFreeValidation(target())).evaluate()
+    )
+
+
 def test_the_ensemble_of_all_evaluations_survives_a_resume(tmp_path: Path) -> None:
     settings: Any = dict(
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=2, max_steps=4
     )
-    settings |= dict(learning_rate=0.5, lr_scheduler_type="constant")
+    settings |= dict(learning_rate=0.001, lr_scheduler_type="constant")
 
-    def run(resume: Any = None) -> list[float]:
-        made = trainer(tmp_path, LabelFreeValidation(target(), validators=["ensv"]), **settings)
+    def run(resume: Any = None) -> list[list[float]]:
+        names = ["ensv", "neighbors"]
+        model = undecided()
+        validation = LabelFreeValidation(target(), validators=names)
+        made = trainer(tmp_path, validation, model=model, **settings)
         made.train(resume_from_checkpoint=resume)
-        key = "eval_target_ensv"
-        return [entry[key] for entry in made.state.log_history if key in entry]
+        return [
+            [entry[f"eval_target_{name}"] for name in names]
+            for entry in made.state.log_history
+            if "eval_target_ensv" in entry
+        ]
 
     whole = run()
-    assert len(whole) == 4 and whole[0] == 1.0 and min(whole) < 1.0
+    ensemble = [each[0] for each in whole]
+    assert len(whole) == 4 and ensemble[0] == 1.0 and min(ensemble) < 1.0
+    assert len({each[1] for each in whole}) > 1
     assert run(str(tmp_path / "checkpoint-2")) == whole
 
 

@@ -127,4 +127,4 @@ def save_extras(folder: Path, text: str = "", **choice: Any) -> None:
             {"name": "MCC", "kept": False, "reason": f"dropped: it has collapsed{text}"},
         ],
     }
-    (folder.parent / "choice.json").write_text(json.dumps({**given, **choice}))
+    (folder.parent / "choice.json").write_text(json.dumps([{"seed": 42, **given, **choice}]))

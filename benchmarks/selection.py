@@ -1,0 +1,177 @@
+"""How well models are chosen without target labels: each validator, and `choose`, on finished runs.
+
+    python benchmarks/domain_shift.py --seeds 3 --jobs 2 --cache-prefix     # hours: the runs
+    python benchmarks/selection.py runs/vader4                              # minutes: this table
+
+The candidates of a pair and seed are all methods but the bound and those that were given the
+target's class frequencies. Regret is what the choice loses against the best candidate, in points of
+accuracy on the target's test rows; those labels are used for nothing else.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_adapt.evaluation import Candidate, choose
+from hf_adapt.evaluation.estimates import estimate_accuracy
+from hf_adapt.evaluation.scores import VALIDATORS, TargetScores
+from hf_adapt.evaluation.validators import ensemble_agreement
+from hf_adapt.experiments.outputs import RunOutputs
+from hf_adapt.experiments.tables import markdown
+
+LABELS_USED = ("frequencies given", "10 points")
+"""Parts of the names of methods that were given counts of the target's labels."""
+TUNING = (("movies", "tweets"), ("products", "nyt"), ("mnist", "uci"))
+"""The pairs on which thresholds were settled."""
+WIDE = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    result: dict[str, Any]
+    folder: Path
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.result["target_accuracy"])
+
+    @cached_property
+    def outputs(self) -> RunOutputs:
+        return RunOutputs.load(self.folder)
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """The validators, and the estimates of accuracy, none of which a label has seen."""
+        source, target = self.outputs.source_dev, self.outputs.target_unlabelled
+        assert source is not None and target is not None
+        found = TargetScores(source, target).all(VALIDATORS)
+        for method in ("atc", "doc", "iwv"):
+            found[f"estimate ({method})"] = estimate_accuracy(
+                source.logits,
+                source.labels,
+                target.logits,
+                method=method,
+                source_features=source.features,
+                target_features=target.features,
+                resamples=1,
+            ).value
+        return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one pair and seed."""
+
+    pair: tuple[str, str]
+    seed: int
+    runs: dict[str, Run]
+    bound: float | None
+
+    @property
+    def source_only(self) -> float:
+        return self.runs["source only"].accuracy
+
+    @property
+    def best(self) -> float:
+        return max(run.accuracy for run in self.runs.values())
+
+    def highest(self, name: str) -> float:
+        """The accuracy of the run that a validator ranks first."""
+        return max(self.runs.values(), key=lambda run: run.scores[name]).accuracy
+
+    @cached_property
+    def ensemble(self) -> float:
+        logits = [run.outputs.target_unlabelled.logits for run in self.runs.values()]
+        values = [ensemble_agreement(logits, number) for number in range(len(logits))]
+        return list(self.runs.values())[values.index(max(values))].accuracy
+
+    @cached_property
+    def choice(self) -> float:
+        candidates = [
+            Candidate(name, run.outputs.source_dev, run.outputs.target_unlabelled)
+            for name, run in self.runs.items()
+        ]
+        return self.runs[choose(candidates, "source only").chosen].accuracy
+
+
+def groups(root: Path, least: int = 2) -> Iterator[Group]:
+    """The runs of a folder by pair and seed; those with source only and others."""
+    found: dict[Any, dict[str, Run]] = defaultdict(dict)
+    for file in sorted(root.glob("*/*/result.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if "error" not in result and (file.parent / "outputs.npz").exists():
+            key = ((result["source"], result["target"]), result["seed"])
+            found[key][result["method"]] = Run(result, file.parent)
+    for (pair, seed), runs in found.items():
+        bound = runs.pop("bound", None)
+        kept = {n: r for n, r in runs.items() if not any(part in n for part in LABELS_USED)}
+        if "source only" in kept and len(kept) >= least:
+            yield Group(pair, seed, kept, None if bound is None else bound.accuracy)
+
+
+def row(name: str, found: list[Group], accuracy: Callable[[Group], float]) -> list[str]:
+    """Regret, how often it is below source only, and the share of wide gaps that is closed."""
+    values = [accuracy(group) for group in found]
+    regret = [100 * (group.best - value) for group, value in zip(found, values, strict=True)]
+    gains = [100 * (v - group.source_only) for group, v in zip(found, values, strict=True)]
+    closed = [
+        (value - group.source_only) / (group.bound - group.source_only)
+        for group, value in zip(found, values, strict=True)
+        if group.bound is not None and group.bound - group.source_only >= WIDE
+    ]
+    return [
+        name,
+        f"{statistics.mean(values) * 100:.1f}",
+        f"{statistics.mean(regret):.1f}",
+        f"{max(regret):.1f}",
+        f"{sum(gain < -1 for gain in gains)} of {len(gains)}",
+        f"{min(gains):.1f}",
+        f"{statistics.mean(closed):.0%}" if closed else "–",
+    ]
+
+
+def table(found: list[Group]) -> str:
+    head = ["chosen by", "accuracy", "regret", "worst", "below source only", "lowest gain", "closed"]
+    rows = [
+        row("labels (the best)", found, lambda group: group.best),
+        row("choose", found, lambda group: group.choice),
+        row("nothing: source only", found, lambda group: group.source_only),
+    ]
+    for method in ("recommended", "ATDOC", "MCC", "DANN"):
+        if all(method in group.runs for group in found):
+            rows.append(row(f"always {method}", found, lambda g, m=method: g.runs[m].accuracy))
+    rows.append(row("ensv", found, lambda group: group.ensemble))
+    for name in [*VALIDATORS, "estimate (atc)", "estimate (doc)", "estimate (iwv)"]:
+        rows.append(row(name, found, lambda group, n=name: group.highest(n)))
+    return markdown([head, *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of hf-adapt run")
+    parser.add_argument("--least", type=int, default=4, help="candidates of a pair and seed")
+    given = parser.parse_args()
+    found = [group for root in given.runs for group in groups(root, given.least)]
+    if not found:
+        sys.exit(f"No finished runs with source only among them under {given.runs}.")
+    for name, kept in (
+        ("Pairs on which nothing was settled", [g for g in found if g.pair not in TUNING]),
+        ("Pairs on which thresholds were settled", [g for g in found if g.pair in TUNING]),
+    ):
+        if kept:
+            sizes = sorted({len(group.runs) for group in kept})
+            print(f"{name}: {len(kept)} pairs and seeds, {sizes[0]} to {sizes[-1]} candidates.\n")
+            print(table(kept) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""A choice among models without target labels, which may be to keep the one without adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_adapt.engine.item_outputs import ItemOutputs
+from hf_adapt.evaluation.arrays import Array, Floats, as_logits, as_prior, softmax
+from hf_adapt.evaluation.collapsed import collapse
+from hf_adapt.evaluation.neighborhoods import Neighborhoods
+from hf_adapt.evaluation.scores import TargetScores
+
+MAX_SOURCE_LOSS = 0.05
+"""How much accuracy on held-out source items a candidate may lose against the baseline."""
+MAX_SHIFT = 0.15
+"""How far its predicted classes' shares may be from known frequencies (total variation)."""
+CREDIBLE = 0.75
+"""In which share of bootstrap samples a candidate must beat the baseline: three to one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A trained model, by what it gives for both domains.
+
+    Args:
+        name: What it is called.
+        source: Held-out source items with labels.
+        target: Target items, the same for all candidates; their labels are not looked at.
+    """
+
+    name: str
+    source: ItemOutputs
+    target: ItemOutputs
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        source_logits: Array,
+        source_labels: Array,
+        target_logits: Array,
+        source_features: Array | None = None,
+        target_features: Array | None = None,
+    ) -> Candidate:
+        """A candidate from plain arrays; without features the logits take their place.
+
+        Shape:
+            - source_logits: (N, C); source_labels: (N,); target_logits: (M, C); features: (N, D)
+              and (M, D).
+        """
+        features = source_logits if source_features is None else source_features
+        target = target_logits if target_features is None else target_features
+        return cls(
+            name,
+            _items(features, source_logits, source_labels),
+            _items(target, target_logits, None),
+        )
+
+
+def _items(features: Array, logits: Array, labels: Array | None) -> ItemOutputs:
+    scores = torch.as_tensor(np.asarray(logits, dtype=np.float32))
+    found = torch.full((len(scores),), -100) if labels is None else torch.as_tensor(labels)
+    pooled = torch.as_tensor(np.asarray(features, dtype=np.float32))
+    return ItemOutputs(pooled, scores, found.long(), torch.arange(len(scores)))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one candidate.
+
+    Args:
+        name: Its name.
+        kept: Whether it could be chosen.
+        reason: Why not, or where it stands.
+        scores: Its values by name; empty if it was dropped.
+    """
+
+    name: str
+    kept: bool
+    reason: str
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of [`choose`].
+
+    Args:
+        chosen: The name of the model to take.
+        baseline: The name of the model without adaptation.
+        reason: Why, in a sentence.
+        candidates: All of them, in the order that they were given.
+    """
+
+    chosen: str
+    baseline: str
+    reason: str
+    candidates: Sequence[Verdict] = field(default_factory=tuple)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapted model was chosen."""
+        return self.chosen != self.baseline
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = max(len(each.name) for each in self.candidates)
+        lines = [f"Chosen without target labels: {self.chosen}. {self.reason}"]
+        for each in self.candidates:
+            mark = "*" if each.name == self.chosen else " "
+            lines.append(f"{mark} {each.name:{width}}  {each.reason}")
+        return "\n".join(lines)
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    baseline: str | None = None,
+    *,
+    reference_features: Array | None = None,
+    prior: Array | None = None,
+    max_source_loss: float = MAX_SOURCE_LOSS,
+    max_shift: float = MAX_SHIFT,
+    seed: int = 0,
+) -> Choice:
+    """Choose a model for the target without its labels, or keep the one without adaptation.
+
+    1. What has collapsed, has lost the source, or contradicts known class frequencies is dropped.
+    2. The rest is ranked by whether target items that were alike before training are given the same
+       class ([`neighbor_agreement`]).
+    3. The first is taken if that is credibly more than the baseline's: in three of four bootstrap
+       samples of the items.
+
+    Without `reference_features`, agreement with the mean of all candidates ([`ensemble_agreement`])
+    takes the place of the neighbours', which is much weaker.
+
+    Args:
+        candidates: The models, the baseline among them.
+        baseline: The name of the one that was trained on the source only; the first by default.
+        reference_features: Features of the target items before any training, in the order of the
+            candidates' items.
+        prior: The target's class frequencies, if they are known.
+        max_source_loss: How much accuracy on held-out source items a candidate may lose.
+        max_shift: How far predicted shares may be from `prior` (total variation).
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If names are given twice, the baseline is missing, or candidates have other
+            target items.
+    """
+    names = [each.name for each in candidates]
+    _check(candidates, names, baseline)
+    first = names[0] if baseline is None else baseline
+    base = candidates[names.index(first)]
+    classes = base.target.logits.shape[1]
+    known = None if prior is None else as_prior(prior, classes)
+    scores = {each.name: TargetScores(each.source, each.target, known) for each in candidates}
+    limits = (max_source_loss, max_shift)
+    problems = {
+        each.name: _problem(each, scores[each.name], scores[first], known, limits)
+        for each in candidates
+        if each is not base
+    }
+    kept = [each for each in candidates if problems.get(each.name) is None]
+    evidence = _evidence(kept, reference_features)
+    criterion = "ensv" if reference_features is None else "neighbors"
+    found = {
+        each.name: {
+            criterion: float(evidence[each.name].mean()),
+            "source_accuracy": scores[each.name].source_accuracy,
+        }
+        for each in kept
+    }
+    order = sorted(found, key=lambda n: (found[n][criterion], n == first), reverse=True)
+    chosen, reason = _decide(order, first, evidence, criterion, seed)
+    verdicts = [
+        Verdict(
+            each,
+            each in found,
+            problems.get(each) or _standing(order.index(each) + 1, found[each]),
+            found.get(each, {}),
+        )
+        for each in names
+    ]
+    return Choice(chosen, first, reason, tuple(verdicts))
+
+
+def _evidence(kept: Sequence[Candidate], reference: Array | None) -> dict[str, Floats]:
+    """What speaks for each candidate, item by item."""
+    logits = {each.name: each.target.logits for each in kept}
+    if reference is None:
+        mean = np.mean([softmax(as_logits(each)) for each in logits.values()], axis=0).argmax(1)
+        return {n: (as_logits(each).argmax(1) == mean).astype(float) for n, each in logits.items()}
+    classes = next(iter(logits.values())).shape[1]
+    near = Neighborhoods(reference, num_classes=classes)
+    return {name: near.agreements(each) for name, each in logits.items()}
+
+
+def _decide(
+    order: Sequence[str], first: str, evidence: Mapping[str, Floats], criterion: str, seed: int
+) -> tuple[str, str]:
+    """The name of what is taken, and why."""
+    best = order[0]
+    if best == first:
+        why = "No adapted model ranks higher." if len(order) > 1 else "Nothing else is left."
+        return first, why
+    differences = evidence[best] - evidence[first]
+    share = _share_above(differences, seed)
+    what = "neighbour agreement" if criterion == "neighbors" else "agreement with all candidates"
+    text = (
+        f"{what} {differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap "
+        "samples"
+    )
+    if share >= CREDIBLE:
+        return best, f"It ranks highest: {text}."
+    return first, (
+        f"Nothing is credibly better: {best} ranks highest, with {text}. To decide, label fifty "
+        f"target rows on which {best} and {first} disagree."
+    )
+
+
+def _share_above(differences: Floats, seed: int, resamples: int = 1000) -> float:
+    """In which share of bootstrap samples the mean is above 0."""
+    random = np.random.default_rng(seed)
+    size = len(differences)
+    means = [differences[random.integers(size, size=size)].mean() for _ in range(resamples)]
+    return float(np.mean(np.array(means) > 0))
+
+
+def _standing(rank: int, scores: Mapping[str, float]) -> str:
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    return f"rank {rank}: {shown}"
+
+
+def _check(candidates: Sequence[Candidate], names: Sequence[str], baseline: str | None) -> None:
+    """Refuse what cannot be compared."""
+    if not candidates:
+        raise ValueError("Expected candidates, the one without adaptation among them, got none.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"Several candidates are named {', '.join(twice)}: give each its own name."
+        )
+    if baseline is not None and baseline not in names:
+        raise ValueError(
+            f"The baseline {baseline!r} is not among the candidates {', '.join(names)}. It must "
+            "be: to keep the model without adaptation is always one of the choices."
+        )
+    for each in candidates:
+        if not torch.equal(each.target.keys, candidates[0].target.keys):
+            raise ValueError(
+                f"{each.name} and {names[0]} were run on other target items. Run every candidate "
+                "on the same rows."
+            )
+        if not len(each.source.labelled):
+            raise ValueError(
+                f"{each.name} has no held-out source items with labels, which show whether the "
+                "source was lost. Keep some source rows out of training."
+            )
+
+
+def _problem(
+    candidate: Candidate,
+    score: TargetScores,
+    base: TargetScores,
+    prior: Floats | None,
+    limits: tuple[float, float],
+) -> str | None:
+    """Why a candidate cannot be chosen, if it cannot."""
+    max_source_loss, max_shift = limits
+    if not (
+        torch.isfinite(candidate.target.logits).all()
+        and torch.isfinite(candidate.source.logits).all()
+    ):
+        return "dropped: its predictions are not finite"
+    if (
+        collapsed := collapse(candidate.target.logits, candidate.target.features, prior)
+    ) is not None:
+        return f"dropped: it has collapsed: {collapsed}"
+    lost = base.source_accuracy - score.source_accuracy
+    if lost > max_source_loss:
+        return f"dropped: it lost {100 * lost:.1f} points on held-out source items"
+    if prior is not None:
+        shares = np.bincount(candidate.target.logits.argmax(1), minlength=len(prior))
+        distance = float(np.abs(shares / shares.sum() - prior).sum() / 2)
+        if distance > max_shift:
+            return f"dropped: its classes are {100 * distance:.0f} points off the known frequencies"
+    return None
