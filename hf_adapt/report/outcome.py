@@ -157,7 +157,9 @@ def from_labels(levels: Levels) -> Sentence:
         worse = sum((mean(each) or 0.0) < levels.low - BELOW for each in methods.values())
         if worse:
             parts.append(f"{counted(worse, 'method')} more than a point below {baseline}")
-    parts += [f"{n}, trained on target labels, {percent(each)} %" for n, each in levels.bounds.items()]
+    parts += [
+        f"{n}, trained on target labels, {percent(each)} %" for n, each in levels.bounds.items()
+    ]
     return Sentence("Accuracy on the target:", f"{'; '.join(parts)}.", oracle=True)
 
 
@@ -188,7 +190,10 @@ def overall(pairs: Sequence[Numbers]) -> list[Sentence]:
         if all(each.chosen is not None for each in levels):
             means["the chosen model"] = [mean(each.chosen) for each in levels]
         means["the best method of each pair"] = [mean(each.methods[each.best]) for each in levels]
-        texts = [f"{n} {100 * statistics.mean(v or 0.0 for v in values):.1f} %" for n, values in means.items()]
+        texts = [
+            f"{n} {100 * statistics.mean(v or 0.0 for v in values):.1f} %"
+            for n, values in means.items()
+        ]
         over = f"on average over {counted(len(levels), 'pair')}: {listed(texts)}."
         found.append(Sentence("Accuracy on the target,", over, oracle=True))
     return found

@@ -139,7 +139,7 @@ def find_pairs(paths: Sequence[Path]) -> tuple[list[Pair], list[str]]:
 
 def _result_files(path: Path) -> list[Path]:
     below = (RESULT_FILE, f"*/{RESULT_FILE}", f"*/*/{RESULT_FILE}")
-    if found := sorted({f.resolve() for p in below for f in path.glob(p)}):
+    if found := sorted({f.absolute() for p in below for f in path.glob(p)}):
         return found
     if not path.is_dir():
         came = "a file lies there" if path.exists() else "there is no such folder"
