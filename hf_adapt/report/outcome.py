@@ -30,21 +30,17 @@ def chosen(choices: Choices) -> Sentence:
         f"{each.get('chosen')}{' (do not adapt)' if _keeps(each) else ''}" for each in choices
     )
     if len(choices) == 1:
-        return Sentence(f"Chosen without target labels: {next(iter(names))}.", _reason(choices[0]))
+        reason = str(choices[0].get("reason") or "")
+        return Sentence(f"Chosen without target labels: {next(iter(names))}.", reason)
     if len(names) == 1:
         lead = f"{next(iter(names))}, with each of {len(choices)} seeds"
     else:
         lead = listed([f"{name} with {counted(n, 'seed')}" for name, n in names.most_common()])
-    reasons = [f"Seed {each.get('seed')}: {_reason(each)}" for each in choices]
-    return Sentence(f"Chosen without target labels: {lead}.", " ".join(reasons))
+    return Sentence(f"Chosen without target labels: {lead}.", "Why: see the choice, seed by seed.")
 
 
 def _keeps(choice: Mapping[str, Any]) -> bool:
     return choice.get("chosen") == choice.get("baseline")
-
-
-def _reason(choice: Mapping[str, Any]) -> str:
-    return str(choice.get("reason") or "")
 
 
 def estimated(runs: Runs, choices: Choices) -> list[Sentence]:
@@ -176,7 +172,7 @@ def overall(pairs: Sequence[Numbers]) -> list[Sentence]:
             Sentence(
                 "Chosen without target labels:",
                 f"an adapted model in {adapts} of {counted(len(choices), 'choice')}, one for each "
-                "pair and seed; source only in the others.",
+                f"pair and seed{'; source only in the others' * (adapts < len(choices))}.",
             )
         )
     good = [[run for run in pair["runs"] if "error" not in run] for pair in pairs]

@@ -100,7 +100,7 @@ def candidates(choices: Sequence[Mapping[str, Any]]) -> list[Table]:
                 str(each.get("name")),
                 str(choice.get("seed", "–")),
                 "chosen" if is_chosen else "kept" if each.get("kept") else "dropped",
-                str(each.get("reason") or "").removeprefix("dropped: "),
+                str((choice if is_chosen else each).get("reason") or "").removeprefix("dropped: "),
                 *(number(scores.get(name)) for name in names),
             ]
         )

@@ -44,14 +44,14 @@ RUNS = [
         ),
         (
             [choice("B", 1), choice("B", 2)],
-            "Chosen without target labels: B, with each of 2 seeds. Seed 1: Because of 1. Seed 2: "
-            "Because of 2.",
+            "Chosen without target labels: B, with each of 2 seeds. Why: see the choice, seed by "
+            "seed.",
             "best: B, which was chosen, with 80.0 ± 2.8 % (+9.0 points)",
         ),
         (
             [choice("A", 1), choice("plain", 2)],
             "Chosen without target labels: A with 1 seed and plain (do not adapt) with 1 seed. "
-            "Seed 1: Because of 1. Seed 2: Because of 2.",
+            "Why: see the choice, seed by seed.",
             "chosen: by seed with 76.0 ± 5.7 % (+5.0 points); best: B with 80.0 ± 2.8 % (+9.0 "
             "points)",
         ),
