@@ -22,19 +22,16 @@ Six minutes on one core. Results: docs/results.md.
 """
 
 import argparse
-import itertools
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from domain_data import load_pair, minilm_path
+from frozen_features import FrozenPair, frozen_pairs
 from measure import print_machine, progress
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
-from transformers import AutoModel, AutoTokenizer
 
 from hf_adapt.alignment.priors import corrected_logits
 from hf_adapt.alignment.self_training import balanced_pseudo_labels
@@ -46,7 +43,6 @@ try:
 except ImportError:
     raise SystemExit("error: skada is not installed: pip install skada==0.6.0") from None
 
-SETTINGS = yaml.safe_load((Path(__file__).parent / "configs" / "vader4.yaml").read_text())
 PLAIN = [  # they move source rows, or both domains
     *("CORAL", "LinearOTMapping", "OTMapping", "EntropicOTMapping", "ClassRegularizerOTMapping"),
     *("SubspaceAlignment", "TransferComponentAnalysis", "TransferJointMatching"),
@@ -97,8 +93,10 @@ def self_trained(model: Any, source: Any, labels: Any, target: Any, priors: Any)
     return model
 
 
-def accuracies(source: Any, labels: Any, target: Any, test: Any, truth: Any, own: Any) -> Any:
-    """The test accuracy of each method in per cent; `own` are the labels of the target's rows."""
+def accuracies(pair: FrozenPair) -> Any:
+    """The test accuracy of each method in per cent."""
+    source, labels, target, test = pair.source, pair.labels, pair.target, pair.test
+    truth, own = pair.truth, pair.target_labels
     model = Classifier().fit(source, labels)
     found: dict[str, Any] = {SOURCE_ONLY: model.predict(test)}
     rows = np.concatenate([source, target])
@@ -123,29 +121,6 @@ def accuracies(source: Any, labels: Any, target: Any, test: Any, truth: Any, own
         name: None if guess is None else 100 * float(np.mean(guess == truth))
         for name, guess in found.items()
     }
-
-
-class Features:
-    """Mean-pooled unit vectors of texts, each computed once."""
-
-    def __init__(self) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(minilm_path())
-        self.model = AutoModel.from_pretrained(minilm_path()).eval()
-        self.known: dict[str, Any] = {}
-
-    @torch.inference_mode()
-    def __call__(self, texts: list[str]) -> Any:
-        new = sorted({text for text in texts if text not in self.known}, key=len)
-        options = {"truncation": True, "max_length": SETTINGS["max_length"], "padding": True}
-        for at in range(0, len(new), 32):
-            part = new[at : at + 32]
-            batch = self.tokenizer(part, return_tensors="pt", **options)
-            mask = batch["attention_mask"].unsqueeze(-1)
-            summed = (self.model(**batch).last_hidden_state * mask).sum(1)
-            self.known.update(
-                zip(part, torch.nn.functional.normalize(summed.double()), strict=True)
-            )
-        return torch.stack([self.known[text] for text in texts]).numpy()
 
 
 def table(pairs: dict[str, dict[str, Any]]) -> str:
@@ -174,21 +149,10 @@ def main() -> None:
     warnings.simplefilter("ignore")  # skada's methods warn by the hundred
     torch.set_num_threads(1)
     print_machine("cpu", "skada", "scikit-learn", "POT", "torch", "transformers")
-    features, results = Features(), {}
-    every = [f"{a}:{b}" for a, b in itertools.permutations(SETTINGS["data"], 2)]
-    for pair in options.pair or every:
-        names = pair.split(":")
-        data = load_pair(*names, SETTINGS["num_train"], SETTINGS["num_test"])
-        parts = (data.source["train"], data.target_unlabelled, data.target["test"])
-        vectors = [features(list(part["text"])) for part in parts]
-        varied = np.concatenate(vectors[:2]).std(0) > 1e-6
-        source, target, test = (each[:, varied] for each in vectors)
-        labels, truth, own = (
-            np.array(part["label"]) for part in (parts[0], parts[2], data.target["train"])
-        )
-        shares = [round(float(each.mean()), 3) for each in (labels, own, truth)]
-        results[" → ".join(names)] = accuracies(source, labels, target, test, truth, own)
-        progress({"pair": pair, "dimensions": int(varied.sum()), "positive": shares})
+    results = {}
+    for pair in frozen_pairs(options.pair):
+        results[pair.name] = accuracies(pair)
+        progress({"pair": pair.name, "dimensions": pair.source.shape[1]})
     text = table(results)
     print(f"\n{text}")
     if options.output:

@@ -140,7 +140,15 @@ def row(name: str, found: list[Group], accuracy: Callable[[Group], float]) -> li
 
 
 def table(found: list[Group]) -> str:
-    head = ["chosen by", "accuracy", "regret", "worst", "below source only", "lowest gain", "closed"]
+    head = [
+        "chosen by",
+        "accuracy",
+        "regret",
+        "worst",
+        "below source only",
+        "lowest gain",
+        "closed",
+    ]
     rows = [
         row("labels (the best)", found, lambda group: group.best),
         row("choose", found, lambda group: group.choice),

@@ -198,7 +198,12 @@ def _evidence(kept: Sequence[Candidate], reference: Array | None) -> dict[str, F
     if reference is None:
         mean = np.mean([softmax(as_logits(each)) for each in logits.values()], axis=0).argmax(1)
         return {n: (as_logits(each).argmax(1) == mean).astype(float) for n, each in logits.items()}
-    classes = next(iter(logits.values())).shape[1]
+    count, classes = next(iter(logits.values())).shape
+    if len(reference) != count:  # type: ignore[arg-type]
+        raise ValueError(
+            f"Expected reference_features of the candidates' {count} target items, in their order, "
+            f"got {len(reference)}."  # type: ignore[arg-type]
+        )
     near = Neighborhoods(reference, num_classes=classes)
     return {name: near.agreements(each) for name, each in logits.items()}
 

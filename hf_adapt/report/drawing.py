@@ -120,6 +120,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     oracle_rows: Sequence[int] = ()
 
+    @property
+    def oracle(self) -> bool:
+        """Whether all of its rows need target labels."""
+        return len(self.oracle_rows) == len(self.rows)
+
 
 @dataclass(frozen=True)
 class Plot:

@@ -111,17 +111,23 @@ def candidates(choices: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 def flagged(pairs: Sequence[Numbers]) -> Table | None:
     """Runs that failed, collapsed or were warned of, by name."""
-    rows = []
+    rows: list[list[str]] = []
+    from_labels = []
     for pair in pairs:
         for run in pair["runs"]:
-            name = [f"{pair['source']} → {pair['target']}", run["method"], str(run["seed"])]
+            found = []
             if "error" in run:
-                rows.append([*name, "failed", str(run["error"])])
+                found.append(("failed", str(run["error"])))
             if run.get("collapsed"):
-                rows.append([*name, "collapsed", run["collapsed"]])
+                found.append(("collapsed", run["collapsed"]))
             if run["warnings"]:
-                count = f"warned ({run['warnings']})" if run["warnings"] > 1 else "warned"
-                rows.append([*name, count, str(run["first_warning"])])
+                count = f" ({run['warnings']})" if run["warnings"] > 1 else ""
+                found.append((f"warned{count}", str(run["first_warning"])))
+            if run["role"] == "bound":
+                from_labels += range(len(rows), len(rows) + len(found))
+            name = [f"{pair['source']} → {pair['target']}", run["method"], str(run["seed"])]
+            rows += [[*name, *each] for each in found]
     heads = ("pair", "method", "seed", "what", "text")
     columns = [Column(head, numeric=head == "seed") for head in heads]
-    return Table("Runs that failed, collapsed or were warned of", columns, rows) if rows else None
+    caption = "Runs that failed, collapsed or were warned of"
+    return Table(caption, columns, rows, from_labels) if rows else None

@@ -60,7 +60,8 @@ def compared(pairs: Sequence[Pair], runs: Sequence[Numbers]) -> str:
 
 
 def health(runs: Sequence[Numbers]) -> str:
-    """How many runs failed, were warned of, or collapsed."""
+    """How many runs failed, were warned of, or collapsed, but for what trained on target labels."""
+    runs = [run for run in runs if run["role"] != "bound"]
     counts = {
         "failed": sum("error" in run for run in runs),
         "collapsed": sum(bool(run.get("collapsed")) for run in runs),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hf_adapt.experiments import plots
 from hf_adapt.report import write_report
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
+from tests.helpers.finished_runs import page_of, without_oracle, words
 
 Config = Callable[..., str]
 
@@ -119,7 +121,7 @@ def test_results_of_two_processes_are_those_of_one(write_config: Config, tmp_pat
 def test_labels_of_the_target_reach_the_bound_alone(
     write_config: Config, domains: dict[str, str], tmp_path: Path
 ) -> None:
-    """With the target's labels flipped, every other model is the same to the last bit."""
+    """With the target's labels flipped, every other model and number is the same to the last bit."""
     weights = {}
     for flip in (False, True):
         write_csv(Path(domains["phones"]), rows("phone", flip))
@@ -129,9 +131,13 @@ def test_labels_of_the_target_reach_the_bound_alone(
             (path,) = out.rglob(f"{method}-seed42-*/model.safetensors")
             weights[method, flip] = load_file(path)
     for method in ("source_only", "mmd", "bound"):
-        before, after = weights[method, False], weights[method, True]
-        same = all(before[name].equal(after[name]) for name in before)
+        true, flipped = weights[method, False], weights[method, True]
+        same = all(true[name].equal(flipped[name]) for name in true)
         assert same == (method != "bound"), method
+    pages = [page_of(write_report([tmp_path / f"out{flip}"])) for flip in (False, True)]
+    assert words(pages[0]) != words(pages[1])
+    before, after = (ET.tostring(without_oracle(page)) for page in pages)
+    assert before == after
 
 
 @pytest.mark.parametrize("extra", [(), ("--cache-prefix",)])
@@ -420,3 +426,46 @@ def test_its_runs_are_reported(write_config: Config, tmp_path: Path) -> None:
     curves = pair["runs"][1]["curves"]
     assert [step for step, _ in curves["loss/mmd"]] == [1, 2]
     assert "upper, trained on target labels" in page.read_text()
+
+
+def test_one_of_the_methods_is_chosen_without_target_labels(
+    write_config: Config, domains: dict[str, str], tmp_path: Path, trained: list[int]
+) -> None:
+    printed = run(write_config(), "--choose", "--seeds", "2")
+    assert "films → phones, seed 43" in printed and "Chosen without target labels: " in printed
+    (file,) = (tmp_path / "out").rglob("choice.json")
+    found = json.loads(file.read_text())
+    assert [each["seed"] for each in found] == [42, 43]
+    assert [each["name"] for each in found[0]["candidates"]] == ["source only", "MMD"]  # no bound
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| chosen |" in table and "chosen: the run that was chosen" in table
+    assert len(results(tmp_path / "out")) == 8
+    count = len(trained)
+    assert "6 of 6 runs are kept" in run(write_config(), "--choose", "--seeds", "2")
+    assert len(trained) == count and json.loads(file.read_text()) == found
+
+    # Other labels of the target, as many of each class: other scores, the same choice.
+    other = [
+        (text, label)
+        for (text, _), (_, label) in zip(rows("phone"), rows("phone", flip=True), strict=True)
+    ]
+    write_csv(Path(domains["phones"]), other)
+    run(write_config(), "--choose", "--seeds", "2", "--output-dir", str(tmp_path / "flipped"))
+    (flipped,) = (tmp_path / "flipped").rglob("choice.json")
+    assert json.loads(flipped.read_text()) == found
+
+
+def test_candidates_of_two_files_are_chosen_from(
+    domains: dict[str, str], model_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ("--source", domains["films"], "--target", domains["phones"], "--choose")
+    small = ("--max_steps", "2", "--model", str(model_dir), "--output-dir", str(tmp_path / "out"))
+    printed = run(*arguments, *small)
+    methods = [line["method"] for line in results(tmp_path / "out")]
+    assert methods == ["source only", "SelfTraining", "ATDOC", "MCC", "chosen"]
+    assert "Chosen without target labels" in printed
+
+
+def test_a_choice_needs_a_method_without_adaptation(write_config: Config) -> None:
+    printed = run(write_config(methods={"MMD": ["MMD"]}), "--choose", fails=True)
+    assert "needs a method without adaptation to compare with" in printed

@@ -1,6 +1,7 @@
-"""Invented runs on disk, as `hf-adapt run` leaves them."""
+"""Invented runs on disk, as `hf-adapt run` leaves them, and the page about runs as a tree."""
 
 import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,20 @@ def save_extras(folder: Path, text: str = "", **choice: Any) -> None:
         ],
     }
     (folder.parent / "choice.json").write_text(json.dumps([{"seed": 42, **given, **choice}]))
+
+
+# ---------------------------------------------------------------- their page
+def page_of(path: Path) -> ET.Element:
+    """The page; it is well-formed XML, too."""
+    return ET.fromstring(path.read_text(encoding="utf-8"))
+
+
+def words(element: ET.Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def without_oracle(element: ET.Element) -> ET.Element:
+    for parent in list(element.iter()):
+        for child in [child for child in parent if "data-oracle" in child.attrib]:
+            parent.remove(child)
+    return element

@@ -19,7 +19,14 @@ from hf_adapt.experiments.outputs import RunOutputs
 from hf_adapt.report import ReportError, write_report
 from hf_adapt.report.embedding import projected
 from hf_adapt.report.runs import find_pairs
-from tests.helpers.finished_runs import replaced, save_extras, save_run
+from tests.helpers.finished_runs import (
+    page_of,
+    replaced,
+    save_extras,
+    save_run,
+    without_oracle,
+    words,
+)
 
 EVIL = "<script>alert('x')</script>\"&lt; $\\frac$ {{7*7}} _早\x1b\ud800"
 SEEN = "<script>alert('x')</script>\"&lt; $\\frac$ {{7*7}} _早\ufffd\ufffd"
@@ -33,24 +40,8 @@ def save_three(root: Path, **options: Any) -> None:
     save_run(root, "bound", skill=3.0, **options)
 
 
-def page_of(path: Path) -> ET.Element:
-    """The page; it is well-formed XML, too."""
-    return ET.fromstring(path.read_text(encoding="utf-8"))
-
-
 def numbers_of(page: Path) -> Any:
     return json.loads((page.parent / "report.json").read_text())
-
-
-def words(element: ET.Element) -> str:
-    return " ".join("".join(element.itertext()).split())
-
-
-def without_oracle(element: ET.Element) -> ET.Element:
-    for parent in list(element.iter()):
-        for child in [child for child in parent if "data-oracle" in child.attrib]:
-            parent.remove(child)
-    return element
 
 
 def test_says_what_was_compared_what_came_out_and_what_was_chosen(tmp_path: Path) -> None:

@@ -1,0 +1,264 @@
+"""The choice among candidates, which may be to keep the model without adaptation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_adapt.alignment import CORAL, MMD
+from hf_adapt.evaluation import Candidate, Neighborhoods, choose, neighbor_agreement
+from hf_adapt.evaluation.train_and_choose import train_and_choose
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import arguments, same_bits, weights
+
+ROWS = 600
+
+
+class World:
+    """A target whose two classes are two clouds before training, and what models say of it."""
+
+    def __init__(self, seed: int, share: float = 0.5) -> None:
+        self.random = np.random.default_rng(seed)
+        self.labels = (self.random.random(ROWS) < share).astype(int)
+        self.reference = self.random.normal(size=(ROWS, 8))
+        self.reference[:, 0] += 2.5 * self.labels
+        self.source = self.random.integers(0, 2, ROWS)
+
+    def candidate(
+        self,
+        name: str,
+        quality: float,
+        sureness: float = 2.0,
+        source: float = 0.9,
+        offset: float = 0.0,
+    ) -> tuple[Candidate, float]:
+        """A model whose scores are the truth and noise, and its accuracy on the target.
+
+        Args:
+            name: What it is called.
+            quality: Distance of the two classes' scores; the noise has the deviation 1.
+            sureness: Factor of the scores.
+            source: Accuracy on held-out source items.
+            offset: Of all scores, towards one class.
+        """
+        score = quality * (2 * self.labels - 1) + self.random.normal(size=ROWS) + offset
+        logits = sureness * np.stack([-score, score], 1)
+        right = self.random.random(ROWS) < source
+        own = np.where(right, self.source, 1 - self.source)
+        made = Candidate.of(
+            name,
+            5.0 * np.eye(2)[own],
+            self.source,
+            logits,
+            self.random.normal(size=(ROWS, 4)),
+            logits + 0.1 * self.random.normal(size=(ROWS, 2)),
+        )
+        return made, float((logits.argmax(1) == self.labels).mean())
+
+
+def grid(seed: int) -> tuple[World, dict[str, Candidate], dict[str, float]]:
+    """Source only, and good, mediocre and bad candidates of every kind."""
+    world = World(seed, share=(0.5, 0.3, 0.7)[seed % 3])
+    made = {
+        "source only": world.candidate("source only", 0.6),
+        "good": world.candidate("good", (1.2, 0.5, 0.9)[seed % 3 - 1]),
+        "mediocre": world.candidate("mediocre", 0.7),
+        "worse": world.candidate("worse", 0.2),
+        "over-confident": world.candidate("over-confident", 0.3, sureness=50.0),
+        "one class": world.candidate("one class", 0.6, offset=9.0),
+        "nearly one class": world.candidate("nearly one class", 0.6, offset=3.2),
+        "lost the source": world.candidate("lost the source", 1.4, source=0.6),
+    }
+    return world, {n: c for n, (c, _) in made.items()}, {n: a for n, (_, a) in made.items()}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_regret_is_bounded_and_a_collapsed_model_is_never_chosen(seed: int) -> None:
+    world, candidates, accuracy = grid(seed)
+    choice = choose(list(candidates.values()), reference_features=world.reference)
+    assert choice.chosen not in ("one class", "lost the source", "over-confident", "worse")
+    eligible = {n: a for n, a in accuracy.items() if n != "lost the source"}
+    regret = max(eligible.values()) - accuracy[choice.chosen]
+    assert regret < 0.04, choice
+    assert accuracy[choice.chosen] > accuracy["source only"] - 0.02
+    text = str(choice)
+    assert "every target item is given class" in text and "points on held-out source items" in text
+    assert json.loads(json.dumps(choice.as_dict()))["chosen"] == choice.chosen
+
+
+def test_source_only_is_kept_where_nothing_is_credibly_better() -> None:
+    kept = 0
+    for seed in range(10):
+        world = World(seed)
+        base, _ = world.candidate("source only", 1.0)
+        others = [world.candidate(f"m{n}", 0.5)[0] for n in range(3)]
+        choice = choose([base, *others], reference_features=world.reference)
+        kept += choice.chosen == "source only"
+        assert choice.adapts == (choice.chosen != "source only")
+    assert kept == 10
+    close = [World(3).candidate("source only", 1.0)[0]]
+    same = Candidate("same", close[0].source, close[0].target)
+    assert choose([*close, same], reference_features=World(3).reference).chosen == "source only"
+
+
+def test_the_advice_where_it_cannot_tell() -> None:
+    world = World(1)
+    base, _ = world.candidate("source only", 0.9)
+    logits = base.target.logits.clone()
+    near = Neighborhoods(world.reference)
+    worst = np.argsort(near.agreements(logits))[:1]
+    logits[torch.from_numpy(worst.copy())] *= -1  # one item fits its neighbours better
+    other = Candidate.of("other", base.source.logits, base.source.labels, logits)
+    shares = [choose([base, other], reference_features=world.reference, seed=s) for s in range(3)]
+    assert {c.chosen for c in shares} <= {"source only", "other"}
+    again = choose([base, other], reference_features=world.reference, seed=0)
+    assert again.reason == shares[0].reason
+
+
+def test_known_frequencies_rule_models_out() -> None:
+    world = World(2, share=0.5)
+    base, _ = world.candidate("source only", 0.5)
+    tilted, _ = world.candidate("tilted", 0.9, offset=1.0)
+    fine, _ = world.candidate("fine", 0.8)
+    choice = choose([base, tilted, fine], reference_features=world.reference, prior=[0.5, 0.5])
+    verdicts = {each.name: each for each in choice.candidates}
+    assert choice.chosen == "fine" and not verdicts["tilted"].kept
+    assert "points off the known frequencies" in verdicts["tilted"].reason
+
+
+def test_without_a_reference_the_others_judge() -> None:
+    _, candidates, _ = grid(0)
+    choice = choose(list(candidates.values()))
+    assert "agreement with all candidates" in choice.reason or choice.chosen == "source only"
+    assert "ensv" in next(each for each in choice.candidates if each.kept).scores
+
+
+def test_outputs_that_are_not_finite_are_dropped() -> None:
+    world, candidates, _ = grid(0)
+    broken = candidates["good"].target.logits.clone()
+    broken[3] = float("nan")
+    source = candidates["good"].source
+    bad = Candidate.of("bad", source.logits, source.labels, broken)
+    choice = choose([candidates["source only"], bad], reference_features=world.reference)
+    assert choice.chosen == "source only" and "not finite" in str(choice)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("none", "Expected candidates"),
+        ("twice", "Several candidates are named source only"),
+        ("missing", "baseline 'plain' is not among the candidates source only, good"),
+        ("other rows", "good and source only were run on other target items"),
+        ("no labels", "source only has no held-out source items with labels"),
+        ("reference", "Expected reference_features of the candidates' 600 target items"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(change: str, message: str) -> None:
+    world, candidates, _ = grid(0)
+    given = [candidates["source only"], candidates["good"]]
+    options: dict[str, Any] = {"reference_features": world.reference}
+    if change == "none":
+        given = []
+    elif change == "twice":
+        given = [given[0], given[0]]
+    elif change == "missing":
+        options["baseline"] = "plain"
+    elif change == "other rows":
+        given[1] = Candidate("good", given[1].source, given[1].target.select(torch.arange(99)))
+    elif change == "no labels":
+        given[0] = Candidate("source only", given[0].source.without_labels, given[0].target)
+    else:
+        options["reference_features"] = world.reference[:99]
+    with pytest.raises(ValueError, match=message):
+        choose(given, **options)
+
+
+# ---- neighbours
+
+
+def test_neighbour_agreement_is_that_of_the_whole_matrix() -> None:
+    world = World(0)
+    predictions = world.random.integers(0, 3, ROWS)
+    centred = world.reference - world.reference.mean(0)
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -9)
+    near = np.argsort(-similarity, axis=1)[:, :7]
+    same = (predictions[near] == predictions[:, None]).mean()
+    chance = np.square(np.bincount(predictions) / ROWS).sum()
+    expected = (same - chance) / (1 - chance)
+    for block in (1, 64, 999):
+        found = Neighborhoods(world.reference, 7, block=block).agreement(predictions)
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert neighbor_agreement(np.eye(3)[predictions], world.reference, 7) == pytest.approx(expected)
+
+
+def test_one_class_and_chance_earn_nothing() -> None:
+    world = World(0)
+    assert neighbor_agreement(world.labels * 0, world.reference) == 0
+    assert abs(neighbor_agreement(world.random.permutation(world.labels), world.reference)) < 0.03
+    assert neighbor_agreement(world.labels, world.reference) > 0.3
+    few = Neighborhoods(world.reference, max_items=100).agreement(world.labels)
+    assert few == pytest.approx(neighbor_agreement(world.labels, world.reference), abs=0.1)
+
+
+# ---- training and choosing
+
+
+def make(folder: Path, **settings: Any) -> Any:
+    args = arguments(folder, **settings)
+
+    def make_trainer() -> Trainer:
+        return Trainer(
+            bert(seed=1),
+            args,
+            train_dataset=rows(24, 1),
+            eval_dataset=rows(20, 3),
+            data_collator=collate,
+        )
+
+    return make_trainer
+
+
+def test_train_and_choose_leaves_the_chosen_weights_in_a_plain_folder(tmp_path: Path) -> None:
+    candidates = {"MMD": lambda: [MMD()], "CORAL": lambda: [CORAL()]}
+    target = rows(30, 2, None, low=20)
+    chosen = train_and_choose(make(tmp_path), target, candidates)
+    assert chosen.choice.baseline == "source only"
+    assert [each.name for each in chosen.choice.candidates] == ["source only", "MMD", "CORAL"]
+    assert json.loads((tmp_path / "choice.json").read_text())["chosen"] == chosen.choice.chosen
+    plain = type(chosen.trainer.model).from_pretrained(chosen.folder)
+    assert same_bits(weights(plain), weights(chosen.trainer.model))
+    saved = {
+        name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in candidates
+    }
+
+    (tmp_path / "MMD" / "items.npz").unlink()  # as if it had been interrupted there
+    again = train_and_choose(make(tmp_path), target, candidates)
+    assert again.choice == chosen.choice
+    now = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in candidates}
+    assert now["CORAL"] == saved["CORAL"] and now["MMD"] > saved["MMD"]
+
+
+def test_labels_of_the_target_change_no_choice(tmp_path: Path) -> None:
+    candidates = {"MMD": lambda: [MMD()]}
+    plain = rows(30, 2, None, low=20)
+    poisoned = plain.add_column("labels", [99] * 30)
+    one = train_and_choose(make(tmp_path / "a"), plain, candidates)
+    other = train_and_choose(make(tmp_path / "b"), poisoned, candidates)
+    assert one.choice == other.choice
+    assert same_bits(weights(one.trainer.model), weights(other.trainer.model))
+
+
+def test_held_out_source_rows_are_asked_for(tmp_path: Path) -> None:
+    def make_trainer() -> Trainer:
+        return Trainer(bert(), arguments(tmp_path), train_dataset=rows(8, 1), data_collator=collate)
+
+    with pytest.raises(ValueError, match="give the Trainer one eval_dataset"):
+        train_and_choose(make_trainer, rows(8, 2, None), {})

@@ -1,0 +1,75 @@
+"""Every Python block of some pages runs as it stands."""
+
+import logging
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import DataCollatorWithPadding, Trainer
+
+from tests.helpers.models import bert
+from tests.helpers.toy import rows, tokenizer
+from tests.helpers.trainers import arguments
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCKS = {
+    f"{page}-{number}": textwrap.dedent(block)
+    for page in ("adaptation", "choosing")
+    for number, block in enumerate(
+        re.findall(
+            r"^ *```python\n(.*?)^ *```", (DOCS / f"{page}.md").read_text("utf-8"), re.S | re.M
+        )
+    )
+}
+
+
+def labelled(number: int, seed: int) -> Any:
+    """Rows of three classes, without their texts."""
+    made = rows(number, seed, keep=()).remove_columns(["labels"])
+    return made.add_column("labels", [i % 3 for i in range(number)])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, own = bert(dropout=True), tokenizer()
+    trainer = Trainer(
+        model,
+        arguments("out", max_steps=8),
+        train_dataset=labelled(24, 1),
+        eval_dataset=labelled(12, 5),
+        data_collator=DataCollatorWithPadding(own),
+        processing_class=own,
+    )
+    target = rows(20, 2, keep=(), low=20).remove_columns(["labels"])
+
+    def make_trainer() -> Trainer:
+        return Trainer(
+            bert(seed=1),
+            arguments("candidates", max_steps=2),
+            train_dataset=labelled(24, 1),
+            eval_dataset=labelled(60, 5),
+            processing_class=own,
+        )
+
+    random = np.random.default_rng(0)
+    given = {
+        "trainer": trainer,
+        "target": target,
+        "model": model,
+        "tokenizer": own,
+        "source": labelled(24, 1),
+        "source_dev": labelled(60, 5),
+        "make_trainer": make_trainer,
+        "dev_labels": np.arange(60) % 3,
+        **{n: random.normal(size=(60, 3)) for n in ("dev_logits", "my_dev_logits")},
+        **{n: random.normal(size=(50, 3)) for n in ("target_logits", "my_target_logits")},
+        "features_before_training": random.normal(size=(50, 8)),
+    }
+    try:
+        exec(compile(BLOCKS[name], name, "exec"), given)
+    finally:
+        logging.getLogger("hf_adapt.alignment").setLevel(logging.NOTSET)
