@@ -112,7 +112,7 @@ def candidates(choices: Sequence[Mapping[str, Any]]) -> list[Table]:
 def flagged(pairs: Sequence[Numbers]) -> Table | None:
     """Runs that failed, collapsed or were warned of, by name."""
     rows: list[list[str]] = []
-    from_labels = []
+    from_labels: list[int] = []
     for pair in pairs:
         for run in pair["runs"]:
             found = []
