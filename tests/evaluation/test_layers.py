@@ -11,15 +11,14 @@ import torch
 from transformers import (
     Trainer,
     ViTForImageClassification,
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
     default_data_collator,
 )
 
 from hf_adapt.alignment.mmd import mmd_loss
 from hf_adapt.evaluation import LayerDistance, layer_distances, proxy_a_distance
 from tests.helpers.data import MapStyle, RowStream, collate, rows
-from tests.helpers.models import MODELS, SIZE, family, vit_config
+from tests.helpers.models import MODELS, family, vit_config
+from tests.helpers.sounds import sound_collate, sounds, wav2vec2
 from tests.helpers.trainers import arguments
 
 SOURCE, TARGET = rows(40, 1, "row", high=30), rows(44, 2, None, low=25)
@@ -64,34 +63,6 @@ def test_other_families(name: str, tmp_path: Path) -> None:
 def image_rows(number: int, shift: float) -> datasets.Dataset:
     noise = np.random.default_rng(int(10 * shift)).normal(size=(number, 3, 8, 8)) + shift
     return datasets.Dataset.from_dict({"pixel_values": noise.astype(np.float32)})
-
-
-def sounds(number: int, shift: float) -> datasets.Dataset:
-    generator = np.random.default_rng(int(10 * shift))
-    made = [generator.normal(shift, 1, 150 + 10 * (i % 4)).tolist() for i in range(number)]
-    return datasets.Dataset.from_dict({"input_values": made})
-
-
-def sound_collate(features: Any) -> dict[str, torch.Tensor]:
-    waves = [torch.tensor(f["input_values"]) for f in features]
-    masks = [torch.ones(len(wave), dtype=torch.long) for wave in waves]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {"input_values": pad(waves, True), "attention_mask": pad(masks, True)}
-
-
-def wav2vec2() -> Any:
-    config = Wav2Vec2Config(
-        conv_dim=[8, 8],
-        conv_kernel=[10, 3],
-        conv_stride=[5, 4],
-        num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        apply_spec_augment=False,
-        layerdrop=0.0,
-        **SIZE,
-    )
-    return Wav2Vec2ForSequenceClassification(config)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from hf_adapt.evaluation.scores import VALIDATORS
 from tests.helpers.data import collate, rows
 from tests.helpers.heads import CASES
 from tests.helpers.models import bert
+from tests.helpers.sounds import sound_collate, sounds, wav2vec2
 from tests.helpers.trainers import arguments, same_bits, weights
 
 DEV = rows(34, 3)
@@ -293,6 +294,18 @@ def test_other_models(case: str, tmp_path: Path) -> None:
         real = sum(label != -100 for row in head.data(30)["labels"] for label in row)
         assert len(items.labelled) == real < len(items)
     assert items.features.shape[0] == items.logits.shape[0] == len(items.keys)
+
+
+def test_sounds(tmp_path: Path) -> None:
+    dev = sounds(24, 0.1)
+    made = Trainer(
+        wav2vec2(),
+        arguments(tmp_path),
+        eval_dataset=dev.add_column("labels", [i % 2 for i in range(24)]),
+        data_collator=sound_collate,
+        callbacks=[AdaptationCallback(LabelFreeValidation(sounds(20, 0.2)))],
+    )
+    assert {f"eval_target_{name}" for name in VALIDATORS} < set(made.evaluate())
 
 
 @pytest.mark.parametrize("case", ["spans", "masked_lm", "several_labels", "choices"])
