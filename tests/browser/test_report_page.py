@@ -78,13 +78,15 @@ def test_every_plot_has_drawn(page: Any, size: dict[str, int]) -> None:
     drawn = page.evaluate(
         """[...document.querySelectorAll('svg')].map(svg => {
             const box = svg.getBoundingClientRect();
-            const marks = [...svg.querySelectorAll('use, path')].filter(mark =>
-                mark.getBBox().width + mark.getBBox().height > 0 && !mark.closest('defs'));
-            return [svg.querySelector('title').textContent, box.width, box.height, marks.length];
+            const size = mark => mark.getBBox().width + mark.getBBox().height;
+            const marks = [...svg.querySelectorAll('use, path')].filter(e => !e.closest('defs'));
+            const empty = marks.filter(mark => mark.tagName == 'use' && size(mark) == 0);
+            const title = svg.querySelector('title').textContent;
+            return [title, box.width, box.height, marks.filter(size).length, empty.length];
         })"""
     )
     assert len(drawn) > 40
-    assert [each for each in drawn if each[1] < 100 or each[2] < 70 or each[3] < 5] == []
+    assert [each for each in drawn if each[1] < 100 or each[2] < 70 or each[3] < 5 or each[4]] == []
 
 
 def test_a_script_in_the_data_stays_a_text(page: Any) -> None:
