@@ -22,6 +22,7 @@ CORE := $(VENV)/.core-$(TORCH)
 EXAMPLES := $(VENV)/.examples-$(TORCH)
 DEV := $(VENV)/.dev-$(TORCH)
 SUITE_DEPS := $(VENV)/.suite-$(TORCH)
+BROWSER := $(VENV)/.browser-$(TORCH)
 MIN := $(VENV_MIN)/.test-$(TORCH)
 
 SHELL := /bin/bash
@@ -103,6 +104,11 @@ test-min: $(MIN)  ## the tests on the oldest supported versions (constraints-min
 test-cuda: $(DEV)  ## the tests marked cuda, one at a time
 	$(TEST_ENV) $(RUN) -m pytest -m cuda tests $(ARGS)
 
+.PHONY: test-browser
+test-browser: $(BROWSER)  ## the report in a headless Chromium; another in CHROMIUM=/path/to/chrome
+	@chromium="$${CHROMIUM:-$$(scripts/find_chromium.sh)}" && echo "Chromium: $$chromium" && \
+		CHROMIUM="$$chromium" $(TEST_ENV) $(RUN) -m pytest tests/browser $(ARGS)
+
 .PHONY: bench
 bench: $(DEV)  ## BENCH=engine_overhead (the default) or another file of benchmarks/
 	$(RUN) benchmarks/$(BENCH).py $(ARGS)
@@ -126,7 +132,7 @@ clean:  ## remove the environments and caches (not what runs wrote)
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(CORE): pyproject.toml constraints.txt
-	@rm -f $(VENV)/.core-* $(VENV)/.examples-* $(VENV)/.dev-* $(VENV)/.suite-*
+	@rm -f $(VENV)/.core-* $(VENV)/.examples-* $(VENV)/.dev-* $(VENV)/.suite-* $(VENV)/.browser-*
 	$(call install,$(VENV),,constraints.txt)
 
 $(EXAMPLES): $(CORE)
@@ -137,6 +143,9 @@ $(DEV): $(CORE)
 
 $(SUITE_DEPS): $(CORE)
 	$(call install,$(VENV),[trainer-suite],constraints.txt)
+
+$(BROWSER): $(CORE)
+	$(call install,$(VENV),[browser],constraints.txt)
 
 $(MIN): pyproject.toml constraints.txt constraints-min.txt
 	@rm -f $(VENV_MIN)/.test-*

@@ -15,6 +15,7 @@ FLOORS = (
     ("alignment", "distillation", "knowledge", "unfreezing"),
     ("evaluation",),
     ("experiments",),
+    ("report",),
     ("cli",),
     ("",),  # hf_adapt itself, which exports names of all of them
 )

@@ -1,4 +1,4 @@
-"""The command line: `hf-adapt run`, `schedule MODEL` and `cache-teacher TEACHER DATA`.
+"""The command line: `hf-adapt run`, `report RUN`, `schedule MODEL` and `cache-teacher`.
 
 torch and transformers take seconds to import, so each command imports them itself.
 """
@@ -9,6 +9,7 @@ import typer
 
 from hf_adapt import __version__
 from hf_adapt.cli.cache_teacher import cache_teacher
+from hf_adapt.cli.report import report
 from hf_adapt.cli.run import run
 from hf_adapt.cli.schedule import schedule
 
@@ -16,6 +17,7 @@ HELP = "Domain adaptation and knowledge transfer for the Hugging Face Trainer."
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
+app.command()(report)
 app.command()(schedule)
 app.command()(cache_teacher)
 

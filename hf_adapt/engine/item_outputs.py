@@ -90,7 +90,7 @@ def save_items(path: str | Path, items: Mapping[str, ItemOutputs | None]) -> Non
 def load_items(path: str | Path) -> dict[str, ItemOutputs]:
     """Read what [`save_items`] has written."""
     found: dict[str, dict[str, torch.Tensor]] = {}
-    with np.load(path) as stored:
+    with Path(path).open("rb") as file, np.load(file) as stored:
         for key in stored.files:
             name, _, column = key.rpartition(".")
             value = torch.from_numpy(stored[key])

@@ -111,15 +111,16 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]
     Returns:
         The result; with the key `error` if the run failed.
     """
+    method = experiment.methods[cell.method]
     result: dict[str, Any] = {
         "source": cell.source,
         "target": cell.target,
         "method": cell.method,
+        "role": "baseline" if method.is_baseline else "bound" if method.is_bound else "adapted",
         "seed": cell.seed,
     }
     try:
         pair = cached_pair(experiment, cell.source, cell.target)
-        method = experiment.methods[cell.method]
         result |= train_and_test(experiment, method, cell.seed, pair, folder)
     except Exception as error:  # one run that fails must not end the others
         result["error"] = f"{type(error).__name__}: {error}"

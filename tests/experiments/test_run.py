@@ -2,6 +2,7 @@
 
 import json
 import logging
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from transformers import Trainer, pipeline
 from hf_adapt.alignment import MMD
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.experiments import plots
+from hf_adapt.report import write_report
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
+from tests.helpers.finished_runs import page_of, without_oracle
 
 Config = Callable[..., str]
 
@@ -118,7 +121,7 @@ def test_results_of_two_processes_are_those_of_one(write_config: Config, tmp_pat
 def test_labels_of_the_target_reach_the_bound_alone(
     write_config: Config, domains: dict[str, str], tmp_path: Path
 ) -> None:
-    """With the target's labels flipped, every other model is the same to the last bit."""
+    """With the target's labels flipped, all but the bound is the same to the last bit."""
     weights = {}
     for flip in (False, True):
         write_csv(Path(domains["phones"]), rows("phone", flip))
@@ -128,9 +131,13 @@ def test_labels_of_the_target_reach_the_bound_alone(
             (path,) = out.rglob(f"{method}-seed42-*/model.safetensors")
             weights[method, flip] = load_file(path)
     for method in ("source_only", "mmd", "bound"):
-        before, after = weights[method, False], weights[method, True]
-        same = all(before[name].equal(after[name]) for name in before)
+        true, flipped = weights[method, False], weights[method, True]
+        same = all(true[name].equal(flipped[name]) for name in true)
         assert same == (method != "bound"), method
+    pages = [page_of(write_report([tmp_path / f"out{flip}"])) for flip in (False, True)]
+    assert ET.tostring(pages[0]) != ET.tostring(pages[1])
+    before, after = (ET.tostring(without_oracle(page)) for page in pages)
+    assert before == after
 
 
 @pytest.mark.parametrize("extra", [(), ("--cache-prefix",)])
@@ -407,6 +414,18 @@ def test_rows_without_a_label_are_training_rows(tmp_path: Path, model_dir: Path)
     partly = [(text, label if i % 2 else "") for i, (text, label) in enumerate(rows("phone"))]
     printed = run(*own_files(tmp_path, model_dir, write_csv(tmp_path / "theirs.csv", partly)))
     assert "40 of the target without; 12 and 6 to test on" in printed
+
+
+def test_its_runs_are_reported(write_config: Config, tmp_path: Path) -> None:
+    methods = {"plain": [], "MMD": ["MMD"], "upper": "target"}
+    run(write_config(methods=methods), "--logging_steps", "1")
+    page = write_report([tmp_path / "out"])
+    (pair,) = json.loads((page.parent / "report.json").read_text())["pairs"]
+    roles = {each["method"]: each["role"] for each in pair["runs"]}
+    assert roles == {"plain": "baseline", "MMD": "adapted", "upper": "bound"}
+    curves = pair["runs"][1]["curves"]
+    assert [step for step, _ in curves["loss/mmd"]] == [1, 2]
+    assert "upper, trained on target labels" in page.read_text()
 
 
 def test_one_of_the_methods_is_chosen_without_target_labels(
