@@ -69,6 +69,10 @@ def run(
         bool | None,
         typer.Option("--choose", help="Choose one of the methods, without target labels."),
     ] = None,
+    diagnose: Annotated[
+        bool | None,
+        typer.Option("--diagnose", help="Measure the domains' distance in every layer."),
+    ] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
     jobs: Annotated[
         int | None, typer.Option(help="Processes; by default one for two cores.", min=1)

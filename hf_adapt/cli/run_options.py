@@ -25,6 +25,7 @@ PLAIN = (
     "cache_prefix",
     "save_models",
     "choose",
+    "diagnose",
     "output_dir",
 )
 """Options that are keys of a configuration."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -13,13 +14,11 @@ from typing import Any
 
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import Pair, cached_pair
-from hf_adapt.experiments.outputs import OUTPUTS_FILE
+from hf_adapt.experiments.outputs import DIAGNOSTICS_FILE, OUTPUTS_FILE, RESULT_FILE
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.experiments.training import train_and_test
 from hf_adapt.experiments.versions import installed
 from hf_adapt.storage.text_file import write_text
-
-RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,21 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]
     return result
 
 
-def finished_result(folder: Path, with_model: bool = False) -> dict[str, Any] | None:
+def files_of(experiment: Experiment, cell: Cell) -> list[str]:
+    """The names of the files that a finished run has."""
+    saves = experiment.save_models or experiment.methods[cell.method].save
+    names = [RESULT_FILE, OUTPUTS_FILE]
+    return [*names, *["config.json"] * saves, *[DIAGNOSTICS_FILE] * experiment.diagnose]
+
+
+def finished_result(folder: Path, files: Iterable[str]) -> dict[str, Any] | None:
     """The result of an earlier run; None if there is none, or it failed, or a file is missing.
 
-    A file that is cut off or damaged is none.
+    A result that is cut off or damaged is none.
     """
+    if not all((folder / name).exists() for name in files):
+        return None
     file = folder / RESULT_FILE
-    if not file.exists() or not (folder / OUTPUTS_FILE).exists():
-        return None
-    if with_model and not (folder / "config.json").exists():
-        return None
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # no JSON, or no UTF-8

@@ -14,12 +14,10 @@ from hf_adapt.evaluation.selection import Candidate, Choice, choose
 from hf_adapt.experiments.cell import Cell, cell_folder, reference_file
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.methods import CHOSEN, GIVEN, Method, is_shifted
-from hf_adapt.experiments.outputs import RunOutputs
+from hf_adapt.experiments.outputs import CHOICE_FILE, RunOutputs
 from hf_adapt.experiments.summary import Results
 from hf_adapt.experiments.training import untrained_outputs
 from hf_adapt.storage.text_file import write_text
-
-CHOICE_FILE = "choice.json"
 
 
 def candidates_of(experiment: Experiment) -> list[str]:

@@ -91,6 +91,7 @@ class Experiment:
             target's labels.
         save_models: Save every model.
         choose: Choose one of the methods for each pair and seed, without target labels.
+        diagnose: Measure the distance of the domains in every layer of every model, for the report.
         output_dir: Folder of the results, with `~` and variables; a relative one starts in the
             current directory.
     """
@@ -112,6 +113,7 @@ class Experiment:
     balanced: bool = False
     save_models: bool = False
     choose: bool = False
+    diagnose: bool = False
     output_dir: str = "runs/experiment"
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a trained model gives for the rows of both domains, kept beside its result."""
+"""What is kept of a run: the names of its files, and what its model gives for both domains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from pathlib import Path
 
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
 
+RESULT_FILE = "result.json"
+"""In the folder of a run: its scores."""
 OUTPUTS_FILE = "outputs.npz"
+"""In the folder of a run: what the trained model gives for the rows of both domains."""
+LOGS_FILE = "logs.json"
+"""In the folder of a run: what its last stage has logged, as `TrainerState.log_history`."""
+DIAGNOSTICS_FILE = "diagnostics.json"
+"""In the folder of a run: distances of the domains per layer, accuracy per group."""
+CHOICE_FILE = "choice.json"
+"""In the folder of a pair: which method was chosen without target labels, and why."""
 
 
 @dataclass(frozen=True)

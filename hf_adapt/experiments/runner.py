@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_adapt.experiments.cell import Cell, cell_folder, finished_result, run_cell
+from hf_adapt.experiments.cell import Cell, cell_folder, files_of, finished_result, run_cell
 from hf_adapt.experiments.config import Experiment
 
 Report = Callable[[Cell, dict[str, Any] | None, bool], None]
@@ -64,8 +64,7 @@ def run_experiment(
     folders = {cell: cell_folder(experiment, cell) for cell in cells}
     results: dict[Cell, dict[str, Any]] = {}
     for cell, folder in folders.items():
-        saves = experiment.save_models or experiment.methods[cell.method].save
-        kept = None if overwrite else finished_result(folder, saves)
+        kept = None if overwrite else finished_result(folder, files_of(experiment, cell))
         if kept is not None:
             results[cell] = kept
             report(cell, kept, True)

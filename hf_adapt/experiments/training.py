@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import json
@@ -37,6 +38,7 @@ from hf_adapt.alignment.priors import PriorObjective
 from hf_adapt.engine.callback import AdaptationCallback, adapt, collect_items
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.engine.streams import Stream
+from hf_adapt.evaluation.layers import layer_distances
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import DataError, Pair, cached_pair, label_name
 from hf_adapt.experiments.memory import peak, restarted_peak
@@ -48,7 +50,7 @@ from hf_adapt.experiments.methods import (
     reads_target,
     shifted,
 )
-from hf_adapt.experiments.outputs import RunOutputs
+from hf_adapt.experiments.outputs import DIAGNOSTICS_FILE, LOGS_FILE, RunOutputs
 from hf_adapt.experiments.tasks import TASKS, Task
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.hub_names import check_hub_name
@@ -56,8 +58,6 @@ from hf_adapt.storage.text_file import write_text
 from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 
-LOGS_FILE = "logs.json"
-"""What the last stage of a run has logged, as `TrainerState.log_history`."""
 PRETRAINING_EPOCHS = 10
 NO_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False}
 """`TrainingArguments` of a stage without rows to evaluate on."""
@@ -167,6 +167,12 @@ def train_and_test(
     outputs = _outputs(run, trainer)
     outputs.save(folder)
     write_text(folder / LOGS_FILE, json.dumps(trainer.state.log_history, indent=1))
+    if experiment.diagnose:
+        layers = layer_distances(
+            trainer, run.rows(pair.source["test"]), run.rows(pair.target_unlabelled)
+        )
+        diagnostics = {"layers": [dataclasses.asdict(each) for each in layers]}
+        write_text(folder / DIAGNOSTICS_FILE, json.dumps(diagnostics, indent=1))
     for name, tested in (("source", outputs.source_test), ("target", outputs.target_test)):
         scores = _scores(tested or outputs.target_unlabelled, pair.labels, tested is not None)
         result |= {f"{name}_{key}": value for key, value in scores.items()}

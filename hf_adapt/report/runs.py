@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_adapt.experiments.cell import RESULT_FILE
-from hf_adapt.experiments.outputs import OUTPUTS_FILE, RunOutputs
-from hf_adapt.experiments.training import LOGS_FILE
+from hf_adapt.experiments.outputs import (
+    CHOICE_FILE,
+    DIAGNOSTICS_FILE,
+    LOGS_FILE,
+    OUTPUTS_FILE,
+    RESULT_FILE,
+    RunOutputs,
+)
 
-CHOICE_FILE = "choice.json"
-"""In the folder of a pair: which method was chosen without target labels, and why."""
-DIAGNOSTICS_FILE = "diagnostics.json"
-"""In the folder of a run: distances of the domains per layer, accuracy per group."""
 ROLES = ("baseline", "adapted", "bound")
 """Of methods, as they are ordered: source only, and what trained on target labels, at the ends."""
 NAMED_ROLES = {"source only": "baseline", "bound": "bound"}

@@ -455,6 +455,19 @@ def test_one_of_the_methods_is_chosen_without_target_labels(
     assert json.loads(flipped.read_text()) == found
 
 
+def test_the_domains_are_compared_in_every_layer(
+    write_config: Config, tmp_path: Path, trained: list[int]
+) -> None:
+    run(write_config(), "--method", "source only")
+    run(write_config(), "--method", "source only", "--diagnose")
+    (file,) = (tmp_path / "out").rglob("diagnostics.json")
+    layers = json.loads(file.read_text())["layers"]
+    assert [each["name"] for each in layers][:2] == ["embeddings", "layer.0"]
+    assert len(trained) == 2
+    run(write_config(), "--method", "source only", "--diagnose")
+    assert len(trained) == 2
+
+
 def test_candidates_of_two_files_are_chosen_from(
     domains: dict[str, str], model_dir: Path, tmp_path: Path
 ) -> None:
