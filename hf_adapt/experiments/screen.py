@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import datasets
@@ -98,6 +99,8 @@ def execute(
     else:
         publish(experiment, results, console)
     tell_models(experiment, results, console)
+    command = shlex.join(["hf-adapt", "report", experiment.output_dir])
+    console.print(escape(f"{command} makes a page of it"), soft_wrap=True, highlight=False)
     return not any("error" in result for result in results)
 
 
