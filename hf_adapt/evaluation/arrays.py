@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,21 @@ Array = ArrayLike | torch.Tensor
 """An array, or a tensor on any device."""
 
 Floats = NDArray[np.float64]
+
+
+def extra(module: str) -> Any:
+    """A module of scikit-learn or SciPy, which the plain installation lacks.
+
+    Raises:
+        ImportError: With the line that installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"This part of hf_adapt.evaluation needs {module.partition('.')[0]}. Install it with "
+            '`pip install "hf-adapt[evaluation]"`.'
+        ) from error
 
 
 def as_array(values: Array, name: str, ndim: int) -> NDArray[Any]:

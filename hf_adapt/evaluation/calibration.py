@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_adapt.evaluation.arrays import Array, Floats, as_classes, as_logits, log_softmax, softmax
+from hf_adapt.evaluation.arrays import (
+    Array,
+    Floats,
+    as_classes,
+    as_logits,
+    extra,
+    log_softmax,
+    softmax,
+)
 from hf_adapt.evaluation.distillation import calibration_histogram
 
 
@@ -79,8 +87,6 @@ def fitted_temperature(logits: Array, labels: Array) -> float:
         >>> round(fitted_temperature([[2.0, 0.0]] * 4, [0, 0, 0, 1]), 4)  # 2 / ln 3
         1.8205
     """
-    from scipy.optimize import minimize_scalar
-
     scores = as_logits(logits)
     truth = as_classes(labels, "labels", len(scores), scores.shape[1])
     rows = np.arange(len(scores))
@@ -88,7 +94,7 @@ def fitted_temperature(logits: Array, labels: Array) -> float:
     def loss(log_temperature: float) -> float:
         return float(-log_softmax(scores / np.exp(log_temperature))[rows, truth].mean())
 
-    found = minimize_scalar(
+    found = extra("scipy.optimize").minimize_scalar(
         loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-9}
     )
     return float(np.exp(found.x))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_adapt.evaluation.arrays import extra
+
 Scores = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 """Scores of each class, (N, C), of features (N, D): logits."""
 
@@ -23,15 +25,15 @@ def logistic_regression(
         classes: (N,), of at least two classes.
         strength: The penalty, as a share: strength · ‖W‖² / 2 beside the mean cross-entropy.
     """
-    from sklearn.linear_model import LogisticRegression
-
     mean, scale = features.mean(0), features.std(0)
     scale = np.where(scale > 1e-6, scale, 1.0) * np.sqrt(features.shape[1])
 
     def standardised(given: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray((given - mean) / scale, dtype=np.float32)
 
-    model = LogisticRegression(C=1 / (strength * len(features)), max_iter=200, tol=1e-3)
+    model = extra("sklearn.linear_model").LogisticRegression(
+        C=1 / (strength * len(features)), max_iter=200, tol=1e-3
+    )
     model.fit(standardised(features), classes)
 
     def scores(given: NDArray[np.float32]) -> NDArray[np.float64]:

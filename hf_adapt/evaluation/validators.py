@@ -19,6 +19,7 @@ from hf_adapt.evaluation.arrays import (
     as_features,
     as_logits,
     as_prior,
+    extra,
     log_softmax,
     softmax,
 )
@@ -262,9 +263,6 @@ def class_ami(logits: Array, features: Array, seed: int = 0) -> float:
     Returns:
         At most 1; 0 by chance, and where one class alone is predicted.
     """
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import adjusted_mutual_info_score
-
     scores, items = as_logits(logits), as_features(features)
     if len(scores) != len(items):
         raise ValueError(f"Expected a feature for each of {len(scores)} items, got {len(items)}.")
@@ -275,8 +273,9 @@ def class_ami(logits: Array, features: Array, seed: int = 0) -> float:
         return 0.0
     others = np.random.default_rng(seed).permutation(len(items))
     starts += [items[number] for number in others[: classes - len(starts)]]
-    clusters = KMeans(len(starts), init=np.stack(starts), n_init=1, random_state=seed)
-    return float(adjusted_mutual_info_score(predicted, clusters.fit_predict(items)))
+    make, measure = extra("sklearn.cluster").KMeans, extra("sklearn.metrics")
+    clusters = make(len(starts), init=np.stack(starts), n_init=1, random_state=seed)
+    return float(measure.adjusted_mutual_info_score(predicted, clusters.fit_predict(items)))
 
 
 def soft_neighborhood_density(logits: Array, temperature: float = 0.05, block: int = 512) -> float:

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from hf_adapt.alignment import CORAL, MMD
 from hf_adapt.evaluation import Candidate, Neighborhoods, choose, neighbor_agreement
+from hf_adapt.evaluation.selection import _decide
 from hf_adapt.evaluation.train_and_choose import train_and_choose
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
@@ -48,15 +49,15 @@ class World:
         """
         score = quality * (2 * self.labels - 1) + self.random.normal(size=ROWS) + offset
         logits = sureness * np.stack([-score, score], 1)
-        right = self.random.random(ROWS) < source
-        own = np.where(right, self.source, 1 - self.source)
+        certain = self.random.normal(size=ROWS) + {0.9: 1.3, 0.6: 0.25}[source]
+        own = sureness * (2 * self.source - 1) * certain
         made = Candidate.of(
             name,
-            5.0 * np.eye(2)[own],
+            np.stack([-own, own], 1),
             self.source,
             logits,
             self.random.normal(size=(ROWS, 4)),
-            logits + 0.1 * self.random.normal(size=(ROWS, 2)),
+            np.stack([score, self.random.normal(size=ROWS)], 1),
         )
         return made, float((logits.argmax(1) == self.labels).mean())
 
@@ -77,18 +78,20 @@ def grid(seed: int) -> tuple[World, dict[str, Candidate], dict[str, float]]:
     return world, {n: c for n, (c, _) in made.items()}, {n: a for n, (_, a) in made.items()}
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_regret_is_bounded_and_a_collapsed_model_is_never_chosen(seed: int) -> None:
-    world, candidates, accuracy = grid(seed)
-    choice = choose(list(candidates.values()), reference_features=world.reference)
-    assert choice.chosen not in ("one class", "lost the source", "over-confident", "worse")
-    eligible = {n: a for n, a in accuracy.items() if n != "lost the source"}
-    regret = max(eligible.values()) - accuracy[choice.chosen]
-    assert regret < 0.04, choice
-    assert accuracy[choice.chosen] > accuracy["source only"] - 0.02
-    text = str(choice)
-    assert "every target item is given class" in text and "points on held-out source items" in text
-    assert json.loads(json.dumps(choice.as_dict()))["chosen"] == choice.chosen
+def test_regret_is_bounded_and_a_collapsed_model_is_never_chosen() -> None:
+    regrets = []
+    for seed in range(12):
+        world, candidates, accuracy = grid(seed)
+        choice = choose(list(candidates.values()), reference_features=world.reference)
+        assert choice.chosen not in ("one class", "lost the source", "over-confident", "worse")
+        eligible = [a for n, a in accuracy.items() if n != "lost the source"]
+        regrets.append(max(eligible) - accuracy[choice.chosen])
+        assert accuracy[choice.chosen] > accuracy["source only"] - 0.02
+        text = str(choice)
+        assert "every target item is given class" in text
+        assert "points on held-out source items" in text
+        assert json.loads(json.dumps(choice.as_dict()))["chosen"] == choice.chosen
+    assert np.mean(regrets) < 0.015 and max(regrets) < 0.1, regrets
 
 
 def test_source_only_is_kept_where_nothing_is_credibly_better() -> None:
@@ -106,18 +109,17 @@ def test_source_only_is_kept_where_nothing_is_credibly_better() -> None:
     assert choose([*close, same], reference_features=World(3).reference).chosen == "source only"
 
 
-def test_the_advice_where_it_cannot_tell() -> None:
-    world = World(1)
-    base, _ = world.candidate("source only", 0.9)
-    logits = base.target.logits.clone()
-    near = Neighborhoods(world.reference)
-    worst = np.argsort(near.agreements(logits))[:1]
-    logits[torch.from_numpy(worst.copy())] *= -1  # one item fits its neighbours better
-    other = Candidate.of("other", base.source.logits, base.source.labels, logits)
-    shares = [choose([base, other], reference_features=world.reference, seed=s) for s in range(3)]
-    assert {c.chosen for c in shares} <= {"source only", "other"}
-    again = choose([base, other], reference_features=world.reference, seed=0)
-    assert again.reason == shares[0].reason
+def test_one_that_is_not_above_in_three_of_four_is_refused() -> None:
+    order = ["other", "source only"]
+    found = {
+        "source only": {"certainty": 0.5, "clusters": 0.5, "neighbors": 0.5, "confidence": 0.5},
+        "other": {"certainty": 0.9, "clusters": 0.9, "neighbors": 0.4, "confidence": 0.4},
+    }
+    chosen, reason = _decide(order, "source only", found)
+    assert chosen == "source only" and "label fifty target rows on which other and" in reason
+    assert "above source only in certainty, clusters (2 of 4)" in reason
+    found["other"]["neighbors"] = 0.6
+    assert _decide(order, "source only", found)[0] == "other"
 
 
 def test_known_frequencies_rule_models_out() -> None:
@@ -131,11 +133,11 @@ def test_known_frequencies_rule_models_out() -> None:
     assert "points off the known frequencies" in verdicts["tilted"].reason
 
 
-def test_without_a_reference_the_others_judge() -> None:
+def test_without_a_reference_the_other_evidence_judges() -> None:
     _, candidates, _ = grid(0)
     choice = choose(list(candidates.values()))
-    assert "agreement with all candidates" in choice.reason or choice.chosen == "source only"
-    assert "ensv" in next(each for each in choice.candidates if each.kept).scores
+    scores = next(each for each in choice.candidates if each.kept).scores
+    assert set(scores) == {"certainty", "clusters", "confidence", "closeness"}
 
 
 def test_outputs_that_are_not_finite_are_dropped() -> None:
