@@ -10,6 +10,7 @@ accuracy on the target's test rows; those labels are used for nothing else.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -99,7 +100,8 @@ class Group:
 
     def highest(self, name: str) -> float:
         """The accuracy of the run that a validator ranks first."""
-        return max(self.runs.values(), key=lambda run: run.scores[name]).accuracy
+        best = max(self.runs.values(), key=lambda run: run.scores[name])
+        return best.accuracy if best.scores[name] > -math.inf else self.source_only
 
     @cached_property
     def ensemble(self) -> float:
@@ -133,7 +135,7 @@ def groups(experiment: Experiment, least: int, methods: list[str] | None) -> Ite
     """The runs of an experiment by pair and seed; those with source only and others."""
     root = Path(experiment.output_dir)
     found: dict[Any, dict[str, Run]] = defaultdict(dict)
-    for file in sorted(root.glob("*/*/result.json")):
+    for file in sorted(root.glob("*/*/result.json"), key=lambda each: each.stat().st_mtime):
         result = json.loads(file.read_text(encoding="utf-8"))
         if "error" not in result and (file.parent / "outputs.npz").exists():
             key = ((result["source"], result["target"]), result["seed"])

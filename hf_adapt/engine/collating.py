@@ -42,6 +42,55 @@ def label_columns(label_names: Sequence[str], collator: Any) -> set[str]:
     return {*label_names, "label", "labels", "label_ids", *masks, *declared}
 
 
+class UnlabelledCollator:
+    """The user's data collator, which is given rows without their labels.
+
+    One that cannot do without is given another row's label for each; the batch's labels are then
+    to be left out.
+
+    Args:
+        collator: The user's collator.
+        label_names: Names of label columns.
+        like: A row with labels, if there is one.
+    """
+
+    def __init__(
+        self, collator: Callable[[list[Any]], Any], label_names: Sequence[str], like: Any = None
+    ) -> None:
+        self.collator = collator
+        self.hidden = label_columns(label_names, collator)
+        own = like.items() if isinstance(like, Mapping) else ()
+        self._stand_ins = {key: value for key, value in own if key in self.hidden}
+        self._by_token = {key for key in self._stand_ins if has_token_labels(like, key)}
+        self._needs_labels = False
+
+    def __call__(self, rows: list[Any]) -> Any:
+        """Make a batch."""
+        plain = [_without(row, self.hidden) for row in rows]
+        if not self._needs_labels:
+            try:
+                return self.collator(copy.deepcopy(plain) if self._stand_ins else plain)
+            except Exception as error:
+                if not self._stand_ins:
+                    raise
+                try:
+                    batch = self.collator([self._labelled(row) for row in plain])
+                except Exception:
+                    raise error from None  # it is not the label
+                self._needs_labels = True
+                return batch
+        return self.collator([self._labelled(row) for row in plain])
+
+    def _labelled(self, row: Any) -> Any:
+        if not isinstance(row, Mapping):
+            return row
+        labels = {
+            key: label_of(value, value[0], length_of(row)) if key in self._by_token else value
+            for key, value in self._stand_ins.items()
+        }
+        return {**row, **labels}
+
+
 class AdaptationCollator:
     """The user's data collator, for rows of several streams and with what adaptations add.
 

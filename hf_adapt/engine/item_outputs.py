@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -17,6 +20,7 @@ from hf_adapt.engine.forward import ForwardPass
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.metrics import MetricAverager
 from hf_adapt.engine.mixins import EvaluationObserver
+from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.parts import Layout, Part, added_ids
 from hf_adapt.models.pooling import Pooling
 
@@ -74,17 +78,52 @@ class ItemOutputs:
         return whole.select(torch.argsort(whole.keys, stable=True))
 
 
+def halved(features: torch.Tensor) -> torch.Tensor:
+    """Features in half precision; what does not fit is cut."""
+    return features.clamp(-HALF_MAX, HALF_MAX).half()
+
+
+def some_rows(dataset: Any, most: int) -> Any:
+    """At most so many rows, evenly spread where they can be read by number."""
+    if not is_map_style(dataset):
+        if hasattr(dataset, "take"):
+            return dataset.take(most)
+        return _First(dataset, most)
+    if len(dataset) <= most:
+        return dataset
+    numbers = torch.linspace(0, len(dataset) - 1, most).long().tolist()
+    if hasattr(dataset, "select"):
+        return dataset.select(numbers)
+    return torch.utils.data.Subset(dataset, numbers)
+
+
+class _First(torch.utils.data.IterableDataset[Any]):
+    """The first rows of a stream."""
+
+    def __init__(self, rows: Any, most: int) -> None:
+        self.rows, self.most = rows, most
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.rows, self.most)
+
+
 def save_items(path: str | Path, items: Mapping[str, ItemOutputs | None]) -> None:
     """Write several sets of items to a file, the features in half precision; None is left out."""
     arrays = {}
     for name, each in items.items():
         for column in fields(ItemOutputs) if each is not None else ():
-            value = getattr(each, column.name).numpy()
-            if column.name == "features":
-                value = value.clip(-HALF_MAX, HALF_MAX).astype(np.float16)
-            arrays[f"{name}.{column.name}"] = value
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+            value = getattr(each, column.name)
+            value = halved(value) if column.name == "features" else value
+            arrays[f"{name}.{column.name}"] = value.numpy()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_items(path: str | Path) -> dict[str, ItemOutputs]:
@@ -187,7 +226,13 @@ class OutputCollector(EvaluationObserver):
 
     @property
     def items(self) -> ItemOutputs:
-        """What the last evaluation has shown."""
+        """What the last evaluation has shown.
+
+        Raises:
+            ValueError: If it had no rows.
+        """
+        if not self._batches:
+            raise ValueError("There are no rows: the data set is empty.")
         return ItemOutputs.joined(self._batches)
 
     def close(self) -> None:

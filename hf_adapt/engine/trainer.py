@@ -13,11 +13,17 @@ from transformers.training_args import ParallelMode
 
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.checkpoint import AuxiliaryState
-from hf_adapt.engine.collating import COLUMNS, DOMAIN, AdaptationCollator
+from hf_adapt.engine.collating import (
+    COLUMNS,
+    DOMAIN,
+    AdaptationCollator,
+    UnlabelledCollator,
+)
 from hf_adapt.engine.columns import inputs_of, kept_columns, model_inputs
 from hf_adapt.engine.gradients import check_whole_gradients
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
 from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver, GradientTransform
+from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
 from hf_adapt.engine.run import AdaptationRun
 from hf_adapt.engine.run_callback import RunCallback
@@ -445,14 +451,21 @@ class AdaptationMixin(_Base):
             dataset: Rows, prepared like `train_dataset`; of any kind that `predict` takes.
             collector: Says what is kept.
         """
+        before, collate = self.callback_handler.eval_dataloader, self.data_collator
         self._adaptation_collector = collector
         try:
+            if collector.hides_labels:
+                known: list[Any] = [self.train_dataset, self.eval_dataset]
+                sized = [d for d in known if is_map_style(d) and not isinstance(d, dict) and len(d)]
+                like = sized[0][0] if sized else None
+                self.data_collator = UnlabelledCollator(collate, self.label_names, like)
             with self._evaluating(), self._bar_of_its_own():
                 self.evaluation_loop(
                     self.get_test_dataloader(dataset), "Collecting", prediction_loss_only=True
                 )
         finally:
             self._adaptation_collector = None
+            self.callback_handler.eval_dataloader, self.data_collator = before, collate
             collector.close()
         return collector.items
 

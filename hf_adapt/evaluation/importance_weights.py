@@ -141,7 +141,9 @@ def proxy_a_distance(source_features: Array, target_features: Array) -> float:
 
 def a_distance_of(source_odds: Floats, target_odds: Floats) -> float:
     """The proxy A-distance of the log-odds of [`domain_log_odds`]."""
-    error = ((source_odds > 0).mean() + (target_odds <= 0).mean()) / 2
+    # The classifier has learnt how many items there are of each; balanced, there are as many.
+    even = np.log(len(target_odds) / len(source_odds))
+    error = ((source_odds > even).mean() + (target_odds <= even).mean()) / 2
     return float(2 * (1 - 2 * error))
 
 

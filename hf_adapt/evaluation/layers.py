@@ -10,8 +10,7 @@ from torch import nn
 
 from hf_adapt.alignment.mmd import mmd_loss
 from hf_adapt.engine.callback import collect_items
-from hf_adapt.engine.item_outputs import LayerCollector
-from hf_adapt.engine.pairing import is_map_style
+from hf_adapt.engine.item_outputs import LayerCollector, some_rows
 from hf_adapt.evaluation.importance_weights import proxy_a_distance
 from hf_adapt.evaluation.scores import strided
 from hf_adapt.models.heads import has_head
@@ -92,7 +91,7 @@ def layer_distances(
     found = []
     for name, rows in (("source", source_dataset), ("target", target_dataset)):
         collector = LayerCollector(layers, inputs_of, pooling)
-        items = strided(collect_items(trainer, _some(rows, max_items), collector), max_items)
+        items = strided(collect_items(trainer, some_rows(rows, max_items), collector), max_items)
         if len(items) < FEWEST_ROWS:
             raise ValueError(
                 f"Expected at least {FEWEST_ROWS} rows in the {name}_dataset, got {len(items)}."
@@ -130,15 +129,3 @@ def _layers(model: nn.Module) -> tuple[list[str], list[str], list[str]]:
     names = [named(stack, "embeddings") for stack in stacks]
     names += [named(s, f"layer.{number}") for s in stacks for number in range(len(s.layers))]
     return names, [s.layers[0] for s in stacks], [layer for s in stacks for layer in s.layers]
-
-
-def _some(dataset: Any, most: int) -> Any:
-    """At most so many rows, evenly spread where they can be read by number."""
-    if not is_map_style(dataset):
-        return dataset.take(most) if hasattr(dataset, "take") else dataset
-    if len(dataset) <= most:
-        return dataset
-    numbers = torch.linspace(0, len(dataset) - 1, most).long().tolist()
-    if hasattr(dataset, "select"):
-        return dataset.select(numbers)
-    return torch.utils.data.Subset(dataset, numbers)

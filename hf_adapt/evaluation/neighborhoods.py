@@ -57,7 +57,7 @@ class Neighborhoods:
             items = self._items[start : start + block]
             similarity = unit[items] @ unit.T
             similarity[torch.arange(len(items)), items] = -torch.inf
-            found.append(similarity.topk(num_neighbors, dim=1).indices)
+            found.append(similarity.topk(num_neighbors, dim=1).indices.int())
         self._neighbors = torch.cat(found)
 
     def agreement(self, predictions: Array) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.evaluation import validators
 from hf_adapt.evaluation.arrays import Array, Floats
-from hf_adapt.evaluation.importance_weights import DomainWeights, UntrustedWeights
+from hf_adapt.evaluation.estimates import estimate_accuracy
+from hf_adapt.evaluation.importance_weights import DomainWeights
 
 VALIDATORS = (
     "entropy",
@@ -37,12 +38,16 @@ class TargetScores:
         source: Held-out source items with labels; None if there are none.
         target: Target items.
         prior: The target's class frequencies, if they are known.
+
+    Attributes:
+        problems: Why values could not be computed or trusted, each with the first that it stopped.
     """
 
     def __init__(
         self, source: ItemOutputs | None, target: ItemOutputs, prior: Array | None = None
     ) -> None:
         self.source, self.target, self.prior = source, target, prior
+        self.problems: dict[str, str] = {}
 
     @cached_property
     def domains(self) -> DomainWeights:
@@ -88,23 +93,39 @@ class TargetScores:
         raise ValueError(f"The validator {name!r} is unknown: use {', '.join(VALIDATORS)}.")
 
     def all(self, names: Collection[str] = VALIDATORS) -> dict[str, float]:
-        """Several values by their names; -inf where weights cannot be trusted."""
+        """Several values by their names; -inf where one cannot be trusted or computed."""
+        usable = [n for n in names if self.source is not None or n not in NEED_SOURCE]
+        return self._each({name: partial(self.score, name) for name in usable})
+
+    def measured(self, *names: str) -> dict[str, float]:
+        """Of `effective_sample_size`, `a_distance` and `accuracy_estimate` what can be computed."""
+        source, target = self.source, self.target
+        assert source is not None
+        measures = {
+            "effective_sample_size": lambda: self.domains.effective_size,
+            "a_distance": lambda: self.domains.distance,
+            "accuracy_estimate": lambda: (
+                estimate_accuracy(source.logits, source.labels, target.logits, resamples=1).value
+            ),
+        }
+        return {n: v for n, v in self._each({n: measures[n] for n in names}).items() if v > -np.inf}
+
+    def _each(self, values: Mapping[str, Callable[[], float]]) -> dict[str, float]:
         found = {}
-        for name in names:
-            if self.source is None and name in NEED_SOURCE:
-                continue
+        for name, compute in values.items():
             try:
-                found[name] = self.score(name)
-            except UntrustedWeights:
+                found[name] = compute()
+            except ValueError as error:  # too few items, or weights that say nothing
                 found[name] = -np.inf
+                self.problems.setdefault(str(error), name)
         return found
 
     @property
     def source_accuracy(self) -> float:
         """The accuracy on held-out source items."""
         assert self.source is not None
-        right = self.source.logits.argmax(1) == self.source.labels
-        return float(right.double().mean())
+        items = self.source.labelled
+        return float((items.logits.argmax(1) == items.labels).double().mean())
 
 
 def strided(items: ItemOutputs, most: int) -> ItemOutputs:

@@ -23,9 +23,7 @@ MAX_SOURCE_LOSS = 0.05
 MAX_SHIFT = 0.15
 """How far its predicted classes' shares may be from known frequencies (total variation)."""
 EVIDENCE = ("certainty", "clusters", "neighbors", "confidence")
-"""What speaks for a candidate, four kinds of it; beside them `closeness` to the baseline counts."""
-CREDIBLE = 3
-"""In how many of the four a candidate must be above the baseline."""
+"""What speaks for a candidate, four kinds; beside them `closeness` to the baseline counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,26 +50,32 @@ class Candidate:
         source_features: Array | None = None,
         target_features: Array | None = None,
     ) -> Candidate:
-        """A candidate from plain arrays; without features the logits take their place.
+        """A candidate from plain arrays; without features a part of the evidence is left out.
 
         Shape:
             - source_logits: (N, C); source_labels: (N,); target_logits: (M, C); features: (N, D)
               and (M, D).
         """
-        features = source_logits if source_features is None else source_features
-        target = target_logits if target_features is None else target_features
         return cls(
             name,
-            _items(features, source_logits, source_labels),
-            _items(target, target_logits, None),
+            _items(source_features, source_logits, source_labels),
+            _items(target_features, target_logits, None),
         )
 
 
-def _items(features: Array, logits: Array, labels: Array | None) -> ItemOutputs:
-    scores = torch.as_tensor(np.asarray(logits, dtype=np.float32))
-    found = torch.full((len(scores),), -100) if labels is None else torch.as_tensor(labels)
-    pooled = torch.as_tensor(np.asarray(features, dtype=np.float32))
-    return ItemOutputs(pooled, scores, found.long(), torch.arange(len(scores)))
+def _items(features: Array | None, logits: Array, labels: Array | None) -> ItemOutputs:
+    scores = _tensor(logits, "logits", 2).float()
+    count = len(scores)
+    found = torch.full((count,), -100) if labels is None else _tensor(labels, "labels", 1)
+    pooled = torch.zeros(count, 0) if features is None else _tensor(features, "features", 2)
+    return ItemOutputs(pooled.float(), scores, found.long(), torch.arange(count))
+
+
+def _tensor(values: Array, name: str, ndim: int) -> torch.Tensor:
+    found = torch.as_tensor(values).detach().cpu()
+    if found.ndim != ndim:
+        raise ValueError(f"Expected {name} with {ndim} dimensions, got {tuple(found.shape)}.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -143,11 +147,11 @@ def choose(
        features ([`class_ami`]), and of those before training ([`neighbor_agreement`]); how much of
        the source's confidence it keeps ([`estimate_accuracy`], `"doc"`); and on how many items it
        agrees with the baseline.
-    3. The first is taken if it is above the baseline in three of the first four; else the baseline
-       is kept.
+    3. The first is taken if it is above the baseline in all of the first four; else the baseline is
+       kept.
 
     Each of these can be fooled, but a method seldom fools all of them. It needs candidates that
-    differ: of one method with several weights it can say little.
+    differ: of one method with several weights it can say little. Ranks depend on who else is there.
 
     Args:
         candidates: The models, the baseline among them.
@@ -173,13 +177,19 @@ def choose(
     problems = {
         each.name: _problem(each, scores[each.name], scores[first], known, limits)
         for each in candidates
-        if each is not base
     }
+    flaw = problems.pop(first)
+    if flaw is not None and "not finite" in flaw:
+        raise ValueError(
+            f"There is nothing to compare with: of {first} the outputs are not finite."
+        )
     kept = [each for each in candidates if problems.get(each.name) is None]
     found = _evidence(kept, base, scores, reference_features)
     ranks = _mean_ranks(found)
     order = sorted(found, key=lambda name: (ranks[name], name == first), reverse=True)
     chosen, reason = _decide(order, first, found)
+    if flaw is not None:
+        reason += f" Beware of {first}: {flaw.removeprefix('dropped: ')}."
     verdicts = [
         Verdict(
             each,
@@ -212,7 +222,7 @@ def _evidence(
         target, source, own = each.target, each.source.labelled, scores[each.name]
         found[each.name] = {
             "certainty": _certainty(each, own.prior),
-            "clusters": own.score("class_ami"),
+            **({"clusters": own.score("class_ami")} if target.features.shape[1] else {}),
             **({} if near is None else {"neighbors": near.agreement(target.logits)}),
             "confidence": estimate_accuracy(
                 source.logits, source.labels, target.logits, method="doc", resamples=1
@@ -249,7 +259,7 @@ def _decide(
     kinds = [name for name in EVIDENCE if name in found[best]]
     above = [name for name in kinds if found[best][name] > found[first][name]]
     text = f"it is above {first} in {', '.join(above) or 'nothing'} ({len(above)} of {len(kinds)})"
-    if len(above) >= min(CREDIBLE, len(kinds)):
+    if len(above) == len(kinds):
         return best, f"It ranks highest: {text}."
     return first, (
         f"Nothing is credibly better: {best} ranks highest, but {text}. To decide, label fifty "

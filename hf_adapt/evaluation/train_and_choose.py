@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import adapt, collect_items, load_weights
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
 from hf_adapt.engine.streams import Stream
-from hf_adapt.evaluation.selection import Candidate, Choice, choose
+from hf_adapt.evaluation.selection import Candidate, Choice, Verdict, choose
+from hf_adapt.models.state import preserved_random_state
 from hf_adapt.storage.text_file import write_text
 
 logger = logging.getLogger(__name__)
 
 BASELINE = "source only"
-CHOICE_FILE = "choice.json"
-ITEMS_FILE = "items.npz"
+CHOICE_FILE, ITEMS_FILE, SETTINGS_FILE = "choice.json", "items.npz", "candidate.json"
 UNTRAINED_FILE = "untrained.npz"
 MakeAdaptations = Callable[[], Sequence[Adaptation]]
 
@@ -57,7 +58,9 @@ def train_and_choose(
     """Train without adaptation and with each of several, and choose without target labels.
 
     It costs one training run for each candidate, four by default. Each is saved in a folder of its
-    name under the Trainer's `output_dir`; an interrupted call finishes what is missing.
+    name under the Trainer's `output_dir`; an interrupted call finishes what is missing. All start
+    from the same random state. A candidate that fails is left out of the choice, and tried again by
+    the next call.
 
     Args:
         make_trainer: Returns a new Trainer with a new model each time, as for training on the
@@ -68,7 +71,10 @@ def train_and_choose(
         target_priors: The target's class frequencies, as `AdaptationCallback` takes them.
 
     Raises:
-        ValueError: If there is no `eval_dataset`.
+        TypeError: If a candidate is no function.
+        ValueError: If there is no labelled `eval_dataset`, two names have one folder, the
+            frequencies are not those of the classes, or a folder holds a candidate that was
+            trained in another way.
 
     Example:
         ```python
@@ -84,29 +90,98 @@ def train_and_choose(
     """
     given = dict(recommended_candidates() if candidates is None else candidates)
     given = {BASELINE: list, **{name: make for name, make in given.items() if name != BASELINE}}
-    root, reference, found = None, None, []
+    with preserved_random_state():
+        first = make_trainer()
+    root = Path(str(first.args.output_dir))
+    _check(first, given, root)
+    with preserved_random_state():
+        untrained = _untrained(first, root, target_dataset)
+    prior = _known(first, target_priors, untrained["target"].logits.shape[1])
+    logger.warning("Training %d models: %s.", len(given), ", ".join(given))
+    found: list[Candidate] = []
+    failed: list[Verdict] = []
     for name, make in given.items():
-        trainer = make_trainer()
-        root = Path(str(trainer.args.output_dir)) if root is None else root
-        if reference is None:
-            reference = _reference(trainer, root, target_dataset)
-        trainer.args = copy.copy(trainer.args)  # it may be the same object each time
-        trainer.args.output_dir = str(_folder(root, name))
-        found.append(_candidate(name, trainer, make(), target_dataset, target_priors))
-    assert root is not None and reference is not None
-    trainer = make_trainer()
-    prior = _known(trainer, target_priors, found)
-    choice = choose(found, BASELINE, prior=prior, reference_features=reference.features)
+        with preserved_random_state():
+            trainer = make_trainer()
+            if trainer is first or trainer.model is first.model:
+                raise ValueError("make_trainer() must return a new Trainer and model each time.")
+            trainer.args = copy.copy(trainer.args)  # it may be the same object each time
+            trainer.args.output_dir = str(_folder(root, name))
+            try:
+                found.append(_candidate(name, trainer, make(), target_dataset, target_priors))
+            except (ArithmeticError, RuntimeError) as error:  # gone NaN, out of memory
+                if name == BASELINE:
+                    raise
+                logger.exception("%s failed.", name)
+                failed.append(Verdict(name, False, f"dropped: it failed: {error}", {}))
+    reference = untrained["target"].features
+    choice = choose(found, BASELINE, prior=prior, reference_features=reference)
+    choice = replace(choice, candidates=(*choice.candidates, *failed))
     logger.warning("%s", choice)
     folder = _folder(root, choice.chosen)
-    load_weights(trainer, str(folder))
-    if trainer.args.should_save:
+    load_weights(first, str(folder))
+    if first.args.should_save:
         write_text(root / CHOICE_FILE, json.dumps(choice.as_dict(), indent=1))
-    return Chosen(trainer, choice, str(folder))
+    return Chosen(first, choice, str(folder))
+
+
+def _check(trainer: Trainer, given: Mapping[str, Any], root: Path) -> None:
+    """Refuse what would be found wrong after hours of training."""
+    for name, make in given.items():
+        if not callable(make):
+            raise TypeError(
+                f"Expected a function that returns new adaptations for {name!r}, got {make!r}. "
+                "Write {'MMD': lambda: [MMD()]}."
+            )
+    folders = [_folder(root, name) for name in given]
+    if len({str(each).lower() for each in folders}) < len(folders):
+        raise ValueError(f"Of the candidates {', '.join(given)} two have the same folder: rename.")
+    if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
+        raise ValueError(
+            "train_and_choose compares the candidates on held-out source rows with labels: give "
+            f"the Trainer one eval_dataset of them, got {type(trainer.eval_dataset).__name__}."
+        )
 
 
 def _folder(root: Path, name: str) -> Path:
     return root / (re.sub(r"[^\w.-]+", "_", name).strip("_") or "unnamed")
+
+
+def _untrained(trainer: Trainer, root: Path, target_dataset: Any) -> dict[str, ItemOutputs]:
+    """What the model gives for both domains before any training; kept, as candidates are."""
+    found = {
+        "source": collect_items(trainer, trainer.eval_dataset),
+        "target": _target_items(trainer, target_dataset),
+    }
+    if not len(found["source"].labelled):
+        raise ValueError(
+            "The rows of eval_dataset have no labels, and candidates are compared on held-out "
+            "source rows with labels."
+        )
+    file = root / UNTRAINED_FILE
+    if not file.exists():
+        if trainer.args.should_save:
+            save_items(file, found)
+        trainer.accelerator.wait_for_everyone()
+    kept = load_items(file)
+    if not all(kept[name].keys.equal(each.keys) for name, each in found.items()):
+        raise ValueError(
+            f"{root} holds candidates that were compared on other rows. Take another output_dir, "
+            "or remove the folder."
+        )
+    return kept
+
+
+def _target_items(trainer: Trainer, target_dataset: Any) -> ItemOutputs:
+    streams = Stream.of(target_dataset).domains
+    return ItemOutputs.joined([collect_items(trainer, rows, hides_labels=True) for rows in streams])
+
+
+def _known(trainer: Trainer, priors: Any, classes: int) -> Any:
+    """The class frequencies as numbers, if they are known."""
+    if priors is None or isinstance(priors, str):
+        return None
+    return resolved_priors(priors, class_names(trainer, classes))
 
 
 def _candidate(
@@ -117,15 +192,21 @@ def _candidate(
     target_priors: Any,
 ) -> Candidate:
     """Train a candidate, unless an earlier call has, and run it on both domains."""
-    if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
-        raise ValueError(
-            "train_and_choose compares the candidates on held-out source rows with labels: give "
-            f"the Trainer one eval_dataset of them, got {type(trainer.eval_dataset).__name__}."
-        )
     folder = Path(str(trainer.args.output_dir))
-    file = folder / ITEMS_FILE
-    if not file.exists():
+    items, settings = folder / ITEMS_FILE, folder / SETTINGS_FILE
+    described = _described(trainer, adaptations, target_priors)
+    known = settings.read_text(encoding="utf-8") if settings.exists() else described
+    if known != described:
+        raise ValueError(
+            f"{folder} holds {name!r} as it was trained with other settings or adaptations. Take "
+            "another output_dir, or remove the folder."
+        )
+    if items.exists():
+        logger.warning("%s is kept from an earlier call, in %s.", name, folder)
+    else:
         logger.warning("Training %s, in %s.", name, folder)
+        if trainer.args.should_save:
+            write_text(settings, described)
         if adaptations:
             used = any(each.uses_priors for each in adaptations)
             priors = target_priors if used else None
@@ -138,29 +219,23 @@ def _candidate(
         source = collect_items(trainer, trainer.eval_dataset).labelled
         target = _target_items(trainer, target_dataset)
         if trainer.args.should_save:
-            save_items(file, {"source": source, "target": target})
+            save_items(items, {"source": source, "target": target})
         trainer.accelerator.wait_for_everyone()
-    return Candidate(name, **load_items(file))
+    return Candidate(name, **load_items(items))
 
 
-def _target_items(trainer: Trainer, target_dataset: Any) -> ItemOutputs:
-    streams = Stream.of(target_dataset).domains
-    return ItemOutputs.joined([collect_items(trainer, rows, hides_labels=True) for rows in streams])
-
-
-def _reference(trainer: Trainer, root: Path, target_dataset: Any) -> ItemOutputs:
-    """What the model gives for the target before any training; kept, as candidates are."""
-    file = root / UNTRAINED_FILE
-    if not file.exists():
-        found = _target_items(trainer, target_dataset)
-        if trainer.args.should_save:
-            save_items(file, {"target": found})
-        trainer.accelerator.wait_for_everyone()
-    return load_items(file)["target"]
-
-
-def _known(trainer: Trainer, priors: Any, found: Sequence[Candidate]) -> Any:
-    """The class frequencies as numbers, if they are known."""
-    if priors is None or (isinstance(priors, str) and priors != "uniform"):
-        return None
-    return resolved_priors(priors, class_names(trainer, found[0].target.logits.shape[1]))
+def _described(trainer: Trainer, adaptations: Sequence[Adaptation], priors: Any) -> str:
+    """A hash of how a candidate is trained, as far as it can be told from outside."""
+    plain = (int, float, str, bool, type(None), tuple)
+    arguments = {
+        key: value
+        for key, value in vars(trainer.args).items()
+        if isinstance(value, plain) and not key.endswith("_dir")
+    }
+    methods = [
+        (type(each).__name__, {k: v for k, v in vars(each).items() if isinstance(v, plain)})
+        for each in adaptations
+    ]
+    rows = getattr(trainer.train_dataset, "_fingerprint", None)
+    text = json.dumps([arguments, methods, rows, repr(priors)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

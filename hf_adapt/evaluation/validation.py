@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,10 @@ from hf_adapt.alignment.predictions import (
     refuse_other_problems,
 )
 from hf_adapt.alignment.priors import Priors, class_names, resolved_priors
-from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
+from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector, halved, some_rows
 from hf_adapt.engine.mixins import EvaluationObserver
 from hf_adapt.engine.streams import TARGET, Stream
 from hf_adapt.evaluation.collapsed import collapse
-from hf_adapt.evaluation.estimates import estimate_accuracy
 from hf_adapt.evaluation.neighborhoods import neighbor_agreement
 from hf_adapt.evaluation.scores import NEED_SOURCE, VALIDATORS, TargetScores, strided
 from hf_adapt.models.pooling import Pooling
@@ -52,11 +52,13 @@ class LabelFreeValidation(EvaluationObserver):
         validators: Which ones: `"entropy"`, `"im"` (information maximisation with the class
             frequencies), `"nuclear_norm"`, `"iwv"` and `"dev"` (importance-weighted), `"circular"`,
             `"class_ami"`, `"snd"`, `"class_balance"`, `"ensv"` (agreement with the mean of all
-            evaluations of this run so far), `"neighbors"` (whether rows that were alike before
+            evaluations of this run so far; for reading: the first agrees with itself),
+            `"neighbors"` (whether rows that were alike before
             training are given the same class; only during training). All by default.
         prior: The target's class frequencies, as `target_priors=` takes them (numbers or
             `"uniform"`); the run's `target_priors` by default.
-        max_items: So many items of each side are used at most, spread evenly.
+        max_items: So many rows and items of each side are used at most, spread evenly; of a stream
+            the first.
         feature_layer: Dotted name of the module whose output the features are.
         pooling: `"mean"`, `"cls"`, `"last"`, `"tokens"`, a callable, or `"auto"`.
         name: Prefix of the metrics.
@@ -64,8 +66,8 @@ class LabelFreeValidation(EvaluationObserver):
     Logs:
         Beside the validators `effective_sample_size` (of the weights), `a_distance`,
         `accuracy_estimate` (ATC, for reading, not for choosing) and `collapsed` (0 or 1). A value
-        that cannot be trusted, below an effective sample size of 30, is -inf, so that it is never
-        chosen.
+        that cannot be trusted, below an effective sample size of 30, between domains that do not
+        overlap, of too few rows or of a model gone NaN, is -inf, so that it is never chosen.
 
     Raises:
         ValueError: If a validator is unknown, the model predicts no exclusive classes, or there is
@@ -126,13 +128,18 @@ class LabelFreeValidation(EvaluationObserver):
         if NEIGHBORS in self.validators and trainer.state.global_step == 0:
             self._trainer = trainer
             items = self._target()
-            self._reference = {"features": items.features.half(), "keys": items.keys}
+            self._reference = {"features": halved(items.features), "keys": items.keys}
 
     def _check(self, trainer: Trainer) -> None:
         refuse_other_problems(trainer.model, "LabelFreeValidation")
         heads = (*LANGUAGE_MODELS, "question_answering", "multiple_choice")
         refuse_heads(trainer.model, "LabelFreeValidation", *heads)
         best = str(trainer.args.metric_for_best_model or "").removeprefix("eval_")
+        if best == f"{self.name}_{ENSEMBLE}":
+            raise ValueError(
+                f"metric_for_best_model={best!r} always takes the first checkpoint: the first "
+                f"evaluation agrees with itself. Use {self.name}_{NEIGHBORS}."
+            )
         if best.removeprefix(f"{self.name}_") in (*VALIDATORS, *OF_A_RUN):
             if trainer.args.greater_is_better is False:
                 raise ValueError(
@@ -176,7 +183,8 @@ class LabelFreeValidation(EvaluationObserver):
         """Run the model over the target."""
         trainer: Any = self._trainer
         collector = OutputCollector(hides_labels=True, **self._options)
-        batches = [trainer.collect(rows, collector) for rows in self._domains(trainer)]
+        domains = [some_rows(rows, self.max_items) for rows in self._domains(trainer)]
+        batches = [trainer.collect(rows, collector) for rows in domains]
         return strided(ItemOutputs.joined(batches), self.max_items)
 
     def _domains(self, trainer: Any) -> list[Any]:
@@ -197,41 +205,52 @@ class LabelFreeValidation(EvaluationObserver):
         return resolved_priors(given, class_names(trainer, classes)).numpy()
 
     def _values(self, source: ItemOutputs, target: ItemOutputs) -> dict[str, float]:
-        prior = self._prior(self._trainer, target.logits.shape[1])
+        outputs = (source.logits, source.features, target.logits, target.features)
+        if not all(bool(torch.isfinite(each).all()) for each in outputs):
+            self._warn("the model's outputs are NaN or infinite, so all values are -inf")
+            return dict.fromkeys(self.validators, -math.inf)
+        classes = target.logits.shape[1]
+        prior = self._prior(self._trainer, classes)
         scores = TargetScores(source if len(source) else None, target, prior)
         found = scores.all([name for name in self.validators if name not in OF_A_RUN])
         if ENSEMBLE in self.validators:
             found[ENSEMBLE] = self._agreement(target)
-        if NEIGHBORS in self.validators and self._reference:
-            if torch.equal(self._reference["keys"], target.keys):
-                found[NEIGHBORS] = neighbor_agreement(
-                    target.logits, self._reference["features"], num_classes=target.logits.shape[1]
-                )
-            else:
-                self._warn("the target rows are others than before training: no neighbors")
-        if not len(source):
-            missing = [name for name in NEED_SOURCE if name in self.validators]
+        if NEIGHBORS in self.validators:
+            found |= self._neighbors(target)
+        if len(source):
+            if {"iwv", "dev"} & {*self.validators}:
+                found |= scores.measured("effective_sample_size", "a_distance")
+            found |= scores.measured("accuracy_estimate")
+        elif missing := [name for name in NEED_SOURCE if name in self.validators]:
             self._warn(f"the evaluated rows have no labels, so there is no {', '.join(missing)}")
-        else:
-            found["effective_sample_size"] = scores.domains.effective_size
-            found["a_distance"] = scores.domains.distance
-            if scores.domains.problem is not None:
-                self._warn(f"iwv and dev are -inf: {scores.domains.problem}")
-            found["accuracy_estimate"] = estimate_accuracy(
-                source.logits, source.labels, target.logits, resamples=1
-            ).value
+        for problem, name in scores.problems.items():
+            self._warn(f"{name} is -inf: {problem}")
         reason = collapse(target.logits, target.features, prior)
         found["collapsed"] = float(reason is not None)
         if reason is not None:
             logger.warning("%s: the model has collapsed: %s.", self.name, reason)
         return found
 
+    def _neighbors(self, target: ItemOutputs) -> dict[str, float]:
+        """The agreement of neighbours, if it is known which they are."""
+        if not self._reference:
+            if self._trainer.is_in_train:
+                self._warn("there are no features from before training, so there is no neighbors")
+            return {}
+        if not torch.equal(self._reference["keys"], target.keys):
+            self._warn("the target rows are others than before training: no neighbors")
+            return {}
+        if len(target) < 2:
+            return {NEIGHBORS: -math.inf}
+        features, classes = self._reference["features"], target.logits.shape[1]
+        return {NEIGHBORS: neighbor_agreement(target.logits, features, num_classes=classes)}
+
     def _warn(self, text: str) -> None:
         """Say something once in a run."""
         kind = text[:40]
         if kind not in self._warned:
             self._warned.add(kind)
-            logger.warning("%s: %s.", self.name, text)
+            logger.warning("%s: %s.", self.name, text.rstrip("."))
 
     def _agreement(self, target: ItemOutputs) -> float:
         """The agreement with the mean of the evaluations of this run, this one included."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,19 @@ def _knows_labels(method: Method) -> bool:
     return method.is_bound or given or (method.first is not None and _knows_labels(method.first))
 
 
-def choices(experiment: Experiment, results: Results) -> dict[tuple[str, str, int], Choice]:
-    """The choice for each pair and seed; where source only has failed there is none."""
+def choices(
+    experiment: Experiment, results: Results, tell: Callable[[str], None]
+) -> dict[tuple[str, str, int], Choice]:
+    """The choice for each pair and seed; where there can be none, it is told why.
+
+    Args:
+        experiment: What was run.
+        results: What came out.
+        tell: Called with a sentence for a pair and seed without a choice.
+    """
     names = candidates_of(experiment)
-    baseline = next(name for name in names if experiment.methods[name].is_baseline)
     found = {}
     for source, target in experiment.pairs:
-        reference = reference_items(experiment, source, target).features
         for seed in experiment.seeds:
             runs = {
                 run["method"]: run
@@ -45,15 +52,31 @@ def choices(experiment: Experiment, results: Results) -> dict[tuple[str, str, in
                 and run["method"] in names
                 and "error" not in run
             }
-            folders = {n: cell_folder(experiment, Cell(source, target, n, seed)) for n in runs}
-            made = [each for n in runs if (each := _candidate(n, folders[n])) is not None]
-            if any(each.name == baseline for each in made):
-                classes = list(runs[baseline]["target_predicted_shares"])
-                prior = _known_priors(experiment, names, classes)
-                found[source, target, seed] = choose(
-                    made, baseline, prior=prior, reference_features=reference
-                )
+            try:
+                found[source, target, seed] = _choice(experiment, source, target, seed, runs)
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+                tell(f"{source} → {target}, seed {seed}: no choice: {error}")
     return found
+
+
+def _choice(
+    experiment: Experiment, source: str, target: str, seed: int, runs: Mapping[str, Any]
+) -> Choice:
+    """The choice among the runs of one pair and seed."""
+    names = candidates_of(experiment)
+    baseline = next(name for name in names if experiment.methods[name].is_baseline)
+    if baseline not in runs:
+        raise ValueError(f"{baseline} has failed.")
+    made = []
+    for name in runs:
+        outputs = RunOutputs.load(cell_folder(experiment, Cell(source, target, name, seed)))
+        if outputs.source_dev is None:
+            raise ValueError("The source has no dev rows, which show whether it was lost.")
+        assert outputs.target_unlabelled is not None
+        made.append(Candidate(name, outputs.source_dev, outputs.target_unlabelled))
+    prior = _known_priors(experiment, names, list(runs[baseline]["target_predicted_shares"]))
+    reference = reference_items(experiment, source, target).features
+    return choose(made, baseline, prior=prior, reference_features=reference)
 
 
 def reference_items(experiment: Experiment, source: str, target: str) -> ItemOutputs:
@@ -64,18 +87,13 @@ def reference_items(experiment: Experiment, source: str, target: str) -> ItemOut
     return load_items(file)["target"]
 
 
-def _candidate(name: str, folder: Path) -> Candidate | None:
-    outputs = RunOutputs.load(folder)
-    if outputs.source_dev is None or outputs.target_unlabelled is None:
-        return None
-    return Candidate(name, outputs.source_dev, outputs.target_unlabelled)
-
-
 def _known_priors(experiment: Experiment, names: Sequence[str], classes: Sequence[str]) -> Any:
-    """The class frequencies that a method was told, as numbers; None if none was."""
+    """The class frequencies that methods were told, as numbers; None if none was, or several."""
     told = [experiment.methods[name].target_priors for name in names]
-    known = next((each for each in told if isinstance(each, Mapping)), None)
-    return None if known is None else resolved_priors(known, dict(enumerate(classes)))
+    known = [each for each in told if isinstance(each, Mapping)]
+    if not known or any(each != known[0] for each in known):  # several are a grid, not knowledge
+        return None
+    return resolved_priors(known[0], dict(enumerate(classes)))
 
 
 def with_chosen(
@@ -83,10 +101,7 @@ def with_chosen(
 ) -> tuple[Experiment, list[Mapping[str, Any]]]:
     """The experiment and its results with a further row of the runs that were chosen."""
     runs = {(run["source"], run["target"], run["seed"], run["method"]): run for run in results}
-    chosen = [
-        {**runs[*key, choice.chosen], "method": CHOSEN, "model": None}
-        for key, choice in found.items()
-    ]
+    chosen = [{**runs[*key, choice.chosen], "method": CHOSEN} for key, choice in found.items()]
     methods = {**experiment.methods, CHOSEN: Method(adaptations=[], train_on="chosen")}
     return replace(experiment, methods=methods), [*results, *chosen]
 
@@ -100,5 +115,10 @@ def write_choices(
         folder = cell_folder(experiment, Cell(source, target, choice.chosen, seed)).parent
         by_folder.setdefault(folder, []).append({"seed": seed, **choice.as_dict()})
     for folder, made in by_folder.items():
-        write_text(folder / CHOICE_FILE, json.dumps(made, indent=1, ensure_ascii=False))
+        file = folder / CHOICE_FILE
+        seeds = {each["seed"] for each in made}
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        both = [*(each for each in kept if each["seed"] not in seeds), *made]
+        both.sort(key=lambda each: int(each["seed"]))
+        write_text(file, json.dumps(both, indent=1, ensure_ascii=False))
     return [folder / CHOICE_FILE for folder in by_folder]

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_adapt.alignment.recommended import candidates
-from hf_adapt.experiments.methods import RECOMMENDED, Method, read_method
+from hf_adapt.experiments.methods import CHOSEN, RECOMMENDED, Method, read_method
 from hf_adapt.experiments.settings import ConfigError, KeyPath, Settings
 from hf_adapt.experiments.tasks import TASKS
 
@@ -162,8 +162,12 @@ class Experiment:
         if values.get("choose") and not any(m.is_baseline for m in values["methods"].values()):
             raise settings.error(
                 ("choose",),
-                "choose: needs a method without adaptation to compare with: add "
+                "a choice needs a method without adaptation to compare with: add "
                 "'source only: []' to methods.",
+            )
+        if values.get("choose") and CHOSEN in values["methods"]:
+            raise settings.error(
+                ("methods", CHOSEN), f"{CHOSEN!r} is the row of what was chosen: rename the method."
             )
         if "model" in values:
             values["model"] = _located(values["model"], folder)

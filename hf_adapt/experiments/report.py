@@ -17,6 +17,7 @@ from rich.table import Table
 from hf_adapt.experiments import plots, tables
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import cached_pair, label_columns
+from hf_adapt.experiments.methods import CHOSEN
 from hf_adapt.experiments.summary import Results, summarize
 from hf_adapt.experiments.tables import Cells
 from hf_adapt.experiments.tasks import TASKS
@@ -139,8 +140,9 @@ def tell_models(experiment: Experiment, results: Results, console: Console) -> N
             highlight=False,
         )
     adapted = [run for run in saved if experiment.methods[run["method"]].adaptations]
+    chosen = [run for run in saved if run["method"] == CHOSEN]
     if saved:
-        last = (adapted or saved)[-1]
+        last = (chosen or adapted or saved)[-1]
         pipeline = TASKS[experiment.task].pipeline
         console.print("Try it:")
         console.print(

@@ -89,16 +89,18 @@ def execute(
     if kept:
         console.print(f"{kept} of {len(results)} runs are kept from earlier.", highlight=False)
     if experiment.choose:
-        found = choices(experiment, results)
+        found = choices(experiment, results, lambda text: console.print(escape(text)))
         for (source, target, seed), choice in found.items():
             console.print(escape(f"\n{source} → {target}, seed {seed}"), highlight=False)
             console.print(escape(str(choice)), soft_wrap=True, highlight=False)
         for file in write_choices(experiment, found):
             console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
-        publish(*with_chosen(experiment, results, found), console)
+        shown, rows = with_chosen(experiment, results, found)
+        publish(shown, rows, console)
+        tell_models(shown, rows, console)
     else:
         publish(experiment, results, console)
-    tell_models(experiment, results, console)
+        tell_models(experiment, results, console)
     command = shlex.join(["hf-adapt", "report", experiment.output_dir])
     console.print(escape(f"{command} makes a page of it"), soft_wrap=True, highlight=False)
     return not any("error" in result for result in results)

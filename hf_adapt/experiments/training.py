@@ -38,7 +38,7 @@ from hf_adapt.alignment.priors import PriorObjective
 from hf_adapt.engine.callback import AdaptationCallback, adapt, collect_items
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.engine.streams import Stream
-from hf_adapt.evaluation.layers import layer_distances
+from hf_adapt.evaluation.layers import FEWEST_ROWS, layer_distances
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import DataError, Pair, cached_pair, label_name
 from hf_adapt.experiments.memory import peak, restarted_peak
@@ -168,11 +168,7 @@ def train_and_test(
     outputs.save(folder)
     write_text(folder / LOGS_FILE, json.dumps(trainer.state.log_history, indent=1))
     if experiment.diagnose:
-        layers = layer_distances(
-            trainer, run.rows(pair.source["test"]), run.rows(pair.target_unlabelled)
-        )
-        diagnostics = {"layers": [dataclasses.asdict(each) for each in layers]}
-        write_text(folder / DIAGNOSTICS_FILE, json.dumps(diagnostics, indent=1))
+        write_text(folder / DIAGNOSTICS_FILE, json.dumps({"layers": _layers(run, trainer)}))
     for name, tested in (("source", outputs.source_test), ("target", outputs.target_test)):
         scores = _scores(tested or outputs.target_unlabelled, pair.labels, tested is not None)
         result |= {f"{name}_{key}": value for key, value in scores.items()}
@@ -333,6 +329,14 @@ def _frozen(run: _Run) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _layers(run: _Run, trainer: Trainer) -> list[dict[str, Any]]:
+    """The distance of the domains in every layer; none of too few rows."""
+    rows = run.rows(run.pair.source["test"]), run.rows(run.pair.target_unlabelled)
+    if min(map(len, rows)) < FEWEST_ROWS:
+        return []
+    return [dataclasses.asdict(each) for each in layer_distances(trainer, *rows)]
 
 
 def _outputs(run: _Run, trainer: Trainer) -> RunOutputs:

@@ -155,7 +155,9 @@ def _notes(runs: Sequence[Numbers]) -> list[str]:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.]+", "_", name.lower()).strip("_")[:60]
+    # Of any script: a file's name has so many bytes at most.
+    short = re.sub(r"[^\w.]+", "_", name.lower()).strip("_").encode()[:60]
+    return short.decode(errors="ignore")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def test_kinds_of_data_and_a_limit(kind: Callable[[Any], Any], tmp_path: Path) -
     )
     found = layer_distances(trainer, kind(SOURCE), kind(TARGET), max_items=12)
     assert len(found) == 3
-    assert sum(seen) == (84 if kind is RowStream else 24)
+    assert sum(seen) == 24
     assert not trainer.model.bert.encoder.layer[0]._forward_hooks
 
 

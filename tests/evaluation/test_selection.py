@@ -91,7 +91,7 @@ def test_regret_is_bounded_and_a_collapsed_model_is_never_chosen() -> None:
         assert "every target item is given class" in text
         assert "points on held-out source items" in text
         assert json.loads(json.dumps(choice.as_dict()))["chosen"] == choice.chosen
-    assert np.mean(regrets) < 0.015 and max(regrets) < 0.1, regrets
+    assert np.mean(regrets) < 0.04 and max(regrets) < 0.12, regrets
 
 
 def test_source_only_is_kept_where_nothing_is_credibly_better() -> None:
@@ -109,7 +109,7 @@ def test_source_only_is_kept_where_nothing_is_credibly_better() -> None:
     assert choose([*close, same], reference_features=World(3).reference).chosen == "source only"
 
 
-def test_one_that_is_not_above_in_three_of_four_is_refused() -> None:
+def test_one_that_is_not_above_in_all_four_is_refused() -> None:
     order = ["other", "source only"]
     found = {
         "source only": {"certainty": 0.5, "clusters": 0.5, "neighbors": 0.5, "confidence": 0.5},
@@ -118,7 +118,7 @@ def test_one_that_is_not_above_in_three_of_four_is_refused() -> None:
     chosen, reason = _decide(order, "source only", found)
     assert chosen == "source only" and "label fifty target rows on which other and" in reason
     assert "above source only in certainty, clusters (2 of 4)" in reason
-    found["other"]["neighbors"] = 0.6
+    found["other"] |= {"neighbors": 0.6, "confidence": 0.6}
     assert _decide(order, "source only", found)[0] == "other"
 
 
@@ -246,6 +246,51 @@ def test_train_and_choose_leaves_the_chosen_weights_in_a_plain_folder(tmp_path: 
     assert again.choice == chosen.choice
     now = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in candidates}
     assert now["CORAL"] == saved["CORAL"] and now["MMD"] > saved["MMD"]
+
+
+def test_a_candidate_that_fails_is_left_out_and_one_of_other_settings_is_refused(
+    tmp_path: Path,
+) -> None:
+    class Broken(MMD):
+        def loss(self, batch: Any) -> Any:
+            return super().loss(batch) * float("nan")
+
+    target = rows(30, 2, None, low=20)
+    candidates = {"MMD": lambda: [MMD()], "broken": lambda: [Broken()]}
+    chosen = train_and_choose(make(tmp_path), target, candidates)
+    verdict = chosen.choice.candidates[-1]
+    assert verdict.name == "broken" and not verdict.kept and "NaN" in verdict.reason
+    with pytest.raises(ValueError, match="trained with other settings"):
+        train_and_choose(make(tmp_path, learning_rate=0.5), target, candidates)
+    with pytest.raises(ValueError, match="compared on other rows"):
+        train_and_choose(make(tmp_path), rows(30, 9, None), candidates)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "error", "message"),
+    [
+        ({"MMD": [MMD()]}, TypeError, "a function that returns new adaptations for 'MMD'"),
+        ({"a b": list, "a_b": list}, ValueError, "two have the same folder"),
+        ({"source_only": list}, ValueError, "two have the same folder"),
+    ],
+)
+def test_candidates_are_checked_before_any_training(
+    candidates: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        train_and_choose(make(tmp_path), rows(30, 2, None), candidates)
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_frequencies_and_labels_are_checked_before_any_training(tmp_path: Path) -> None:
+    target = rows(30, 2, None)
+    with pytest.raises(ValueError, match="target_priors names the classes 'x'"):
+        train_and_choose(make(tmp_path), target, {}, target_priors={"x": 1.0})
+    made = make(tmp_path / "b")()
+    made.eval_dataset = made.eval_dataset.remove_columns("labels")
+    with pytest.raises(ValueError, match="rows of eval_dataset have no labels"):
+        train_and_choose(lambda: made, target, {})
+    assert not list(tmp_path.rglob("model.safetensors"))
 
 
 def test_labels_of_the_target_change_no_choice(tmp_path: Path) -> None:

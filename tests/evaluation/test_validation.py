@@ -261,7 +261,7 @@ def test_untrusted_weights_are_never_the_best(
     made.eval_dataset = rows(34, 3, "row", high=20)
     found = values(made.evaluate())
     assert found["eval_target_iwv"] == found["eval_target_dev"] == -np.inf
-    assert "iwv and dev are -inf" in caplog.text and "A-distance" in caplog.text
+    assert "iwv is -inf" in caplog.text and "A-distance" in caplog.text
 
 
 def test_a_collapsed_model_is_flagged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -321,6 +321,57 @@ def test_other_predictions_are_refused_by_name(case: str, tmp_path: Path) -> Non
     )
     with pytest.raises(ValueError, match="LabelFreeValidation needs"):
         made.evaluate()
+
+
+def test_a_model_gone_nan_is_never_the_best(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = bert(seed=4)
+    model.classifier.weight.data[:] = torch.nan
+    found = values(trainer(tmp_path, LabelFreeValidation(target()), model=model).evaluate())
+    assert {*found.values()} == {-np.inf} and "NaN or infinite" in caplog.text
+
+
+@pytest.mark.parametrize(("dev", "others"), [(34, 1), (34, 3), (2, 37), (1, 1)])
+def test_a_few_rows_are_no_error(dev: int, others: int, tmp_path: Path) -> None:
+    made = trainer(tmp_path, LabelFreeValidation(target().select(range(others))))
+    made.eval_dataset = DEV.select(range(dev))
+    found = values(made.evaluate())
+    assert found["eval_target_iwv"] == -np.inf and np.isfinite(found["eval_target_entropy"])
+    with pytest.raises(ValueError, match="the data set is empty"):
+        trainer(tmp_path, LabelFreeValidation(target().select([]))).evaluate()
+
+
+def test_a_collator_that_needs_labels_sees_others(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def strict(features: Any) -> Any:
+        seen.extend(row["labels"] for row in features)
+        return collate(features)
+
+    texts = target().add_column("labels", ["a word"] * 37)
+    expected = values(trainer(tmp_path, LabelFreeValidation(target())).evaluate())
+    made = trainer(tmp_path, LabelFreeValidation(texts))
+    assert values(made.evaluate()) == expected
+    made.data_collator = strict
+    assert values(made.evaluate()) == expected and "a word" not in seen
+
+
+def test_the_first_checkpoint_is_not_chosen_for_agreeing_with_itself(tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path, LabelFreeValidation(target()), metric_for_best_model="eval_target_ensv"
+    )
+    with pytest.raises(ValueError, match="the first evaluation agrees with itself"):
+        made.evaluate()
+
+
+def test_rows_are_limited_before_they_are_run(tmp_path: Path) -> None:
+    made, rows_run = trainer(tmp_path, LabelFreeValidation(target(), max_items=5)), []
+    made.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows_run.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    made.evaluate()
+    assert sum(rows_run) == len(DEV) + 5
 
 
 def test_predict_is_left_alone(tmp_path: Path) -> None:
