@@ -24,6 +24,8 @@ MAX_SHIFT = 0.15
 """How far its predicted classes' shares may be from known frequencies (total variation)."""
 EVIDENCE = ("certainty", "clusters", "neighbors", "confidence")
 """What speaks for a candidate, four kinds; beside them `closeness` to the baseline counts."""
+CREDIBLE = 3
+"""In how many of the four a candidate must be above the baseline."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +149,8 @@ def choose(
        features ([`class_ami`]), and of those before training ([`neighbor_agreement`]); how much of
        the source's confidence it keeps ([`estimate_accuracy`], `"doc"`); and on how many items it
        agrees with the baseline.
-    3. The first is taken if it is above the baseline in all of the first four; else the baseline is
-       kept.
+    3. The first is taken if it is above the baseline in three of the first four; else the baseline
+       is kept.
 
     Each of these can be fooled, but a method seldom fools all of them. It needs candidates that
     differ: of one method with several weights it can say little. Ranks depend on who else is there.
@@ -259,7 +261,7 @@ def _decide(
     kinds = [name for name in EVIDENCE if name in found[best]]
     above = [name for name in kinds if found[best][name] > found[first][name]]
     text = f"it is above {first} in {', '.join(above) or 'nothing'} ({len(above)} of {len(kinds)})"
-    if len(above) == len(kinds):
+    if len(above) >= min(CREDIBLE, len(kinds)):
         return best, f"It ranks highest: {text}."
     return first, (
         f"Nothing is credibly better: {best} ranks highest, but {text}. To decide, label fifty "
