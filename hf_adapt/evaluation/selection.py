@@ -10,11 +10,8 @@ import numpy as np
 import torch
 
 from hf_adapt.engine.item_outputs import ItemOutputs
-from hf_adapt.evaluation import validators
-from hf_adapt.evaluation.arrays import Array, Floats, as_prior, extra
-from hf_adapt.evaluation.calibration import calibrated
+from hf_adapt.evaluation.arrays import Array, Floats, as_logits, as_prior, softmax
 from hf_adapt.evaluation.collapsed import collapse
-from hf_adapt.evaluation.estimates import estimate_accuracy
 from hf_adapt.evaluation.neighborhoods import Neighborhoods
 from hf_adapt.evaluation.scores import TargetScores
 
@@ -22,10 +19,8 @@ MAX_SOURCE_LOSS = 0.05
 """How much accuracy on held-out source items a candidate may lose against the baseline."""
 MAX_SHIFT = 0.15
 """How far its predicted classes' shares may be from known frequencies (total variation)."""
-EVIDENCE = ("certainty", "clusters", "neighbors", "confidence")
-"""What speaks for a candidate, four kinds; beside them `closeness` to the baseline counts."""
-CREDIBLE = 3
-"""In how many of the four a candidate must be above the baseline."""
+CREDIBLE = 2 / 3
+"""In which share of bootstrap samples a candidate must beat the baseline: two to one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +47,7 @@ class Candidate:
         source_features: Array | None = None,
         target_features: Array | None = None,
     ) -> Candidate:
-        """A candidate from plain arrays; without features a part of the evidence is left out.
+        """A candidate from plain arrays.
 
         Shape:
             - source_logits: (N, C); source_labels: (N,); target_logits: (M, C); features: (N, D)
@@ -143,23 +138,20 @@ def choose(
     """Choose a model for the target without its labels, or keep the one without adaptation.
 
     1. What has collapsed, has lost the source, or contradicts known class frequencies is dropped.
-    2. The rest is ranked by the mean of its ranks in five things of different kinds: how sure and
-       varied its predictions are, calibrated on the source ([`nuclear_norm`]; with known
-       frequencies [`information_maximization`]); whether its classes are clusters of its own
-       features ([`class_ami`]), and of those before training ([`neighbor_agreement`]); how much of
-       the source's confidence it keeps ([`estimate_accuracy`], `"doc"`); and on how many items it
-       agrees with the baseline.
-    3. The first is taken if it is above the baseline in three of the first four; else the baseline
-       is kept.
+    2. The rest is ranked by whether target items that were alike before training are given the same
+       class ([`neighbor_agreement`]).
+    3. The first is taken if that is credibly more than the baseline's: in two of three bootstrap
+       samples of the items.
 
-    Each of these can be fooled, but a method seldom fools all of them. It needs candidates that
-    differ: of one method with several weights it can say little. Ranks depend on who else is there.
+    It cannot judge methods that train on neighbours ([`ATDOC`], [`AaD`]): nothing may be chosen by
+    what it has trained. Without `reference_features`, agreement with the mean of all candidates
+    ([`ensemble_agreement`]) takes the place of the neighbours', which is much weaker.
 
     Args:
         candidates: The models, the baseline among them.
         baseline: The name of the one that was trained on the source only; the first by default.
         reference_features: Features of the target items before any training, in the order of the
-            candidates' items; without them the third of the five is left out.
+            candidates' items.
         prior: The target's class frequencies, if they are known.
         max_source_loss: How much accuracy on held-out source items a candidate may lose.
         max_shift: How far predicted shares may be from `prior` (total variation).
@@ -186,10 +178,17 @@ def choose(
             f"There is nothing to compare with: of {first} the outputs are not finite."
         )
     kept = [each for each in candidates if problems.get(each.name) is None]
-    found = _evidence(kept, base, scores, reference_features)
-    ranks = _mean_ranks(found)
-    order = sorted(found, key=lambda name: (ranks[name], name == first), reverse=True)
-    chosen, reason = _decide(order, first, found)
+    evidence = _evidence(kept, reference_features)
+    criterion = "ensv" if reference_features is None else "neighbors"
+    found = {
+        each.name: {
+            criterion: float(evidence[each.name].mean()),
+            "source_accuracy": scores[each.name].source_accuracy,
+        }
+        for each in kept
+    }
+    order = sorted(found, key=lambda n: (found[n][criterion], n == first), reverse=True)
+    chosen, reason = _decide(order, first, evidence, criterion)
     if flaw is not None:
         reason += f" Beware of {first}: {flaw.removeprefix('dropped: ')}."
     verdicts = [
@@ -204,69 +203,51 @@ def choose(
     return Choice(chosen, first, reason, tuple(verdicts))
 
 
-def _evidence(
-    kept: Sequence[Candidate],
-    base: Candidate,
-    scores: Mapping[str, TargetScores],
-    reference: Array | None,
-) -> dict[str, dict[str, float]]:
-    """What speaks for each candidate, by kind."""
-    count, classes = base.target.logits.shape
-    if reference is not None and len(reference) != count:  # type: ignore[arg-type]
+def _evidence(kept: Sequence[Candidate], reference: Array | None) -> dict[str, Floats]:
+    """What speaks for each candidate, item by item."""
+    logits = {each.name: each.target.logits for each in kept}
+    if reference is None:
+        mean = np.mean([softmax(as_logits(each)) for each in logits.values()], axis=0).argmax(1)
+        return {n: (as_logits(each).argmax(1) == mean).astype(float) for n, each in logits.items()}
+    count, classes = next(iter(logits.values())).shape
+    if len(reference) != count:  # type: ignore[arg-type]
         raise ValueError(
             f"Expected reference_features of the candidates' {count} target items, in their order, "
             f"got {len(reference)}."  # type: ignore[arg-type]
         )
-    near = None if reference is None else Neighborhoods(reference, num_classes=classes)
-    baseline = base.target.logits.argmax(1)
-    found = {}
-    for each in kept:
-        target, source, own = each.target, each.source.labelled, scores[each.name]
-        found[each.name] = {
-            "certainty": _certainty(each, own.prior),
-            **({"clusters": own.score("class_ami")} if target.features.shape[1] else {}),
-            **({} if near is None else {"neighbors": near.agreement(target.logits)}),
-            "confidence": estimate_accuracy(
-                source.logits, source.labels, target.logits, method="doc", resamples=1
-            ).value,
-            "closeness": float((target.logits.argmax(1) == baseline).double().mean()),
-        }
-    return found
-
-
-def _certainty(candidate: Candidate, prior: Array | None) -> float:
-    """How sure and varied the predictions are, at the temperature that fits the source."""
-    source = candidate.source.labelled
-    logits = calibrated(candidate.target.logits, source.logits, source.labels)
-    if prior is None:
-        return validators.nuclear_norm(logits)
-    return validators.information_maximization(logits, prior)
-
-
-def _mean_ranks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The mean rank of each over all criteria, higher is better; equal values share a rank."""
-    table = np.array([list(values.values()) for values in found.values()])
-    ranks = extra("scipy.stats").rankdata(table, axis=0).mean(1)
-    return dict(zip(found, ranks.tolist(), strict=True))
+    near = Neighborhoods(reference, num_classes=classes)
+    return {name: near.agreements(each) for name, each in logits.items()}
 
 
 def _decide(
-    order: Sequence[str], first: str, found: Mapping[str, Mapping[str, float]]
+    order: Sequence[str], first: str, evidence: Mapping[str, Floats], criterion: str
 ) -> tuple[str, str]:
     """The name of what is taken, and why."""
     best = order[0]
     if best == first:
         why = "No adapted model ranks higher." if len(order) > 1 else "Nothing else is left."
         return first, why
-    kinds = [name for name in EVIDENCE if name in found[best]]
-    above = [name for name in kinds if found[best][name] > found[first][name]]
-    text = f"it is above {first} in {', '.join(above) or 'nothing'} ({len(above)} of {len(kinds)})"
-    if len(above) >= min(CREDIBLE, len(kinds)):
+    differences = evidence[best] - evidence[first]
+    share = _share_above(differences)
+    what = "neighbour agreement" if criterion == "neighbors" else "agreement with all candidates"
+    text = (
+        f"{what} {differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap "
+        "samples"
+    )
+    if share >= CREDIBLE:
         return best, f"It ranks highest: {text}."
     return first, (
-        f"Nothing is credibly better: {best} ranks highest, but {text}. To decide, label fifty "
+        f"Nothing is credibly better: {best} ranks highest, with {text}. To decide, label fifty "
         f"target rows on which {best} and {first} disagree."
     )
+
+
+def _share_above(differences: Floats, resamples: int = 1000) -> float:
+    """In which share of bootstrap samples the mean is above 0."""
+    random = np.random.default_rng(0)
+    size = len(differences)
+    means = [differences[random.integers(size, size=size)].mean() for _ in range(resamples)]
+    return float(np.mean(np.array(means) > 0))
 
 
 def _standing(rank: int, scores: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_adapt.alignment.neighbours import NeighbourObjective
 from hf_adapt.alignment.priors import resolved_priors
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
 from hf_adapt.evaluation.selection import Candidate, Choice, choose
@@ -22,8 +23,16 @@ from hf_adapt.storage.text_file import write_text
 
 
 def candidates_of(experiment: Experiment) -> list[str]:
-    """The methods to choose from: those that no target label has helped."""
-    return [name for name, method in experiment.methods.items() if not _knows_labels(method)]
+    """The methods to choose from: no target label has helped them, and none trains on neighbours.
+
+    What a method has trained cannot judge it.
+    """
+    return [
+        name
+        for name, method in experiment.methods.items()
+        if not _knows_labels(method)
+        and not any(isinstance(each, NeighbourObjective) for each in method.sketch)
+    ]
 
 
 def _knows_labels(method: Method) -> bool:

@@ -109,17 +109,14 @@ def test_source_only_is_kept_where_nothing_is_credibly_better() -> None:
     assert choose([*close, same], reference_features=World(3).reference).chosen == "source only"
 
 
-def test_one_that_is_not_above_in_three_of_four_is_refused() -> None:
-    order = ["other", "source only"]
-    found = {
-        "source only": {"certainty": 0.5, "clusters": 0.5, "neighbors": 0.5, "confidence": 0.5},
-        "other": {"certainty": 0.9, "clusters": 0.9, "neighbors": 0.4, "confidence": 0.4},
-    }
-    chosen, reason = _decide(order, "source only", found)
+def test_one_that_is_not_credibly_above_is_refused() -> None:
+    order, base = ["other", "source only"], np.tile([0.0, 1.0], 50)
+    found = {"source only": base, "other": np.tile([1.0, 0.0], 50)}
+    found["other"][0] = 1.4  # more on average, but not in two of three samples
+    chosen, reason = _decide(order, "source only", found, "neighbors")
     assert chosen == "source only" and "label fifty target rows on which other and" in reason
-    assert "above source only in certainty, clusters (2 of 4)" in reason
-    found["other"]["neighbors"] = 0.6
-    assert _decide(order, "source only", found)[0] == "other"
+    found["other"] = base + 0.01
+    assert _decide(order, "source only", found, "neighbors")[0] == "other"
 
 
 def test_known_frequencies_rule_models_out() -> None:
@@ -133,11 +130,11 @@ def test_known_frequencies_rule_models_out() -> None:
     assert "points off the known frequencies" in verdicts["tilted"].reason
 
 
-def test_without_a_reference_the_other_evidence_judges() -> None:
+def test_without_a_reference_the_candidates_judge_each_other() -> None:
     _, candidates, _ = grid(0)
     choice = choose(list(candidates.values()))
     scores = next(each for each in choice.candidates if each.kept).scores
-    assert set(scores) == {"certainty", "clusters", "confidence", "closeness"}
+    assert set(scores) == {"ensv", "source_accuracy"}
 
 
 def test_outputs_that_are_not_finite_are_dropped() -> None:
