@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from transformers import Trainer, pipeline
 
 from hf_adapt.alignment import MMD
+from hf_adapt.cli.run_options import experiment
 from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.experiments import plots
+from hf_adapt.experiments.choice import candidates_of
 from hf_adapt.report import write_report
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
@@ -477,6 +479,20 @@ def test_candidates_of_two_files_are_chosen_from(
     methods = [line["method"] for line in results(tmp_path / "out")]
     assert methods == ["source only", "SelfTraining", "MCC", "InformationMaximization", "chosen"]
     assert "Chosen without target labels" in printed
+
+
+def test_no_candidate_has_seen_labels_or_trains_on_neighbours(write_config: Config) -> None:
+    methods = {
+        "source only": [],
+        "told": {"adaptations": ["SelfTraining"], "target_priors": "given"},
+        "told wrongly": {"adaptations": ["SelfTraining"], "target_priors": {"given": 0.1}},
+        "assumed": {"adaptations": ["SelfTraining"], "target_priors": {"pos": 0.5, "neg": 0.5}},
+        "ATDOC": ["ATDOC"],
+        "AaD beside": ["MMD", "AaD"],
+        "bound": "target",
+    }
+    made = experiment(write_config(methods=methods), {}, {})
+    assert candidates_of(made) == ["source only", "assumed"]
 
 
 def test_a_choice_needs_a_method_without_adaptation(write_config: Config) -> None:
