@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hf_adapt.alignment.class_confusion import MCC
-from hf_adapt.alignment.entropy import InformationMaximization
 from hf_adapt.alignment.self_training import SelfTraining
 from hf_adapt.engine.adaptation import Adaptation
 
@@ -31,15 +30,15 @@ def recommended() -> list[Adaptation]:
 def candidates() -> dict[str, Callable[[], Sequence[Adaptation]]]:
     """The adaptations to choose from where nothing is known of the target, by name.
 
-    Functions that return new ones, for [`hf_adapt.evaluation.train_and_choose`]. None of them
-    trains on neighbours, by which the choice is made.
+    Functions that return new ones, for [`hf_adapt.evaluation.train_and_choose`]. Few, since each
+    further one is a further chance of a wrong choice, and none that trains on neighbours, by which
+    the choice is made.
 
     Example:
         >>> list(candidates())
-        ['SelfTraining', 'MCC', 'InformationMaximization']
+        ['SelfTraining', 'MCC']
     """
     return {
         "SelfTraining": lambda: [SelfTraining()],
         "MCC": lambda: [MCC()],
-        "InformationMaximization": lambda: [InformationMaximization()],
     }

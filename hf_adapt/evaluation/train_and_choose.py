@@ -57,7 +57,7 @@ def train_and_choose(
 ) -> Chosen:
     """Train without adaptation and with each of several, and choose without target labels.
 
-    It costs one training run for each candidate, four by default. Each is saved in a folder of its
+    It costs one training run for each candidate, three by default. Each is saved in a folder of its
     name under the Trainer's `output_dir`; an interrupted call finishes what is missing. All start
     from the same random state. A candidate that fails is left out of the choice, and tried again by
     the next call.
