@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from domain_data import cache_folder
 from measure import print_machine, progress
@@ -27,7 +27,7 @@ from measure import print_machine, progress
 from hf_adapt.cli.run_options import experiment
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.evaluation import Candidate, Neighborhoods, choose
-from hf_adapt.evaluation.estimates import estimate_accuracy
+from hf_adapt.evaluation.estimates import Method
 from hf_adapt.evaluation.scores import VALIDATORS, TargetScores
 from hf_adapt.evaluation.validators import ensemble_agreement
 from hf_adapt.experiments.choice import reference_items
@@ -64,17 +64,10 @@ class Run:
         """The validators, and the estimates of accuracy, none of which a label has seen."""
         source, target = self.outputs.source_dev, self.outputs.target_unlabelled
         assert source is not None and target is not None
-        found = TargetScores(source, target).all(VALIDATORS)
-        for method in ("atc", "doc", "iwv"):
-            found[f"estimate ({method})"] = estimate_accuracy(
-                source.logits,
-                source.labels,
-                target.logits,
-                method=method,
-                source_features=source.features,
-                target_features=target.features,
-                resamples=1,
-            ).value
+        scores = TargetScores(source, target)
+        found = scores.all(VALIDATORS)
+        for method in get_args(Method):
+            found[f"estimate ({method})"] = scores.estimate(method, resamples=1).value
         return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from hf_adapt.cli.errors import check_installed, fail
 
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"}
 
@@ -31,19 +32,12 @@ def report(
     The page is one HTML file that opens without a network. Its numbers (report.json) and its plots
     (*.png) are written beside it.
     """
-    missing = [pip for module, pip in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        _fail(f"hf-adapt report needs {', '.join(missing)}: pip install 'hf-adapt[run]'")
+    check_installed("report", NEEDED)
 
     from hf_adapt.report import ReportError, write_report
 
     try:
         page = write_report(runs, output)
     except (ReportError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     typer.echo(f"wrote {page}")
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)

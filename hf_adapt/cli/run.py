@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from hf_adapt.cli.errors import check_installed, fail
 
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
@@ -88,9 +89,7 @@ def run(
     same command again: it continues where it stopped. Every option of TrainingArguments can be
     given too (--max_steps 100).
     """
-    missing = [pip for module, pip in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        _fail(f"hf-adapt run needs {', '.join(missing)}: pip install 'hf-adapt[run]'")
+    check_installed("run", NEEDED)
 
     from hf_adapt.cli import run_options
     from hf_adapt.experiments.data import DataError
@@ -108,14 +107,9 @@ def run(
         experiment = run_options.experiment(file, flags, training)
         complete = execute(experiment, jobs, overwrite)
     except (ConfigError, DataError, ModelError, RuntimeError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None
     if not complete:
         raise typer.Exit(1)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)

@@ -84,11 +84,16 @@ class UnlabelledCollator:
     def _labelled(self, row: Any) -> Any:
         if not isinstance(row, Mapping):
             return row
-        labels = {
-            key: label_of(value, value[0], length_of(row)) if key in self._by_token else value
-            for key, value in self._stand_ins.items()
-        }
-        return {**row, **labels}
+        given = self._stand_ins.items()
+        return {**row, **{k: _stand_in(label, row, k in self._by_token) for k, label in given}}
+
+
+def _stand_in(label: Any, row: Mapping[str, Any], by_token: bool | None) -> Any:
+    """Another row's label, that a collator can read; for each token, the first one there is."""
+    if not by_token:
+        return label
+    first = next((value for value in label if value != IGNORED), label[0])
+    return label_of(label, first, length_of(row))
 
 
 class AdaptationCollator:
@@ -232,7 +237,9 @@ class AdaptationCollator:
         if not names or self._takes_hidden:
             return self._make(rows)
         stand_ins = [
-            {**row, **{name: self._stand_in(like, row, name) for name in names}} if d else row
+            {**row, **{n: _stand_in(like[n], row, self._token_labels.get(n)) for n in names}}
+            if d
+            else row
             for row, d in zip(rows, hidden.tolist(), strict=True)
         ]
         if self._takes_hidden is False:
@@ -257,14 +264,6 @@ class AdaptationCollator:
         else:
             self._takes_hidden = True
         return batch
-
-    def _stand_in(self, like: Mapping[str, Any], target: Mapping[str, Any], key: str) -> Any:
-        """A label that a collator can read: the source row's, or its first one for each token."""
-        label = like[key]
-        if not self._token_labels.get(key):
-            return label
-        first = next((value for value in label if value != IGNORED), label[0])
-        return label_of(label, first, length_of(target))
 
     def _collate(self, rows: list[Any], domains: list[int], like: Any) -> Any:
         """The batch of one forward, with its domain column."""

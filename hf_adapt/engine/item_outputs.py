@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,6 +21,7 @@ from hf_adapt.engine.mixins import EvaluationObserver
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.parts import Layout, Part, added_ids
 from hf_adapt.models.pooling import Pooling
+from hf_adapt.storage.text_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -115,15 +114,9 @@ def save_items(path: str | Path, items: Mapping[str, ItemOutputs | None]) -> Non
             value = getattr(each, column.name)
             value = halved(value) if column.name == "features" else value
             arrays[f"{name}.{column.name}"] = value.numpy()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, part.open("wb") as file:
+        # NumPy's stubs take the arrays for its option allow_pickle.
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_items(path: str | Path) -> dict[str, ItemOutputs]:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hf_adapt.evaluation.arrays import Floats, log_softmax
+
 IGNORED = -100
 """The label of ignored items, as in torch's cross-entropy and the Trainer's padding."""
 
 Score = Callable[[NDArray[Any], NDArray[Any]], float]
 """(predictions, labels) -> a score, where higher is better."""
-
-_Floats = NDArray[np.float64]
 
 
 def same_shape(student: NDArray[Any], teacher: NDArray[Any], what: str) -> None:
@@ -42,7 +42,7 @@ def counted_items(shape: tuple[int, ...], labels: ArrayLike | None) -> NDArray[n
     return kept
 
 
-def _scores(values: ArrayLike, what: str) -> _Floats:
+def _scores(values: ArrayLike, what: str) -> Floats:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim < 2 or scores.shape[-1] < 2:
         raise ValueError(
@@ -52,12 +52,6 @@ def _scores(values: ArrayLike, what: str) -> _Floats:
     if np.isnan(scores).any():
         raise ValueError(f"Expected {what} without NaN, got some. Find where the model diverged.")
     return scores
-
-
-def _log_softmax(logits: _Floats) -> _Floats:
-    shifted: _Floats = logits - logits.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted
 
 
 def agreement(student: ArrayLike, teacher: ArrayLike, labels: ArrayLike | None = None) -> float:
@@ -149,13 +143,13 @@ def teacher_divergence(
     if not temperature > 0:
         raise ValueError(f"Expected a positive temperature, got {temperature}. 1 changes nothing.")
     kept = counted_items(student.shape[:-1], labels)
-    own, given = (_log_softmax(x[kept] / temperature) for x in (student, teacher))
+    own, given = (log_softmax(x[kept] / temperature) for x in (student, teacher))
     with np.errstate(invalid="ignore"):  # a class of logit -inf in both: 0 · (-inf + inf) is 0
         terms = np.where(given == -np.inf, 0.0, np.exp(given) * (given - own))
     return float(max(terms.sum(-1).mean(), 0.0))
 
 
-def calibration_histogram(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> _Floats:
+def calibration_histogram(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> Floats:
     """Sums over bins for the calibration error; adding up batches and processes is exact.
 
     Args:
@@ -203,7 +197,7 @@ def calibration_histogram(probabilities: ArrayLike, labels: ArrayLike, n_bins: i
     )
 
 
-def _are_probabilities(rows: _Floats) -> bool:
+def _are_probabilities(rows: Floats) -> bool:
     # The sum's tolerance is that of half precision.
     return bool((rows >= 0).all() and (np.abs(rows.sum(-1) - 1) < 1e-2).all())
 
@@ -281,7 +275,7 @@ def calibration_error(
                 "Expected logits, got rows from 0 to 1 with sum 1. A softmax over probabilities "
                 "would flatten them: pass `from_logits=False`."
             )
-        rows = np.exp(_log_softmax(rows))
+        rows = np.exp(log_softmax(rows))
     return calibration_error_from(calibration_histogram(rows, labels, n_bins))
 
 

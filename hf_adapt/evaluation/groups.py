@@ -17,7 +17,7 @@ from hf_adapt.alignment.predictions import LANGUAGE_MODELS, refuse_heads, refuse
 from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.mixins import EvaluationObserver
-from hf_adapt.evaluation.arrays import Array
+from hf_adapt.evaluation.arrays import Array, extra
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -53,9 +53,7 @@ class Group:
         Reference:
             Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
         """
-        from scipy.stats import binomtest
-
-        ends = binomtest(right, count).proportion_ci(0.95, method="wilson")
+        ends = extra("scipy.stats").binomtest(right, count).proportion_ci(0.95, method="wilson")
         return cls(name, right / count, count, float(ends.low), float(ends.high))
 
     @property

@@ -65,8 +65,8 @@ def density_ratio(
     Raises:
         ValueError: If the shapes do not fit or there are fewer items than folds.
     """
-    odds, _ = domain_log_odds(source_features, target_features, folds)
-    return weights_of(odds, len(target_features) / len(odds), clip, normalize)  # type: ignore[arg-type]
+    odds, target_odds = domain_log_odds(source_features, target_features, folds)
+    return weights_of(odds, len(target_odds) / len(odds), clip, normalize)
 
 
 def domain_log_odds(

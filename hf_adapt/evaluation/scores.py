@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.evaluation import validators
 from hf_adapt.evaluation.arrays import Array, Floats
-from hf_adapt.evaluation.estimates import estimate_accuracy
+from hf_adapt.evaluation.estimates import AccuracyEstimate, Method, estimate_accuracy
 from hf_adapt.evaluation.importance_weights import DomainWeights
 
 VALIDATORS = (
@@ -92,6 +92,19 @@ class TargetScores:
             return validators.controlled_risk(self.domains.trusted(normalize=False), self.losses)
         raise ValueError(f"The validator {name!r} is unknown: use {', '.join(VALIDATORS)}.")
 
+    def estimate(self, method: Method = "atc", resamples: int = 200) -> AccuracyEstimate:
+        """The accuracy on the target, estimated from the source: see [`estimate_accuracy`]."""
+        assert self.source is not None
+        return estimate_accuracy(
+            self.source.logits,
+            self.source.labels,
+            self.target.logits,
+            method=method,
+            source_features=self.source.features,
+            target_features=self.target.features,
+            resamples=resamples,
+        )
+
     def all(self, names: Collection[str] = VALIDATORS) -> dict[str, float]:
         """Several values by their names; -inf where one cannot be trusted or computed."""
         usable = [n for n in names if self.source is not None or n not in NEED_SOURCE]
@@ -99,14 +112,10 @@ class TargetScores:
 
     def measured(self, *names: str) -> dict[str, float]:
         """Of `effective_sample_size`, `a_distance` and `accuracy_estimate` what can be computed."""
-        source, target = self.source, self.target
-        assert source is not None
         measures = {
             "effective_sample_size": lambda: self.domains.effective_size,
             "a_distance": lambda: self.domains.distance,
-            "accuracy_estimate": lambda: (
-                estimate_accuracy(source.logits, source.labels, target.logits, resamples=1).value
-            ),
+            "accuracy_estimate": lambda: self.estimate(resamples=1).value,
         }
         return {n: v for n, v in self._each({n: measures[n] for n in names}).items() if v > -np.inf}
 

@@ -193,10 +193,10 @@ def controlled_risk(weights: Array, losses: Array) -> float:
 
 def _losses(source_losses: Array, source_features: Array) -> np.ndarray:
     losses = as_array(source_losses, "source_losses", 1).astype(np.float64)
-    if len(losses) != len(source_features):  # type: ignore[arg-type]
+    count = len(as_features(source_features, "source_features"))
+    if len(losses) != count:
         raise ValueError(
-            f"Expected a loss for each of the {len(source_features)} source items, got "  # type: ignore[arg-type]
-            f"{len(losses)}."
+            f"Expected a loss for each of the {count} source items, got {len(losses)}."
         )
     return losses
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -88,6 +89,7 @@ def execute(
         results = run_experiment(experiment, jobs, overwrite, report)
     if kept:
         console.print(f"{kept} of {len(results)} runs are kept from earlier.", highlight=False)
+    shown, rows = experiment, list[Mapping[str, Any]](results)
     if experiment.choose:
         found = choices(experiment, results, lambda text: console.print(escape(text)))
         for (source, target, seed), choice in found.items():
@@ -96,11 +98,8 @@ def execute(
         for file in write_choices(experiment, found):
             console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
         shown, rows = with_chosen(experiment, results, found)
-        publish(shown, rows, console)
-        tell_models(shown, rows, console)
-    else:
-        publish(experiment, results, console)
-        tell_models(experiment, results, console)
+    publish(shown, rows, console)
+    tell_models(shown, rows, console)
     command = shlex.join(["hf-adapt", "report", experiment.output_dir])
     console.print(escape(f"{command} makes a page of it"), soft_wrap=True, highlight=False)
     return not any("error" in result for result in results)

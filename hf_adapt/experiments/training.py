@@ -342,29 +342,35 @@ def _layers(run: _Run, trainer: Trainer) -> list[dict[str, Any]]:
 def _outputs(run: _Run, trainer: Trainer) -> RunOutputs:
     """What the trained model gives for the rows of both domains."""
     pair = run.pair
-
-    def collected(rows: datasets.Dataset) -> ItemOutputs | None:
-        if not len(rows):
-            return None
-        rows = run.rows(rows)
-        if "input_ids" in rows.column_names:  # rows of like length in a batch: less padding
-            lengths = [len(tokens) for tokens in rows["input_ids"]]
-            rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
-        found = collect_items(trainer, rows)
-        labelled = found.labelled  # of the tokens of a word only the first has a label
-        return labelled if len(labelled) else found
-
     with _frozen_prefix(run, trainer):
-        unlabelled = collected(run.task.with_any_labels(pair.target_unlabelled))
         return RunOutputs(
-            source_dev=collected(pair.source["dev"]),
-            source_test=collected(pair.source["test"]),
-            target_unlabelled=None if unlabelled is None else unlabelled.without_labels,
-            target_test=collected(pair.target["test"]),
+            source_dev=_collected(run, trainer, pair.source["dev"]),
+            source_test=_collected(run, trainer, pair.source["test"]),
+            target_unlabelled=_unlabelled(run, trainer),
+            target_test=_collected(run, trainer, pair.target["test"]),
         )
 
 
-def untrained_outputs(experiment: Experiment, source: str, target: str) -> ItemOutputs:
+def _collected(run: _Run, trainer: Trainer, rows: datasets.Dataset) -> ItemOutputs | None:
+    """What the model gives for rows; None if there are none."""
+    if not len(rows):
+        return None
+    rows = run.rows(rows)
+    if "input_ids" in rows.column_names:  # rows of like length in a batch: less padding
+        lengths = [len(tokens) for tokens in rows["input_ids"]]
+        rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+    found = collect_items(trainer, rows)
+    labelled = found.labelled  # of the tokens of a word only the first has a label
+    return labelled if len(labelled) else found
+
+
+def _unlabelled(run: _Run, trainer: Trainer) -> ItemOutputs | None:
+    """What the model gives for the target's rows, whose labels nothing sees."""
+    found = _collected(run, trainer, run.task.with_any_labels(run.pair.target_unlabelled))
+    return None if found is None else found.without_labels
+
+
+def untrained_outputs(experiment: Experiment, source: str, target: str) -> ItemOutputs | None:
     """What the model gives for the target's unlabelled rows before any training."""
     pair = cached_pair(experiment, source, target)
     with tempfile.TemporaryDirectory() as folder:
@@ -377,9 +383,7 @@ def untrained_outputs(experiment: Experiment, source: str, target: str) -> ItemO
             data_collator=run.task.collator(run.processor),
         )
         trainer.remove_callback(PrinterCallback)
-        rows = run.rows(run.task.with_any_labels(pair.target_unlabelled))
-        found = collect_items(trainer, rows)
-    return (found.labelled if len(found.labelled) else found).without_labels
+        return _unlabelled(run, trainer)
 
 
 def _scores(items: ItemOutputs | None, labels: Sequence[str], is_scored: bool) -> dict[str, Any]:

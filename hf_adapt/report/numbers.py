@@ -15,11 +15,10 @@ from hf_adapt.evaluation import (
     brier_score,
     calibration_error,
     collapse,
-    estimate_accuracy,
     proxy_a_distance,
     reliability,
 )
-from hf_adapt.evaluation.scores import strided
+from hf_adapt.evaluation.scores import TargetScores, strided
 from hf_adapt.experiments.outputs import RunOutputs
 from hf_adapt.report.runs import Run
 
@@ -139,14 +138,7 @@ def _confusion(items: ItemOutputs) -> list[list[int]]:
 
 
 def _estimate(source: ItemOutputs, target: ItemOutputs, method: Any) -> Numbers:
-    estimate = estimate_accuracy(
-        source.logits,
-        source.labels,
-        target.logits,
-        method=method,
-        source_features=source.features,
-        target_features=target.features,
-    )
+    estimate = TargetScores(source, target).estimate(method)
     return {
         "value": estimate.value,
         "low": estimate.low,

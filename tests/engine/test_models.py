@@ -59,6 +59,7 @@ from tests.helpers.models import (
     t5_config,
     vit_config,
 )
+from tests.helpers.sounds import wav2vec2_config
 from tests.helpers.tokenizers import BERT_SPECIAL, word_tokenizer
 
 STEPS = 3
@@ -174,17 +175,9 @@ def resnet() -> ResNetConfig:
 
 
 def wav2vec2() -> Wav2Vec2Config:
-    return Wav2Vec2Config(
-        conv_dim=[8, 8],
-        conv_kernel=[10, 3],
-        conv_stride=[5, 4],
-        num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
+    return wav2vec2_config(
         intermediate_size=16,
         classifier_proj_size=8,
-        apply_spec_augment=False,
-        layerdrop=0.0,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         feat_proj_dropout=0.0,

@@ -28,9 +28,9 @@ def sound_collate(features: Any) -> dict[str, torch.Tensor]:
     return batch
 
 
-def wav2vec2() -> Any:
-    """Two layers over frames of 20 samples."""
-    config = Wav2Vec2Config(
+def wav2vec2_config(**settings: Any) -> Wav2Vec2Config:
+    """Two convolutions: a frame for 20 samples."""
+    return Wav2Vec2Config(
         conv_dim=[8, 8],
         conv_kernel=[10, 3],
         conv_stride=[5, 4],
@@ -39,6 +39,10 @@ def wav2vec2() -> Any:
         num_conv_pos_embedding_groups=2,
         apply_spec_augment=False,
         layerdrop=0.0,
-        **SIZE,
+        **settings,
     )
-    return Wav2Vec2ForSequenceClassification(config)
+
+
+def wav2vec2() -> Any:
+    """Two layers over such frames."""
+    return Wav2Vec2ForSequenceClassification(wav2vec2_config(**SIZE))
