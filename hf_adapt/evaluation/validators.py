@@ -2,7 +2,8 @@
 
 Each takes arrays or tensors and returns a number; higher is better. None of them is safe alone: a
 score of the target's predictions alone rewards a model that has collapsed, and whatever a method
-trains must not judge it. [`hf_adapt.evaluation.choose`] combines them.
+trains must not judge it. [`hf_adapt.evaluation.choose`] ranks by another, which looks at features
+before training: [`neighbor_agreement`].
 """
 
 from __future__ import annotations
