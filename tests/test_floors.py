@@ -13,6 +13,7 @@ FLOORS = (
     ("storage", "models"),
     ("engine",),
     ("alignment", "distillation", "knowledge", "unfreezing"),
+    ("continual",),
     ("evaluation",),
     ("experiments",),
     ("report",),

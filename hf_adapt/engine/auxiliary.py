@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_adapt.engine.gradients import loss_scale, step_was_skipped
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -74,8 +76,7 @@ class AuxiliaryOptimizer:
             if parameter.grad is None:  # no item of this term in the step: all ranks must agree
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        scaler = getattr(trainer.accelerator, "scaler", None)
-        self._scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
+        self._scale = loss_scale(trainer)
         flat = torch.cat([g.flatten() for g in gradients])
         if self._scale is not None:
             flat = flat / self._scale
@@ -101,11 +102,9 @@ class AuxiliaryOptimizer:
         """
         if self.optimizer is None:
             return False
-        skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
+        skipped = step_was_skipped(trainer, self._scale)
         if self._scale is not None and not skipped:
-            # The scale falls exactly when the main gradients overflowed. (A fused optimizer is
-            # informed inside its kernel, so `optimizer_step_was_skipped` stays False.)
-            skipped = trainer.accelerator.scaler.get_scale() < self._scale or not all(
+            skipped = not all(
                 bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None
             )
         if not skipped:

@@ -98,6 +98,32 @@ class GradientTransform(Adaptation):
         """
 
 
+class WeightTransform(Adaptation):
+    """Works on the model's weights around each step of the optimizer.
+
+    For what acts on weights rather than on gradients: a pull towards other weights that is stable
+    for every strength, a limit of how far a step moves a weight. Not supported with FSDP and
+    DeepSpeed, whose weights are pieces.
+    """
+
+    def before_optimizer_step(self, model: nn.Module) -> None:
+        """Called when the gradients are clipped, directly before the optimizer steps."""
+
+    @abstractmethod
+    def after_optimizer_step(
+        self, model: nn.Module, learning_rates: Mapping[nn.Parameter, float]
+    ) -> None:
+        """Change the model's parameters in place, without gradients.
+
+        Called after each step of the optimizer, but not after one that was skipped because fp16
+        gradients overflowed. All processes have the same weights and must write the same.
+
+        Args:
+            model: The unwrapped model.
+            learning_rates: The rates of this step; parameters that it left out are not among them.
+        """
+
+
 class EvaluationObserver(Adaptation):
     """Sees the batches of the Trainer's own evaluation and adds metrics to it.
 

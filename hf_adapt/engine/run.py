@@ -14,8 +14,13 @@ from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.auxiliary import base_schedule
 from hf_adapt.engine.checkpoint import AuxiliaryState, SavedState
 from hf_adapt.engine.forward import BaseLoss
-from hf_adapt.engine.gradients import transform_gradients
-from hf_adapt.engine.mixins import GradientTransform, LearningRateControl, WeightAverage
+from hf_adapt.engine.gradients import WeightTransforms, transform_gradients
+from hf_adapt.engine.mixins import (
+    GradientTransform,
+    LearningRateControl,
+    WeightAverage,
+    WeightTransform,
+)
 from hf_adapt.engine.plan import the_only
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.rates import DividedGroups
@@ -68,6 +73,8 @@ class AdaptationRun:
         )
         average = the_only(self.adaptations, WeightAverage, "bring weights for evaluation")
         self.weights = SwappedWeights(self.model, average)
+        changed = [a for a in adaptations if isinstance(a, WeightTransform)]
+        self.weight_transforms = WeightTransforms(self.model, changed)
         self.saved = SavedState(None)
         self._resumes = False
         self._begun: int | None = None
@@ -232,9 +239,11 @@ class AdaptationRun:
         self._divided_groups.apply(
             self.trainer.optimizer, [control.lr_multipliers(step) for control in self.controls]
         )
+        self.weight_transforms.before(self.trainer)
 
     def after_main_step(self) -> None:
         """Restore the model's own rates and step the auxiliary optimizer."""
+        self.weight_transforms.after(self.trainer)
         self._divided_groups.restore()
         if self.auxiliary.optimizer is not None:
             if self._schedule is None:

@@ -22,7 +22,7 @@ from hf_adapt.engine.collating import (
 from hf_adapt.engine.columns import inputs_of, kept_columns, model_inputs
 from hf_adapt.engine.gradients import check_whole_gradients
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
-from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver, GradientTransform
+from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
 from hf_adapt.engine.run import AdaptationRun
@@ -150,8 +150,7 @@ class AdaptationMixin(_Base):
         )
 
     def _refuse_unsupported(self, adaptations: Sequence[Adaptation]) -> None:
-        transforms = [a for a in adaptations if isinstance(a, GradientTransform)]
-        check_whole_gradients(self, transforms)
+        check_whole_gradients(self, adaptations)
         if self.args.n_gpu > 1 and self.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError(
                 f"The Trainer would use nn.DataParallel over {self.args.n_gpu} GPUs, whose "

@@ -20,6 +20,7 @@ from hf_adapt.engine.mixins import (
     GradientTransform,
     LossCombiner,
     WeightAverage,
+    WeightTransform,
 )
 from tests.helpers.data import collate, rows
 from tests.helpers.models import FIVE, bert, llama
@@ -349,11 +350,60 @@ def test_an_overflowing_step_is_left_to_the_scaler(tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
 
 
-def test_sharded_gradients_are_refused() -> None:
+@pytest.mark.parametrize("transform", [Scaled(1.0), pytest.param("moved", id="moved")])
+def test_sharded_gradients_and_weights_are_refused(transform: Any) -> None:
+    adaptation = Moved() if transform == "moved" else transform
     for sharded in ("is_fsdp_enabled", "is_deepspeed_enabled"):
         settings = {"is_fsdp_enabled": False, "is_deepspeed_enabled": False, sharded: True}
-        with pytest.raises(ValueError, match="scaled works on whole gradients"):
-            check_whole_gradients(SimpleNamespace(**settings), [Scaled(1.0)])
+        with pytest.raises(ValueError, match=f"{adaptation.name} works on whole gradients"):
+            check_whole_gradients(SimpleNamespace(**settings), [adaptation])
+
+
+# ---- weights around the steps of the optimizer ----
+
+
+class Moved(WeightTransform):
+    """Adds the step's learning rate to one weight."""
+
+    def __init__(self) -> None:
+        self.before: list[float] = []
+        self.rates: list[set[float]] = []
+
+    def before_optimizer_step(self, model: nn.Module) -> None:
+        self.before.append(float(model.classifier.bias[0]))
+
+    def after_optimizer_step(
+        self, model: nn.Module, learning_rates: Mapping[nn.Parameter, float]
+    ) -> None:
+        self.rates.append(set(learning_rates.values()))
+        assert len(learning_rates) == sum(p.requires_grad for p in model.parameters())
+        model.classifier.bias.add_(learning_rates[model.classifier.bias])
+
+
+@pytest.mark.parametrize("cls", [Trainer, ScaledTrainer])
+def test_weights_are_changed_after_each_step_at_its_own_rate(
+    cls: type[Trainer], tmp_path: Path
+) -> None:
+    moved, trainer = Moved(), trainer_in(tmp_path, cls, optim="sgd", max_grad_norm=1e-30)
+    start = trainer.model.classifier.bias.detach().clone()
+    adapt(trainer, moved).train()
+    rates = [1e-3, 1e-3 * 2 / 3, 1e-3 / 3]
+    assert [each for (each,) in moved.rates] == pytest.approx(rates)
+    moves = torch.tensor([sum(rates[:step]) for step in range(3)])
+    torch.testing.assert_close(torch.tensor(moved.before), start[0] + moves)
+    torch.testing.assert_close(trainer.model.classifier.bias, start + sum(rates))
+
+
+def test_weights_are_left_alone_where_a_step_was_skipped(tmp_path: Path) -> None:
+    class Overflowing(ScaledTrainer):
+        def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 1:
+                model.classifier.weight.register_hook(lambda g: g * float("inf"))
+            return super().training_step(model, *args, **kwargs)
+
+    moved, trainer = Moved(), trainer_in(tmp_path, Overflowing)
+    adapt(trainer, moved).train()
+    assert len(moved.before) == 3 and len(moved.rates) == 1
 
 
 # ---- observers of evaluations ----
