@@ -1,3 +1,6 @@
 """Learning on without forgetting: a new task is learnt and the old ones are kept."""
 
-__all__: list[str] = []
+from hf_adapt.continual.memory import ReplayMemory, herding_order
+from hf_adapt.continual.replay import DarkReplay, Replay
+
+__all__ = ["DarkReplay", "Replay", "ReplayMemory", "herding_order"]
