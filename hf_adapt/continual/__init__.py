@@ -2,5 +2,6 @@
 
 from hf_adapt.continual.memory import ReplayMemory, herding_order
 from hf_adapt.continual.replay import DarkReplay, Replay
+from hf_adapt.continual.retention import KeepPredictions
 
-__all__ = ["DarkReplay", "Replay", "ReplayMemory", "herding_order"]
+__all__ = ["DarkReplay", "KeepPredictions", "Replay", "ReplayMemory", "herding_order"]

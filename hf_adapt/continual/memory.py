@@ -118,7 +118,7 @@ class ReplayMemory:
         balances = policy in ("balanced", "herding")
         classes = _classes(rows, by, policy) if balances else []
         hashes = [row_hash(row) for row in _shown(rows)]
-        ranks = [_rank(each, seed) for each in hashes]
+        ranks: Sequence[int | float] = [_rank(each, seed) for each in hashes]
         if policy in ("herding", "surprise"):
             assert trainer is not None
             ranks = _model_ranks(policy, trainer, rows, classes, size)
@@ -179,21 +179,25 @@ class ReplayMemory:
         for place, task in enumerate(self.tasks):
             name = self.classes[place] if self.classes else ""
             members.setdefault(task, {}).setdefault(name, []).append(place)
-        tasks = [members[task] for task in sorted(members)]
+        by_task = [members[task] for task in sorted(members)]
         kept: list[int] = []
-        sizes = shares([sum(map(len, task.values())) for task in tasks], size)
-        for task, number in zip(tasks, sizes, strict=True):
-            classes = [task[name] for name in sorted(task)]
+        sizes = shares([sum(map(len, own.values())) for own in by_task], size)
+        for groups, number in zip(by_task, sizes, strict=True):
+            classes = [groups[name] for name in sorted(groups)]
             for own, most in zip(classes, shares(list(map(len, classes)), number), strict=True):
                 kept += sorted(own, key=lambda p: (self.ranks[p], self.hashes[p]))[:most]
         return self._at(sorted(kept))
 
     def _at(self, places: Sequence[int]) -> ReplayMemory:
-        chosen = {
-            name: [getattr(self, name)[p] for p in places] if getattr(self, name) else []
-            for name in ("ranks", "tasks", "classes", "hashes")
-        }
-        return replace(self, dataset=self.dataset.select(places), **chosen)
+        return ReplayMemory(
+            self.dataset.select(places),
+            [self.ranks[p] for p in places],
+            [self.tasks[p] for p in places],
+            [self.classes[p] for p in places] if self.classes else [],
+            [self.hashes[p] for p in places],
+            self.policy,
+            self.seed,
+        )
 
     def with_logits(self, trainer: Trainer) -> ReplayMemory:
         """The same rows with what the Trainer's model predicts for them now.
@@ -205,7 +209,7 @@ class ReplayMemory:
         if LOGITS in rows.column_names:
             rows = rows.remove_columns(LOGITS)
         found = row_outputs(trainer, rows, "logits")
-        return replace(self, dataset=rows.add_column(LOGITS, found.tolist()))  # type: ignore[call-arg]
+        return replace(self, dataset=rows.add_column(LOGITS, found.tolist()))
 
     # ---- on disk ----
 
@@ -350,7 +354,10 @@ def _shown(rows: datasets.Dataset) -> Iterable[Mapping[str, Any]]:
         if isinstance(kind, datasets.Image | datasets.Audio):
             rows = rows.cast_column(name, type(kind)(decode=False))
     plain = rows.with_format(None)
-    return tqdm(plain, "Hashing rows", disable=len(plain) < 20_000, leave=False)
+    bar: Iterable[Mapping[str, Any]] = tqdm(
+        plain, "Hashing rows", disable=len(plain) < 20_000, leave=False
+    )
+    return bar
 
 
 def _rank(content: str, seed: int) -> int:

@@ -16,7 +16,7 @@ from hf_adapt.engine.batch import Batch, Rows
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import Stream
 from hf_adapt.engine.training import unwrapped_model
-from hf_adapt.models.heads import has_head
+from hf_adapt.models.heads import HeadName, has_head
 from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 STREAM = "replay"
 """The stream of the rows of the past."""
+
+CLASSIFIERS: tuple[HeadName, ...] = (
+    "sequence_classification",
+    "token_classification",
+    "image_classification",
+    "audio_classification",
+)
 
 FOLDER = "replay_memory"
 """Where the memory lies beside a saved model."""
@@ -234,10 +241,8 @@ def _check_labels(trainer: Trainer, rows: Any) -> None:
     if column is None:
         return  # the engine says what is missing
     train = trainer.train_dataset
-    ours, theirs = (
-        getattr(getattr(each, "features", None) or {}, "get", dict().get)(column)
-        for each in (train, rows)
-    )
+    ours = train.features.get(column) if isinstance(train, datasets.Dataset) else None
+    theirs = rows.features[column]
     if isinstance(ours, datasets.ClassLabel) and isinstance(theirs, datasets.ClassLabel):
         if ours.names != theirs.names:
             raise ValueError(
@@ -254,8 +259,7 @@ def _check_labels(trainer: Trainer, rows: Any) -> None:
         )
     model = unwrapped_model(trainer)
     classes = getattr(getattr(unwrapped_base(model), "config", None), "num_labels", None)
-    heads = ("sequence_classification", "token_classification", "image_classification")
-    if not classes or classes < 2 or not has_head(model, *heads, "audio_classification"):
+    if not classes or classes < 2 or not has_head(model, *CLASSIFIERS):
         return
     values = rows.with_format("numpy")[column]
     flat = np.concatenate([np.atleast_1d(value) for value in values]) if len(values) else values

@@ -44,7 +44,7 @@ from hf_adapt.alignment import (
     SupervisedContrastive,
     TargetLanguageModeling,
 )
-from hf_adapt.continual import DarkReplay, Replay, ReplayMemory
+from hf_adapt.continual import DarkReplay, KeepPredictions, Replay, ReplayMemory
 from hf_adapt.continual.memory import LOGITS
 from hf_adapt.engine.streams import TARGET
 from tests.helpers.data import collate, rows
@@ -167,6 +167,15 @@ METHODS = {
         for_tokens=lambda: [Replay(old("token"), ratio=0.5)],
         uses_target=False,
         files=("replay_memory",),
+    ),
+    "keep_predictions": Method(
+        lambda: [KeepPredictions(0.5, temperature=2.0)], "rows", uses_target=False
+    ),
+    "keep_predictions_of_the_memory": Method(
+        lambda: [Replay(old(), ratio=0.5), KeepPredictions(0.5, on="replay")],
+        "rows",
+        for_tokens=lambda: [Replay(old("token")), KeepPredictions(0.5, on="replay")],
+        uses_target=False,
     ),
     "dark_replay": Method(
         lambda: [DarkReplay(old_with_logits(), ratio=0.5, weight=0.7)],
