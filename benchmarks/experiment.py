@@ -93,11 +93,14 @@ def label_names(labels: Sequence[str]) -> dict[str, dict]:
 
 
 def new_classifier(
-    path: str, labels: Sequence[str], kind: Any = AutoModelForSequenceClassification
+    path: str,
+    labels: Sequence[str],
+    kind: Any = AutoModelForSequenceClassification,
+    **options: Any,
 ) -> PreTrainedModel:
     """A pretrained encoder with a new head."""
     transformers.logging.set_verbosity_error()  # else it tells each time that the head is new
-    model = kind.from_pretrained(path, **label_names(labels))
+    model = kind.from_pretrained(path, **label_names(labels), **options)
     transformers.logging.set_verbosity_warning()
     return model
 

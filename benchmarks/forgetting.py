@@ -1,0 +1,270 @@
+"""What a classifier forgets of an old task when it learns a new one, and what keeps it.
+
+Fine-tunes MiniLM-L6 on the old task, then on the new one, once as any script would (plain) and once
+with each method. With `movies sms` the new task has classes of its own: the head grows from two to
+four classes, and scores are among all four. With `tweets movies` both tasks have the same classes.
+Nothing is chosen on the test rows but where a table says so; the last model of a run is tested.
+
+    python benchmarks/forgetting.py [--tasks movies sms] [--methods plain replay] [--seeds 3]
+    python benchmarks/forgetting.py --tasks tweets movies
+
+About a minute a run on one core. Each run's numbers are kept in --output_dir: the same command
+goes on where it stopped, and several may run at once. Writes results.json, table.md and
+forgetting.png there.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from domain_data import LICENCES, MINILM_LICENCE, minilm_path
+from experiment import changed, check_methods, fingerprint, new_classifier, option, parse, run
+from matplotlib.figure import Figure
+from results import report, summarize
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from two_tasks import Task, accuracy, grown, load_tasks
+
+from hf_adapt import Adaptation, adapt
+from hf_adapt.continual import (
+    AGEM,
+    AveragedWeights,
+    Consolidation,
+    Fisher,
+    KeepPredictions,
+    Replay,
+    ReplayMemory,
+    continual_metrics,
+    interpolate,
+)
+from hf_adapt.experiments.plots import BLUE, GREY
+from hf_adapt.experiments.summary import percent
+from hf_adapt.experiments.training import first_groups, freeze
+from hf_adapt.storage.text_file import write_text
+
+MEMORY_SIZE = 48  # rows of the old task that replay keeps: a tenth
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that knows the old task, saved, and what it may learn next."""
+
+    path: Path
+    old: Task
+    new: Task
+    labels: list[str]
+    tokenizer: Any
+    freeze_layers: int
+    args: TrainingArguments
+
+    @property
+    def memory(self) -> ReplayMemory:
+        """A few rows of the old task."""
+        return ReplayMemory.from_dataset(self.old.train, size=MEMORY_SIZE, policy="balanced")
+
+    def learn(self, *adaptations: Adaptation, rows: Dataset | None = None) -> Trainer:
+        """Train on the new task, or on other rows, with some methods; return the Trainer."""
+        set_seed(self.args.seed)
+        model = grown(self.path, self.labels)
+        return self.train(model, rows or self.new.train, *adaptations)
+
+    def train(self, model: PreTrainedModel, rows: Dataset, *adaptations: Adaptation) -> Trainer:
+        """Train a model on some rows with some methods; return the Trainer."""
+        freeze(model, first_groups(model, self.freeze_layers))
+        trainer = Trainer(
+            model=model,
+            args=self.args,
+            train_dataset=rows,
+            processing_class=self.tokenizer,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        if adaptations:
+            adapt(trainer, *adaptations)
+        trainer.train()
+        return trainer
+
+    def between(self, alpha: float) -> Trainer:
+        """Train without any method, and go part of the way back to the start."""
+        trainer = self.learn()
+        trainer.model = interpolate(self.path, trainer.model, alpha)
+        return trainer
+
+    def scores(self, trainer: Trainer) -> dict[str, float]:
+        """Accuracies on both tasks."""
+        return {
+            f"{name}{suffix}": accuracy(trainer, task, among_own)
+            for name, task in (("old", self.old), ("new", self.new))
+            for suffix, among_own in (("", False), (", own classes", True))
+        }
+
+
+METHODS: dict[str, Callable[[Start], Trainer]] = {
+    "plain": lambda start: start.learn(),
+    "replay": lambda start: start.learn(Replay(start.memory)),
+    "KL to start": lambda start: start.learn(KeepPredictions(start=str(start.path))),
+    "L2-SP": lambda start: start.learn(Consolidation()),
+    "EWC": lambda start: start.learn(Consolidation(Fisher(start.old.train))),
+    "EMA": lambda start: start.learn(AveragedWeights("ema")),
+    "SFA": lambda start: start.learn(AveragedWeights("sfa")),
+    "interpolation": lambda start: start.between(0.5),
+    "A-GEM": lambda start: start.learn(AGEM(start.memory)),
+    "replay + KL": lambda start: start.learn(
+        Replay(start.memory), KeepPredictions(start=str(start.path), on="replay")
+    ),
+    "joint": lambda start: start.learn(
+        rows=concatenate_datasets([start.old.train, start.new.train])
+    ),
+}
+
+
+@dataclass
+class BenchmarkArguments:
+    tasks: list[str] = field(
+        default_factory=lambda: ["movies", "sms"],
+        metadata={"help": "The old and the new task: domains of vader4 or spam2"},
+    )
+    model_name_or_path: str | None = option(None, f"Folder or hub id. Default: {MINILM_LICENCE}")
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Any of: {', '.join(METHODS)}"}
+    )
+    seeds: int = option(3, "Runs of each method, with seeds from --seed on")
+    num_train: int = option(480, "Training rows of each task")
+    num_test: int = option(500, "Test rows of each task, at most")
+    max_length: int = option(48, "Tokens of a text that are read")
+    freeze_layers: int = option(3, "Train neither the embeddings nor the first layers, for speed")
+
+    def __post_init__(self) -> None:
+        check_methods(self.methods, METHODS)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """A value that was written to a file, or is made and written."""
+    if not path.exists():
+        write_text(path, json.dumps(make(), indent=2))
+    return json.loads(path.read_text())
+
+
+def learn_old(start: Start, model_path: str) -> dict[str, float]:
+    """Fine-tune on the old task and save the model; return its accuracies on both tasks."""
+    set_seed(start.args.seed)
+    trainer = start.train(new_classifier(model_path, start.old.labels), start.old.train)
+    trainer.save_model(str(start.path))
+    trainer.model = grown(start.path, start.labels)
+    return start.scores(trainer)
+
+
+def cell(method: str, start: Start, before: dict[str, float]) -> dict[str, Any]:
+    """One run of a method: its scores, and its seconds of CPU time."""
+    began = time.process_time()
+    trainer = METHODS[method](start)
+    seconds = time.process_time() - began
+    after = start.scores(trainer)
+    matrix = [[scores["old"], scores["new"]] for scores in (before, after)]
+    return {
+        "method": method,
+        "seed": start.args.seed,
+        "seconds": seconds,
+        **{f"{name}, before": score for name, score in before.items()},
+        **{f"{name}, after": score for name, score in after.items()},
+        **continual_metrics(matrix),
+    }
+
+
+COLUMNS = {
+    "old before": "old, before",
+    "old after": "old, after",
+    "old after, own classes": "old, own classes, after",
+    "forgetting": "forgetting",
+    "new": "new, after",
+    "learning accuracy": "learning_accuracy",
+}
+
+
+def table_rows(summary: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The table's cells, header first; the share of plain's forgetting that a method removes."""
+    rows = [["method", *COLUMNS, "removed", "seconds"]]
+    plain = summary.get("plain")
+    for method, values in summary.items():
+        removed = "–"
+        if plain and method != "plain":
+            share = 1 - values["forgetting"]["mean"] / plain["forgetting"]["mean"]
+            removed = f"{100 * share:.0f} %"
+        cells = [percent(values[name]) for name in COLUMNS.values()]
+        rows.append([method, *cells, removed, f"{values['seconds']['mean']:.0f}"])
+    return rows
+
+
+def plot(results: list[dict[str, Any]], summary: dict[str, dict[str, Any]], title: str) -> Figure:
+    """Forgetting against learning accuracy: a dot for each run, a name at each method's mean."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for method, values in summary.items():
+        colour = GREY if method in ("plain", "joint") else BLUE
+        runs = [run for run in results if run["method"] == method]
+        xs, ys = ([100 * run[key] for run in runs] for key in ("forgetting", "learning_accuracy"))
+        axes.scatter(xs, ys, s=14, color=colour, alpha=0.4)
+        mean = [100 * values[key]["mean"] for key in ("forgetting", "learning_accuracy")]
+        axes.scatter(*mean, s=36, color=colour)
+        axes.annotate(
+            method, mean, xytext=(5, 4), textcoords="offset points", color=colour, fontsize=8
+        )
+    axes.set_xlabel("forgetting: points of accuracy on the old task (left is better)")
+    axes.set_ylabel("learning accuracy, %")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    script, args, console = parse(
+        BenchmarkArguments, __doc__, argv, output_dir="runs/forgetting", num_train_epochs=2
+    )
+    console.print(f"[dim]{LICENCES['vader4']}\n{LICENCES['spam2']}\n{MINILM_LICENCE}[/dim]")
+    path = script.model_name_or_path or str(minilm_path())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    old, new, labels = load_tasks(
+        script.tasks, tokenizer, script.num_train, script.num_test, script.max_length
+    )
+    folder = Path(args.output_dir) / "-".join(script.tasks)
+    data = {"train": old.train, "test": old.test}, {"train": new.train, "test": new.test}
+    cells = folder / fingerprint(script, args, ("methods", "seeds"), *data)
+    results = []
+    for seed in range(args.seed, args.seed + script.seeds):
+        own = changed(args, seed=seed, output_dir=str(cells / f"model-{seed}"))
+        start = Start(Path(own.output_dir), old, new, labels, tokenizer, script.freeze_layers, own)
+        before = kept(cells / f"start-{seed}.json", partial(learn_old, start, path))
+        for method in script.methods:
+            made = partial(cell, method, start, before)
+            found = kept(cells / f"{method.replace(' ', '_')}-{seed}.json", made)
+            results.append(found)
+            console.print(
+                f"{method}, seed {seed}: old {found['old, before']:.3f} → "
+                f"{found['old, after']:.3f}, new {found['new, after']:.3f}",
+                highlight=False,
+            )
+    summary = summarize(results, METHODS, [*COLUMNS.values(), "seconds"])
+    title = f"{script.tasks[0]}, then {script.tasks[1]}"
+    legend = (
+        f"Accuracy in %, mean ± sd over {script.seeds} seed(s); {len(old.train)} and "
+        f"{len(new.train)} training rows, among all {len(labels)} classes unless it says own. "
+        "removed: share of plain's forgetting. seconds: CPU time."
+    )
+    figures = {"forgetting.png": plot(results, summary, title)}
+    report(table_rows(summary), legend, {"runs": results}, figures, folder, console, title)
+
+
+if __name__ == "__main__":
+    run(main)

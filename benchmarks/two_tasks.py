@@ -1,0 +1,78 @@
+"""Two tasks that a classifier learns one after the other: their rows, its head, and its scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from domain_data import load_domain
+from experiment import new_classifier, tokenized
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Its tokenised training and test rows, and the names of its classes."""
+
+    train: Dataset
+    test: Dataset
+    labels: list[str]
+
+
+def load_tasks(
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_train: int,
+    num_test: int,
+    max_length: int,
+) -> tuple[Task, Task, list[str]]:
+    """The old and the new task, and the classes of both, the old ones first.
+
+    A class has the same number in the rows of either task.
+    """
+    domains = [load_domain(name) for name in names]
+    own = [sorted({label for _, label in domain["train"]}) for domain in domains]
+    labels = list(dict.fromkeys([*own[0], *own[1]]))
+    features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
+
+    def rows(domain: dict[str, list[tuple[str, str]]], split: str, most: int) -> Dataset:
+        texts, classes = zip(*domain[split][:most], strict=True)
+        made = Dataset.from_dict({"text": texts, "label": classes}, features=features)
+        return tokenized(made, tokenizer, max_length)
+
+    old, new = (
+        Task(rows(domain, "train", num_train), rows(domain, "test", num_test), classes)
+        for domain, classes in zip(domains, own, strict=True)
+    )
+    return old, new, labels
+
+
+def grown(path: str | Path, labels: list[str]) -> PreTrainedModel:
+    """A saved classifier whose head has further classes after its own, with new weights."""
+    old = AutoModelForSequenceClassification.from_pretrained(path)
+    model = new_classifier(str(path), labels, ignore_mismatched_sizes=True)
+    model.load_state_dict(
+        {
+            name: torch.cat([weight, model.state_dict()[name][len(weight) :]])
+            for name, weight in old.state_dict().items()
+        }
+    )
+    return model
+
+
+def accuracy(trainer: Trainer, task: Task, among_own: bool = False) -> float:
+    """The share of a task's test rows that are right, among all classes or the task's own."""
+    found = trainer.predict(task.test)
+    classes = found.predictions
+    if among_own:
+        names = trainer.model.config.id2label
+        others = [number for number, name in names.items() if name not in task.labels]
+        classes[:, others] = -np.inf
+    return float(np.mean(classes.argmax(-1) == found.label_ids))

@@ -1,0 +1,114 @@
+"""A classifier knows movie reviews. Does it still, when it has learnt to find spam?
+
+Fine-tunes MiniLM-L6 on the sentiment of movie reviews, then on spam in SMS, with a head that grows
+from two classes to four: once as any script would, and once with a few rows of the old task beside
+the new ones, which is one line. Both tasks are tested after each training, among all four classes.
+
+    python examples/learn_on.py
+    python examples/learn_on.py --memory_size 24 --ratio 0.5
+    python examples/learn_on.py --old tweets --new movies   # the same classes, another domain
+
+Takes three minutes on two CPU cores. RESULT
+Writes results.json and table.md to --output_dir. Every option of TrainingArguments can be given as
+well; benchmarks/forgetting.py compares the methods over several seeds.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    set_seed,
+)
+
+from hf_adapt import Adaptation, AdaptationCallback
+from hf_adapt.continual import Replay, ReplayMemory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
+from domain_data import LICENCES, MINILM_LICENCE, minilm_path
+from experiment import DOMAINS, new_classifier, option, parse, run
+from results import report
+from two_tasks import accuracy, grown, load_tasks
+
+from hf_adapt.experiments.training import first_groups, freeze
+
+TASKS = (*DOMAINS, "sms", "email")
+
+
+@dataclass
+class ExampleArguments:
+    old: str = option(
+        "movies", f"The task that is learnt first. {LICENCES['vader4']}", choices=TASKS
+    )
+    new: str = option("sms", f"The task that is learnt next. {LICENCES['spam2']}", choices=TASKS)
+    model_name_or_path: str | None = option(None, f"Folder or hub id. Default: {MINILM_LICENCE}")
+    memory_size: int = option(48, "Rows of the old task that are kept")
+    ratio: float = option(0.5, "Rows of the memory beside each new row")
+    num_train: int = option(480, "Training rows of each task")
+    num_test: int = option(500, "Test rows of each task, at most")
+    max_length: int = option(48, "Tokens of a text that are read")
+    freeze_layers: int = option(3, "Train neither the embeddings nor the first layers, for speed")
+
+
+def main(argv: list[str] | None = None) -> None:
+    script, args, console = parse(
+        ExampleArguments, __doc__, argv, output_dir="runs/learn_on", num_train_epochs=2
+    )
+    console.print(f"[dim]{LICENCES['vader4']}\n{LICENCES['spam2']}\n{MINILM_LICENCE}[/dim]")
+    path = script.model_name_or_path or str(minilm_path())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    old, new, labels = load_tasks(
+        [script.old, script.new], tokenizer, script.num_train, script.num_test, script.max_length
+    )
+
+    def train(model: PreTrainedModel, rows: Dataset, *adaptations: Adaptation) -> Trainer:
+        freeze(model, first_groups(model, script.freeze_layers))
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        if adaptations:
+            trainer.add_callback(AdaptationCallback(*adaptations))
+        trainer.train()
+        return trainer
+
+    rows = [["", script.old, script.new]]
+
+    def test(name: str, trainer: Trainer) -> None:
+        rows.append([name, *(f"{100 * accuracy(trainer, task):.1f}" for task in (old, new))])
+        console.print(f"{name}: {script.old} {rows[-1][1]}, {script.new} {rows[-1][2]}")
+
+    set_seed(args.seed)
+    first = train(new_classifier(path, old.labels), old.train)
+    start = str(Path(args.output_dir) / "start")
+    first.save_model(start)
+    first.model = grown(start, labels)
+    test(f"before {script.new}", first)
+
+    set_seed(args.seed)
+    test("plain", train(grown(start, labels), new.train))
+
+    set_seed(args.seed)
+    memory = ReplayMemory.from_dataset(old.train, size=script.memory_size)
+    test("with replay", train(grown(start, labels), new.train, Replay(memory, script.ratio)))
+
+    legend = (
+        f"Accuracy in % among {len(labels)} classes. {len(old.train)} and {len(new.train)} training "
+        f"rows; the memory has {len(memory)}."
+    )
+    if args.process_index == 0:
+        report(rows, legend, {"table": rows}, {}, Path(args.output_dir), console)
+
+
+if __name__ == "__main__":
+    run(main)

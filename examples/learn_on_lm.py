@@ -1,0 +1,130 @@
+"""A language model learns the language of one domain. What becomes of the one it had?
+
+Trains LoRA adapters of SmolLM2-135M-Instruct on movie reviews, next token by next token, and
+measures the perplexity there and on newspaper text, which stands for all that the model could do
+before:
+
+    plain        as any script would
+    kl           holds the predictions for the new rows near those of the start, without other rows
+    replay       one row of newspaper text beside every eighth new one
+    replay kl    the same rows, and the starting model's predictions for them
+
+Each but the first is one line. The starting model is the model with its adapters off.
+
+    python examples/learn_on_lm.py
+    python examples/learn_on_lm.py --ratio 0.25 --kl_weight 2 --max_steps 200
+    python examples/learn_on_lm.py --model_name_or_path FOLDER_OR_HUB_ID
+
+RESULT
+
+Needs the packages peft and, for the default weights, gguf. Writes results.json and table.md to
+--output_dir. Every option of TrainingArguments can be given as well.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from distil_causal_lm import blocks, load_model, texts_of
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_adapt import Adaptation, AdaptationCallback
+from hf_adapt.continual import KeepPredictions, Replay, ReplayMemory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
+from domain_data import LICENCES
+from experiment import DOMAINS, option, parse, run
+from model_weights import SMOLLM2_LICENCE, smollm2_path
+from results import report
+
+TRAINING_DEFAULTS = {
+    "output_dir": "runs/learn_on_lm",
+    "max_steps": 40,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "learning_rate": 1e-3,
+    "warmup_steps": 5,
+}
+
+
+@dataclass
+class ExampleArguments:
+    train: str = option("movies", f"Domain to train on. {LICENCES['vader4']}", choices=DOMAINS)
+    general: str = option("nyt", "Domain of what is to be kept", choices=DOMAINS)
+    model_name_or_path: str | None = option(None, f"Folder or hub id. Default: {SMOLLM2_LICENCE}")
+    rank: int = option(16, "Rank of the adapters")
+    block_size: int = option(48, "Tokens of a row")
+    num_test: int = option(32, "Test rows of each domain")
+    memory_size: int = option(64, "Rows of the general domain that are kept")
+    ratio: float = option(0.125, "Rows of the memory beside each new row")
+    kl_weight: float = option(1.0, "Factor of the divergence from the starting model")
+
+
+def main(argv: list[str] | None = None) -> None:
+    script, args, console = parse(ExampleArguments, __doc__, argv, **TRAINING_DEFAULTS)
+    console.print(f"[dim]{LICENCES['vader4']}[/dim]")
+    if script.model_name_or_path is None:
+        console.print(f"[dim]{SMOLLM2_LICENCE}[/dim]")
+        script.model_name_or_path = str(smollm2_path())
+    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+
+    def rows_of(domain: str, split: str) -> Dataset:
+        return blocks(texts_of(domain, split), tokenizer, script.block_size)
+
+    domains = (script.train, script.general)
+    tests = {domain: rows_of(domain, "test") for domain in domains}
+    train, general = (rows_of(domain, "train") for domain in domains)
+    memory = ReplayMemory.from_dataset(general, size=script.memory_size)
+
+    methods: dict[str, list[Adaptation] | None] = {
+        "start": None,
+        "plain": [],
+        "kl": [KeepPredictions(script.kl_weight)],
+        "replay": [Replay(memory, script.ratio)],
+        "replay kl": [
+            Replay(memory, script.ratio),
+            KeepPredictions(script.kl_weight, on="replay"),
+        ],
+    }
+    rows = [["method", *domains]]
+    for name, adaptations in methods.items():
+        set_seed(args.seed)
+        model = load_model(script.model_name_or_path)
+        lora = LoraConfig(r=script.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = Trainer(
+            model=get_peft_model(model, lora),
+            args=args,
+            train_dataset=train,
+            data_collator=default_data_collator,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if adaptations:
+            trainer.add_callback(AdaptationCallback(*adaptations))
+        if adaptations is not None:
+            trainer.train()
+        losses = [
+            trainer.evaluate(test.select(range(min(script.num_test, len(test)))))["eval_loss"]
+            for test in tests.values()
+        ]
+        rows.append([name, *(f"{math.exp(loss):.1f}" for loss in losses)])
+        console.print(f"{name}: perplexity {dict(zip(domains, rows[-1][1:]))}", highlight=False)
+    legend = (
+        f"Perplexity per token; {args.max_steps} steps on {script.train}. Replay brings "
+        f"{100 * script.ratio:.0f} rows of {script.general} for 100 new ones, of {len(memory)}."
+    )
+    if args.process_index == 0:
+        report(rows, legend, {"table": rows}, {}, Path(args.output_dir), console)
+
+
+if __name__ == "__main__":
+    run(main)
