@@ -1,3 +1,6 @@
 """Learning on without forgetting: a new task is learnt and the old ones are kept."""
 
-__all__: list[str] = []
+from hf_adapt.continual.metrics import continual_metrics
+from hf_adapt.continual.record import ContinualMetrics
+
+__all__ = ["ContinualMetrics", "continual_metrics"]
