@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,34 @@ def score_map(
     axes.set_xlabel("evaluated on")
     axes.set_ylabel("after training on")
     figure.colorbar(image, label=metric)
+    return figure
+
+
+def plot_sweep(sweep: Sequence[Mapping[str, float]], x: str, y: str) -> Figure:
+    """Two scores of an [`interpolation_sweep`] against each other, with the alphas at the points.
+
+    Args:
+        sweep: What it returned.
+        x: A score in it, such as that on the old task.
+        y: Another, such as that on the new task.
+
+    Raises:
+        ValueError: If a score is missing.
+    """
+    if missing := {x, y} - set(sweep[0] if sweep else ()):
+        raise ValueError(
+            f"The sweep has no {', '.join(sorted(missing))}; it has "
+            f"{', '.join(sweep[0]) if sweep else 'no points'}."
+        )
+    figure = new_figure(5.0, 4.0)
+    axes = figure.subplots()
+    axes.plot([row[x] for row in sweep], [row[y] for row in sweep], "o-", color="#2a78c2")
+    for row in sweep:
+        label, place = f"{row['alpha']:g}", (row[x], row[y])
+        axes.annotate(label, place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title("share of the tuned model", fontsize=9)
     return figure
 
 

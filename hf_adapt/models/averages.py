@@ -24,13 +24,13 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def blend(start: torch.Tensor, end: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(1 - alpha) · start + alpha · end in float32, a new tensor of `end`'s dtype.
+    """(1 - alpha) · start + alpha · end in float32, a new tensor like `end`.
 
     Where both are equal, and at alpha 0 and 1, no bit changes.
     """
     if alpha in (0.0, 1.0):
-        return (end if alpha else start).detach().to(end.dtype, copy=True)
-    one, other = wide(start.detach()), wide(end.detach())
+        return (end if alpha else start).detach().to(end.device, end.dtype, copy=True)
+    one, other = wide(start.detach().to(end.device)), wide(end.detach())
     kind = torch.promote_types(one.dtype, other.dtype)
     return torch.lerp(one.to(kind), other.to(kind), alpha).to(end.dtype)
 
