@@ -135,6 +135,8 @@ class Consolidation(GradientTransform, WeightTransform):
                 f"start= is a {type(start).__name__}: expected a model, or a dict with a tensor "
                 "for each weight's name."
             )
+        if start is not None and isinstance(importance, SI):
+            raise ValueError("SI holds the weights that its training starts from: drop start=.")
         if importance is not None and not isinstance(importance, (Fisher, MAS, SI)):
             known_importance(importance)
         self.importance, self.strength, self.form = importance, strength, form
@@ -352,8 +354,8 @@ class Consolidation(GradientTransform, WeightTransform):
         if isinstance(self.importance, SI):
             self._found = self.importance.finish(self._start, self._found or {})
         if self.save_to is not None and trainer.is_world_process_zero():
-            assert self._held is not None and self._found is not None
-            save_importance(self.save_to, self._found, self._held.now())
+            assert self._found is not None
+            save_importance(os.fspath(self.save_to), self._found, unwrapped_model(trainer))
 
     def close(self) -> None:
         """Forget the model."""

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
+from hf_adapt.continual.adapters import HeldWeights
 from hf_adapt.storage.text_file import whole_file
 
 FILE = "importance.safetensors"
@@ -72,18 +74,18 @@ class SavedImportance:
 
 
 def save_importance(
-    folder: str | Path, importance: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+    folder: str | Path, importance: Mapping[str, torch.Tensor], model: nn.Module
 ) -> None:
-    """Write an importance and the weights that it belongs to, for the training on a next task.
+    """Write an importance with the weights that it belongs to, for the training on a next task.
 
     Args:
         folder: Created if missing.
         importance: A tensor for each weight's name.
-        weights: The weights, by name.
+        model: The model that it was computed for; a next training starts from these weights.
     """
     tensors = {
         f"{kind}.{name}": value.detach().cpu().contiguous()
-        for kind, values in (("importance", importance), ("weights", weights))
+        for kind, values in (("importance", importance), ("weights", HeldWeights.of(model).now()))
         for name, value in values.items()
     }
     with whole_file(Path(folder) / FILE) as part:
@@ -135,12 +137,13 @@ def check_shapes(
             f"{', '.join(list(own)[:3])}, ... If a head was replaced, or a layer frozen, on "
             "purpose: skip=[...] with its name."
         )
+    if others := [name for name, value in importance.items() if value.shape != own[name].shape]:
+        name = others[0]
+        raise ValueError(
+            f"The importance of {what} has the shape {tuple(importance[name].shape)} for {name}, "
+            f"and the model has {tuple(own[name].shape)}. If this is a new head: skip={others}."
+        )
     for name, value in importance.items():
-        if value.shape != own[name].shape:
-            raise ValueError(
-                f"The importance of {what} has the shape {tuple(value.shape)} for {name}, and the "
-                f"model has {tuple(own[name].shape)}. If it is a new head: skip=[{name!r}]."
-            )
         if not bool((value >= 0).all() & torch.isfinite(value).all()):
             raise ValueError(
                 f"The importance of {what} is negative or not finite for {name}: expected numbers "
