@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertForSequenceClassification, Trainer
 
 from hf_adapt import adapt
-from hf_adapt.continual import KeepPredictions, Replay
+from hf_adapt.continual import KeepPredictions, Replay, ReplayMemory
 from tests.helpers.data import collate, rows
+from tests.helpers.libraries import SFT_DATA, sft
 from tests.helpers.models import bert, llama
 from tests.helpers.trainers import GradientRecorder, arguments, cosine_and_ratio, same_bits, weights
 
@@ -192,6 +193,27 @@ def test_evaluations_compare_with_the_start(tmp_path: Path) -> None:
     assert found[1] > found[0] > 1e-4
     after = trainer.evaluate()["eval_teacher_kl"]
     assert after == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["text", "completion"])
+def test_supervised_fine_tuning_with_some_general_text(
+    name: str, lora: bool, tmp_path: Path
+) -> None:
+    """TRL tokenises the memory's raw rows as it does its own."""
+    new, general, settings = SFT_DATA[name]
+    settings = {**settings, "max_steps": 3, "learning_rate": 2.0 if lora else 0.05}
+    trainer = sft(tmp_path, new, lora, **settings)
+    memory = ReplayMemory.from_dataset(general, 5)
+    adapt(trainer, Replay(memory, ratio=0.5), KeepPredictions(0.5)).train()
+    first, *_, last = [e for e in trainer.state.log_history if "loss/replay" in e]
+    key = "keep_predictions/kl_to_start"
+    assert abs(first[key]) < 1e-5 < last[key]
+    for entry in (first, last):
+        own = entry["loss/task"] + entry["loss/replay"] + 0.5 * entry[key]
+        assert entry["loss"] == pytest.approx(own, rel=1e-3)
+    with pytest.raises(ValueError, match="reads tokenised rows"):
+        ReplayMemory.from_dataset(general, 5, "surprise", trainer=trainer)
 
 
 # ---- resume ----
