@@ -35,11 +35,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from two_tasks import Task, accuracy, grown, load_tasks
+from two_tasks import Task, accuracies, grown, load_tasks
 
 from hf_adapt import Adaptation, adapt
 from hf_adapt.continual import (
-    AGEM,
     AveragedWeights,
     Consolidation,
     Fisher,
@@ -104,11 +103,10 @@ class Start:
 
     def scores(self, trainer: Trainer) -> dict[str, float]:
         """Accuracies on both tasks."""
-        return {
-            f"{name}{suffix}": accuracy(trainer, task, among_own)
-            for name, task in (("old", self.old), ("new", self.new))
-            for suffix, among_own in (("", False), (", own classes", True))
-        }
+        found = {}
+        for name, task in (("old", self.old), ("new", self.new)):
+            found[name], found[f"{name}, own classes"] = accuracies(trainer, task)
+        return found
 
 
 METHODS: dict[str, Callable[[Start], Trainer]] = {
@@ -120,7 +118,6 @@ METHODS: dict[str, Callable[[Start], Trainer]] = {
     "EMA": lambda start: start.learn(AveragedWeights("ema")),
     "SFA": lambda start: start.learn(AveragedWeights("sfa")),
     "interpolation": lambda start: start.between(0.5),
-    "A-GEM": lambda start: start.learn(AGEM(start.memory)),
     "replay + KL": lambda start: start.learn(
         Replay(start.memory), KeepPredictions(start=str(start.path), on="replay")
     ),

@@ -67,12 +67,12 @@ def grown(path: str | Path, labels: list[str]) -> PreTrainedModel:
     return model
 
 
-def accuracy(trainer: Trainer, task: Task, among_own: bool = False) -> float:
-    """The share of a task's test rows that are right, among all classes or the task's own."""
+def accuracies(trainer: Trainer, task: Task) -> tuple[float, float]:
+    """The share of a task's test rows that are right, among all classes and the task's own."""
     found = trainer.predict(task.test)
-    classes = found.predictions
-    if among_own:
-        names = trainer.model.config.id2label
-        others = [number for number, name in names.items() if name not in task.labels]
-        classes[:, others] = -np.inf
-    return float(np.mean(classes.argmax(-1) == found.label_ids))
+    logits, truth = found.predictions, found.label_ids
+    names = trainer.model.config.id2label
+    others = [number for number, name in names.items() if name not in task.labels]
+    own = logits.copy()
+    own[:, others] = -np.inf
+    return float(np.mean(logits.argmax(-1) == truth)), float(np.mean(own.argmax(-1) == truth))

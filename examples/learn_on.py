@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the ex
 from domain_data import LICENCES, MINILM_LICENCE, minilm_path
 from experiment import DOMAINS, new_classifier, option, parse, run
 from results import report
-from two_tasks import accuracy, grown, load_tasks
+from two_tasks import accuracies, grown, load_tasks
 
 from hf_adapt.experiments.training import first_groups, freeze
 
@@ -82,11 +82,13 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train()
         return trainer
 
-    rows = [["", script.old, script.new]]
+    found: dict[str, list[float]] = {}
 
     def test(name: str, trainer: Trainer) -> None:
-        rows.append([name, *(f"{100 * accuracy(trainer, task):.1f}" for task in (old, new))])
-        console.print(f"{name}: {script.old} {rows[-1][1]}, {script.new} {rows[-1][2]}")
+        found[name] = [accuracies(trainer, task)[0] for task in (old, new)]
+        console.print(
+            f"{name}: {script.old} {found[name][0]:.3f}, {script.new} {found[name][1]:.3f}"
+        )
 
     set_seed(args.seed)
     first = train(new_classifier(path, old.labels), old.train)
@@ -102,12 +104,15 @@ def main(argv: list[str] | None = None) -> None:
     memory = ReplayMemory.from_dataset(old.train, size=script.memory_size)
     test("with replay", train(grown(start, labels), new.train, Replay(memory, script.ratio)))
 
+    if args.process_index != 0:
+        return
+    rows = [["", script.old, script.new]]
+    rows += [[name, *(f"{100 * score:.1f}" for score in both)] for name, both in found.items()]
     legend = (
-        f"Accuracy in % among {len(labels)} classes. {len(old.train)} and {len(new.train)} training "
-        f"rows; the memory has {len(memory)}."
+        f"Accuracy in % among {len(labels)} classes; {len(old.train)} and {len(new.train)} "
+        f"training rows, {len(memory)} in the memory."
     )
-    if args.process_index == 0:
-        report(rows, legend, {"table": rows}, {}, Path(args.output_dir), console)
+    report(rows, legend, {"accuracy": found}, {}, Path(args.output_dir), console)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from distil_causal_lm import blocks, load_model, texts_of
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoTokenizer,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     default_data_collator,
@@ -83,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
     domains = (script.train, script.general)
     tests = {domain: rows_of(domain, "test") for domain in domains}
+    tests = {d: test.select(range(min(script.num_test, len(test)))) for d, test in tests.items()}
     train, general = (rows_of(domain, "train") for domain in domains)
     memory = ReplayMemory.from_dataset(general, size=script.memory_size)
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             KeepPredictions(script.kl_weight, on="replay"),
         ],
     }
-    rows = [["method", *domains]]
+    found: dict[str, dict[str, float]] = {}
     for name, adaptations in methods.items():
         set_seed(args.seed)
         model = load_model(script.model_name_or_path)
@@ -112,18 +112,20 @@ def main(argv: list[str] | None = None) -> None:
             trainer.add_callback(AdaptationCallback(*adaptations))
         if adaptations is not None:
             trainer.train()
-        losses = [
-            trainer.evaluate(test.select(range(min(script.num_test, len(test)))))["eval_loss"]
-            for test in tests.values()
-        ]
-        rows.append([name, *(f"{math.exp(loss):.1f}" for loss in losses)])
-        console.print(f"{name}: perplexity {dict(zip(domains, rows[-1][1:]))}", highlight=False)
+        found[name] = {
+            domain: math.exp(trainer.evaluate(test)["eval_loss"]) for domain, test in tests.items()
+        }
+        shown = {domain: round(value, 1) for domain, value in found[name].items()}
+        console.print(f"{name}: perplexity {shown}", highlight=False)
+    if args.process_index != 0:
+        return
+    rows = [["method", *domains]]
+    rows += [[name, *(f"{value:.1f}" for value in both.values())] for name, both in found.items()]
     legend = (
         f"Perplexity per token; {args.max_steps} steps on {script.train}. Replay brings "
         f"{100 * script.ratio:.0f} rows of {script.general} for 100 new ones, of {len(memory)}."
     )
-    if args.process_index == 0:
-        report(rows, legend, {"table": rows}, {}, Path(args.output_dir), console)
+    report(rows, legend, {"perplexity": found}, {}, Path(args.output_dir), console)
 
 
 if __name__ == "__main__":

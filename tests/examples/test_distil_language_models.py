@@ -6,11 +6,6 @@ import datasets
 import distil_causal_lm
 import pytest
 import sequence_level_distillation
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.helpers.word_classifier import WORDS
 
@@ -18,34 +13,13 @@ TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 15)) for i in ra
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Options for a Llama of four layers and fifteen words."""
-    words = {word: i for i, word in enumerate(["<unk>", "<end>", *WORDS])}
-    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<end>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    folder = tmp_path / "teacher"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def command(llama_dir, tmp_path, monkeypatch):
+    """Options for a tiny Llama."""
     for module in (distil_causal_lm, sequence_level_distillation):
         monkeypatch.setattr(module, "texts_of", lambda domain, split: TEXTS)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     options = {
-        "--model_name_or_path": str(folder),
+        "--model_name_or_path": str(llama_dir),
         "--student_layers": "2",
         "--output_dir": str(tmp_path / "out"),
         "--max_steps": "2",

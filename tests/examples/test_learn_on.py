@@ -1,0 +1,92 @@
+"""Learning on without forgetting, run as a person runs it: tiny models and data, no network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import forgetting
+import learn_on
+import learn_on_lm
+import pytest
+import two_tasks
+from transformers import AutoModelForSequenceClassification
+
+from tests.helpers.word_classifier import WORDS, save_tiny_model
+
+CLASSES = {"movies": ("bad", "good"), "sms": ("ham", "spam")}
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Options for a tiny classifier."""
+
+    def load_domain(domain):
+        texts = [(f"{WORDS[i % 4]} film {i}", CLASSES[domain][i % 2]) for i in range(24)]
+        return {"train": texts, "test": texts[:8]}
+
+    monkeypatch.setattr(two_tasks, "load_domain", load_domain)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "model").mkdir()
+    options = {
+        "--model_name_or_path": str(save_tiny_model(tmp_path / "model")),
+        "--output_dir": str(tmp_path / "out"),
+        "--max_steps": "2",
+        "--freeze_layers": "1",
+        "--learning_rate": "0.05",
+        "--use_cpu": "true",
+    }
+    return [part for option in options.items() for part in option]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_old_task_is_tested_before_and_after(command, tmp_path):
+    learn_on.main([*command, "--memory_size", "4"])
+    found = results(tmp_path / "out")["accuracy"]
+    assert list(found) == ["before sms", "plain", "with replay"]
+    assert found["plain"] != found["before sms"]
+
+
+def test_a_head_that_has_grown_predicts_the_old_classes_as_before(command, tmp_path):
+    start = command[1]
+    old = AutoModelForSequenceClassification.from_pretrained(start)
+    model = two_tasks.grown(start, ["bad", "good", "ham", "spam"])
+    assert model.config.id2label == {0: "bad", 1: "good", 2: "ham", 3: "spam"}
+    assert model.classifier.weight[:2].equal(old.classifier.weight)
+    assert model.bert.pooler.dense.weight.equal(old.bert.pooler.dense.weight)
+
+
+def test_every_method_has_its_row_and_finished_runs_are_kept(command, tmp_path, monkeypatch):
+    options = [*command, "--seeds", "1"]
+    forgetting.main(options)
+    folder = tmp_path / "out" / "movies-sms"
+    table = (folder / "table.md").read_text()
+    assert all(f"| {method} |" in table for method in forgetting.METHODS)
+    assert (folder / "forgetting.png").stat().st_size > 10_000
+    monkeypatch.setattr(forgetting, "cell", lambda *_: pytest.fail("a finished run runs again"))
+    forgetting.main(options)
+    assert (folder / "table.md").read_text() == table
+
+
+def test_perplexity_in_the_new_domain_and_the_general_one(llama_dir, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    texts = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 15)) for i in range(1, 30)]
+    monkeypatch.setattr(learn_on_lm, "texts_of", lambda domain, split: texts)
+    options = {
+        "--model_name_or_path": str(llama_dir),
+        "--output_dir": str(tmp_path / "out"),
+        "--max_steps": "2",
+        "--block_size": "8",
+        "--memory_size": "4",
+        "--ratio": "0.5",
+        "--learning_rate": "0.1",
+        "--warmup_steps": "0",
+        "--use_cpu": "true",
+    }
+    learn_on_lm.main([part for option in options.items() for part in option])
+    found = results(tmp_path / "out")["perplexity"]
+    assert list(found) == ["start", "plain", "kl", "replay", "replay kl"]
+    assert len({tuple(both.values()) for both in found.values()}) == len(found)
