@@ -122,7 +122,8 @@ def imtl_g_weights(gram: torch.Tensor) -> torch.Tensor:
     system = torch.cat([(products[:, :1] - products[:, 1:]).T, torch.ones(1, number).to(gram)])
     known = torch.zeros(number).to(gram)
     known[-1] = 1.0
-    return torch.linalg.lstsq(system, known[:, None], driver="gelsd").solution[:, 0]
+    weights: torch.Tensor = torch.linalg.lstsq(system, known[:, None], driver="gelsd").solution
+    return weights[:, 0]
 
 
 def nash_mtl(gradients: torch.Tensor) -> torch.Tensor:
@@ -262,7 +263,8 @@ def aligned_mtl_weights(gram: torch.Tensor) -> torch.Tensor:
     if not bool(kept.any()):
         return torch.ones(len(gram)).to(gram)
     values, vectors = values[kept], vectors[:, kept]
-    return values.min().sqrt() * (vectors / values.sqrt()) @ vectors.T.sum(1)
+    weights: torch.Tensor = values.min().sqrt() * (vectors / values.sqrt()) @ vectors.T.sum(1)
+    return weights
 
 
 # ---- what they share ----
@@ -337,4 +339,5 @@ def _on_plane(matrix: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
     unit = matrix / scales.outer(scales)  # gradients may be of very different lengths
     sides = torch.stack([torch.ones_like(linear), linear], 1) / scales[:, None]
     ones, others = (torch.linalg.solve(unit, sides) / scales[:, None]).T
-    return ones * (1 + others.sum()) / ones.sum() - others
+    weights: torch.Tensor = ones * (1 + others.sum()) / ones.sum() - others
+    return weights
