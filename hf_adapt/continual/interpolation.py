@@ -127,13 +127,13 @@ class _Blend:
         for model in (start, tuned):
             _check(model)
         self.start, self.tuned = _tensors(start, all_names=True), _tensors(tuned)
-        shapes = [{n: t.shape for n, t in each.items()} for each in (self.start, self.tuned)]
-        prefixes = (
-            getattr(start, "base_model_prefix", ""),
-            getattr(tuned, "base_model_prefix", ""),
-        )
         labels = [labels_of(getattr(model, "config", None)) for model in (start, tuned)]
-        self.names = shared_weights(*shapes, prefixes, labels[0] == labels[1])
+        self.names = shared_weights(
+            {name: tensor.shape for name, tensor in self.start.items()},
+            {name: tensor.shape for name, tensor in self.tuned.items()},
+            (getattr(start, "base_model_prefix", ""), getattr(tuned, "base_model_prefix", "")),
+            labels[0] == labels[1],
+        )
 
     def __call__(self, alpha: float) -> dict[str, torch.Tensor]:
         check_alpha(alpha)

@@ -262,7 +262,6 @@ def test_the_command_takes_the_mean_of_several(tmp_path: Path) -> None:
     for seed, model in enumerate(models):
         model.save_pretrained(tmp_path / str(seed))
     run(
-        tmp_path,
         *(str(tmp_path / str(s)) for s in range(3)),
         "--average",
         "-o",
