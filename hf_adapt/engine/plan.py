@@ -18,6 +18,7 @@ from hf_adapt.engine.mixins import (
     LearningRateControl,
     LossCombiner,
     WeightAverage,
+    WeightTransform,
 )
 from hf_adapt.engine.streams import TARGET, Stream
 
@@ -31,6 +32,7 @@ MIXINS = (
     LearningRateControl,
     LossCombiner,
     WeightAverage,
+    WeightTransform,
 )
 
 

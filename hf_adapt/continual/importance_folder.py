@@ -1,0 +1,151 @@
+"""An importance of weights, kept in a folder with the weights that it was found at."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_adapt.continual.adapters import HeldWeights
+from hf_adapt.storage.text_file import whole_file
+
+FILE = "importance.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedImportance:
+    """What a folder holds.
+
+    Attributes:
+        importance: A float32 tensor for each weight's name.
+        weights: The model's weights that it belongs to: the anchor of the next task.
+        key: What tells this file from any other.
+        path: The file.
+    """
+
+    importance: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
+    key: str
+    path: Path
+
+    def check_shapes(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Refuse an importance of weights that a model has not.
+
+        Args:
+            own: The model's weights, by name.
+
+        Raises:
+            ValueError: Naming them.
+        """
+        check_shapes(self.importance, own, str(self.path))
+
+    def check_weights(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Refuse the importance of another model than the one that training starts from.
+
+        Args:
+            own: The model's weights, by name.
+
+        Raises:
+            ValueError: Naming the weights that differ.
+        """
+        there = {name: value for name, value in self.weights.items() if name in own}
+        others = [
+            name
+            for name, value in there.items()
+            if not torch.equal(value.to(own[name]), own[name].detach())
+        ]
+        if others:
+            gap = max(
+                float((self.weights[n].to(own[n]).float() - own[n].detach().float()).abs().max())
+                for n in others
+            )
+            raise ValueError(
+                f"{self.path} holds the importance of another model: {len(others)} of "
+                f"{len(there)} weights differ from those that training starts from (by up to "
+                f"{gap:.2g}), first {', '.join(others[:3])}. Load the model that was trained when "
+                "it was saved, or compute the importance for this one."
+            )
+
+
+def save_importance(
+    folder: str | Path, importance: Mapping[str, torch.Tensor], model: nn.Module
+) -> None:
+    """Write an importance with the weights that it belongs to, for the training on a next task.
+
+    Args:
+        folder: Created if missing.
+        importance: A tensor for each weight's name.
+        model: The model that it was computed for; a next training starts from these weights.
+    """
+    tensors = {
+        f"{kind}.{name}": value.detach().cpu().contiguous()
+        for kind, values in (("importance", importance), ("weights", HeldWeights.of(model).now()))
+        for name, value in values.items()
+    }
+    with whole_file(Path(folder) / FILE) as part:
+        save_file(tensors, part, metadata={"format": "pt", "key": uuid.uuid4().hex})
+
+
+def load_importance(folder: str | Path) -> SavedImportance:
+    """Read what [`save_importance`] has written.
+
+    Raises:
+        FileNotFoundError: If the folder has no importance.
+    """
+    path = Path(folder)
+    path = path if path.is_file() else path / FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {path}. Pass the folder that Consolidation(save_to=...) or "
+            "save_importance wrote."
+        )
+    found: dict[str, dict[str, torch.Tensor]] = {"importance": {}, "weights": {}}
+    with safe_open(path, "pt") as file:
+        key = (file.metadata() or {}).get("key", "")
+        for name in file.keys():
+            kind, _, weight = name.partition(".")
+            found[kind][weight] = file.get_tensor(name)
+    return SavedImportance(found["importance"], found["weights"], key, path)
+
+
+def check_shapes(
+    importance: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], what: str
+) -> None:
+    """Refuse an importance that does not fit a model's weights.
+
+    Args:
+        importance: A tensor for each weight's name.
+        own: The model's weights, by name.
+        what: Where it is from, for the message.
+
+    Raises:
+        ValueError: If a weight is missing or has another shape, a value is negative or not finite,
+            or there is none.
+    """
+    missing = [name for name in importance if name not in own]
+    if missing or not importance:
+        raise ValueError(
+            f"The importance of {what} is that of another model: it has {len(importance)} weights, "
+            f"of which {len(missing)} do not train in this one"
+            f"{': ' + ', '.join(missing[:3]) if missing else ''}. This model trains "
+            f"{', '.join(list(own)[:3])}, ... If a head was replaced, or a layer frozen, on "
+            "purpose: skip=[...] with its name."
+        )
+    if others := [name for name, value in importance.items() if value.shape != own[name].shape]:
+        name = others[0]
+        raise ValueError(
+            f"The importance of {what} has the shape {tuple(importance[name].shape)} for {name}, "
+            f"and the model has {tuple(own[name].shape)}. If this is a new head: skip={others}."
+        )
+    for name, value in importance.items():
+        if not bool((value >= 0).all() & torch.isfinite(value).all()):
+            raise ValueError(
+                f"The importance of {what} is negative or not finite for {name}: expected numbers "
+                ">= 0, as negative ones would push the weight away."
+            )
