@@ -210,7 +210,11 @@ def test_beside_options_of_the_trainer(name: str, setting: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_beside_adapters(name: str, tmp_path: Path) -> None:
-    model = lora()
+    model, refusal = lora(), METHODS[name].refuses_adapters
+    if refusal is not None:
+        with pytest.raises(ValueError, match=refusal):
+            beside(tmp_path, name, model=model)
+        return
     frozen = {k: v.clone() for k, v in model.named_parameters() if not v.requires_grad}
     trainer = beside(tmp_path, name, model=model)
     assert all(torch.equal(frozen[k], v) for k, v in model.named_parameters() if k in frozen)

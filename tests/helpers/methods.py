@@ -44,7 +44,16 @@ from hf_adapt.alignment import (
     SupervisedContrastive,
     TargetLanguageModeling,
 )
-from hf_adapt.continual import DarkReplay, KeepPredictions, Replay, ReplayMemory
+from hf_adapt.continual import (
+    SI,
+    AveragedWeights,
+    Consolidation,
+    DarkReplay,
+    Fisher,
+    KeepPredictions,
+    Replay,
+    ReplayMemory,
+)
 from hf_adapt.continual.memory import LOGITS
 from hf_adapt.engine.streams import TARGET
 from tests.helpers.data import collate, rows
@@ -67,6 +76,7 @@ class Method:
         refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
         keeps: How the names of the weights begin that it does not train.
         corrects: The weights that it changes when training has ended, after the last checkpoint.
+        refuses_adapters: What it says of LoRA, if it cannot work with it.
         for_tokens: Makes its adaptations for a head that classifies tokens, if they are others.
         uses_target: Whether it trains with target rows.
         files: What it writes beside a saved model, besides the engine's own files.
@@ -78,6 +88,7 @@ class Method:
     refuses_checkpointing: str | None = None
     keeps: tuple[str, ...] = ()
     corrects: tuple[str, ...] = ()
+    refuses_adapters: str | None = None
     for_tokens: Callable[[], list[Adaptation]] | None = None
     uses_target: bool = True
     files: tuple[str, ...] = ()
@@ -177,6 +188,28 @@ METHODS = {
         for_tokens=lambda: [Replay(old("token")), KeepPredictions(0.5, on="replay")],
         uses_target=False,
     ),
+    **{
+        f"consolidation_{form}": Method(
+            lambda form=form: [Consolidation(Fisher(old()), form=form)],
+            "rows",
+            for_tokens=lambda form=form: [Consolidation(Fisher(old("token")), form=form)],
+            refuses_adapters="follows single weights" if form == "rates" else None,
+            uses_target=False,
+        )
+        for form in ("decoupled", "gradient", "rates")
+    },
+    "consolidation_si": Method(
+        lambda: [Consolidation(SI(), form="gradient")],
+        "rows",
+        refuses_adapters="follows single weights",
+        uses_target=False,
+    ),
+    **{
+        f"averaged_{kind}": Method(
+            lambda kind=kind: [AveragedWeights(kind, final=False)], "rows", uses_target=False
+        )
+        for kind in ("ema", "soup", "sfa")
+    },
     "dark_replay": Method(
         lambda: [DarkReplay(old_with_logits(), ratio=0.5, weight=0.7)],
         "rows",
