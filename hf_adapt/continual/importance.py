@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from hf_adapt.continual.adapters import HeldWeights
+from hf_adapt.continual.prepared_rows import Collator
 from hf_adapt.distillation.heads import Head
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.columns import named_inputs
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Normalization = Literal["mean", "max"]
-Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 LABELS = {"label", "labels", "label_ids", "start_positions", "end_positions"}
 MAX_CLASSES = 128

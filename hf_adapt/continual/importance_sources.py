@@ -7,20 +7,18 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from torch import nn
 
 from hf_adapt.continual.importance import (
-    Collator,
     Normalization,
     fisher_diagonal,
     mas_importance,
     normalized,
 )
 from hf_adapt.continual.importance_folder import SavedImportance, load_importance
+from hf_adapt.continual.prepared_rows import Collator, prepared_rows
 from hf_adapt.engine.streams import check_rows
-from hf_adapt.engine.trainer import AdaptationMixin
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -273,14 +271,3 @@ def known_importance(given: Previous) -> SavedImportance | Mapping[str, torch.Te
         "Fisher(rows), MAS(rows), SI(), the folder of one that was saved, or a dict with a tensor "
         "for each weight's name."
     )
-
-
-def prepared_rows(trainer: Trainer, rows: Any) -> tuple[Any, Collator]:
-    """Rows, and a collator for them, without the columns that the Trainer's model does not take."""
-    own: Any = super(AdaptationMixin, trainer)  # type: ignore[misc]  # what observers want is no input
-    if isinstance(rows, datasets.Dataset):
-        return own._remove_unused_columns(rows, description="memory"), trainer.data_collator
-    collator: Collator = own._get_collator_with_removed_columns(
-        trainer.data_collator, description="memory"
-    )
-    return rows, collator
