@@ -124,7 +124,7 @@ def test_the_loss_on_the_memory_does_not_rise(tmp_path: Path) -> None:
         trainer.train()
         found.append(loss(trainer.model))
     start = loss(bert())
-    assert found[0] > start + 0.01 and found[1] < start + 0.001
+    assert found[0] > start + 0.5 and found[1] < start + 0.1
 
 
 def test_rows_of_the_memory_are_a_function_of_the_step(tmp_path: Path) -> None:
