@@ -32,7 +32,7 @@ def test_help_loads_nothing_heavy() -> None:
         "from hf_adapt.cli import app\n"
         "found = []\n"
         "for words in (['--help'], ['cache-teacher', '--help'], ['schedule', '--help'],"
-        " ['--version']):\n"
+        " ['merge', '--help'], ['--version']):\n"
         "    app(words, standalone_mode=False)\n"
         f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))\n"
     )

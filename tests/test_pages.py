@@ -17,7 +17,7 @@ from tests.helpers.trainers import arguments
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = {
     f"{page}-{number}": textwrap.dedent(block)
-    for page in ("adaptation", "choosing")
+    for page in ("adaptation", "choosing", "continual")
     for number, block in enumerate(
         re.findall(
             r"^ *```python\n(.*?)^ *```", (DOCS / f"{page}.md").read_text("utf-8"), re.S | re.M
@@ -62,6 +62,10 @@ def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "model": model,
         "tokenizer": own,
         "source": labelled(24, 1),
+        "old": labelled(40, 6),
+        "new": labelled(24, 1),
+        "old_test": labelled(12, 7),
+        "new_test": labelled(12, 8),
         "source_dev": labelled(60, 5),
         "make_trainer": make_trainer,
         "dev_labels": np.arange(60) % 3,

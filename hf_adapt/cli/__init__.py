@@ -1,4 +1,4 @@
-"""The command line: `hf-adapt run`, `report RUN`, `schedule MODEL` and `cache-teacher`.
+"""The command line: `hf-adapt run`, `report`, `schedule`, `cache-teacher` and `merge`.
 
 torch and transformers take seconds to import, so each command imports them itself.
 """
@@ -9,6 +9,7 @@ import typer
 
 from hf_adapt import __version__
 from hf_adapt.cli.cache_teacher import cache_teacher
+from hf_adapt.cli.merge import merge
 from hf_adapt.cli.report import report
 from hf_adapt.cli.run import run
 from hf_adapt.cli.schedule import schedule
@@ -20,6 +21,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command()(report)
 app.command()(schedule)
 app.command()(cache_teacher)
+app.command()(merge)
 
 
 def _print_version(wanted: bool) -> None:

@@ -134,9 +134,11 @@ class EvaluationObserver(Adaptation):
     Attributes:
         hides_labels: Whether the rows go through the model without their labels, which nothing sees
             then.
+        observes_predictions: Whether it takes part in `predict` as in `evaluate`.
     """
 
     hides_labels: bool = False
+    observes_predictions: bool = True
 
     def observes_evaluation(self, trainer: Trainer) -> bool:
         """Whether it takes part."""

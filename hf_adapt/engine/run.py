@@ -74,6 +74,7 @@ class AdaptationRun:
         average = the_only(self.adaptations, WeightAverage, "bring weights for evaluation")
         self.weights = SwappedWeights(self.model, average)
         changed = [a for a in adaptations if isinstance(a, WeightTransform)]
+        changed.sort(key=lambda a: isinstance(a, WeightAverage))  # it follows what others change
         self.weight_transforms = WeightTransforms(self.model, changed)
         self.saved = SavedState(None)
         self._resumes = False

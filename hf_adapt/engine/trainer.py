@@ -421,6 +421,8 @@ class AdaptationMixin(_Base):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own; observers see its batches and add metrics."""
         observers = self._observers()
+        if kwargs.get("description", args[1] if len(args) > 1 else None) == "Prediction":
+            observers = [each for each in observers if each.observes_predictions]
         if not observers:
             return super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")

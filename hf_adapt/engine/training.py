@@ -19,6 +19,7 @@ from hf_adapt.engine.streams import TARGET
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from hf_adapt.engine.adaptation import Adaptation
     from hf_adapt.engine.stream_data import StreamData
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,15 @@ def resumed_from(trainer: Trainer) -> Path | None:
     """
     run = getattr(trainer, "_adaptation_run", None)
     return None if run is None or run.checkpoint is None else Path(run.checkpoint)
+
+
+def saved_state(trainer: Trainer, adaptation: Adaptation) -> dict[str, Any]:
+    """What the checkpoint holds of an adaptation that the run under way resumes from.
+
+    Empty if there is nothing. For what must be known in `setup`, before `load_state_dict`.
+    """
+    run = getattr(trainer, "_adaptation_run", None)
+    return {} if run is None else run.saved.of(adaptation)
 
 
 def fixed_parameters(trainer: Trainer) -> set[int]:

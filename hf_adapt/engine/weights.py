@@ -55,9 +55,13 @@ class SwappedWeights:
             self._is_swapped = False
 
     def replace_final(self) -> None:
-        """Give the model the averaged weights for good, if that was asked for."""
+        """Give the model the averaged weights for good, if that was asked for.
+
+        Evaluations see the final weights from here on, whichever these are.
+        """
         if self.average is not None and self.average.replaces_final:
             _write(self.model, self.average.averaged_weights())
+        self.average = None
 
 
 @contextmanager

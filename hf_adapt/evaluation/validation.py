@@ -85,6 +85,7 @@ class LabelFreeValidation(EvaluationObserver):
 
     name = "target"
     uses_priors = True
+    observes_predictions = False  # predict() is about the rows that it is given
 
     def __init__(
         self,
@@ -116,7 +117,6 @@ class LabelFreeValidation(EvaluationObserver):
         self._ensemble_keys = torch.zeros(0, dtype=torch.long)
         self._reference: dict[str, torch.Tensor] = {}
         self._warned: set[str] = set()
-        self._evaluates = False
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes; forget the evaluations of an earlier run."""
@@ -152,28 +152,21 @@ class LabelFreeValidation(EvaluationObserver):
     def begin_evaluation(self, trainer: Trainer, prefix: str) -> None:
         """Collect what the model gives for the rows that are evaluated."""
         self._trainer = trainer
-        self._evaluates = prefix != "test"  # predict() is about the rows that it is given
-        if self._evaluates:
-            self._check(trainer)
-            self._source.begin_evaluation(trainer, prefix)
+        self._check(trainer)
+        self._source.begin_evaluation(trainer, prefix)
 
     def around_prediction(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """Capture what the model gives."""
-        if not self._evaluates:
-            return super().around_prediction(inputs)
         return self._source.around_prediction(inputs)
 
     def observe(
         self, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]], outputs: Any
     ) -> None:
         """Keep it."""
-        if self._evaluates:
-            self._source.observe(inputs, columns, outputs)
+        self._source.observe(inputs, columns, outputs)
 
     def end_evaluation(self, metrics: Mapping[str, float], prefix: str) -> Mapping[str, float]:
         """Run the model over the target; return all values."""
-        if not self._evaluates:
-            return {}
         self._source.close()
         source = strided(self._source.items.labelled, self.max_items)
         found = self._values(source, self._target())

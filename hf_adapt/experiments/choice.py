@@ -121,8 +121,9 @@ def write_choices(
     """Write what was chosen and why beside the runs of each pair, the seeds in one file."""
     by_folder: dict[Path, list[dict[str, Any]]] = {}
     for (source, target, seed), choice in found.items():
-        folder = cell_folder(experiment, Cell(source, target, choice.chosen, seed)).parent
-        by_folder.setdefault(folder, []).append({"seed": seed, **choice.as_dict()})
+        run = cell_folder(experiment, Cell(source, target, choice.chosen, seed))
+        entry = {"seed": seed, "run": run.name, **choice.as_dict()}
+        by_folder.setdefault(run.parent, []).append(entry)
     for folder, made in by_folder.items():
         file = folder / CHOICE_FILE
         seeds = {each["seed"] for each in made}

@@ -209,4 +209,11 @@ def _pair(names: tuple[str, str], runs: Iterable[Run]) -> Pair:
     for folder in dict.fromkeys(run.folder.parent for run in ordered):
         found = _read_optional(folder / CHOICE_FILE, (dict, list), notes)
         choices += [found] if isinstance(found, dict) else found or []
-    return Pair(*names, ordered, [each for each in choices if isinstance(each, dict)], tuple(notes))
+    shown = {run.folder.name for run in ordered}
+    kept = [c for c in choices if isinstance(c, dict) and c.get("run", next(iter(shown))) in shown]
+    if len(kept) < len(choices):
+        notes.append(
+            f"{len(choices) - len(kept)} of {len(choices)} choices in {CHOICE_FILE} are left out: "
+            "they were made among other runs than these."
+        )
+    return Pair(*names, ordered, kept, tuple(notes))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_adapt.alignment import ADDA
-from tests.helpers.alignment import make_trainer
 from tests.helpers.data import collate
+from tests.helpers.methods import make_trainer
 from tests.helpers.models import bert
 from tests.helpers.trainers import GradientRecorder, same_bits, weights
 

@@ -16,8 +16,8 @@ from hf_adapt import DANN, DomainAdversarialCallback
 from hf_adapt.alignment import CDAN, DomainDiscriminator, dann_loss, reverse_gradient
 from hf_adapt.alignment import dann as dann_module
 from hf_adapt.engine.progress import linear_ramp
-from tests.helpers.alignment import make_trainer, target
 from tests.helpers.fake_batch import FakeBatch
+from tests.helpers.methods import make_trainer, target
 from tests.helpers.models import bert
 
 # ---- dann_loss ----

@@ -26,9 +26,9 @@ from hf_adapt.alignment import (
     supervised_contrastive_loss,
 )
 from hf_adapt.engine.collating import DOMAIN
-from tests.helpers.alignment import make_trainer, target
 from tests.helpers.fake_batch import FakeBatch
 from tests.helpers.heads import CASES
+from tests.helpers.methods import make_trainer, target
 from tests.helpers.models import bert, enlarged
 from tests.helpers.trainers import GradientRecorder, arguments, flat_gradient, same_bits, weights
 

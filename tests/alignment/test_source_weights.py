@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from hf_adapt.alignment import PADA, ImportanceWeighting, density_ratio_weights
 from hf_adapt.alignment.source_weights import reweighting_loss
-from tests.helpers.alignment import make_trainer
 from tests.helpers.data import collate
 from tests.helpers.fake_batch import FakeBatch
+from tests.helpers.methods import make_trainer
 from tests.helpers.models import bert, llama
 from tests.helpers.trainers import GradientRecorder
 

@@ -377,6 +377,7 @@ def test_rows_are_limited_before_they_are_run(tmp_path: Path) -> None:
 def test_predict_is_left_alone(tmp_path: Path) -> None:
     made = trainer(tmp_path, LabelFreeValidation(target()))
     assert not values(made.predict(DEV).metrics)
+    assert not values(made.predict(DEV, metric_key_prefix="eval").metrics)
 
 
 def test_training_goes_on_as_without_it(tmp_path: Path) -> None:

@@ -43,9 +43,8 @@ def sft(folder: Any, train: Any, lora: bool = False, **settings: Any) -> SFTTrai
         disable_tqdm=True,
         save_strategy="no",
         logging_steps=1,
-        max_steps=2,
         per_device_train_batch_size=BATCH,
-        **{**defaults, **settings},
+        **{**defaults, "max_steps": 2, **settings},
     )
     return SFTTrainer(
         model=llama(),

@@ -151,6 +151,12 @@ def cut_choice(folder: Path) -> None:
     (folder.parent / "choice.json").write_text('{"chosen": ')
 
 
+def old_choice(folder: Path) -> None:
+    file = folder.parent / "choice.json"
+    made = [{**each, "run": "DANN-of-other-settings"} for each in json.loads(file.read_text())]
+    file.write_text(json.dumps(made))
+
+
 def odd_diagnostics(folder: Path) -> None:
     (folder / "diagnostics.json").write_text('{"layers": ["a layer"]}')
 
@@ -165,6 +171,7 @@ def odd_diagnostics(folder: Path) -> None:
         (no_target, "There are no outputs for unlabelled target rows, so nothing is estimated."),
         (no_logs, "logs.json is missing, so there are no curves of this run."),
         (cut_choice, "choice.json cannot be read"),
+        (old_choice, "1 of 1 choices in choice.json are left out: they were made among other runs"),
         (odd_diagnostics, "diagnostics.json is left out: expected layers, each with a name, and"),
     ],
 )

@@ -50,11 +50,14 @@ class OutputProjections:
         student: The student's projection.
         teacher: The teacher's projection.
         head: The head of both models.
+        teacher_values: A projection with the teacher's weights, where `teacher` has others: the
+            module of a model that is run with weights that are not its own.
     """
 
     student: nn.Linear
     teacher: nn.Linear
     head: Head
+    teacher_values: nn.Linear | None = None
 
     @classmethod
     def of(cls, student: nn.Module, teacher: nn.Module, head: Head) -> OutputProjections | None:
@@ -84,9 +87,8 @@ class OutputProjections:
         """The teacher's own loss: the sum over the labels, their number, the number of classes."""
         labels = self._at_predictions(labels, IGNORED)
         labels = labels.clamp(max=self.teacher.out_features - 1)
-        own = chunked_loss(
-            hidden, self.teacher, hidden, self.teacher, labels, ChunkedOptions(), kd_factor=0
-        )
+        values = self.teacher_values or self.teacher
+        own = chunked_loss(hidden, values, hidden, values, labels, ChunkedOptions(), kd_factor=0)
         return own.ce_sum, labels.ne(IGNORED).sum(), self.teacher.out_features
 
     def loss(
@@ -120,7 +122,7 @@ class OutputProjections:
                 hidden,
                 self.student,
                 teacher_hidden,
-                self.teacher,
+                self.teacher_values or self.teacher,
                 labels,
                 options,
                 ce_factor=base_factor,
@@ -151,7 +153,7 @@ def find_projections(hooks: TeacherHooks, logits_weight: float) -> OutputProject
         return "a hook is overridden"
     if hooks.retokenizer is not None:
         return "the teacher has another tokenizer"
-    if len(hooks.teachers) > 1 or type(teacher) is not ModelTeacher:
+    if len(hooks.teachers) > 1 or not isinstance(teacher, ModelTeacher):
         kinds = ", ".join(type(one).__name__ for one in hooks.teachers)
         return f"the teacher is not one model ({kinds})"
     if logits_weight == 0 or hooks.teacher_weights is not None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.helpers.alignment import METHODS, make_trainer
 from tests.helpers.distributed import quiet_arguments, save_results
+from tests.helpers.methods import METHODS, make_trainer
 from tests.helpers.trainers import GradientRecorder, weights
 
 

@@ -1,4 +1,4 @@
-"""What every method of alignment must hold, one row of the table after the other."""
+"""What every method must hold, one row of the table after the other."""
 
 import functools
 import math
@@ -14,7 +14,8 @@ from transformers import BertForSequenceClassification, Trainer
 
 from hf_adapt import Adaptation, Distillation, Objective
 from hf_adapt.unfreezing import GradualUnfreezing, Phase
-from tests.helpers.alignment import (
+from tests.helpers.distributed import Job, assert_same, logs, marks, results
+from tests.helpers.methods import (
     COUPLED,
     METHODS,
     SUMS,
@@ -23,7 +24,6 @@ from tests.helpers.alignment import (
     state_of,
     target,
 )
-from tests.helpers.distributed import Job, assert_same, logs, marks, results
 from tests.helpers.models import bert
 from tests.helpers.trainers import (
     PLAIN_FILES,
@@ -119,7 +119,7 @@ def test_interrupted_and_resumed_is_uninterrupted(name: str, whole: Any, tmp_pat
     assert_same_run(run, train(tmp_path, name, resume=run.folder / "checkpoint-3"))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.uses_target])
 def test_target_labels_change_nothing(name: str, whole: Any, tmp_path: Path) -> None:
     assert_same_run(whole(name), train(tmp_path, name, labels=5))
 
@@ -130,7 +130,8 @@ def test_a_checkpoint_loads_plainly(name: str, whole: Any, caplog: Any) -> None:
     folder = run.folder / "checkpoint-6"
     names = {path.name for path in folder.iterdir()}
     assert PLAIN_FILES <= names
-    assert names - PLAIN_FILES <= {"adaptation.safetensors", "adaptation_optimizer.pt"}
+    own = {"adaptation.safetensors", "adaptation_optimizer.pt", *METHODS[name].files}
+    assert names - PLAIN_FILES <= own
     model, info = BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert not [record for record in caplog.records if record.name.startswith("transformers")]
@@ -151,13 +152,20 @@ def lora() -> Any:
 
 
 def beside(
-    folder: Path, name: str, *others: Adaptation, model: Any = None, **settings: Any
+    folder: Path,
+    name: str,
+    *others: Adaptation,
+    model: Any = None,
+    labels: str = "row",
+    **settings: Any,
 ) -> Trainer:
     """Three steps whose loss is what its terms say; the term has reached the model."""
-    adaptations = [*METHODS[name].make(), *others]
+    make = METHODS[name].make if labels == "row" else METHODS[name].for_tokens
+    adaptations = [*(make or METHODS[name].make)(), *others]
     model = bert(dropout=True) if model is None else model
     before = weights(model)
-    trainer = make_trainer(folder, adaptations, model, gradient_accumulation_steps=2, **settings)
+    settings |= {"gradient_accumulation_steps": 2, "labels": labels}
+    trainer = make_trainer(folder, adaptations, model, **settings)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 3
@@ -170,6 +178,8 @@ def beside(
             objective.term_weight(progress) * entry[f"loss/{objective.name}"]
             for objective in objectives
         )
+        streams = {n: s for a in adaptations for n, s in a.provided_streams().items()}
+        loss += sum(float(s.weight) * entry[f"loss/{n}"] for n, s in streams.items())
         assert entry["loss"] == pytest.approx(loss, rel=1e-4, abs=2e-4)  # 4.57 rounds it
     after = weights(trainer.model)
     assert all(torch.isfinite(value).all() for value in after.values())
@@ -200,7 +210,11 @@ def test_beside_options_of_the_trainer(name: str, setting: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_beside_adapters(name: str, tmp_path: Path) -> None:
-    model = lora()
+    model, refusal = lora(), METHODS[name].refuses_adapters
+    if refusal is not None:
+        with pytest.raises(ValueError, match=refusal):
+            beside(tmp_path, name, model=model)
+        return
     frozen = {k: v.clone() for k, v in model.named_parameters() if not v.requires_grad}
     trainer = beside(tmp_path, name, model=model)
     assert all(torch.equal(frozen[k], v) for k, v in model.named_parameters() if k in frozen)
@@ -238,7 +252,7 @@ def test_on_heads_that_classify_tokens(name: str, tmp_path: Path) -> None:
 
 # ---- two processes ----
 
-JOBS = {name: Job("tests.alignment.distributed_script", {"method": name}) for name in METHODS}
+JOBS = {name: Job("tests.helpers.method_script", {"method": name}) for name in METHODS}
 
 
 def distributed(test: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A table of the methods that train with target rows; what each must hold is tested by its rows.
+"""A table of the methods that change training; what each must hold is tested by its rows.
 
 A new method is one more row of `METHODS`.
 """
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import torch
 from datasets import concatenate_datasets
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import Adaptation, adapt
+from hf_adapt import Adaptation, Objective, adapt
 from hf_adapt.alignment import (
     ADDA,
     AFN,
@@ -43,6 +44,18 @@ from hf_adapt.alignment import (
     SupervisedContrastive,
     TargetLanguageModeling,
 )
+from hf_adapt.continual import (
+    SI,
+    AveragedWeights,
+    Consolidation,
+    DarkReplay,
+    Fisher,
+    KeepPredictions,
+    Replay,
+    ReplayMemory,
+)
+from hf_adapt.continual.memory import LOGITS
+from hf_adapt.engine.streams import TARGET
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.toy import tokenizer
@@ -51,7 +64,7 @@ from tests.helpers.trainers import arguments, weights
 
 @dataclass(frozen=True)
 class Method:
-    """A method of alignment, with settings for tiny models and a constant weight.
+    """A method, with settings for tiny models and a constant weight.
 
     Attributes:
         make: Makes its adaptations, new for each run.
@@ -63,6 +76,10 @@ class Method:
         refuses_tokens: What it says where a head classifies tokens, if it cannot work there.
         keeps: How the names of the weights begin that it does not train.
         corrects: The weights that it changes when training has ended, after the last checkpoint.
+        refuses_adapters: What it says of LoRA, if it cannot work with it.
+        for_tokens: Makes its adaptations for a head that classifies tokens, if they are others.
+        uses_target: Whether it trains with target rows.
+        files: What it writes beside a saved model, besides the engine's own files.
     """
 
     make: Callable[[], list[Adaptation]]
@@ -71,6 +88,10 @@ class Method:
     refuses_checkpointing: str | None = None
     keeps: tuple[str, ...] = ()
     corrects: tuple[str, ...] = ()
+    refuses_adapters: str | None = None
+    for_tokens: Callable[[], list[Adaptation]] | None = None
+    uses_target: bool = True
+    files: tuple[str, ...] = ()
 
 
 PRIORS = (0.5, 0.3, 0.2)
@@ -81,6 +102,17 @@ def masked(inputs: dict[str, Any]) -> dict[str, Any]:
     tokens = inputs["input_ids"].clone()
     tokens[:, 1::3] = 3
     return {**inputs, "input_ids": tokens}
+
+
+def old(labels: str = "row") -> datasets.Dataset:
+    """Rows of an earlier task."""
+    return rows(17, 4, labels, low=30)
+
+
+def old_with_logits(labels: str = "row") -> datasets.Dataset:
+    """The same with what a model once predicted."""
+    generator = torch.Generator().manual_seed(5)
+    return old(labels).add_column(LOGITS, torch.randn(17, 3, generator=generator).tolist())
 
 
 METHODS = {
@@ -140,6 +172,51 @@ METHODS = {
         "rows",
     ),
     "vat": Method(lambda: [VAT()], None),
+    "replay": Method(
+        lambda: [Replay(ReplayMemory.from_dataset(old(), 9), ratio=0.5, weight=0.7)],
+        "rows",
+        for_tokens=lambda: [Replay(old("token"), ratio=0.5)],
+        uses_target=False,
+        files=("replay_memory",),
+    ),
+    "keep_predictions": Method(
+        lambda: [KeepPredictions(0.5, temperature=2.0)], "rows", uses_target=False
+    ),
+    "keep_predictions_of_the_memory": Method(
+        lambda: [Replay(old(), ratio=0.5), KeepPredictions(0.5, on="replay")],
+        "rows",
+        for_tokens=lambda: [Replay(old("token")), KeepPredictions(0.5, on="replay")],
+        uses_target=False,
+    ),
+    **{
+        f"consolidation_{form}": Method(
+            lambda form=form: [Consolidation(Fisher(old()), form=form)],
+            "rows",
+            for_tokens=lambda form=form: [Consolidation(Fisher(old("token")), form=form)],
+            refuses_adapters="follows single weights" if form == "rates" else None,
+            uses_target=False,
+        )
+        for form in ("decoupled", "gradient", "rates")
+    },
+    "consolidation_si": Method(
+        lambda: [Consolidation(SI(), form="gradient")],
+        "rows",
+        refuses_adapters="follows single weights",
+        uses_target=False,
+    ),
+    **{
+        f"averaged_{kind}": Method(
+            lambda kind=kind: [AveragedWeights(kind, final=False)], "rows", uses_target=False
+        )
+        for kind in ("ema", "soup", "sfa")
+    },
+    "dark_replay": Method(
+        lambda: [DarkReplay(old_with_logits(), ratio=0.5, weight=0.7)],
+        "rows",
+        refuses_tokens="one vector for each row",
+        for_tokens=lambda: [DarkReplay(old_with_logits("token"))],
+        uses_target=False,
+    ),
 }
 SUMS = [name for name, method in METHODS.items() if method.accumulation == "rows"]
 COUPLED = [name for name, method in METHODS.items() if method.accumulation == "batches"]
@@ -175,7 +252,13 @@ def make_trainer(
         data_collator=collate,
         callbacks=list(callbacks),
     )
-    return adapt(trainer, *adaptations, target_dataset=found if has_source else None)
+    uses_target = has_source and any(_uses_target(each) for each in adaptations)
+    return adapt(trainer, *adaptations, target_dataset=found if uses_target else None)
+
+
+def _uses_target(adaptation: Adaptation) -> bool:
+    own = isinstance(adaptation, Objective) and TARGET in adaptation.streams
+    return own or TARGET in adaptation.needs_streams
 
 
 def state_of(adaptations: Sequence[Adaptation]) -> dict[str, Any]:

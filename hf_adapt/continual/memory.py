@@ -1,0 +1,442 @@
+"""A memory of the past: the rows of earlier tasks that training goes on to see."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import datasets
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from hf_adapt.continual.row_outputs import row_outputs
+from hf_adapt.engine.pairing import is_map_style
+from hf_adapt.engine.streams import check_rows
+from hf_adapt.storage.text_file import write_text
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+Policy = Literal["random", "balanced", "herding", "surprise"]
+
+LABELS = ("labels", "label")
+"""The columns in which a class is looked for."""
+
+LOGITS = "replay_logits"
+"""The column of what the model predicted when the row was stored."""
+
+FILE, ROWS = "memory.json", "rows"
+
+
+@dataclass(frozen=True)
+class ReplayMemory:
+    """Some rows of earlier tasks, chosen so that it matters neither how nor where they were read.
+
+    Each row has a rank, and a memory keeps those of the lowest ranks, so that a smaller memory is a
+    part of a larger one. With `"random"` and `"balanced"` a row's content decides its rank: the
+    order of the rows does not matter, and two halves of a data set, made in two processes and
+    merged, are a memory of the whole.
+
+    Reference:
+        Rebuffi et al. 2017, "iCaRL", Alg. 4, arXiv:1611.07725 (herding); Vitter 1985, "Random
+        sampling with a reservoir".
+        Deviation: in place of a reservoir, the rows whose hashes are smallest, which is as uniform
+        and needs no random state.
+
+    Args:
+        dataset: The rows.
+        ranks: The rank of each row within its task and class; lower ones are kept.
+        tasks: The task of each row.
+        classes: The class of each row, where classes are balanced; else empty.
+        hashes: The hash of each row's content.
+        policy: How ranks are made.
+        seed: Seed of the ranks.
+
+    Example:
+        >>> old = datasets.Dataset.from_dict({"input_ids": [[i] for i in range(50)]})
+        >>> memory = ReplayMemory.from_dataset(old, size=5)
+        >>> backwards = ReplayMemory.from_dataset(old.select(range(49, -1, -1)), size=5)
+        >>> len(memory), memory.fingerprint == backwards.fingerprint
+        (5, True)
+    """
+
+    dataset: datasets.Dataset
+    ranks: Sequence[int | float]
+    tasks: Sequence[str]
+    classes: Sequence[str]
+    hashes: Sequence[str]
+    policy: Policy = "random"
+    seed: int = 0
+
+    @classmethod
+    def from_dataset(
+        cls,
+        old: Any,
+        size: int,
+        policy: Policy = "random",
+        by: str | None = None,
+        task: str = "",
+        seed: int = 0,
+        trainer: Trainer | None = None,
+        logits: bool = False,
+    ) -> ReplayMemory:
+        """Choose rows of a data set.
+
+        Args:
+            old: The rows of the old task, prepared as the Trainer's `train_dataset` will be.
+            size: How many to keep; all, where there are not as many.
+            policy: `"random"`: every row is as likely. `"balanced"`: as many of each class.
+                `"herding"`: of each class the rows whose mean feature is nearest to that of all.
+                `"surprise"`: the rows with the largest loss. The last two need a `trainer`.
+            by: The column of the classes, for `"balanced"` and `"herding"`; `labels` or `label`.
+            task: A name of the task; a memory of several shares its size among them.
+            seed: Seed of `"random"` and `"balanced"`.
+            trainer: A Trainer with the model that knows the task.
+            logits: Whether to store what that model predicts, for [`DarkReplay`].
+
+        Raises:
+            TypeError: If `old` is no data set.
+            ValueError: If it is empty, or an option does not fit it.
+        """
+        check_rows(old, "old")
+        _check(policy, size, trainer, logits)
+        if not is_map_style(old):
+            old = _drawn(old, size, policy, seed)
+        rows = old if isinstance(old, datasets.Dataset) else _as_dataset(old)
+        if not len(rows):
+            raise ValueError(
+                "A memory needs rows, and the old data set is empty (often the result of a filter "
+                "or of a wrong split name)."
+            )
+        balances = policy in ("balanced", "herding")
+        classes = _classes(rows, by, policy) if balances else []
+        hashes = [row_hash(row) for row in _shown(rows)]
+        ranks: Sequence[int | float] = [_rank(each, seed) for each in hashes]
+        if policy in ("herding", "surprise"):
+            assert trainer is not None
+            ranks = _model_ranks(policy, trainer, rows, classes, size)
+        whole = cls(rows, ranks, [task] * len(rows), classes, hashes, policy, seed)
+        kept = whole.smaller(size)
+        return kept.with_logits(trainer) if logits and trainer is not None else kept
+
+    @classmethod
+    def merge(cls, memories: Sequence[ReplayMemory], size: int | None = None) -> ReplayMemory:
+        """One memory of several: of the tasks so far, or of parts of one data set.
+
+        Args:
+            memories: The memories, made in the same way.
+            size: How many rows to keep, shared equally among the tasks; all by default.
+
+        Raises:
+            ValueError: If they were made in different ways, or their columns differ.
+        """
+        if not memories:
+            raise ValueError("merge() needs memories, and got none.")
+        first = memories[0]
+        for other in memories[1:]:
+            if (other.policy, other.seed) != (first.policy, first.seed):
+                raise ValueError(
+                    f"Ranks of different policies cannot be compared: {first.policy!r} with seed "
+                    f"{first.seed} and {other.policy!r} with seed {other.seed}. Make the memories "
+                    "with the same policy and seed."
+                )
+            if set(other.dataset.column_names) != set(first.dataset.column_names):
+                raise ValueError(
+                    f"Memories of different columns cannot be merged: "
+                    f"{first.dataset.column_names} and {other.dataset.column_names}. Prepare all "
+                    "tasks' rows alike, with stored logits in all or in none."
+                )
+        joined = cls(
+            datasets.concatenate_datasets([each.dataset for each in memories]),
+            [rank for each in memories for rank in each.ranks],
+            [task for each in memories for task in each.tasks],
+            [name for each in memories for name in each.classes],
+            [own for each in memories for own in each.hashes],
+            first.policy,
+            first.seed,
+        )
+        return joined if size is None else joined.smaller(size)
+
+    def __len__(self) -> int:
+        """How many rows it has."""
+        return len(self.dataset)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the rows, whatever their order."""
+        return hashlib.blake2b("".join(sorted(self.hashes)).encode(), digest_size=12).hexdigest()
+
+    def smaller(self, size: int) -> ReplayMemory:
+        """The rows of the lowest ranks, equally many of each task and class as far as there are."""
+        members: dict[str, dict[str, list[int]]] = {}
+        for place, task in enumerate(self.tasks):
+            name = self.classes[place] if self.classes else ""
+            members.setdefault(task, {}).setdefault(name, []).append(place)
+        by_task = [members[task] for task in sorted(members)]
+        kept: list[int] = []
+        sizes = shares([sum(map(len, own.values())) for own in by_task], size)
+        for groups, number in zip(by_task, sizes, strict=True):
+            classes = [groups[name] for name in sorted(groups)]
+            for own, most in zip(classes, shares(list(map(len, classes)), number), strict=True):
+                kept += sorted(own, key=lambda p: (self.ranks[p], self.hashes[p]))[:most]
+        return self._at(sorted(kept))
+
+    def _at(self, places: Sequence[int]) -> ReplayMemory:
+        return ReplayMemory(
+            self.dataset.select(places),
+            [self.ranks[p] for p in places],
+            [self.tasks[p] for p in places],
+            [self.classes[p] for p in places] if self.classes else [],
+            [self.hashes[p] for p in places],
+            self.policy,
+            self.seed,
+        )
+
+    def with_logits(self, trainer: Trainer) -> ReplayMemory:
+        """The same rows with what the Trainer's model predicts for them now.
+
+        Raises:
+            ValueError: If the model does not predict one vector for each row.
+        """
+        rows = self.dataset
+        if LOGITS in rows.column_names:
+            rows = rows.remove_columns(LOGITS)
+        found = row_outputs(trainer, rows, "logits")
+        return replace(self, dataset=rows.add_column(LOGITS, found.tolist()))
+
+    # ---- on disk ----
+
+    def save(self, folder: str | Path, rows: bool = True) -> None:
+        """Write it to a folder.
+
+        Args:
+            folder: The folder; an earlier memory in it is replaced.
+            rows: Whether to write the rows too. Without them, where texts must not be kept, it is
+                read again with the data set that they are from.
+        """
+        folder = Path(folder)
+        stored = {
+            "policy": self.policy,
+            "seed": self.seed,
+            "columns": self.dataset.column_names,
+            **{n: list(getattr(self, n)) for n in ("ranks", "tasks", "classes", "hashes")},
+        }
+        if rows:
+            # Arrow files cannot be replaced while they are read: the rows lie under their hash.
+            place = folder / f"{ROWS}-{self.fingerprint}"
+            stored["rows"] = place.name
+            if not (place / "dataset_info.json").is_file():
+                self.dataset.save_to_disk(str(place))
+        write_text(folder / FILE, json.dumps(stored))
+
+    @classmethod
+    def load(cls, folder: str | Path, dataset: Any = None) -> ReplayMemory:
+        """Read what `save` has written.
+
+        Args:
+            folder: The folder.
+            dataset: The data set that the rows are from, where they were not saved.
+
+        Raises:
+            FileNotFoundError: If the folder has no memory.
+            ValueError: If rows are missing.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {FILE}, which ReplayMemory.save() writes.")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        options = {n: stored[n] for n in ("ranks", "tasks", "classes", "hashes", "policy", "seed")}
+        if dataset is not None:
+            check_rows(dataset, "dataset")
+            whole = dataset if isinstance(dataset, datasets.Dataset) else _as_dataset(dataset)
+            place_of = {row_hash(row): place for place, row in enumerate(_shown(whole))}
+            if missing := [each for each in stored["hashes"] if each not in place_of]:
+                raise ValueError(
+                    f"{len(missing)} of {len(stored['hashes'])} rows of the memory in {folder} are "
+                    "not in the data set: it must hold the same rows, prepared in the same way."
+                )
+            return cls(whole.select([place_of[each] for each in stored["hashes"]]), **options)
+        if "rows" not in stored:
+            raise ValueError(
+                f"The memory in {folder} was saved without its rows. Pass the data set that they "
+                "are from: ReplayMemory.load(folder, dataset)."
+            )
+        return cls(datasets.Dataset.load_from_disk(str(Path(folder) / stored["rows"])), **options)
+
+
+def shares(available: Sequence[int], size: int) -> list[int]:
+    """How many rows each of several groups gets, as equally as they have them.
+
+    Example:
+        >>> shares([10, 1, 10], 8), shares([3, 3], 5)
+        ([4, 1, 3], [3, 2])
+    """
+    taken, left = [0] * len(available), min(size, sum(available))
+    while left:
+        open_ = [i for i, most in enumerate(available) if taken[i] < most]
+        each, rest = divmod(left, len(open_))
+        for number, i in enumerate(open_):
+            more = min(each + (number < rest), available[i] - taken[i])
+            taken[i], left = taken[i] + more, left - more
+    return taken
+
+
+def herding_order(features: torch.Tensor, most: int | None = None) -> list[int]:
+    r"""The order in which rows are taken so that the mean of the first k is near that of all.
+
+    .. math::
+        p_k = \arg\min_x \left\| \mu - \frac{1}{k}\Big(\phi(x) + \sum_{j<k} \phi(p_j)\Big) \right\|
+
+    Reference:
+        Rebuffi et al. 2017, "iCaRL", Alg. 4, arXiv:1611.07725.
+
+    Args:
+        features: A feature of each row.
+        most: How many to order; all by default.
+
+    Shape:
+        - features: (N, D).
+
+    Example:
+        >>> herding_order(torch.tensor([[0.0], [1.0], [2.0], [9.0]]))
+        [2, 1, 3, 0]
+    """
+    rows = features.double()
+    mean, total = rows.mean(0), torch.zeros_like(rows[0])
+    left = torch.ones(len(rows), dtype=torch.bool)
+    order: list[int] = []
+    for k in range(1, min(len(rows), most or len(rows)) + 1):
+        distances = (mean - (rows + total) / k).norm(dim=1).masked_fill(~left, float("inf"))
+        best = int(distances.argmin())
+        order.append(best)
+        left[best], total = False, total + rows[best]
+    return order
+
+
+def row_hash(row: Mapping[str, Any]) -> str:
+    """A hash of a row's content, the same on every machine.
+
+    Raises:
+        TypeError: If a value has no content that could be hashed.
+    """
+    content = json.dumps(
+        {k: v for k, v in row.items() if k != LOGITS}, sort_keys=True, default=_plain
+    )
+    return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can write of an array, an image or bytes."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return value.hex()
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
+        return [value.mode, value.size, value.tobytes().hex()]
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise TypeError(
+        f"Rows of a memory are recognised by their content, and a {type(value).__name__} has none "
+        "that could be hashed. Keep columns of numbers, texts, bytes and images."
+    )
+
+
+def _shown(rows: datasets.Dataset) -> Iterable[Mapping[str, Any]]:
+    """The rows as they are stored, without a format or a transform."""
+    for name, kind in rows.features.items():
+        if isinstance(kind, datasets.Image | datasets.Audio):
+            rows = rows.cast_column(name, type(kind)(decode=False))
+    plain = rows.with_format(None)
+    bar: Iterable[Mapping[str, Any]] = tqdm(
+        plain, "Hashing rows", disable=len(plain) < 20_000, leave=False
+    )
+    return bar
+
+
+def _rank(content: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{content}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _check(policy: str, size: int, trainer: Any, logits: bool) -> None:
+    if policy not in get_args(Policy):
+        known = ", ".join(map(repr, get_args(Policy)))
+        raise ValueError(f"policy={policy!r} is unknown: use one of {known}.")
+    if isinstance(size, float) or size < 1:
+        raise ValueError(f"size={size} must be a whole number of rows, at least 1.")
+    if trainer is None and (policy in ("herding", "surprise") or logits):
+        what = "logits=True" if logits else f"policy={policy!r}"
+        raise ValueError(
+            f"{what} asks the model that knows the task: pass trainer=, a Trainer with that model."
+        )
+
+
+def _as_dataset(rows: Any) -> datasets.Dataset:
+    """A data set of another library as one of `datasets`."""
+    listed = [rows[place] for place in range(len(rows))]
+    if not all(isinstance(row, Mapping) for row in listed):
+        raise TypeError(
+            f"A memory stores rows with named columns; the rows of the {type(rows).__name__} are "
+            f"{type(listed[0]).__name__}s. Make a datasets.Dataset of them."
+        )
+    made = datasets.Dataset.from_list([dict(row) for row in listed])
+    tensors = any(isinstance(v, torch.Tensor) for row in listed[:1] for v in row.values())
+    return made.with_format("torch") if tensors else made
+
+
+def _drawn(stream: Any, size: int, policy: str, seed: int) -> datasets.Dataset:
+    """The rows of a stream that a random memory keeps, read once; no more than those are held."""
+    if policy != "random":
+        raise ValueError(
+            f"policy={policy!r} compares all rows, and the old data set is a stream. Use "
+            "policy='random', or make it map-style."
+        )
+    kept: list[tuple[int, int, Mapping[str, Any]]] = []
+    for number, row in enumerate(tqdm(stream, "Reading the stream", leave=False)):
+        item = (-_rank(row_hash(row), seed), number, row)
+        if len(kept) < size:
+            heapq.heappush(kept, item)
+        else:
+            heapq.heappushpop(kept, item)
+    return datasets.Dataset.from_list([dict(row) for *_, row in sorted(kept, key=lambda i: i[1])])
+
+
+def _classes(rows: datasets.Dataset, by: str | None, policy: str) -> list[str]:
+    """The class of each row.
+
+    Raises:
+        ValueError: If there is no column with one class for each row.
+    """
+    column = by or next((name for name in LABELS if name in rows.column_names), None)
+    found = None if column not in rows.column_names else rows.with_format(None)[column]
+    if found is None or any(isinstance(value, list | dict | float) for value in found[:1]):
+        raise ValueError(
+            f"policy={policy!r} needs a column with one class for each row: pass by=. There is "
+            f"{column or 'neither labels nor label'!r} among {', '.join(rows.column_names)}"
+            f"{'' if found is None else ', which holds no classes'}. For other heads use "
+            "policy='random' or 'surprise'."
+        )
+    return [str(value) for value in found]
+
+
+def _model_ranks(
+    policy: str, trainer: Trainer, rows: datasets.Dataset, classes: Sequence[str], size: int
+) -> list[int | float]:
+    """The ranks that a model gives: minus the loss, or the order of herding."""
+    if policy == "surprise":
+        losses = row_outputs(trainer, rows, "losses")[:, 0]
+        return [-loss for loss in losses.nan_to_num(-math.inf).tolist()]
+    features = row_outputs(trainer, rows, "features")
+    ranks: list[int | float] = [size] * len(classes)
+    for name in sorted(set(classes)):
+        members = [place for place, own in enumerate(classes) if own == name]
+        for rank, place in enumerate(herding_order(features[members], size)):
+            ranks[members[place]] = rank
+    return ranks

@@ -1,0 +1,277 @@
+"""Replay: rows of the past beside the new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+
+from hf_adapt.continual.memory import LABELS, LOGITS, ReplayMemory
+from hf_adapt.engine.adaptation import Adaptation, Objective, Term
+from hf_adapt.engine.batch import Batch, Rows
+from hf_adapt.engine.progress import Schedule
+from hf_adapt.engine.streams import Stream
+from hf_adapt.engine.training import unwrapped_model
+from hf_adapt.models.heads import HeadName, has_head
+from hf_adapt.models.structure import unwrapped_base
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+STREAM = "replay"
+"""The stream of the rows of the past."""
+
+CLASSIFIERS: tuple[HeadName, ...] = (
+    "sequence_classification",
+    "token_classification",
+    "image_classification",
+    "audio_classification",
+)
+
+FOLDER = "replay_memory"
+"""Where the memory lies beside a saved model."""
+
+
+class Replay(Adaptation):
+    r"""Trains on rows of earlier tasks beside the new ones, so that those tasks are not forgotten.
+
+    .. math::
+        L = \frac{1}{N} \sum_{i \in new} \ell_i + \lambda \, \frac{1}{M} \sum_{j \in memory} \ell_j
+
+    over the N and M labels of an optimizer step: each mean is over its own labels, so that `ratio`
+    says how much is computed and `weight` how much it counts. It is what helps most wherever old
+    rows, or rows like them, may be kept; a few per cent of general text beside the fine-tuning of a
+    language model are a memory, too. Without such rows use [`KeepPredictions`] or
+    [`Consolidation`].
+
+    Reference:
+        Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"; Chaudhry et al. 2019,
+        "On tiny episodic memories", arXiv:1902.10486.
+
+    Args:
+        memory: A [`ReplayMemory`], or rows prepared like `train_dataset`, labels included.
+        ratio: Rows of the memory that each training row brings along; `.25`: every fourth one.
+        weight: λ, or a schedule of it.
+        keep: What is written beside each saved model, in `replay_memory`: `"rows"`, `"hashes"`
+            (where texts must not be kept; [`ReplayMemory.load`] finds the rows again), or None. Of
+            a [`ReplayMemory`] only.
+        name: Prefix of what is stored.
+
+    Logs:
+        `loss/replay`, the loss on the memory without `weight`, and `loss/task`.
+
+    Raises:
+        TypeError: If `memory` is no data set.
+        ValueError: If it is empty, or an option is out of range.
+
+    Example:
+        ```python
+        memory = ReplayMemory.from_dataset(movies, size=500)
+        trainer.add_callback(AdaptationCallback(Replay(memory)))
+        ```
+    """
+
+    name = "replay"
+
+    def __init__(
+        self,
+        memory: Any,
+        ratio: float = 0.25,
+        weight: float | Schedule = 1.0,
+        keep: str | None = "rows",
+        name: str | None = None,
+    ) -> None:
+        if keep not in ("rows", "hashes", None):
+            raise ValueError(f"keep={keep!r} is unknown: use 'rows', 'hashes' or None.")
+        self.memory = memory if isinstance(memory, ReplayMemory) else None
+        rows = memory.dataset if isinstance(memory, ReplayMemory) else memory
+        if hasattr(rows, "__len__") and len(rows) == 0:
+            raise ValueError(
+                "The memory is empty, so nothing of the past would be seen. Make it of the old "
+                "task's training rows: ReplayMemory.from_dataset(old, size=500)."
+            )
+        self.stream = Stream(rows, ratio=ratio, labels="keep", weight=weight)
+        self.keep = keep
+        if name is not None:
+            self.name = name
+
+    @property
+    def is_active(self) -> bool:
+        """False where the weight is the constant 0."""
+        return self.stream.is_trained_on
+
+    def provided_streams(self) -> Mapping[str, Stream]:
+        """The stream `"replay"`."""
+        return {STREAM: self.stream}
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse a memory whose labels are not the model's."""
+        for rows in self.stream.domains:
+            _check_labels(trainer, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows the memory has."""
+        return {} if self.memory is None else {"memory": self.memory.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse to go on with another memory."""
+        if self.memory is not None and state.get("memory") != self.memory.fingerprint:
+            raise ValueError(
+                "The memory has other rows than in the run that is resumed. Pass the same one: "
+                f"ReplayMemory.load(checkpoint + '/{FOLDER}')."
+            )
+
+    def save(self, folder: str) -> None:
+        """Write the memory beside a saved model."""
+        if self.memory is not None and self.keep is not None:
+            self.memory.save(Path(folder) / FOLDER, rows=self.keep == "rows")
+
+
+class DarkReplay(Replay, Objective):
+    r"""Replay that also keeps what the model predicted for the rows of the past (DER++).
+
+    .. math::
+        L = L_{new} + \frac{\alpha}{M} \sum_{j \in memory} \lVert z_j - h(x_j) \rVert_2^2
+            + \beta L_{memory}
+
+    with the logits z that were stored with the memory. Both terms are of the same rows and of one
+    forward. For classifiers of rows; others use [`Replay`] with `KeepPredictions(on="replay")`.
+
+    Reference:
+        Buzzega et al. 2020, "Dark Experience for General Continual Learning", Eq. 6,
+        arXiv:2004.07211.
+        Deviation: one draw of rows for both terms, where the paper draws twice. The square is the
+        sum over the classes, as in the paper; its public code has their mean.
+
+    Args:
+        memory: A [`ReplayMemory`] with logits, or rows with a column `replay_logits`.
+        ratio: Rows of the memory that each training row brings along.
+        weight: β, or a schedule of it; 0 for DER.
+        logits_weight: α, or a schedule of it.
+        keep: What is written beside each saved model: `"rows"`, `"hashes"` or None.
+        name: Prefix of the logs.
+
+    Logs:
+        `loss/dark_replay`, the distance of the logits without α; `loss/replay`, `loss/task`.
+
+    Raises:
+        TypeError: If `memory` is no data set.
+        ValueError: If it is empty or has no logits, or an option is out of range.
+
+    Example:
+        ```python
+        memory = ReplayMemory.from_dataset(movies, size=500, trainer=trainer, logits=True)
+        trainer.add_callback(AdaptationCallback(DarkReplay(memory)))
+        ```
+    """
+
+    name = "dark_replay"
+    streams = (STREAM,)
+    columns = (LOGITS,)
+
+    def __init__(
+        self,
+        memory: Any,
+        ratio: float = 0.25,
+        weight: float | Schedule = 0.5,
+        logits_weight: float | Schedule = 0.2,
+        keep: str | None = "rows",
+        name: str | None = None,
+    ) -> None:
+        Objective.__init__(self, logits_weight)
+        Replay.__init__(self, memory, ratio, weight, keep, name)
+
+    @property
+    def is_active(self) -> bool:
+        """False where both weights are the constant 0."""
+        return Objective.is_active.fget(self) or self.stream.is_trained_on  # type: ignore[attr-defined]
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse a memory without logits."""
+        super().setup(trainer)
+        for rows in self.stream.domains:
+            names = getattr(rows, "column_names", None)
+            if names is not None and LOGITS not in names:
+                raise ValueError(
+                    f"The memory has no column {LOGITS!r}: it was made without the model's "
+                    "predictions. Make it with ReplayMemory.from_dataset(..., trainer=trainer, "
+                    "logits=True), or memory.with_logits(trainer), before the new task."
+                )
+
+    def num_items(self, rows: Rows) -> torch.Tensor:
+        """The number of rows of the memory."""
+        return rows.is_in(rows.domain, STREAM).sum()
+
+    def loss(self, batch: Batch) -> Term:
+        """The squared distance from the stored logits, summed over the rows of the memory."""
+        logits, domain = batch.logits()
+        mine = batch.is_in(domain, STREAM)
+        if len(domain) != len(batch.domain):
+            raise ValueError(
+                "Stored logits are one vector for each row, and this model predicts one for each "
+                "token. Use Replay(memory) with KeepPredictions(on='replay')."
+            )
+        stored = [value for part in batch.parts for value in part.columns[LOGITS]]
+        kept = [value for value, chosen in zip(stored, mine.tolist(), strict=True) if chosen]
+        old = torch.as_tensor(kept, dtype=logits.dtype, device=logits.device)
+        own = logits[mine]
+        if old.numel() and old.shape[1] > own.shape[1]:
+            raise ValueError(
+                f"The memory's logits are of {old.shape[1]} classes, and the model predicts "
+                f"{own.shape[1]}. Store them again: memory.with_logits(trainer)."
+            )
+        # A head that has grown keeps the old classes first.
+        distance = (own[:, : old.shape[1]] - old).square().sum() if len(kept) else own.sum() * 0
+        return distance, mine.sum()
+
+
+def _check_labels(trainer: Trainer, rows: Any) -> None:
+    """Refuse labels of a memory that the model does not predict, or that are named otherwise.
+
+    Raises:
+        ValueError: Saying which.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        return
+    column = next((name for name in LABELS if name in rows.column_names), None)
+    if column is None:
+        return  # the engine says what is missing
+    train = trainer.train_dataset
+    ours = train.features.get(column) if isinstance(train, datasets.Dataset) else None
+    theirs = rows.features[column]
+    if isinstance(ours, datasets.ClassLabel) and isinstance(theirs, datasets.ClassLabel):
+        if ours.names != theirs.names:
+            raise ValueError(
+                f"The labels of the memory are {theirs.names} and those of train_dataset "
+                f"{ours.names}: a number would mean another class. Give both the same label names, "
+                "with numbers of their own for the classes of each task."
+            )
+    first, old = (_first_label(each, column) for each in (train, rows))
+    if first is not None and np.ndim(first) != np.ndim(old):
+        raise ValueError(
+            f"A label of train_dataset is {str(first)[:40]}, and one of the memory "
+            f"{str(old)[:40]}: one of them is of rows and the other of tokens or of several "
+            "classes. A memory holds rows of the same kind of task."
+        )
+    model = unwrapped_model(trainer)
+    classes = getattr(getattr(unwrapped_base(model), "config", None), "num_labels", None)
+    if not classes or classes < 2 or not has_head(model, *CLASSIFIERS):
+        return
+    values = rows.with_format("numpy")[column]
+    flat = np.concatenate([np.atleast_1d(value) for value in values]) if len(values) else values
+    if np.issubdtype(np.asarray(flat).dtype, np.integer) and int(np.max(flat)) >= classes:
+        raise ValueError(
+            f"The memory has the label {int(np.max(flat))}, and the model predicts {classes} "
+            "classes. Load it with num_labels= of both tasks together, the old classes first."
+        )
+
+
+def _first_label(rows: Any, column: str) -> Any:
+    """The label of a data set's first row; None where it is not known."""
+    if not isinstance(rows, datasets.Dataset) or column not in rows.column_names or not len(rows):
+        return None
+    return rows.with_format(None)[0][column]

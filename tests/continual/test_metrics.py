@@ -1,0 +1,234 @@
+"""The scores of each task after each training, and what is made of them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import EarlyStoppingCallback, Trainer
+
+from hf_adapt import AdaptationCallback, adapt
+from hf_adapt.continual import ContinualMetrics, continual_metrics
+from tests.helpers.adaptation import losses
+from tests.helpers.data import collate, rows
+from tests.helpers.models import bert
+from tests.helpers.trainers import StopAt, arguments, same_bits, weights
+
+MATRIX = [[0.9, 0.1, 0.2], [0.95, 0.8, 0.3], [0.6, 0.85, 0.85]]
+EXPECTED = dict(
+    average_accuracy=0.766667,
+    learning_accuracy=0.85,
+    incremental_accuracy=0.847222,
+    bwt=-0.125,
+    fwt=0.075,
+    forgetting=0.15,
+)
+TASKS = {"movies": rows(6, 1), "tweets": rows(7, 2)}
+
+
+# ---- the numbers ----
+
+
+def test_the_oracle() -> None:
+    before = [0.5, 0.1, 0.15]
+    assert continual_metrics(MATRIX, before) == pytest.approx(EXPECTED, abs=1e-6)
+    without = {k: v for k, v in EXPECTED.items() if k != "fwt"}
+    assert continual_metrics(np.array(MATRIX)) == pytest.approx(without, abs=1e-6)
+    together = continual_metrics(MATRIX, before, joint=[0.9, 0.9, 0.9])
+    assert together["intransigence"] == pytest.approx(0.05)
+
+
+def test_tasks_to_come_are_left_out() -> None:
+    wide = [[*row, 0.3, math.nan] for row in MATRIX]
+    found = continual_metrics(wide, [0.5, 0.1, 0.15, 0.2, 0.2])
+    assert found == pytest.approx(EXPECTED, abs=1e-6)
+
+
+def test_one_task_has_nothing_to_forget() -> None:
+    found = continual_metrics([[0.9, 0.2]], [0.5, 0.5])
+    levels = ("average_accuracy", "learning_accuracy", "incremental_accuracy")
+    assert found == dict.fromkeys(levels, 0.9)
+
+
+def test_what_was_not_evaluated_is_not_made_up() -> None:
+    found = continual_metrics(
+        [[0.9, math.nan, 0.1], [math.nan, 0.8, 0.2], [0.6, 0.7, 0.8]], [0] * 3
+    )
+    assert math.isnan(found["fwt"]) and math.isnan(found["incremental_accuracy"])
+    assert found["forgetting"] == pytest.approx((0.3 + 0.1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "options", "expected"),
+    [
+        ([0.9], {}, r"shape \(1,\)"),
+        ([], {}, r"shape \(0,\)"),
+        ([[0.9], [0.8]], {}, r"shape \(2, 1\).*replaces its row"),
+        ([[0.9, 0.1], [0.8]], {}, "equally long"),
+        (MATRIX, {"baseline": [0.5]}, r"baseline must have a score for each of the 3 tasks"),
+        (MATRIX, {"joint": [[0.5] * 3]}, "joint must have"),
+    ],
+)
+def test_wrong_shapes(matrix: Any, options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        continual_metrics(matrix, **options)
+
+
+# ---- the record ----
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def trainer_of(
+    folder: Path, model: Any = None, seed: int = 1, tasks: Any = TASKS, **settings: Any
+) -> Trainer:
+    options = {"compute_metrics": accuracy, "callbacks": None}
+    options |= {name: settings.pop(name) for name in options if name in settings}
+    return Trainer(
+        bert() if model is None else model,
+        arguments(folder, **{"learning_rate": 1e-2, **settings}),
+        train_dataset=rows(12, seed),
+        eval_dataset=tasks,
+        data_collator=collate,
+        **options,
+    )
+
+
+def scores(trainer: Trainer, metric: str = "accuracy") -> dict[str, float]:
+    found = trainer.evaluate()
+    return {task: found[f"eval_{task}_{metric}"] for task in TASKS}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_a_row_for_each_training(metric: str, tmp_path: Path, capsys: Any) -> None:
+    model, own = bert(), ContinualMetrics(metric=metric)
+    expected: list[dict[str, float]] = [scores(trainer_of(tmp_path / "before", model), metric)]
+    for seed, task in enumerate(TASKS):
+        trainer = trainer_of(tmp_path / "runs" / task, model, seed)
+        adapt(trainer, own).train()
+        expected.append(scores(trainer, metric))
+    file = tmp_path / "runs" / "continual_metrics.json"
+    record = json.loads(file.read_text())
+    assert [record["baseline"], *record["rows"].values()] == expected
+    assert list(record["rows"]) == list(TASKS)
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    sign = 1 if metric == "accuracy" else -1
+    matrix = [[sign * row[task] for task in TASKS] for row in expected]
+    found = continual_metrics(matrix[1:], matrix[0])
+    assert losses(trainer, "continual/bwt") == [found["bwt"]]
+    assert losses(trainer, "continual/average_accuracy") == [sign * found["average_accuracy"]]
+    said = capsys.readouterr().out
+    assert f"bwt {found['bwt']:.4f}" in said and "learning accuracy" in said
+
+
+def test_only_a_first_training_measures_the_baseline(tmp_path: Path) -> None:
+    """Evaluations cost time; and weights that were resumed are no baseline."""
+    first = trainer_of(tmp_path / "a", save_strategy="steps", save_steps=1, callbacks=[StopAt(1)])
+    adapt(first, ContinualMetrics()).train()
+    file = tmp_path / "continual_metrics.json"
+    before = json.loads(file.read_text())["baseline"]
+    again = trainer_of(tmp_path / "a")
+    adapt(again, ContinualMetrics()).train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-1"))
+    record = json.loads(file.read_text())
+    assert record["baseline"] == before, "a resumed run finds it in the file"
+    assert list(record["rows"]) == ["movies"], "and goes on with the task of the checkpoint"
+    assert record["rows"]["movies"] == scores(again)
+    # The first is the baseline, which the checkpoint remembers, and the last is this test's.
+    assert len(losses(again, "eval_movies_loss")) == 3
+
+    file.unlink()
+    again = trainer_of(tmp_path / "a")
+    adapt(again, ContinualMetrics()).train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-1"))
+    assert json.loads(file.read_text())["baseline"] is None
+
+
+def test_the_plain_run_bit_for_bit(tmp_path: Path) -> None:
+    states = []
+    for name in ("plain", "recorded"):
+        trainer = trainer_of(tmp_path / name, bert(dropout=True))
+        if name == "recorded":
+            trainer.add_callback(AdaptationCallback(ContinualMetrics("tweets")))
+        trainer.train()
+        states.append(weights(trainer.model))
+    assert same_bits(*states)
+
+
+def test_the_weights_of_the_best_checkpoint_are_scored(tmp_path: Path) -> None:
+    best = dict(eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1)
+    best |= dict(load_best_model_at_end=True, metric_for_best_model="eval_movies_loss")
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = trainer_of(tmp_path / "a", learning_rate=0.3, max_steps=9, callbacks=[stop], **best)
+    adapt(trainer, ContinualMetrics(path=tmp_path / "own" / "record.json")).train()
+    assert trainer.state.global_step < 9
+    record = json.loads((tmp_path / "own" / "record.json").read_text())
+    assert record["rows"]["movies"] == scores(trainer)
+
+
+def test_which_task_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "continual_metrics.json"
+
+    def train(task: str | None, seed: int = 1, tasks: Any = TASKS) -> list[str]:
+        adapt(trainer_of(tmp_path / "a", seed=seed, tasks=tasks), ContinualMetrics(task)).train()
+        return list(json.loads(file.read_text())["rows"])
+
+    assert train("tweets") == ["tweets"]
+    first = file.read_text()
+    assert train("tweets", seed=5) == ["tweets"], "a repeated training replaces its row"
+    assert file.read_text() != first
+    assert not caplog.records
+    assert train(None) == ["tweets", "movies"]
+    assert "has rows for tweets: the task trained now is taken to be movies" in caplog.text
+    with pytest.raises(ValueError, match="a row for each task"):
+        train(None)
+    assert train("spam", tasks={**TASKS, "spam": rows(5, 9)}) == ["tweets", "movies", "spam"]
+    with pytest.raises(ValueError, match="scores of spam, which eval_dataset lacks"):
+        train("movies")
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "expected"),
+    [
+        ({}, {"tasks": rows(4, 1)}, "must be a dict of data sets by task, got Dataset"),
+        ({}, {"tasks": None}, "got NoneType"),
+        ({"task": "spam"}, {}, "no such task in eval_dataset, which has movies, tweets"),
+        ({}, {"compute_metrics": None}, "the Trainer has no compute_metrics"),
+        ({"metric": "f1"}, {}, r"no eval_movies_f1, eval_tweets_f1; it returned .*movies_accuracy"),
+    ],
+)
+def test_refused_before_training(
+    given: dict[str, Any], settings: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tmp_path / "a", **settings)
+    with pytest.raises(ValueError, match=expected):
+        adapt(trainer, ContinualMetrics(**given)).train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "is no record of ContinualMetrics"),
+        ("[]", "is no record of ContinualMetrics"),
+        ('{"metric": "f1", "baseline": null, "rows": {}}', "records f1, not accuracy"),
+    ],
+)
+def test_another_file(text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "continual_metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=expected):
+        adapt(trainer_of(tmp_path / "a"), ContinualMetrics()).train()
+
+
+def test_a_metric_that_is_missing_in_the_end_loses_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(tmp_path / "a", max_steps=1)
+    adapt(trainer, ContinualMetrics()).train()
+    trainer = trainer_of(tmp_path / "b", max_steps=1, compute_metrics=lambda _: {"f1": 1.0})
+    adapt(trainer, ContinualMetrics("tweets")).train()
+    assert "has no row for this training. The evaluation returned no eval_movies" in caplog.text
+    assert list(json.loads((tmp_path / "continual_metrics.json").read_text())["rows"]) == ["movies"]

@@ -1,0 +1,308 @@
+"""Replay: a loop written by hand, the memory's rows, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Trainer
+
+from hf_adapt import AdaptationCallback, adapt
+from hf_adapt.continual import DarkReplay, Replay, ReplayMemory
+from hf_adapt.continual.memory import LOGITS, row_hash, shares
+from hf_adapt.continual.row_outputs import row_outputs
+from tests.helpers.data import MapStyle, RowStream, collate, rows
+from tests.helpers.models import bert, llama
+from tests.helpers.trainers import GradientRecorder, arguments, same_bits, weights
+
+
+def trainer_in(folder: Path, model: Any = None, train: Any = None, **settings: Any) -> Trainer:
+    return Trainer(
+        bert() if model is None else model,
+        arguments(folder, **settings),
+        train_dataset=rows(8, 1) if train is None else train,
+        data_collator=collate,
+    )
+
+
+def gradient_of(model: Any, loss: torch.Tensor) -> torch.Tensor:
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    flat = [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(model.parameters(), found, strict=True)
+    ]
+    return torch.cat([each.double().flatten() for each in flat])
+
+
+def loss_on(model: Any, data: datasets.Dataset) -> torch.Tensor:
+    batch = collate(list(data))
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    return F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), ignore_index=-100)
+
+
+# ---- the loss ----
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("labels", ["row", "token"])
+def test_memory_of_the_old_data_trains_on_both(
+    labels: str, sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    """With a ratio of 1 and all old rows; token labels are ragged, and each mean is its own."""
+    model, new, old = (
+        bert("token" if labels == "token" else "sequence"),
+        *(rows(8, seed, labels, low=low) for seed, low in ((1, 5), (2, 30))),
+    )
+    wanted = gradient_of(model, loss_on(model, new) + 0.7 * loss_on(model, old))
+    recorder = GradientRecorder()
+    trainer = trainer_in(
+        tmp_path,
+        model,
+        new,
+        per_device_train_batch_size=sizes[0],
+        gradient_accumulation_steps=sizes[1],
+        max_steps=1,
+        max_grad_norm=0,
+    )
+    trainer.add_callback(recorder)
+    trainer.add_callback(AdaptationCallback(Replay(old, ratio=1.0, weight=0.7)))
+    trainer.train()
+    torch.testing.assert_close(recorder.gradients[0], wanted, rtol=1e-5, atol=1e-8)
+    entry = trainer.state.log_history[0]
+    assert {"loss/task", "loss/replay"} <= entry.keys()
+
+
+def test_der_in_one_forward_is_three(tmp_path: Path) -> None:
+    model, new, old = bert(), rows(8, 1), rows(8, 2, low=30)
+    logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    predicted = model(**{k: v for k, v in collate(list(old)).items() if k != "labels"}).logits
+    distance = (predicted - logits).square().sum(1).mean()
+    wanted = gradient_of(model, loss_on(model, new) + 0.5 * loss_on(model, old) + 0.2 * distance)
+    recorder, calls = GradientRecorder(), []
+    trainer = trainer_in(
+        tmp_path, model, new, per_device_train_batch_size=8, max_steps=1, max_grad_norm=0
+    )
+    model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.add_callback(recorder)
+    memory = old.add_column(LOGITS, logits.tolist())
+    adapt(trainer, DarkReplay(memory, ratio=1.0, weight=0.5, logits_weight=0.2)).train()
+    torch.testing.assert_close(recorder.gradients[0], wanted, rtol=1e-5, atol=1e-8)
+    assert sum(calls) == 2, "one for the new rows and one for those of the memory"
+
+
+def test_weight_zero_is_the_plain_trainer(tmp_path: Path) -> None:
+    finals = []
+    for adaptation in (None, Replay(rows(5, 2), weight=0.0)):
+        trainer = trainer_in(tmp_path, bert(dropout=True))
+        (trainer if adaptation is None else adapt(trainer, adaptation)).train()
+        finals.append(weights(trainer.model))
+    assert same_bits(*finals)
+
+
+def test_rows_of_a_language_model(tmp_path: Path) -> None:
+    new, general = rows(8, 1, "lm"), rows(4, 2, "lm", low=30)
+    memory = ReplayMemory.from_dataset(general, 3)
+    trainer = adapt(trainer_in(tmp_path, llama(), new), Replay(memory, ratio=0.25))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/replay"] > 1
+
+
+# ---- which rows ----
+
+
+def places(memory: ReplayMemory, whole: datasets.Dataset) -> set[int]:
+    number = {row_hash(row): place for place, row in enumerate(whole)}
+    return {
+        number[row_hash({k: v for k, v in row.items() if k != LOGITS})] for row in memory.dataset
+    }
+
+
+def numbered(size: int, classes: int = 2) -> datasets.Dataset:
+    return datasets.Dataset.from_list(
+        [{"input_ids": [i, i], "labels": i % classes} for i in range(size)]
+    )
+
+
+@pytest.mark.parametrize("policy", ["random", "balanced"])
+def test_the_order_and_the_parts_do_not_matter(policy: Any) -> None:
+    whole = numbered(60, 3)
+    memory = ReplayMemory.from_dataset(whole, 10, policy)
+    backwards = ReplayMemory.from_dataset(whole.select(range(59, -1, -1)), 10, policy)
+    halves = [
+        ReplayMemory.from_dataset(whole.shard(2, part, contiguous=False), 10, policy)
+        for part in range(2)
+    ]
+    chosen = places(memory, whole)
+    assert chosen == places(backwards, whole) == places(ReplayMemory.merge(halves, 10), whole)
+    assert places(memory.smaller(4), whole) <= chosen
+    assert chosen != places(ReplayMemory.from_dataset(whole, 10, policy, seed=1), whole)
+
+
+def test_every_row_is_as_likely() -> None:
+    whole, counts = numbered(20), torch.zeros(20)
+    for seed in range(400):
+        counts[list(places(ReplayMemory.from_dataset(whole, 5, seed=seed), whole))] += 1
+    assert counts.sum() == 5 * 400
+    assert float((counts / 400 - 0.25).abs().max()) < 0.09, "4 standard deviations"
+
+
+def test_classes_and_tasks_share_the_size() -> None:
+    rare = datasets.concatenate_datasets(
+        [numbered(40, 1), numbered(3, 1).map(lambda r: {"labels": 1})]
+    )
+    memory = ReplayMemory.from_dataset(rare, 10, "balanced", task="first")
+    assert sorted(memory.classes) == ["0"] * 7 + ["1"] * 3
+    second = ReplayMemory.from_dataset(numbered(50, 2), 10, "balanced", task="second")
+    both = ReplayMemory.merge([memory, second], 10)
+    assert sorted(both.tasks) == ["first"] * 5 + ["second"] * 5
+    assert shares([2, 0, 9], 20) == [2, 0, 9]
+
+
+def test_herding_and_surprise_ask_the_model(tmp_path: Path) -> None:
+    model, old = bert(), rows(14, 3)
+    trainer = trainer_in(tmp_path, model, per_device_eval_batch_size=4)
+    batch = collate(list(old))
+    with torch.no_grad():
+        outputs = model.eval()(**batch, output_hidden_states=True)
+    losses = F.cross_entropy(outputs.logits, batch["labels"], reduction="none")
+    torch.testing.assert_close(row_outputs(trainer, old, "losses")[:, 0], losses)
+    memory = ReplayMemory.from_dataset(old, 4, "surprise", trainer=trainer)
+    assert places(memory, old) == set(losses.topk(4).indices.tolist())
+    mask = batch["attention_mask"][..., None]
+    features = ((outputs.hidden_states[-1] * mask).sum(1) / mask.sum(1)).double()
+    herded = ReplayMemory.from_dataset(old, 3, "herding", trainer=trainer)
+    for label in range(3):
+        members = (batch["labels"] == label).nonzero().flatten()
+        mean = features[members].mean(0)
+        nearest = int(members[(features[members] - mean).norm(dim=1).argmin()])
+        assert nearest in places(herded, old)
+    stored = ReplayMemory.from_dataset(old, 4, trainer=trainer, logits=True)
+    kept = sorted(places(stored, old))
+    torch.testing.assert_close(torch.tensor(stored.dataset[LOGITS]), outputs.logits[kept])
+
+
+def test_losses_of_token_heads_are_means_over_their_labels(tmp_path: Path) -> None:
+    model, old = bert("token"), rows(5, 3, "token")
+    found = row_outputs(trainer_in(tmp_path, model, old), old, "losses")[:, 0]
+    with torch.no_grad():
+        wanted = torch.stack([loss_on(model.eval(), old.select([i])) for i in range(5)])
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [MapStyle, list, RowStream, datasets.Dataset.to_iterable_dataset])
+def test_rows_of_every_kind_of_data_set(kind: Any) -> None:
+    whole = rows(30, 3)
+    memory = ReplayMemory.from_dataset(kind(whole), 6)
+    assert memory.fingerprint == ReplayMemory.from_dataset(whole, 6).fingerprint
+
+
+# ---- on disk ----
+
+
+def test_a_saved_memory_is_read_again(tmp_path: Path) -> None:
+    whole = numbered(30, 3)
+    memory = ReplayMemory.from_dataset(whole, 6, "balanced", task="a")
+    for folder, keeps_rows in ((tmp_path / "rows", True), (tmp_path / "hashes", False)):
+        for _ in range(2):  # a later checkpoint replaces an earlier one
+            memory.save(folder, rows=keeps_rows)
+        again = ReplayMemory.load(folder, None if keeps_rows else whole)
+        assert again.dataset.to_list() == memory.dataset.to_list()
+        assert (again.ranks, again.tasks, again.classes) == (
+            memory.ranks,
+            memory.tasks,
+            memory.classes,
+        )
+    assert not list((tmp_path / "hashes").glob("rows*"))
+    with pytest.raises(ValueError, match="saved without its rows"):
+        ReplayMemory.load(tmp_path / "hashes")
+    with pytest.raises(ValueError, match="6 of 6 rows of the memory"):
+        ReplayMemory.load(tmp_path / "hashes", numbered(0 + 30, 2).map(lambda r: {"labels": 9}))
+    with pytest.raises(FileNotFoundError, match=r"memory\.json"):
+        ReplayMemory.load(tmp_path)
+
+
+def test_another_memory_is_refused_on_resume(tmp_path: Path) -> None:
+    def run(seed: int, resume: Any = None) -> None:
+        memory = ReplayMemory.from_dataset(rows(20, 3), 5, seed=seed)
+        trainer = trainer_in(tmp_path, save_strategy="steps", save_steps=2, max_steps=3)
+        adapt(trainer, Replay(memory)).train(resume_from_checkpoint=resume)
+
+    run(0)
+    checkpoint = tmp_path / "checkpoint-2"
+    assert len(ReplayMemory.load(checkpoint / "replay_memory")) == 5
+    run(0, str(checkpoint))
+    with pytest.raises(ValueError, match="other rows than in the run that is resumed"):
+        run(1, str(checkpoint))
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size=0 must be a whole number"),
+        ({"size": 3, "policy": "best"}, "policy='best' is unknown"),
+        ({"size": 3, "policy": "herding"}, "asks the model that knows the task"),
+        ({"size": 3, "logits": True}, "logits=True asks the model"),
+        ({"size": 3, "policy": "balanced", "by": "genre"}, "'genre' among input_ids"),
+    ],
+)
+def test_memories_that_cannot_be_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReplayMemory.from_dataset(numbered(5), **options)
+
+
+def test_rows_that_cannot_be_remembered() -> None:
+    with pytest.raises(ValueError, match="the old data set is empty"):
+        ReplayMemory.from_dataset(numbered(5).select([]), 3)
+    with pytest.raises(ValueError, match="The memory is empty"):
+        Replay(numbered(5).select([]))
+    with pytest.raises(ValueError, match="is a stream"):
+        ReplayMemory.from_dataset(RowStream(rows(5, 1)), 3, "balanced")
+    with pytest.raises(TypeError, match="rows with named columns"):
+        ReplayMemory.from_dataset([(1, 2), (3, 4)], 1)
+    with pytest.raises(ValueError, match="keep='all' is unknown"):
+        Replay(numbered(5), keep="all")
+    memories = [ReplayMemory.from_dataset(numbered(5), 3, seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="different policies cannot be compared"):
+        ReplayMemory.merge(memories)
+
+
+LABELS = datasets.ClassLabel(names=["bad", "good", "fair"])
+OTHERS = datasets.ClassLabel(names=["ham", "spam", "fair"])
+
+
+def named(data: datasets.Dataset, kind: datasets.ClassLabel) -> datasets.Dataset:
+    return data.cast_column("labels", kind)
+
+
+@pytest.mark.parametrize(
+    ("train", "memory", "message"),
+    [
+        (rows(8, 1), rows(5, 2, None), "has none of the label columns"),
+        (rows(8, 1), rows(5, 2).rename_column("input_ids", "ids"), "lacks the column"),
+        (rows(8, 1), rows(5, 2).map(lambda r: {"labels": 7}), "has the label 7"),
+        (rows(8, 1), rows(5, 2, "token"), "one of them is of rows"),
+        (named(rows(8, 1), LABELS), named(rows(5, 2), OTHERS), "would mean another class"),
+    ],
+)
+def test_memories_that_do_not_fit(train: Any, memory: Any, message: str, tmp_path: Path) -> None:
+    trainer = adapt(trainer_in(tmp_path, train=train), Replay(memory))
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert same_bits(before, weights(trainer.model))
+
+
+def test_logits_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no column 'replay_logits'"):
+        adapt(trainer_in(tmp_path), DarkReplay(rows(5, 2))).train()
+    token = trainer_in(tmp_path, bert("token"), rows(8, 1, "token"))
+    with pytest.raises(ValueError, match="one vector for each row"):
+        ReplayMemory.from_dataset(rows(5, 2, "token"), 3, trainer=token, logits=True)
+    wide = rows(5, 2).add_column(LOGITS, [[0.0] * 4] * 5)
+    with pytest.raises(ValueError, match="logits are of 4 classes"):
+        adapt(trainer_in(tmp_path), DarkReplay(wide, ratio=1.0)).train()
