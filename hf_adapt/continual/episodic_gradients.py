@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from torch import nn
 
 from hf_adapt.alignment.gradients import gradient_of
-from hf_adapt.continual.prepared_rows import prepared_rows
+from hf_adapt.continual.prepared_rows import prepared_rows, rows_of
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.collating import label_columns
 from hf_adapt.engine.columns import dataset_columns, inputs_of
@@ -18,7 +17,6 @@ from hf_adapt.engine.gradients import loss_scale
 from hf_adapt.engine.mixins import GradientTransform
 from hf_adapt.engine.normalisation import count_labels
 from hf_adapt.engine.pairing import is_map_style, rows_at
-from hf_adapt.engine.streams import check_rows
 from hf_adapt.engine.trainer import AdaptationMixin
 from hf_adapt.models.state import preserved
 
@@ -103,16 +101,12 @@ class AGEM(GradientTransform):
     def __init__(
         self, memory: Any, batch_size: int = 16, *, seed: int = 0, name: str | None = None
     ) -> None:
-        kinds = (datasets.Dataset, torch.utils.data.Dataset)  # some have a `dataset` of their own
-        self.rows = memory if isinstance(memory, kinds) else getattr(memory, "dataset", memory)
-        check_rows(self.rows, "memory")
+        self.rows = rows_of(memory, "memory")
         if not is_map_style(self.rows):
             raise ValueError(
                 f"The memory is a {type(self.rows).__name__}, whose rows are not read by number. "
                 "Keep some of them: datasets.Dataset.from_list(list(itertools.islice(memory, n)))."
             )
-        if not len(self.rows):
-            raise ValueError("The memory is empty: pass prepared, labelled rows of the past.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
         self.batch_size, self.seed = batch_size, seed
@@ -175,6 +169,7 @@ class AGEM(GradientTransform):
     ) -> list[torch.Tensor] | None:
         """The gradient of the task's loss on the memory; None where it is not finite."""
         trainer: Any = self._trainer
+        assert isinstance(trainer, AdaptationMixin)
         # The draws of dropout are of their own, and what a forward changes is put back.
         with preserved(model), torch.enable_grad():
             torch.manual_seed(
@@ -183,7 +178,7 @@ class AGEM(GradientTransform):
             inputs = trainer._prepare_inputs(dict(self._batch()))
             labels = count_labels(trainer, inputs)
             with trainer.compute_loss_context_manager():
-                loss = super(AdaptationMixin, trainer).compute_loss(model, dict(inputs))
+                loss: Any = super(AdaptationMixin, trainer).compute_loss(model, dict(inputs))
             scale = loss_scale(trainer) or 1.0  # fp16 gradients would underflow
             found = gradient_of(loss * scale, weights, retain_graph=False)
         found = [each.float() / scale for each in found]

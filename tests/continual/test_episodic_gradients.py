@@ -1,7 +1,6 @@
 """A-GEM, against gradients by hand."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from transformers import Trainer
 
 from hf_adapt import adapt
-from hf_adapt.continual import AGEM, agem_projection
+from hf_adapt.continual import AGEM, ReplayMemory, agem_projection
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert, llama
 from tests.helpers.trainers import (
@@ -129,7 +128,7 @@ def test_the_loss_on_the_memory_does_not_rise(tmp_path: Path) -> None:
 
 def test_rows_of_the_memory_are_a_function_of_the_step(tmp_path: Path) -> None:
     """So that a resumed run is the same bit for bit."""
-    memory = SimpleNamespace(dataset=opposite(rows(30, 2)))  # as a ReplayMemory has it
+    memory = ReplayMemory.from_dataset(opposite(rows(30, 2)), 25)
     settings = dict(save_strategy="steps", save_steps=2, max_steps=5, learning_rate=1e-2)
     whole = trainer_of(tmp_path / "whole", memory, model=bert(dropout=True), **settings)
     whole.train()
@@ -161,7 +160,7 @@ def test_frozen_weights_tokens_and_a_memory_without_a_label(tmp_path: Path) -> N
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="memory is empty"):
+    with pytest.raises(ValueError, match="memory has no rows"):
         AGEM([])
     with pytest.raises(TypeError, match=r"memory='old\.csv'"):
         AGEM("old.csv")
