@@ -2,6 +2,7 @@
 
 from hf_adapt.continual.averaging import AveragedWeights
 from hf_adapt.continual.consolidation import Consolidation
+from hf_adapt.continual.episodic_gradients import AGEM, agem_projection
 from hf_adapt.continual.importance import fisher_diagonal, mas_importance
 from hf_adapt.continual.importance_folder import load_importance, save_importance
 from hf_adapt.continual.importance_sources import MAS, SI, Fisher
@@ -14,6 +15,7 @@ from hf_adapt.continual.replay import DarkReplay, Replay
 from hf_adapt.continual.retention import KeepPredictions
 
 __all__ = [
+    "AGEM",
     "MAS",
     "SI",
     "AveragedWeights",
@@ -24,6 +26,7 @@ __all__ = [
     "KeepPredictions",
     "Replay",
     "ReplayMemory",
+    "agem_projection",
     "continual_metrics",
     "fisher_diagonal",
     "herding_order",

@@ -203,13 +203,12 @@ class Consolidation(GradientTransform, WeightTransform):
     def _there(self, held: HeldWeights) -> list[str]:
         """The names of the weights that the given start has."""
         given, own = self._given(), {**held.plain, **held.factors}
-        for name in own.keys() & given.keys():
-            if given[name].shape != own[name].shape:
-                raise ValueError(
-                    f"start= has the shape {tuple(given[name].shape)} for {name}, and the model "
-                    f"{tuple(own[name].shape)}. Pass the model that this one was made from; a head "
-                    f"that is new is left free with skip=[{name!r}]."
-                )
+        if wide := [n for n, p in own.items() if n in given and given[n].shape != p.shape]:
+            raise ValueError(
+                f"start= has the shape {tuple(given[wide[0]].shape)} for {wide[0]}, and the model "
+                f"{tuple(own[wide[0]].shape)}. Pass the model that this one was made from; a head "
+                f"that is new is left free with skip={wide}."
+            )
         names = [name for name in held.plain if name in given]
         for each in held.adapted:
             if all(n in given for n, p in held.factors.items() if p is each.a or p is each.b):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from hf_adapt.continual.adapters import HeldWeights
+from hf_adapt.continual.prepared_rows import Collator
 from hf_adapt.distillation.heads import Head
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.columns import named_inputs
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Normalization = Literal["mean", "max"]
-Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 LABELS = {"label", "labels", "label_ids", "start_positions", "end_positions"}
 MAX_CLASSES = 128
@@ -266,7 +267,7 @@ def _row_sensitivities(
     owners, items = found.owners, found.mask.reshape(len(found.mask), -1).sum(1)
 
     def parts() -> Iterator[Sequence[torch.Tensor]]:
-        for row in owners.unique().tolist():
+        for row in items.nonzero().flatten().tolist():
             norm = found.logits[owners == row].square().sum() / items[row]
             yield [g.abs() for g in _gradients(norm, weights)]
 
@@ -276,6 +277,7 @@ def _row_sensitivities(
 def _gradients(
     score: torch.Tensor, weights: Sequence[nn.Parameter], last: bool = False
 ) -> list[torch.Tensor]:
+    found: Any  # None for what the score does not depend on
     found = torch.autograd.grad(score, list(weights), retain_graph=not last, allow_unused=True)
     pairs = zip(weights, found, strict=True)
     return [torch.zeros_like(w).float() if g is None else g.float() for w, g in pairs]
@@ -362,28 +364,28 @@ def _batches(
         )
     if not is_map_style(rows):
         return None, _given_batches(rows, max_rows)
-    indices = torch.arange(len(rows))
+    chosen = list(range(len(rows)))
     if max_rows is not None and max_rows < len(rows):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        indices = order[:max_rows].sort().values
-    chunks = [chunk.tolist() for chunk in indices.split(batch_size) if len(chunk)]
+        chosen = sorted(order[:max_rows].tolist())
+    chunks = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
     collate = default_data_collator if collator is None else collator
     names = named_inputs(model)
 
     def batch(chunk: list[int]) -> Mapping[str, Any]:
-        chosen = rows_at(rows, chunk)
+        read = rows_at(rows, chunk)
         if collator is None and names is not None:
             kept = {*names, *LABELS}
-            chosen = [{k: v for k, v in row.items() if k in kept} for row in chosen]
-        return collate(chosen)
+            read = [{k: v for k, v in row.items() if k in kept} for row in read]
+        return collate(read)
 
-    return len(chunks), (lambda chunk=chunk: batch(chunk) for chunk in chunks)  # type: ignore[misc]
+    return len(chunks), (partial(batch, chunk) for chunk in chunks)
 
 
 def _given_batches(batches: Any, max_rows: int | None) -> Iterator[Callable[[], Mapping[str, Any]]]:
     seen = 0
     for batch in batches:
-        yield lambda batch=batch: batch
+        yield partial(dict, batch)
         seen += len(next(iter(batch.values())))
         if max_rows is not None and seen >= max_rows:
             return

@@ -7,20 +7,17 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from torch import nn
 
 from hf_adapt.continual.importance import (
-    Collator,
     Normalization,
     fisher_diagonal,
     mas_importance,
     normalized,
 )
 from hf_adapt.continual.importance_folder import SavedImportance, load_importance
-from hf_adapt.engine.streams import check_rows
-from hf_adapt.engine.trainer import AdaptationMixin
+from hf_adapt.continual.prepared_rows import Collator, prepared_rows, rows_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -33,7 +30,7 @@ class _RowImportance:
     """An importance that is computed from rows when training begins, and added to a previous one.
 
     Args:
-        rows: Prepared rows of the past, as `train_dataset` is.
+        rows: Prepared rows of the past, as `train_dataset` is, or a [`ReplayMemory`].
         max_rows: How many rows to use; they are drawn at random. All by default.
         normalize: What all values are divided by: their `"mean"`, their `"max"`, or nothing.
         previous: The importance for the tasks before: a folder, or a tensor for each name.
@@ -55,15 +52,12 @@ class _RowImportance:
         decay: float = 1.0,
         seed: int = 0,
     ) -> None:
-        name = f"the rows of {type(self).__name__}"
-        check_rows(rows, name)
-        if hasattr(rows, "__len__") and not len(rows):
-            raise ValueError(f"{name} are empty: pass the prepared rows of the earlier task.")
         if not 0 <= decay <= 1:
             raise ValueError(f"decay={decay} must lie in [0, 1]; 1 forgets no earlier task.")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows} must be at least 1, or None for all rows.")
-        self.rows, self.max_rows, self.normalize = rows, max_rows, normalize
+        self.rows = rows_of(rows, type(self).__name__)
+        self.max_rows, self.normalize = max_rows, normalize
         self.previous, self.decay, self.seed = previous, decay, seed
 
     def compute(self, model: nn.Module, trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -98,8 +92,8 @@ class Fisher(_RowImportance):
         arXiv:1805.06370.
 
     Args:
-        rows: Prepared rows of the past, as `train_dataset` is. They are collated by the Trainer's
-            collator.
+        rows: Prepared rows of the past, as `train_dataset` is, or a [`ReplayMemory`]. They are
+            collated by the Trainer's collator.
         batch_size: Rows in a batch.
         exact: Item by item and class by class, instead of drawing labels; for few classes.
         **options: `max_rows`: how many rows to use, drawn at random (all by default);
@@ -142,7 +136,8 @@ class MAS(_RowImportance):
         Aljundi et al. 2018, "Memory Aware Synapses", arXiv:1711.09601.
 
     Args:
-        rows: Prepared rows, as `train_dataset` is. They are collated by the Trainer's collator.
+        rows: Prepared rows, as `train_dataset` is, or a [`ReplayMemory`]. They are collated by the
+            Trainer's collator.
         **options: `max_rows`, `normalize`, `previous`, `decay` and `seed`, as for [`Fisher`].
 
     Raises:
@@ -257,7 +252,7 @@ class SI:
         self._weights, self._before, self.path = {}, {}, {}
 
 
-def known_importance(given: Previous) -> SavedImportance | Mapping[str, torch.Tensor]:
+def known_importance(given: Any) -> SavedImportance | Mapping[str, torch.Tensor]:
     """What a folder holds, or the tensors themselves.
 
     Raises:
@@ -273,14 +268,3 @@ def known_importance(given: Previous) -> SavedImportance | Mapping[str, torch.Te
         "Fisher(rows), MAS(rows), SI(), the folder of one that was saved, or a dict with a tensor "
         "for each weight's name."
     )
-
-
-def prepared_rows(trainer: Trainer, rows: Any) -> tuple[Any, Collator]:
-    """Rows, and a collator for them, without the columns that the Trainer's model does not take."""
-    own: Any = super(AdaptationMixin, trainer)  # type: ignore[misc]  # what observers want is no input
-    if isinstance(rows, datasets.Dataset):
-        return own._remove_unused_columns(rows, description="memory"), trainer.data_collator
-    collator: Collator = own._get_collator_with_removed_columns(
-        trainer.data_collator, description="memory"
-    )
-    return rows, collator

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_adapt.continual.adapters import AdaptedWeight
 
-CPU_BLOCK = 2**16
+CPU_BLOCK = 2**17
 """Numbers worked on at once on a CPU: what is between two steps of a formula stays in its cache."""
 DEVICE_BLOCK = 2**26
 """The same on an accelerator, where each operation has a cost of its own and memory is scarce."""

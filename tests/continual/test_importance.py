@@ -212,9 +212,9 @@ def trainer_of(model: Any, folder: Path) -> Trainer:
 
 def test_bad_input(tmp_path: Path) -> None:
     model = bert()
-    with pytest.raises(ValueError, match="rows of Fisher are empty"):
+    with pytest.raises(ValueError, match="Fisher has no rows"):
         Fisher([])
-    with pytest.raises(TypeError, match=r"rows of MAS.*expected a dataset"):
+    with pytest.raises(TypeError, match=r"MAS=.*expected a dataset"):
         MAS("old.csv")
     with pytest.raises(ValueError, match=r"decay=2 must lie in \[0, 1\]"):
         Fisher(rows(2, 1), decay=2)

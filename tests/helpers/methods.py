@@ -45,6 +45,7 @@ from hf_adapt.alignment import (
     TargetLanguageModeling,
 )
 from hf_adapt.continual import (
+    AGEM,
     SI,
     AveragedWeights,
     Consolidation,
@@ -202,6 +203,12 @@ METHODS = {
         lambda: [Consolidation(SI(), form="gradient")],
         "rows",
         refuses_adapters="follows single weights",
+        uses_target=False,
+    ),
+    "agem": Method(
+        lambda: [AGEM(old(), batch_size=6)],
+        "rows",
+        for_tokens=lambda: [AGEM(old("token"), batch_size=6)],
         uses_target=False,
     ),
     **{
