@@ -166,6 +166,15 @@ class ContinualMetrics(Adaptation):
                     f"ContinualMetrics({named!r}): no such task in eval_dataset, which has "
                     f"{', '.join(tasks)}."
                 )
+            rows = list(self.record.rows)
+            if named in rows[:-1] and resumed != named:
+                raise ValueError(
+                    f"{self._file} has rows of {', '.join(rows)}: {named} has been trained, and "
+                    f"{', '.join(rows[rows.index(named) + 1 :])} after it, so that a new row of it "
+                    "would belong to another sequence. Give each sequence of trainings a path of "
+                    "its own."
+                )
+            self._tell_of_others(named)
             return named
         left = [task for task in tasks if task not in self.record.rows]
         if not left:
@@ -174,15 +183,19 @@ class ContinualMetrics(Adaptation):
                 "it (task=...), which replaces its row; to start anew, delete the file or pass "
                 "another path."
             )
-        if found := [task for task in self.record.rows if task not in self._own]:
+        self._tell_of_others(left[0])
+        return left[0]
+
+    def _tell_of_others(self, task: str) -> None:
+        """Say so where the file has rows that this object has not written."""
+        if found := [name for name in self.record.rows if name not in (*self._own, task)]:
             logger.warning(
-                "ContinualMetrics goes on with %s, which has rows for %s: the task trained now is "
-                "taken to be %s. Pass task= to name it.",
+                "ContinualMetrics goes on with %s, which has rows for %s; the task trained now is "
+                "%s. Pass another path= (or task=) if that is not so.",
                 self._file,
                 ", ".join(found),
-                left[0],
+                task,
             )
-        return left[0]
 
     def begin(self, trainer: Trainer) -> None:
         """Evaluate all tasks before the first training of all."""

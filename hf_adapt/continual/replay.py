@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from hf_adapt.continual.memory import LABELS, LOGITS, ReplayMemory
 from hf_adapt.engine.adaptation import Adaptation, Objective, Term
 from hf_adapt.engine.batch import Batch, Rows
+from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import Stream
 from hf_adapt.engine.training import unwrapped_model
@@ -21,6 +23,8 @@ from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 STREAM = "replay"
 """The stream of the rows of the past."""
@@ -43,7 +47,8 @@ class Replay(Adaptation):
         L = \frac{1}{N} \sum_{i \in new} \ell_i + \lambda \, \frac{1}{M} \sum_{j \in memory} \ell_j
 
     over the N and M labels of an optimizer step: each mean is over its own labels, so that `ratio`
-    says how much is computed and `weight` how much it counts. It is what helps most wherever old
+    says how much is computed and `weight` how much it counts, as long as each step has a row of the
+    memory; a step without one has no such term. It is what helps most wherever old
     rows, or rows like them, may be kept; a few per cent of general text beside the fine-tuning of a
     language model are a memory, too. Without such rows use [`KeepPredictions`] or
     [`Consolidation`].
@@ -112,6 +117,19 @@ class Replay(Adaptation):
         """Refuse a memory whose labels are not the model's."""
         for rows in self.stream.domains:
             _check_labels(trainer, rows)
+        args = trainer.args
+        rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        per_step = rows_of_step * trainer.accelerator.num_processes * self.stream.ratio
+        if per_step < 2:
+            logger.warning(
+                "Replay(ratio=%g) brings %.2g rows of the memory along with the %d training rows "
+                "of a step, on average, so some steps have none, and weight= counts in the others "
+                "only. Use a ratio of %.2g or more, or more rows a step.",
+                self.stream.ratio,
+                per_step,
+                rows_of_step * trainer.accelerator.num_processes,
+                3 * self.stream.ratio / per_step,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Which rows the memory has."""
@@ -194,12 +212,13 @@ class DarkReplay(Replay, Objective):
         """Refuse a memory without logits."""
         super().setup(trainer)
         for rows in self.stream.domains:
-            names = getattr(rows, "column_names", None)
+            names = dataset_columns(rows)
             if names is not None and LOGITS not in names:
                 raise ValueError(
-                    f"The memory has no column {LOGITS!r}: it was made without the model's "
-                    "predictions. Make it with ReplayMemory.from_dataset(..., trainer=trainer, "
-                    "logits=True), or memory.with_logits(trainer), before the new task."
+                    f"The rows of the memory have no column {LOGITS!r}: it was made without the "
+                    "model's predictions, or a transform drops them. Make it with "
+                    "ReplayMemory.from_dataset(..., trainer=trainer, logits=True), or "
+                    "memory.with_logits(trainer), before the new task."
                 )
 
     def num_items(self, rows: Rows) -> torch.Tensor:
@@ -217,8 +236,8 @@ class DarkReplay(Replay, Objective):
             )
         stored = [value for part in batch.parts for value in part.columns[LOGITS]]
         kept = [value for value, chosen in zip(stored, mine.tolist(), strict=True) if chosen]
-        old = torch.as_tensor(kept, dtype=logits.dtype, device=logits.device)
         own = logits[mine]
+        old = own.new_tensor([torch.as_tensor(value).tolist() for value in kept])
         if old.numel() and old.shape[1] > own.shape[1]:
             raise ValueError(
                 f"The memory's logits are of {old.shape[1]} classes, and the model predicts "

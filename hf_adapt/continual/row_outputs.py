@@ -13,6 +13,8 @@ from hf_adapt.engine.callback import collect_items
 from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.models.heads import has_head
+from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -58,7 +60,14 @@ class _RowCollector(OutputCollector):
 
     def _read(self, batch: Batch) -> ItemOutputs:
         batch = batch.for_objective(self._readers[0])
-        (part,) = batch.parts
+        (part,), model = batch.parts, batch.model
+        if self.what == "losses" and (
+            is_encoder_decoder(model) or has_head(model, "question_answering", "multiple_choice")
+        ):
+            raise ValueError(
+                f"The losses of single rows are known of classifiers and decoders, and the model "
+                f"is a {type(unwrapped_base(model)).__name__}. Use policy='random'."
+            )
         values = batch.features()[0] if self.what == "features" else batch.logits()[0]
         if self.what == "logits" and self._layout.token_logits:
             raise ValueError(

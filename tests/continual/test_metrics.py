@@ -182,7 +182,7 @@ def test_which_task_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert file.read_text() != first
     assert not caplog.records
     assert train(None) == ["tweets", "movies"]
-    assert "has rows for tweets: the task trained now is taken to be movies" in caplog.text
+    assert "has rows for tweets; the task trained now is movies" in caplog.text
     with pytest.raises(ValueError, match="a row for each task"):
         train(None)
     assert train("spam", tasks={**TASKS, "spam": rows(5, 9)}) == ["tweets", "movies", "spam"]
