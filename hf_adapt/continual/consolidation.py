@@ -76,9 +76,10 @@ class Consolidation(GradientTransform, WeightTransform):
     Args:
         importance: F: None for 1, [`Fisher`], [`MAS`], [`SI`], the folder of an importance that was
             saved, or a tensor for each weight's name (as [`fisher_diagonal`] returns).
-        strength: λ, or a schedule of it; a constant 0 turns it off. Of the order of the reciprocal
-            of the distance that a weight may move: under Adam in the decoupled form a weight with
-            F = 1 stays within 1/λ of its start. By default 100, and 1 for rates (at most).
+        strength: λ, or a schedule of it; a constant 0 turns it off. Under Adam, in the decoupled
+            form, a weight with F = 1 stays within about 1/λ of its start. By default 100; what is
+            useful lies between 10 (L2-SP) and 1000 or more (Fisher). For rates a number up to 1,
+            the default.
         form: How it is applied.
         start: θ*, as a model or by name, if not the weights that training starts from. Weights that
             it lacks are not held.

@@ -25,11 +25,13 @@ from hf_adapt.models.state import preserved
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Normalization = Literal["mean", "max"]
+Normalization = Literal["median", "mean", "max"]
 
 LABELS = {"label", "labels", "label_ids", "start_positions", "end_positions"}
 MAX_CLASSES = 128
 """The most classes over which `exact=True` takes an expectation: one backward for each."""
+MEDIAN_VALUES = 10**6
+"""How many weights a median is taken of, at least."""
 
 
 def fisher_diagonal(
@@ -75,8 +77,10 @@ def fisher_diagonal(
         max_rows: How many rows to use; they are drawn at random. All by default.
         exact: Take the expectation over y item by item and class by class, instead of drawing it:
             one backward for each. For few rows and classes.
-        normalize: Divide by the mean or by the largest value of all weights, so that the strength
-            of a penalty means the same for each model.
+        normalize: Divide by the `"median"` (without zeros), the `"mean"` or the `"max"` of all
+            weights. The values differ by orders of magnitude, few are far above the mean, and all
+            shrink as a model fits: with the median the strength of a penalty means about the same
+            for each model.
         seed: Seed of the labels and rows that are drawn.
         accelerator: Shares the batches between its processes; each gets the whole result.
 
@@ -154,24 +158,35 @@ def mas_importance(
 def normalized(
     importance: dict[str, torch.Tensor], by: Normalization | None
 ) -> dict[str, torch.Tensor]:
-    """An importance divided by the mean or the largest value of all weights together.
+    """An importance in other units.
+
+    Args:
+        importance: A tensor for each weight's name.
+        by: What becomes 1, of all weights together: their `"median"` (without zeros), their
+            `"mean"` or their `"max"`.
 
     Raises:
         ValueError: If `by` is unknown.
 
     Example:
-        >>> normalized({"w": torch.tensor([1.0, 3.0])}, "mean")["w"]
-        tensor([0.5000, 1.5000])
+        >>> normalized({"w": torch.tensor([0.0, 1.0, 3.0, 90.0])}, "median")["w"]
+        tensor([ 0.0000,  0.3333,  1.0000, 30.0000])
     """
     if by is None:
         return importance
+    values = importance.values()
     if by == "max":
-        scale = max(float(value.max()) for value in importance.values())
+        scale = max(float(value.max()) for value in values)
     elif by == "mean":
-        total = sum(float(value.sum(dtype=torch.float64)) for value in importance.values())
-        scale = total / sum(value.numel() for value in importance.values())
+        total = sum(float(value.sum(dtype=torch.float64)) for value in values)
+        scale = total / sum(value.numel() for value in values)
+    elif by == "median":
+        step = max(1, sum(value.numel() for value in values) // MEDIAN_VALUES)
+        some = torch.cat([value.flatten()[::step] for value in values])
+        some = some[some > 0]
+        scale = float(some.median()) if len(some) else 0.0
     else:
-        raise ValueError(f"normalize={by!r} is unknown: use 'mean', 'max' or None.")
+        raise ValueError(f"normalize={by!r} is unknown: use 'median', 'mean', 'max' or None.")
     return {name: value / scale for name, value in importance.items()} if scale else importance
 
 
