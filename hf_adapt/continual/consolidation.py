@@ -188,6 +188,12 @@ class Consolidation(GradientTransform, WeightTransform):
 
     def _skipped(self, model: nn.Module) -> list[str]:
         """The patterns of weights that are not held: if nothing says otherwise, a new head."""
+        names = [name for name, _ in model.named_parameters()]
+        if idle := [p for p in self.skip or () if not any(matches(p, name) for name in names)]:
+            raise ValueError(
+                f"skip={idle} names no weight of the model, whose weights are "
+                f"{', '.join(names[:2])}, …, {names[-1]}."
+            )
         if self.skip is not None or self.importance is not None or self.start is not None:
             return self.skip or []
         base: Any = unwrapped_base(model)

@@ -89,7 +89,7 @@ class ReplayMemory:
         trainer: Trainer | None = None,
         logits: bool = False,
     ) -> ReplayMemory:
-        """Choose rows of a data set.
+        """Choose rows of a data set; equal ones are taken once.
 
         Args:
             old: The rows of the old task, prepared as the Trainer's `train_dataset` will be.
@@ -118,8 +118,11 @@ class ReplayMemory:
                 "or of a wrong split name)."
             )
         balances = policy in ("balanced", "herding")
-        classes = _classes(rows, by, policy) if balances else []
         hashes = [row_hash(row) for row in _shown(rows)]
+        places = sorted({own: n for n, own in reversed(list(enumerate(hashes)))}.values())
+        if len(places) < len(rows):
+            rows, hashes = rows.select(places), [hashes[place] for place in places]
+        classes = _classes(rows, by, policy) if balances else []
         ranks: Sequence[int | float] = [_rank(each, seed) for each in hashes]
         if policy in ("herding", "surprise"):
             assert trainer is not None

@@ -15,6 +15,8 @@ from hf_adapt.continual.memory import LABELS, LOGITS, ReplayMemory
 from hf_adapt.engine.adaptation import Adaptation, Objective, Term
 from hf_adapt.engine.batch import Batch, Rows
 from hf_adapt.engine.columns import dataset_columns
+from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.pairing import is_map_style, rows_at
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import Stream
 from hf_adapt.engine.training import unwrapped_model
@@ -61,9 +63,9 @@ class Replay(Adaptation):
         memory: A [`ReplayMemory`], or rows prepared like `train_dataset`, labels included.
         ratio: Rows of the memory that each training row brings along; `.25`: every fourth one.
         weight: λ, or a schedule of it.
-        keep: What is written beside each saved model, in `replay_memory`: `"rows"`, `"hashes"`
-            (where texts must not be kept; [`ReplayMemory.load`] finds the rows again), or None. Of
-            a [`ReplayMemory`] only.
+        keep: What is written beside each saved model, in `replay_memory`, of a [`ReplayMemory`]:
+            `"hashes"`, by which [`ReplayMemory.load`] finds the rows again; `"rows"`, which
+            `push_to_hub` uploads too; or None.
         name: Prefix of what is stored.
 
     Logs:
@@ -87,11 +89,16 @@ class Replay(Adaptation):
         memory: Any,
         ratio: float = 0.25,
         weight: float | Schedule = 1.0,
-        keep: str | None = "rows",
+        keep: str | None = "hashes",
         name: str | None = None,
     ) -> None:
         if keep not in ("rows", "hashes", None):
             raise ValueError(f"keep={keep!r} is unknown: use 'rows', 'hashes' or None.")
+        if isinstance(memory, list | tuple) and any(isinstance(m, ReplayMemory) for m in memory):
+            raise TypeError(
+                f"Replay takes one memory, got a {type(memory).__name__} of them: pass "
+                "ReplayMemory.merge(memories)."
+            )
         self.memory = memory if isinstance(memory, ReplayMemory) else None
         rows = memory.dataset if isinstance(memory, ReplayMemory) else memory
         if hasattr(rows, "__len__") and len(rows) == 0:
@@ -170,7 +177,7 @@ class DarkReplay(Replay, Objective):
         ratio: Rows of the memory that each training row brings along.
         weight: β, or a schedule of it; 0 for DER.
         logits_weight: α, or a schedule of it.
-        keep: What is written beside each saved model: `"rows"`, `"hashes"` or None.
+        keep: What is written beside each saved model: `"hashes"`, `"rows"` or None.
         name: Prefix of the logs.
 
     Logs:
@@ -197,7 +204,7 @@ class DarkReplay(Replay, Objective):
         ratio: float = 0.25,
         weight: float | Schedule = 0.5,
         logits_weight: float | Schedule = 0.2,
-        keep: str | None = "rows",
+        keep: str | None = "hashes",
         name: str | None = None,
     ) -> None:
         Objective.__init__(self, logits_weight)
@@ -254,14 +261,14 @@ def _check_labels(trainer: Trainer, rows: Any) -> None:
     Raises:
         ValueError: Saying which.
     """
-    if not isinstance(rows, datasets.Dataset):
-        return
-    column = next((name for name in LABELS if name in rows.column_names), None)
-    if column is None:
+    column = next((name for name in LABELS if name in (dataset_columns(rows) or ())), None)
+    if column is None or not is_map_style(rows):
         return  # the engine says what is missing
     train = trainer.train_dataset
-    ours = train.features.get(column) if isinstance(train, datasets.Dataset) else None
-    theirs = rows.features[column]
+    ours, theirs = (
+        each.features.get(column) if isinstance(each, datasets.Dataset) else None
+        for each in (train, rows)
+    )
     if isinstance(ours, datasets.ClassLabel) and isinstance(theirs, datasets.ClassLabel):
         if ours.names != theirs.names:
             raise ValueError(
@@ -280,17 +287,22 @@ def _check_labels(trainer: Trainer, rows: Any) -> None:
     classes = getattr(getattr(unwrapped_base(model), "config", None), "num_labels", None)
     if not classes or classes < 2 or not has_head(model, *CLASSIFIERS):
         return
-    values = rows.with_format("numpy")[column]
-    flat = np.concatenate([np.atleast_1d(value) for value in values]) if len(values) else values
-    if np.issubdtype(np.asarray(flat).dtype, np.integer) and int(np.max(flat)) >= classes:
+    if isinstance(rows, datasets.Dataset):
+        values = rows.with_format("numpy")[column]
+    else:
+        values = [rows_at(rows, [place])[0][column] for place in range(min(len(rows), 1000))]
+    flat = np.concatenate([np.atleast_1d(value) for value in values])
+    wrong = flat[(flat >= classes) | ((flat < 0) & (flat != IGNORED))]
+    if np.issubdtype(flat.dtype, np.integer) and len(wrong):
         raise ValueError(
-            f"The memory has the label {int(np.max(flat))}, and the model predicts {classes} "
-            "classes. Load it with num_labels= of both tasks together, the old classes first."
+            f"The memory has the label {int(wrong[0])}, and the model predicts {classes} classes. "
+            "Load it with num_labels= of both tasks together, the old classes first."
         )
 
 
 def _first_label(rows: Any, column: str) -> Any:
     """The label of a data set's first row; None where it is not known."""
-    if not isinstance(rows, datasets.Dataset) or column not in rows.column_names or not len(rows):
+    if not is_map_style(rows) or column not in (dataset_columns(rows) or ()):
         return None
-    return rows.with_format(None)[0][column]
+    row = rows.with_format(None)[0] if isinstance(rows, datasets.Dataset) else rows[0]
+    return row.get(column)

@@ -72,7 +72,8 @@ class StartingModel(ModelTeacher):
         """What training may change: the optimizer's weights, and the statistics of batch norm."""
         assert self.module is not None and trainer.optimizer is not None
         trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-        found = {n: p for n, p in self.module.named_parameters() if id(p) in trained}
+        own = self.module.named_parameters()
+        found: dict[str, torch.Tensor] = {n: p for n, p in own if id(p) in trained}
         for name, module in self.module.named_modules():
             if isinstance(module, _NormBase) and module.running_mean is not None:
                 found |= {f"{name}.{n}".lstrip("."): b for n, b in module.named_buffers()}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 
+from hf_adapt.continual.prepared_rows import check_tokenised
 from hf_adapt.engine.batch import Batch
 from hf_adapt.engine.callback import collect_items
-from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.models.heads import has_head
@@ -98,12 +98,7 @@ def row_outputs(trainer: Trainer, rows: Any, what: RowOutput) -> torch.Tensor:
     Raises:
         ValueError: If rows have no labels for a loss, or the model has no logits of rows.
     """
-    ours, theirs = dataset_columns(trainer.train_dataset), dataset_columns(rows)
-    if "input_ids" in (ours or ()) and "input_ids" not in (theirs or ours or ()):
-        raise ValueError(
-            f"The model reads tokenised rows, and these have {', '.join(theirs or ())}. Tokenise "
-            "them as train_dataset was, or use policy='random', which asks no model."
-        )
+    check_tokenised(trainer, rows)
     return collect_items(trainer, _Numbered(rows), _RowCollector(what)).features
 
 

@@ -249,6 +249,7 @@ def test_overlapping_memories_have_each_row_once() -> None:
     whole = numbered(30, 3)
     one, other = (ReplayMemory.from_dataset(whole.select(range(n, n + 20)), 20) for n in (0, 10))
     assert len(ReplayMemory.merge([one, other])) == 30
+    assert len(ReplayMemory.from_dataset(datasets.concatenate_datasets([whole] * 3), 90)) == 30
     named_rows = whole.cast_column("labels", datasets.ClassLabel(names=["a", "b", "c"]))
     with pytest.raises(ValueError, match="have different types"):
         ReplayMemory.merge([one, ReplayMemory.from_dataset(named_rows, 5)])
@@ -283,7 +284,7 @@ def test_another_memory_is_refused_on_resume(tmp_path: Path) -> None:
     def run(seed: int, resume: Any = None) -> None:
         memory = ReplayMemory.from_dataset(rows(20, 3), 5, seed=seed)
         trainer = trainer_in(tmp_path, save_strategy="steps", save_steps=2, max_steps=3)
-        adapt(trainer, Replay(memory)).train(resume_from_checkpoint=resume)
+        adapt(trainer, Replay(memory, keep="rows")).train(resume_from_checkpoint=resume)
 
     run(0)
     checkpoint = tmp_path / "checkpoint-2"
@@ -323,6 +324,8 @@ def test_rows_that_cannot_be_remembered() -> None:
     with pytest.raises(ValueError, match="keep='all' is unknown"):
         Replay(numbered(5), keep="all")
     memories = [ReplayMemory.from_dataset(numbered(5), 3, seed=seed) for seed in (0, 1)]
+    with pytest.raises(TypeError, match="takes one memory"):
+        Replay(memories)
     with pytest.raises(ValueError, match="different policies cannot be compared"):
         ReplayMemory.merge(memories)
 
@@ -342,6 +345,8 @@ def named(data: datasets.Dataset, kind: datasets.ClassLabel) -> datasets.Dataset
         (rows(8, 1), rows(5, 2).rename_column("input_ids", "ids"), "lacks the column"),
         (rows(8, 1), rows(5, 2).map(lambda r: {"labels": 7}), "has the label 7"),
         (rows(8, 1), rows(5, 2, "token"), "one of them is of rows"),
+        (rows(8, 1), list(rows(5, 2).map(lambda r: {"labels": 7})), "has the label 7"),
+        (rows(8, 1), rows(5, 2).map(lambda r: {"labels": -1}), "has the label -1"),
         (named(rows(8, 1), LABELS), named(rows(5, 2), OTHERS), "would mean another class"),
     ],
 )
