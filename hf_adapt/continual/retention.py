@@ -70,8 +70,9 @@ class StartingModel(ModelTeacher):
 
     def _changing(self, trainer: Trainer) -> dict[str, torch.Tensor]:
         """What training may change: the optimizer's weights, and the statistics of batch norm."""
-        assert self.module is not None and trainer.optimizer is not None
-        trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        assert self.module is not None
+        groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+        trained = {id(p) for group in groups for p in group["params"]}
         own = self.module.named_parameters()
         found: dict[str, torch.Tensor] = {n: p for n, p in own if id(p) in trained}
         for name, module in self.module.named_modules():

@@ -202,7 +202,9 @@ def test_language_models_do_without_whole_logits(kind: str, tmp_path: Path) -> N
 
 def test_evaluations_compare_with_the_start(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, bert(), learning_rate=0.05, eval_strategy="steps", eval_steps=1)
-    adapt(trainer, KeepPredictions(0.5, evaluate=True)).train()
+    adapt(trainer, KeepPredictions(0.5, evaluate=True))
+    assert trainer.evaluate()["eval_teacher_kl"] == pytest.approx(0, abs=1e-6)
+    trainer.train()
     found = [e["eval_teacher_kl"] for e in trainer.state.log_history if "eval_teacher_kl" in e]
     assert found[1] > found[0] > 1e-4
     after = trainer.evaluate()["eval_teacher_kl"]
