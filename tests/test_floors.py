@@ -14,6 +14,7 @@ FLOORS = (
     ("engine",),
     ("alignment", "distillation", "knowledge", "unfreezing"),
     ("continual",),
+    ("multitask",),
     ("evaluation",),
     ("experiments",),
     ("report",),

@@ -54,7 +54,15 @@ def test_type_checkers_see_each_name() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    ["alignment", "continual", "distillation", "evaluation", "knowledge", "unfreezing"],
+    [
+        "alignment",
+        "continual",
+        "distillation",
+        "evaluation",
+        "knowledge",
+        "multitask",
+        "unfreezing",
+    ],
 )
 def test_packages_offer_what_they_say(package: str) -> None:
     module = importlib.import_module(f"hf_adapt.{package}")

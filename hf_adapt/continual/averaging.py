@@ -75,6 +75,8 @@ class AveragedWeights(WeightAverage, WeightTransform):
         ```
     """
 
+    name = "averaged_weights"
+
     def __init__(
         self,
         kind: Kind = "ema",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,9 +25,9 @@ Model = nn.Module | str | os.PathLike[str]
 @overload
 def interpolate(start: Model, tuned: Model, alphas: float) -> nn.Module: ...
 @overload
-def interpolate(start: Model, tuned: Model, alphas: Sequence[float]) -> list[nn.Module]: ...
+def interpolate(start: Model, tuned: Model, alphas: Iterable[float]) -> list[nn.Module]: ...
 def interpolate(
-    start: Model, tuned: Model, alphas: float | Sequence[float]
+    start: Model, tuned: Model, alphas: float | Iterable[float]
 ) -> nn.Module | list[nn.Module]:
     r"""Blend a model with the one that it was tuned from: :math:`(1-\alpha)\theta_0+\alpha\theta`.
 
@@ -59,7 +60,7 @@ def interpolate(
         >>> [model.weight.item() for model in interpolate(start, tuned, [0.0, 0.25, 1.0])]
         [2.0, 2.5, 4.0]
     """
-    one, other = loaded(start), loaded(tuned)
+    one, other = _two_models(start, tuned)
     blended = _Blend(one, other)
 
     def between(alpha: float) -> nn.Module:
@@ -70,17 +71,18 @@ def interpolate(
                 own[name].copy_(value)
         return clone
 
-    if isinstance(alphas, Sequence):
-        for alpha in alphas:
-            check_alpha(alpha)
-        return [between(alpha) for alpha in alphas]
-    return between(alphas)
+    if isinstance(alphas, Real):
+        return between(float(alphas))
+    given = [float(alpha) for alpha in alphas]  # type: ignore[union-attr]
+    for alpha in given:
+        check_alpha(alpha)
+    return [between(alpha) for alpha in given]
 
 
 def interpolation_sweep(
     start: Model,
     tuned: Model,
-    alphas: Sequence[float],
+    alphas: Iterable[float],
     evaluate: Callable[[Any], Mapping[str, float]],
 ) -> list[dict[str, float]]:
     """Evaluate the models between two, in the memory of one more.
@@ -108,16 +110,32 @@ def interpolation_sweep(
         plot_sweep(sweep, "eval_movies_accuracy", "eval_tweets_accuracy").savefig("sweep.png")
         ```
     """
-    one, other = loaded(start), loaded(tuned)
-    blended, found = _Blend(one, other), []
-    for alpha in alphas:
+    one, other = _two_models(start, tuned)
+    blended, given, found = _Blend(one, other), [float(alpha) for alpha in alphas], []
+    for alpha in given:
         check_alpha(alpha)
     with preserved(other):
         other.eval()
-        for alpha in alphas:
+        for alpha in given:
             with swapped(other, blended(alpha)):
-                found.append({"alpha": float(alpha), **evaluate(other)})
+                found.append({"alpha": alpha, **evaluate(other)})
     return found
+
+
+def _two_models(start: Model, tuned: Model) -> tuple[nn.Module, nn.Module]:
+    """Both models.
+
+    Raises:
+        ValueError: If they are one.
+    """
+    one, other = loaded(start), loaded(tuned)
+    if one is other:
+        raise ValueError(
+            "start and tuned are the same model, which training has changed in place. Pass the "
+            "folder or name that it was loaded from as start, or a copy made before training "
+            "(copy.deepcopy(model))."
+        )
+    return one, other
 
 
 class _Blend:
@@ -127,13 +145,13 @@ class _Blend:
         for model in (start, tuned):
             _check(model)
         self.start, self.tuned = _tensors(start, all_names=True), _tensors(tuned)
-        shapes = [{n: t.shape for n, t in each.items()} for each in (self.start, self.tuned)]
-        prefixes = (
-            getattr(start, "base_model_prefix", ""),
-            getattr(tuned, "base_model_prefix", ""),
-        )
         labels = [labels_of(getattr(model, "config", None)) for model in (start, tuned)]
-        self.names = shared_weights(*shapes, prefixes, labels[0] == labels[1])
+        self.names = shared_weights(
+            {name: tensor.shape for name, tensor in self.start.items()},
+            {name: tensor.shape for name, tensor in self.tuned.items()},
+            (getattr(start, "base_model_prefix", ""), getattr(tuned, "base_model_prefix", "")),
+            labels[0] == labels[1],
+        )
 
     def __call__(self, alpha: float) -> dict[str, torch.Tensor]:
         check_alpha(alpha)

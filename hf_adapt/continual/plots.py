@@ -69,7 +69,8 @@ def plot_sweep(sweep: Sequence[Mapping[str, float]], x: str, y: str) -> Figure:
         axes.annotate(label, place, xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_title("share of the tuned model", fontsize=9)
+    axes.margins(0.1)
+    axes.set_title("at each point: the share of the tuned model", fontsize=9)
     return figure
 
 

@@ -100,7 +100,7 @@ def stream_order(
     return which, row
 
 
-def _shared_counter() -> torch.Tensor:
+def shared_counter() -> torch.Tensor:
     """An epoch that persistent workers see too, although they hold copies of the dataset."""
     counter: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
     return counter
@@ -122,7 +122,7 @@ class PairedDataset(torch.utils.data.Dataset[PairedRow]):
         self.source = source
         self.streams = list(streams)
         self.seed = seed
-        self._epoch = _shared_counter()
+        self._epoch = shared_counter()
         self._orders: tuple[int, list[tuple[np.ndarray, np.ndarray]]] | None = None
 
     def __len__(self) -> int:
@@ -138,6 +138,8 @@ class PairedDataset(torch.utils.data.Dataset[PairedRow]):
     def set_epoch(self, epoch: int) -> None:
         """Draw other rows from here on."""
         self._epoch.fill_(epoch)
+        if callable(set_epoch := getattr(self.source, "set_epoch", None)):
+            set_epoch(epoch)
 
     def _order_of(self, stream: StreamRows, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         per_epoch = int(len(self) * stream.ratio)
@@ -216,7 +218,7 @@ class PairedIterableDataset(IterableDataset[PairedRow]):
         self.source = source
         self.streams = list(streams)
         self.seed = seed
-        self._epoch = _shared_counter()
+        self._epoch = shared_counter()
 
     def __len__(self) -> int:
         """Number of training rows, where the source knows it."""

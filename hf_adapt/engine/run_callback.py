@@ -16,9 +16,10 @@ class RunCallback(TrainerCallback):
         self.run = run
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch of the paired dataset (accelerate does not always)."""
-        if self.run.data is not None:
-            self.run.data.set_epoch(int(state.epoch or 0))
+        """Set the epoch of the training rows (accelerate does not always)."""
+        rows: Any = self.run.trainer.train_dataset if self.run.data is None else self.run.data
+        if callable(set_epoch := getattr(rows, "set_epoch", None)):
+            set_epoch(int(state.epoch or 0))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model is wrapped, the optimizer made, a checkpoint loaded."""

@@ -168,7 +168,7 @@ def test_a_second_run_does_not_begin_with_the_average_of_the_first(tmp_path: Pat
 
 @KINDS
 def test_resumed_as_if_uninterrupted(kind: Any, tmp_path: Path) -> None:
-    settings = dict(save_strategy="steps", save_steps=5)
+    settings = dict(save_strategy="steps", save_steps=5, per_device_train_batch_size=1)
     whole, _ = trained(kind, tmp_path / "whole", **settings)
     stopped = trainer_of(tmp_path / "parts", callbacks=[StopAt(5)], **settings)
     adapt(stopped, AveragedWeights(kind, **SETTINGS[kind])).train()

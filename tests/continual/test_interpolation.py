@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -50,7 +51,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 def test_at_both_ends_bit_for_bit_and_between() -> None:
     start, tuned = bert(seed=1), bert(seed=2)
     before = weights(start), weights(tuned)
-    first, middle, last = interpolate(start, tuned, [0, 0.3, 1])
+    first, middle, last = interpolate(start, tuned, np.array([0, 0.3, 1]))
     assert same_bits(weights(first), before[0]) and same_bits(weights(last), before[1])
     assert_close(weights(middle), between(*before, 0.3))
     assert same_bits(weights(start), before[0]) and same_bits(weights(tuned), before[1])
@@ -151,7 +152,7 @@ def quantised() -> Any:
         (peft_model, 0.5, "has adapters.*merge_and_unload"),
         (quantised, 0.5, "classifier.weight is torch.uint8: quantised"),
         (bert, 1.5, "alpha=1.5 must lie from 0"),
-        (bert, [0.5, -1], "alpha=-1 must lie from 0"),
+        (bert, [0.5, -1], "alpha=-1.0 must lie from 0"),
         (lambda: "no such folder", 0.5, "There is no folder no such folder"),
     ],
 )
@@ -262,7 +263,6 @@ def test_the_command_takes_the_mean_of_several(tmp_path: Path) -> None:
     for seed, model in enumerate(models):
         model.save_pretrained(tmp_path / str(seed))
     run(
-        tmp_path,
         *(str(tmp_path / str(s)) for s in range(3)),
         "--average",
         "-o",

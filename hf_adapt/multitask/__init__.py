@@ -1,0 +1,34 @@
+"""Several tasks in one training: what their gradients and losses are made into."""
+
+from hf_adapt.multitask.mixture import (
+    EpochCallback,
+    Mixture,
+    StreamedMixture,
+    annealed,
+    mix,
+    temperature,
+)
+from hf_adapt.multitask.sampling import annealed_temperature, mixing_probabilities, quotas
+from hf_adapt.multitask.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, pcgrad
+from hf_adapt.multitask.weighting import dwa_weights, famo_weights, uncertainty_loss
+
+__all__ = [
+    "EpochCallback",
+    "Mixture",
+    "StreamedMixture",
+    "aligned_mtl",
+    "annealed",
+    "annealed_temperature",
+    "cagrad",
+    "dwa_weights",
+    "famo_weights",
+    "imtl_g",
+    "mgda",
+    "mix",
+    "mixing_probabilities",
+    "nash_mtl",
+    "pcgrad",
+    "quotas",
+    "temperature",
+    "uncertainty_loss",
+]
