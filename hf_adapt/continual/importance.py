@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import default_data_collator
 
 from hf_adapt.continual.adapters import HeldWeights
-from hf_adapt.continual.prepared_rows import Collator
+from hf_adapt.continual.prepared_rows import LABELS, Collator, row_batches
 from hf_adapt.distillation.heads import Head
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.columns import named_inputs
-from hf_adapt.engine.pairing import is_map_style, rows_at
 from hf_adapt.models.state import preserved
 
 if TYPE_CHECKING:
@@ -27,7 +22,6 @@ if TYPE_CHECKING:
 
 Normalization = Literal["median", "mean", "max"]
 
-LABELS = {"label", "labels", "label_ids", "start_positions", "end_positions"}
 MAX_CLASSES = 128
 """The most classes over which `exact=True` takes an expectation: one backward for each."""
 MEDIAN_VALUES = 10**6
@@ -101,7 +95,7 @@ def fisher_diagonal(
         torch.Size([2, 4])
     """
     score = _exact_squares if exact else _sampled_squares
-    batches = _batches(rows, data_collator, model, 1 if exact else batch_size, max_rows, seed)
+    batches = row_batches(rows, data_collator, model, 1 if exact else batch_size, max_rows, seed)
     found = _mean_over_items(model, batches, score, seed, accelerator, "Fisher information")
     return normalized(found, normalize)
 
@@ -150,7 +144,7 @@ def mas_importance(
         >>> bool(mas_importance(model, [{"input_ids": [1, 2]}])["classifier.weight"].sum() > 0)
         True
     """
-    batches = _batches(rows, data_collator, model, 1, max_rows, seed)
+    batches = row_batches(rows, data_collator, model, 1, max_rows, seed)
     found = _mean_over_items(model, batches, _row_sensitivities, seed, accelerator, "MAS")
     return normalized(found, normalize)
 
@@ -359,48 +353,3 @@ def _ready(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[No
     finally:
         for weight in frozen.values():
             weight.requires_grad_(False)
-
-
-def _batches(
-    rows: Any,
-    collator: Collator | None,
-    model: nn.Module,
-    batch_size: int,
-    max_rows: int | None,
-    seed: int,
-) -> tuple[int | None, Iterator[Callable[[], Mapping[str, Any]]]]:
-    """The number of batches, where it is known, and what makes each."""
-    if isinstance(rows, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        rows = list(islice(rows, max_rows))
-    if isinstance(rows, Mapping) or not (is_map_style(rows) or hasattr(rows, "__iter__")):
-        raise TypeError(
-            f"rows is a {type(rows).__name__}: expected a prepared dataset, a list of rows, or an "
-            "iterable of batches."
-        )
-    if not is_map_style(rows):
-        return None, _given_batches(rows, max_rows)
-    chosen = list(range(len(rows)))
-    if max_rows is not None and max_rows < len(rows):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        chosen = sorted(order[:max_rows].tolist())
-    chunks = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
-    collate = default_data_collator if collator is None else collator
-    names = named_inputs(model)
-
-    def batch(chunk: list[int]) -> Mapping[str, Any]:
-        read = rows_at(rows, chunk)
-        if collator is None and names is not None:
-            kept = {*names, *LABELS}
-            read = [{k: v for k, v in row.items() if k in kept} for row in read]
-        return collate(read)
-
-    return len(chunks), (partial(batch, chunk) for chunk in chunks)
-
-
-def _given_batches(batches: Any, max_rows: int | None) -> Iterator[Callable[[], Mapping[str, Any]]]:
-    seen = 0
-    for batch in batches:
-        yield partial(dict, batch)
-        seen += len(next(iter(batch.values())))
-        if max_rows is not None and seen >= max_rows:
-            return
