@@ -28,6 +28,7 @@ from tests.helpers.models import bert
 from tests.helpers.trainers import (
     PLAIN_FILES,
     GradientRecorder,
+    ScaledTrainer,
     cosine_and_ratio,
     same_bits,
     weights,
@@ -206,6 +207,24 @@ def test_beside_options_of_the_trainer(name: str, setting: str, tmp_path: Path) 
         return
     with pytest.raises(ValueError, match=refusal):
         beside(tmp_path, name, **SETTINGS[setting])
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if not row.uses_target])
+def test_a_loss_scale_changes_nothing(name: str, tmp_path: Path) -> None:
+    """What works on weights and gradients sees them without the scale of fp16."""
+    finals = []
+    for cls in (Trainer, ScaledTrainer):
+        adaptations = METHODS[name].make()
+        # SGD: Adam turns the rounding of small gradients into whole steps.
+        trainer = make_trainer(
+            tmp_path, adaptations, cls=cls, max_steps=4, optim="sgd", learning_rate=0.1
+        )
+        trainer.train()
+        finals.append(weights(trainer.model))
+        logs = [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e]
+        finals[-1]["norms"] = torch.tensor(logs)
+    for one, other in zip(*(final.values() for final in finals), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)

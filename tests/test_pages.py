@@ -62,6 +62,7 @@ def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "model": model,
         "tokenizer": own,
         "source": labelled(24, 1),
+        "start": bert(seed=3),
         "old": labelled(40, 6),
         "new": labelled(24, 1),
         "old_test": labelled(12, 7),

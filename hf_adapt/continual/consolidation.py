@@ -76,9 +76,10 @@ class Consolidation(GradientTransform, WeightTransform):
     Args:
         importance: F: None for 1, [`Fisher`], [`MAS`], [`SI`], the folder of an importance that was
             saved, or a tensor for each weight's name (as [`fisher_diagonal`] returns).
-        strength: λ, or a schedule of it; a constant 0 turns it off. Of the order of the reciprocal
-            of the distance that a weight may move: under Adam in the decoupled form a weight with
-            F = 1 stays within 1/λ of its start. By default 100, and 1 for rates (at most).
+        strength: λ, or a schedule of it; a constant 0 turns it off. Under Adam, in the decoupled
+            form, a weight with F = 1 stays within about 1/λ of its start. By default 100; what is
+            useful lies between 10 (L2-SP) and 1000 or more (Fisher). For rates a number up to 1,
+            the default.
         form: How it is applied.
         start: θ*, as a model or by name, if not the weights that training starts from. Weights that
             it lacks are not held.
@@ -182,10 +183,17 @@ class Consolidation(GradientTransform, WeightTransform):
             saved = self._read(self.importance, checks_weights=False)
             assert isinstance(saved, SavedImportance)
             self._key = saved.key
-            self._hold(dict(saved.importance), dict(saved.weights))
+            starts = dict(saved.weights) if self.start is None else self._starts()
+            self._hold(dict(saved.importance), starts)
 
     def _skipped(self, model: nn.Module) -> list[str]:
         """The patterns of weights that are not held: if nothing says otherwise, a new head."""
+        names = [name for name, _ in model.named_parameters()]
+        if idle := [p for p in self.skip or () if not any(matches(p, name) for name in names)]:
+            raise ValueError(
+                f"skip={idle} names no weight of the model, whose weights are "
+                f"{', '.join(names[:2])}, …, {names[-1]}."
+            )
         if self.skip is not None or self.importance is not None or self.start is not None:
             return self.skip or []
         base: Any = unwrapped_base(model)
@@ -310,6 +318,11 @@ class Consolidation(GradientTransform, WeightTransform):
                 "as the model, and call train() without resume_from_checkpoint."
             )
         self._now = value_at(self.strength, step / max(1, self._trainer.state.max_steps))
+        if not 0 <= self._now <= (1.0 if self.form == "rates" else float("inf")):
+            raise ValueError(
+                f"The schedule of the strength gave {self._now} at step {step}; it must stay >= 0"
+                f"{', and <= 1 with form=' + repr(self.form) if self.form == 'rates' else ''}."
+            )
 
     def transform_gradients(self, model: nn.Module) -> None:
         """Write the penalty's gradient; SI sees those of the task before."""

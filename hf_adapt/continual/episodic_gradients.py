@@ -179,9 +179,10 @@ class AGEM(GradientTransform):
             labels = count_labels(trainer, inputs)
             with trainer.compute_loss_context_manager():
                 loss: Any = super(AdaptationMixin, trainer).compute_loss(model, dict(inputs))
-            scale = loss_scale(trainer) or 1.0  # fp16 gradients would underflow
+            # fp16 gradients would underflow; the projection does not depend on the scale.
+            scale = loss_scale(trainer) or 1.0
             found = gradient_of(loss * scale, weights, retain_graph=False)
-        found = [each.float() / scale for each in found]
+        found = [each.float() for each in found]
         accelerator = trainer.accelerator
         if accelerator.num_processes > 1:
             count = torch.ones(()) if labels is None else labels.float()

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import default_data_collator
 
 from hf_adapt.continual.adapters import HeldWeights
-from hf_adapt.continual.prepared_rows import Collator
+from hf_adapt.continual.prepared_rows import LABELS, Collator, row_batches
 from hf_adapt.distillation.heads import Head
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.columns import named_inputs
-from hf_adapt.engine.pairing import is_map_style, rows_at
 from hf_adapt.models.state import preserved
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Normalization = Literal["mean", "max"]
+Normalization = Literal["median", "mean", "max"]
 
-LABELS = {"label", "labels", "label_ids", "start_positions", "end_positions"}
 MAX_CLASSES = 128
 """The most classes over which `exact=True` takes an expectation: one backward for each."""
+MEDIAN_VALUES = 10**6
+"""How many weights a median is taken of, at least."""
 
 
 def fisher_diagonal(
@@ -75,8 +71,10 @@ def fisher_diagonal(
         max_rows: How many rows to use; they are drawn at random. All by default.
         exact: Take the expectation over y item by item and class by class, instead of drawing it:
             one backward for each. For few rows and classes.
-        normalize: Divide by the mean or by the largest value of all weights, so that the strength
-            of a penalty means the same for each model.
+        normalize: Divide by the `"median"` (without zeros), the `"mean"` or the `"max"` of all
+            weights. The values differ by orders of magnitude, few are far above the mean, and all
+            shrink as a model fits: with the median the strength of a penalty means about the same
+            for each model.
         seed: Seed of the labels and rows that are drawn.
         accelerator: Shares the batches between its processes; each gets the whole result.
 
@@ -97,7 +95,7 @@ def fisher_diagonal(
         torch.Size([2, 4])
     """
     score = _exact_squares if exact else _sampled_squares
-    batches = _batches(rows, data_collator, model, 1 if exact else batch_size, max_rows, seed)
+    batches = row_batches(rows, data_collator, model, 1 if exact else batch_size, max_rows, seed)
     found = _mean_over_items(model, batches, score, seed, accelerator, "Fisher information")
     return normalized(found, normalize)
 
@@ -146,7 +144,7 @@ def mas_importance(
         >>> bool(mas_importance(model, [{"input_ids": [1, 2]}])["classifier.weight"].sum() > 0)
         True
     """
-    batches = _batches(rows, data_collator, model, 1, max_rows, seed)
+    batches = row_batches(rows, data_collator, model, 1, max_rows, seed)
     found = _mean_over_items(model, batches, _row_sensitivities, seed, accelerator, "MAS")
     return normalized(found, normalize)
 
@@ -154,24 +152,35 @@ def mas_importance(
 def normalized(
     importance: dict[str, torch.Tensor], by: Normalization | None
 ) -> dict[str, torch.Tensor]:
-    """An importance divided by the mean or the largest value of all weights together.
+    """An importance in other units.
+
+    Args:
+        importance: A tensor for each weight's name.
+        by: What becomes 1, of all weights together: their `"median"` (without zeros), their
+            `"mean"` or their `"max"`.
 
     Raises:
         ValueError: If `by` is unknown.
 
     Example:
-        >>> normalized({"w": torch.tensor([1.0, 3.0])}, "mean")["w"]
-        tensor([0.5000, 1.5000])
+        >>> normalized({"w": torch.tensor([0.0, 1.0, 3.0, 90.0])}, "median")["w"]
+        tensor([ 0.0000,  0.3333,  1.0000, 30.0000])
     """
     if by is None:
         return importance
+    values = importance.values()
     if by == "max":
-        scale = max(float(value.max()) for value in importance.values())
+        scale = max(float(value.max()) for value in values)
     elif by == "mean":
-        total = sum(float(value.sum(dtype=torch.float64)) for value in importance.values())
-        scale = total / sum(value.numel() for value in importance.values())
+        total = sum(float(value.sum(dtype=torch.float64)) for value in values)
+        scale = total / sum(value.numel() for value in values)
+    elif by == "median":
+        step = max(1, sum(value.numel() for value in values) // MEDIAN_VALUES)
+        some = torch.cat([value.flatten()[::step] for value in values])
+        some = some[some > 0]
+        scale = float(some.median()) if len(some) else 0.0
     else:
-        raise ValueError(f"normalize={by!r} is unknown: use 'mean', 'max' or None.")
+        raise ValueError(f"normalize={by!r} is unknown: use 'median', 'mean', 'max' or None.")
     return {name: value / scale for name, value in importance.items()} if scale else importance
 
 
@@ -344,48 +353,3 @@ def _ready(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[No
     finally:
         for weight in frozen.values():
             weight.requires_grad_(False)
-
-
-def _batches(
-    rows: Any,
-    collator: Collator | None,
-    model: nn.Module,
-    batch_size: int,
-    max_rows: int | None,
-    seed: int,
-) -> tuple[int | None, Iterator[Callable[[], Mapping[str, Any]]]]:
-    """The number of batches, where it is known, and what makes each."""
-    if isinstance(rows, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        rows = list(islice(rows, max_rows))
-    if isinstance(rows, Mapping) or not (is_map_style(rows) or hasattr(rows, "__iter__")):
-        raise TypeError(
-            f"rows is a {type(rows).__name__}: expected a prepared dataset, a list of rows, or an "
-            "iterable of batches."
-        )
-    if not is_map_style(rows):
-        return None, _given_batches(rows, max_rows)
-    chosen = list(range(len(rows)))
-    if max_rows is not None and max_rows < len(rows):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        chosen = sorted(order[:max_rows].tolist())
-    chunks = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
-    collate = default_data_collator if collator is None else collator
-    names = named_inputs(model)
-
-    def batch(chunk: list[int]) -> Mapping[str, Any]:
-        read = rows_at(rows, chunk)
-        if collator is None and names is not None:
-            kept = {*names, *LABELS}
-            read = [{k: v for k, v in row.items() if k in kept} for row in read]
-        return collate(read)
-
-    return len(chunks), (partial(batch, chunk) for chunk in chunks)
-
-
-def _given_batches(batches: Any, max_rows: int | None) -> Iterator[Callable[[], Mapping[str, Any]]]:
-    seen = 0
-    for batch in batches:
-        yield partial(dict, batch)
-        seen += len(next(iter(batch.values())))
-        if max_rows is not None and seen >= max_rows:
-            return

@@ -32,7 +32,7 @@ class _RowImportance:
     Args:
         rows: Prepared rows of the past, as `train_dataset` is, or a [`ReplayMemory`].
         max_rows: How many rows to use; they are drawn at random. All by default.
-        normalize: What all values are divided by: their `"mean"`, their `"max"`, or nothing.
+        normalize: What all values are divided by: their `"median"`, `"mean"`, `"max"`, or None.
         previous: The importance for the tasks before: a folder, or a tensor for each name.
         decay: How much of the previous importance is kept: F ← decay · F_previous + F.
         seed: Seed of what is drawn.
@@ -47,7 +47,7 @@ class _RowImportance:
         rows: Any,
         *,
         max_rows: int | None = None,
-        normalize: Normalization | None = "mean",
+        normalize: Normalization | None = "median",
         previous: Previous | None = None,
         decay: float = 1.0,
         seed: int = 0,
@@ -97,7 +97,7 @@ class Fisher(_RowImportance):
         batch_size: Rows in a batch.
         exact: Item by item and class by class, instead of drawing labels; for few classes.
         **options: `max_rows`: how many rows to use, drawn at random (all by default);
-            `normalize`: what all values are divided by, `"mean"` (the default), `"max"` or None;
+            `normalize`: what all values are divided by, see [`fisher_diagonal`] (the median);
             `previous` and `decay`: the importance for the tasks before (a folder, or a tensor for
             each name) and how much of it is kept, F ← decay · F_previous + F; `seed`.
 
@@ -173,8 +173,8 @@ class SI:
 
     Args:
         damping: ξ, which keeps weights that hardly moved from being all-important.
-        normalize: What the values of a task are divided by: their `"mean"`, their `"max"`, or
-            nothing.
+        normalize: What the values of a task are divided by: their `"median"` (without zeros),
+            `"mean"`, `"max"`, or None.
         previous: The importance for the tasks before: a folder, or a tensor for each name.
 
     Raises:
@@ -190,7 +190,7 @@ class SI:
         self,
         damping: float = 0.1,
         *,
-        normalize: Normalization | None = "mean",
+        normalize: Normalization | None = "median",
         previous: Previous | None = None,
     ) -> None:
         if not damping > 0:

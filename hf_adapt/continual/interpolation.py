@@ -60,7 +60,7 @@ def interpolate(
         >>> [model.weight.item() for model in interpolate(start, tuned, [0.0, 0.25, 1.0])]
         [2.0, 2.5, 4.0]
     """
-    one, other = loaded(start), loaded(tuned)
+    one, other = _two_models(start, tuned)
     blended = _Blend(one, other)
 
     def between(alpha: float) -> nn.Module:
@@ -110,7 +110,7 @@ def interpolation_sweep(
         plot_sweep(sweep, "eval_movies_accuracy", "eval_tweets_accuracy").savefig("sweep.png")
         ```
     """
-    one, other = loaded(start), loaded(tuned)
+    one, other = _two_models(start, tuned)
     blended, given, found = _Blend(one, other), [float(alpha) for alpha in alphas], []
     for alpha in given:
         check_alpha(alpha)
@@ -120,6 +120,22 @@ def interpolation_sweep(
             with swapped(other, blended(alpha)):
                 found.append({"alpha": alpha, **evaluate(other)})
     return found
+
+
+def _two_models(start: Model, tuned: Model) -> tuple[nn.Module, nn.Module]:
+    """Both models.
+
+    Raises:
+        ValueError: If they are one.
+    """
+    one, other = loaded(start), loaded(tuned)
+    if one is other:
+        raise ValueError(
+            "start and tuned are the same model, which training has changed in place. Pass the "
+            "folder or name that it was loaded from as start, or a copy made before training "
+            "(copy.deepcopy(model))."
+        )
+    return one, other
 
 
 class _Blend:

@@ -6,6 +6,8 @@ import hashlib
 import heapq
 import json
 import math
+import shutil
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +89,7 @@ class ReplayMemory:
         trainer: Trainer | None = None,
         logits: bool = False,
     ) -> ReplayMemory:
-        """Choose rows of a data set.
+        """Choose rows of a data set; equal ones are taken once.
 
         Args:
             old: The rows of the old task, prepared as the Trainer's `train_dataset` will be.
@@ -116,8 +118,11 @@ class ReplayMemory:
                 "or of a wrong split name)."
             )
         balances = policy in ("balanced", "herding")
-        classes = _classes(rows, by, policy) if balances else []
         hashes = [row_hash(row) for row in _shown(rows)]
+        places = sorted({own: n for n, own in reversed(list(enumerate(hashes)))}.values())
+        if len(places) < len(rows):
+            rows, hashes = rows.select(places), [hashes[place] for place in places]
+        classes = _classes(rows, by, policy) if balances else []
         ranks: Sequence[int | float] = [_rank(each, seed) for each in hashes]
         if policy in ("herding", "surprise"):
             assert trainer is not None
@@ -129,6 +134,8 @@ class ReplayMemory:
     @classmethod
     def merge(cls, memories: Sequence[ReplayMemory], size: int | None = None) -> ReplayMemory:
         """One memory of several: of the tasks so far, or of parts of one data set.
+
+        A row that an earlier memory has of the same task is taken once.
 
         Args:
             memories: The memories, made in the same way.
@@ -153,8 +160,18 @@ class ReplayMemory:
                     f"{first.dataset.column_names} and {other.dataset.column_names}. Prepare all "
                     "tasks' rows alike, with stored logits in all or in none."
                 )
+            if other.dataset.features != first.dataset.features:
+                raise ValueError(
+                    f"The columns of memories have different types: {first.dataset.features} and "
+                    f"{other.dataset.features}. Cast one of them (dataset.cast)."
+                )
+        rows = datasets.concatenate_datasets([each.dataset for each in memories])
+        rows.set_format(
+            **{k: v for k, v in first.dataset.format.items() if k != "format_kwargs"},
+            **first.dataset.format["format_kwargs"],
+        )
         joined = cls(
-            datasets.concatenate_datasets([each.dataset for each in memories]),
+            rows,
             [rank for each in memories for rank in each.ranks],
             [task for each in memories for task in each.tasks],
             [name for each in memories for name in each.classes],
@@ -162,6 +179,7 @@ class ReplayMemory:
             first.policy,
             first.seed,
         )
+        joined = joined._at(_without_overlap(memories))
         return joined if size is None else joined.smaller(size)
 
     def __len__(self) -> int:
@@ -170,8 +188,12 @@ class ReplayMemory:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the rows, whatever their order."""
-        return hashlib.blake2b("".join(sorted(self.hashes)).encode(), digest_size=12).hexdigest()
+        """A hash of the rows and their logits, whatever their order."""
+        items = list(self.hashes)
+        if LOGITS in self.dataset.column_names:
+            logits = self.dataset.with_format(None)[LOGITS]
+            items = [f"{own}{value}" for own, value in zip(items, logits, strict=True)]
+        return hashlib.blake2b("".join(sorted(items)).encode(), digest_size=12).hexdigest()
 
     def smaller(self, size: int) -> ReplayMemory:
         """The rows of the lowest ranks, equally many of each task and class as far as there are."""
@@ -219,7 +241,8 @@ class ReplayMemory:
         Args:
             folder: The folder; an earlier memory in it is replaced.
             rows: Whether to write the rows too. Without them, where texts must not be kept, it is
-                read again with the data set that they are from.
+                read again with the data set that they are from. A transform (`with_transform`) is
+                not written: set it again on the `dataset` of what is read.
         """
         folder = Path(folder)
         stored = {
@@ -228,13 +251,16 @@ class ReplayMemory:
             "columns": self.dataset.column_names,
             **{n: list(getattr(self, n)) for n in ("ranks", "tasks", "classes", "hashes")},
         }
+        earlier = list(folder.glob(f"{ROWS}-*"))
         if rows:
-            # Arrow files cannot be replaced while they are read: the rows lie under their hash.
-            place = folder / f"{ROWS}-{self.fingerprint}"
+            # In a folder of their own: files cannot be replaced while a data set reads them.
+            place = folder / f"{ROWS}-{uuid.uuid4().hex[:8]}"
+            is_plain = self.dataset.format["type"] != "custom"  # a transform cannot be written
+            (self.dataset if is_plain else self.dataset.with_format(None)).save_to_disk(str(place))
             stored["rows"] = place.name
-            if not (place / "dataset_info.json").is_file():
-                self.dataset.save_to_disk(str(place))
         write_text(folder / FILE, json.dumps(stored))
+        for place in earlier:
+            shutil.rmtree(place, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: str | Path, dataset: Any = None) -> ReplayMemory:
@@ -276,15 +302,13 @@ def shares(available: Sequence[int], size: int) -> list[int]:
 
     Example:
         >>> shares([10, 1, 10], 8), shares([3, 3], 5)
-        ([4, 1, 3], [3, 2])
+        ([3, 1, 4], [2, 3])
     """
     taken, left = [0] * len(available), min(size, sum(available))
-    while left:
-        open_ = [i for i, most in enumerate(available) if taken[i] < most]
-        each, rest = divmod(left, len(open_))
-        for number, i in enumerate(open_):
-            more = min(each + (number < rest), available[i] - taken[i])
-            taken[i], left = taken[i] + more, left - more
+    order = sorted(range(len(available)), key=lambda i: (available[i], i))
+    for number, i in enumerate(order):
+        taken[i] = min(available[i], left // (len(order) - number))
+        left -= taken[i]
     return taken
 
 
@@ -326,10 +350,16 @@ def row_hash(row: Mapping[str, Any]) -> str:
     Raises:
         TypeError: If a value has no content that could be hashed.
     """
-    content = json.dumps(
-        {k: v for k, v in row.items() if k != LOGITS}, sort_keys=True, default=_plain
-    )
+    own = {name: _content(value) for name, value in row.items() if name != LOGITS}
+    content = json.dumps(own, sort_keys=True, default=_plain)
     return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+
+
+def _content(value: Any) -> Any:
+    """The bytes of an image or a sound, wherever they lie."""
+    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+        return value["bytes"] or Path(value["path"]).read_bytes()
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -358,6 +388,18 @@ def _shown(rows: datasets.Dataset) -> Iterable[Mapping[str, Any]]:
         plain, "Hashing rows", disable=len(plain) < 20_000, leave=False
     )
     return bar
+
+
+def _without_overlap(memories: Sequence[ReplayMemory]) -> list[int]:
+    """The places, in all of them together, of rows that no earlier one has of the same task."""
+    seen: set[tuple[str, str]] = set()
+    places, first = [], 0
+    for memory in memories:
+        own = list(zip(memory.tasks, memory.hashes, strict=True))
+        places += [first + place for place, row in enumerate(own) if row not in seen]
+        seen.update(own)
+        first += len(own)
+    return places
 
 
 def _rank(content: str, seed: int) -> int:
@@ -421,7 +463,7 @@ def _classes(rows: datasets.Dataset, by: str | None, policy: str) -> list[str]:
             f"policy={policy!r} needs a column with one class for each row: pass by=. There is "
             f"{column or 'neither labels nor label'!r} among {', '.join(rows.column_names)}"
             f"{'' if found is None else ', which holds no classes'}. For other heads use "
-            "policy='random' or 'surprise'."
+            "policy='random'."
         )
     return [str(value) for value in found]
 

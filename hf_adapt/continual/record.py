@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,6 +87,8 @@ class ContinualMetrics(Adaptation):
         path: The JSON file; by default `continual_metrics.json` in the folder that `output_dir`
             lies in, so that `runs/movies` and `runs/tweets` share `runs/continual_metrics.json`.
             Give each sequence of trainings a file of its own.
+        known: Tasks that the model knows already, in the order in which it has learnt them. Their
+            rows are the scores before the first training of all, from which forgetting counts.
 
     Raises:
         ValueError: Before training, if `eval_dataset` is no dict or lacks a task, if the metric is
@@ -96,16 +98,21 @@ class ContinualMetrics(Adaptation):
         ```python
         tasks = {"movies": movies_test, "tweets": tweets_test}
         trainer = Trainer(model, args, train_dataset=tweets, eval_dataset=tasks, ...)
-        adapt(trainer, Replay(memory), ContinualMetrics("tweets")).train()
+        adapt(trainer, Replay(memory), ContinualMetrics("tweets", known=["movies"])).train()
         ```
     """
 
     name = "continual"
 
     def __init__(
-        self, task: str | None = None, metric: str = "accuracy", path: str | Path | None = None
+        self,
+        task: str | None = None,
+        metric: str = "accuracy",
+        path: str | Path | None = None,
+        known: Sequence[str] = (),
     ) -> None:
         self.task, self.metric, self.path = task, metric, path
+        self.known = [known] if isinstance(known, str) else list(known)
         self.record = Record(metric)
         self._file, self._trained, self._own = Path(), "", list[str]()
 
@@ -131,6 +138,11 @@ class ContinualMetrics(Adaptation):
                 f"{self._file} has scores of {', '.join(missing)}, which eval_dataset lacks; it "
                 f"has {', '.join(tasks)}. Add them, so that they are evaluated after this training "
                 "too, or pass another path."
+            )
+        if unknown := [task for task in self.known if task not in tasks or task == self.task]:
+            raise ValueError(
+                f"known={self.known}: {', '.join(unknown)} is trained now, or none of the tasks of "
+                f"eval_dataset, which has {', '.join(tasks)}."
             )
         self._trained = self._choose(tasks, saved_state(trainer, self).get("task"))
 
@@ -166,23 +178,36 @@ class ContinualMetrics(Adaptation):
                     f"ContinualMetrics({named!r}): no such task in eval_dataset, which has "
                     f"{', '.join(tasks)}."
                 )
+            rows = list(self.record.rows)
+            if named in rows[:-1] and resumed != named:
+                raise ValueError(
+                    f"{self._file} has rows of {', '.join(rows)}: {named} has been trained, and "
+                    f"{', '.join(rows[rows.index(named) + 1 :])} after it, so that a new row of it "
+                    "would belong to another sequence. Give each sequence of trainings a path of "
+                    "its own."
+                )
+            self._tell_of_others(named)
             return named
-        left = [task for task in tasks if task not in self.record.rows]
+        left = [task for task in tasks if task not in (*self.record.rows, *self.known)]
         if not left:
             raise ValueError(
                 f"{self._file} has a row for each task of eval_dataset. To train one again, name "
                 "it (task=...), which replaces its row; to start anew, delete the file or pass "
                 "another path."
             )
-        if found := [task for task in self.record.rows if task not in self._own]:
+        self._tell_of_others(left[0])
+        return left[0]
+
+    def _tell_of_others(self, task: str) -> None:
+        """Say so where the file has rows that this object has not written."""
+        if found := [name for name in self.record.rows if name not in (*self._own, task)]:
             logger.warning(
-                "ContinualMetrics goes on with %s, which has rows for %s: the task trained now is "
-                "taken to be %s. Pass task= to name it.",
+                "ContinualMetrics goes on with %s, which has rows for %s; the task trained now is "
+                "%s. Pass another path= (or task=) if that is not so.",
                 self._file,
                 ", ".join(found),
-                left[0],
+                task,
             )
-        return left[0]
 
     def begin(self, trainer: Trainer) -> None:
         """Evaluate all tasks before the first training of all."""
@@ -190,6 +215,8 @@ class ContinualMetrics(Adaptation):
         if not is_new or resumed_from(trainer) is not None:
             return
         self.record.baseline = self._evaluate(trainer)
+        self.record.rows = {task: self.record.baseline for task in self.known}
+        self._own += self.known
         self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,7 +236,8 @@ class ContinualMetrics(Adaptation):
         found = self.record.metrics()
         trainer.log({f"{self.name}/{name}": value for name, value in found.items()})
         if trainer.is_world_process_zero():
-            numbers = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in found.items())
+            words = {n: n.replace("accuracy", self.metric).replace("_", " ") for n in found}
+            numbers = ", ".join(f"{words[n]} {value:.4f}" for n, value in found.items())
             print(f"After {self._trained} ({len(self.record.rows)} trained): {numbers}")
 
     def _evaluate(self, trainer: Trainer) -> Scores:

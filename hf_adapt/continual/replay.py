@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ import torch
 from hf_adapt.continual.memory import LABELS, LOGITS, ReplayMemory
 from hf_adapt.engine.adaptation import Adaptation, Objective, Term
 from hf_adapt.engine.batch import Batch, Rows
+from hf_adapt.engine.columns import dataset_columns
+from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.pairing import is_map_style, rows_at
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import Stream
 from hf_adapt.engine.training import unwrapped_model
@@ -21,6 +25,8 @@ from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 STREAM = "replay"
 """The stream of the rows of the past."""
@@ -43,7 +49,8 @@ class Replay(Adaptation):
         L = \frac{1}{N} \sum_{i \in new} \ell_i + \lambda \, \frac{1}{M} \sum_{j \in memory} \ell_j
 
     over the N and M labels of an optimizer step: each mean is over its own labels, so that `ratio`
-    says how much is computed and `weight` how much it counts. It is what helps most wherever old
+    says how much is computed and `weight` how much it counts, as long as each step has a row of the
+    memory; a step without one has no such term. It is what helps most wherever old
     rows, or rows like them, may be kept; a few per cent of general text beside the fine-tuning of a
     language model are a memory, too. Without such rows use [`KeepPredictions`] or
     [`Consolidation`].
@@ -56,9 +63,9 @@ class Replay(Adaptation):
         memory: A [`ReplayMemory`], or rows prepared like `train_dataset`, labels included.
         ratio: Rows of the memory that each training row brings along; `.25`: every fourth one.
         weight: λ, or a schedule of it.
-        keep: What is written beside each saved model, in `replay_memory`: `"rows"`, `"hashes"`
-            (where texts must not be kept; [`ReplayMemory.load`] finds the rows again), or None. Of
-            a [`ReplayMemory`] only.
+        keep: What is written beside each saved model, in `replay_memory`, of a [`ReplayMemory`]:
+            `"hashes"`, by which [`ReplayMemory.load`] finds the rows again; `"rows"`, which
+            `push_to_hub` uploads too; or None.
         name: Prefix of what is stored.
 
     Logs:
@@ -82,11 +89,16 @@ class Replay(Adaptation):
         memory: Any,
         ratio: float = 0.25,
         weight: float | Schedule = 1.0,
-        keep: str | None = "rows",
+        keep: str | None = "hashes",
         name: str | None = None,
     ) -> None:
         if keep not in ("rows", "hashes", None):
             raise ValueError(f"keep={keep!r} is unknown: use 'rows', 'hashes' or None.")
+        if isinstance(memory, list | tuple) and any(isinstance(m, ReplayMemory) for m in memory):
+            raise TypeError(
+                f"Replay takes one memory, got a {type(memory).__name__} of them: pass "
+                "ReplayMemory.merge(memories)."
+            )
         self.memory = memory if isinstance(memory, ReplayMemory) else None
         rows = memory.dataset if isinstance(memory, ReplayMemory) else memory
         if hasattr(rows, "__len__") and len(rows) == 0:
@@ -112,6 +124,19 @@ class Replay(Adaptation):
         """Refuse a memory whose labels are not the model's."""
         for rows in self.stream.domains:
             _check_labels(trainer, rows)
+        args = trainer.args
+        rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        per_step = rows_of_step * trainer.accelerator.num_processes * self.stream.ratio
+        if per_step < 2:
+            logger.warning(
+                "Replay(ratio=%g) brings %.2g rows of the memory along with the %d training rows "
+                "of a step, on average, so some steps have none, and weight= counts in the others "
+                "only. Use a ratio of %.2g or more, or more rows a step.",
+                self.stream.ratio,
+                per_step,
+                rows_of_step * trainer.accelerator.num_processes,
+                3 * self.stream.ratio / per_step,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Which rows the memory has."""
@@ -152,7 +177,7 @@ class DarkReplay(Replay, Objective):
         ratio: Rows of the memory that each training row brings along.
         weight: β, or a schedule of it; 0 for DER.
         logits_weight: α, or a schedule of it.
-        keep: What is written beside each saved model: `"rows"`, `"hashes"` or None.
+        keep: What is written beside each saved model: `"hashes"`, `"rows"` or None.
         name: Prefix of the logs.
 
     Logs:
@@ -179,7 +204,7 @@ class DarkReplay(Replay, Objective):
         ratio: float = 0.25,
         weight: float | Schedule = 0.5,
         logits_weight: float | Schedule = 0.2,
-        keep: str | None = "rows",
+        keep: str | None = "hashes",
         name: str | None = None,
     ) -> None:
         Objective.__init__(self, logits_weight)
@@ -194,12 +219,13 @@ class DarkReplay(Replay, Objective):
         """Refuse a memory without logits."""
         super().setup(trainer)
         for rows in self.stream.domains:
-            names = getattr(rows, "column_names", None)
+            names = dataset_columns(rows)
             if names is not None and LOGITS not in names:
                 raise ValueError(
-                    f"The memory has no column {LOGITS!r}: it was made without the model's "
-                    "predictions. Make it with ReplayMemory.from_dataset(..., trainer=trainer, "
-                    "logits=True), or memory.with_logits(trainer), before the new task."
+                    f"The rows of the memory have no column {LOGITS!r}: it was made without the "
+                    "model's predictions, or a transform drops them. Make it with "
+                    "ReplayMemory.from_dataset(..., trainer=trainer, logits=True), or "
+                    "memory.with_logits(trainer), before the new task."
                 )
 
     def num_items(self, rows: Rows) -> torch.Tensor:
@@ -217,8 +243,8 @@ class DarkReplay(Replay, Objective):
             )
         stored = [value for part in batch.parts for value in part.columns[LOGITS]]
         kept = [value for value, chosen in zip(stored, mine.tolist(), strict=True) if chosen]
-        old = torch.as_tensor(kept, dtype=logits.dtype, device=logits.device)
         own = logits[mine]
+        old = own.new_tensor([torch.as_tensor(value).tolist() for value in kept])
         if old.numel() and old.shape[1] > own.shape[1]:
             raise ValueError(
                 f"The memory's logits are of {old.shape[1]} classes, and the model predicts "
@@ -235,14 +261,14 @@ def _check_labels(trainer: Trainer, rows: Any) -> None:
     Raises:
         ValueError: Saying which.
     """
-    if not isinstance(rows, datasets.Dataset):
-        return
-    column = next((name for name in LABELS if name in rows.column_names), None)
-    if column is None:
+    column = next((name for name in LABELS if name in (dataset_columns(rows) or ())), None)
+    if column is None or not is_map_style(rows):
         return  # the engine says what is missing
     train = trainer.train_dataset
-    ours = train.features.get(column) if isinstance(train, datasets.Dataset) else None
-    theirs = rows.features[column]
+    ours, theirs = (
+        each.features.get(column) if isinstance(each, datasets.Dataset) else None
+        for each in (train, rows)
+    )
     if isinstance(ours, datasets.ClassLabel) and isinstance(theirs, datasets.ClassLabel):
         if ours.names != theirs.names:
             raise ValueError(
@@ -261,17 +287,22 @@ def _check_labels(trainer: Trainer, rows: Any) -> None:
     classes = getattr(getattr(unwrapped_base(model), "config", None), "num_labels", None)
     if not classes or classes < 2 or not has_head(model, *CLASSIFIERS):
         return
-    values = rows.with_format("numpy")[column]
-    flat = np.concatenate([np.atleast_1d(value) for value in values]) if len(values) else values
-    if np.issubdtype(np.asarray(flat).dtype, np.integer) and int(np.max(flat)) >= classes:
+    if isinstance(rows, datasets.Dataset):
+        values = rows.with_format("numpy")[column]
+    else:
+        values = [rows_at(rows, [place])[0][column] for place in range(min(len(rows), 1000))]
+    flat = np.concatenate([np.atleast_1d(value) for value in values])
+    wrong = flat[(flat >= classes) | ((flat < 0) & (flat != IGNORED))]
+    if np.issubdtype(flat.dtype, np.integer) and len(wrong):
         raise ValueError(
-            f"The memory has the label {int(np.max(flat))}, and the model predicts {classes} "
-            "classes. Load it with num_labels= of both tasks together, the old classes first."
+            f"The memory has the label {int(wrong[0])}, and the model predicts {classes} classes. "
+            "Load it with num_labels= of both tasks together, the old classes first."
         )
 
 
 def _first_label(rows: Any, column: str) -> Any:
     """The label of a data set's first row; None where it is not known."""
-    if not isinstance(rows, datasets.Dataset) or column not in rows.column_names or not len(rows):
+    if not is_map_style(rows) or column not in (dataset_columns(rows) or ()):
         return None
-    return rows.with_format(None)[0][column]
+    row = rows.with_format(None)[0] if isinstance(rows, datasets.Dataset) else rows[0]
+    return row.get(column)

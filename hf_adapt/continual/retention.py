@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 
-from hf_adapt.distillation.heads import output_logits
+from hf_adapt.distillation.divergences import logit_mse
+from hf_adapt.distillation.heads import Head, output_logits
 from hf_adapt.distillation.objective import Distillation
 from hf_adapt.distillation.teachers import ModelTeacher
 from hf_adapt.engine.adaptation import Term
@@ -63,9 +65,20 @@ class StartingModel(ModelTeacher):
         if self._start and (run is None or run is self._run):
             return  # an evaluation begins
         self._run = run
-        own = self.module.named_parameters()
-        self._start = {n: p.detach().clone() for n, p in own if p.requires_grad}
+        self._start = {n: v.detach().clone() for n, v in self._changing(trainer).items()}
         self._is_known = trainer.state.global_step == 0
+
+    def _changing(self, trainer: Trainer) -> dict[str, torch.Tensor]:
+        """What training may change: the optimizer's weights, and the statistics of batch norm."""
+        assert self.module is not None
+        groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+        trained = {id(p) for group in groups for p in group["params"]}
+        own = self.module.named_parameters()
+        found: dict[str, torch.Tensor] = {n: p for n, p in own if id(p) in trained}
+        for name, module in self.module.named_modules():
+            if isinstance(module, _NormBase) and module.running_mean is not None:
+                found |= {f"{name}.{n}".lstrip("."): b for n, b in module.named_buffers()}
+        return found
 
     def before_step(self, step: int) -> None:
         """Refuse to take a resumed run's weights for those at its start."""
@@ -126,9 +139,10 @@ class KeepPredictions(Distillation):
         T^2 \, KL\!\left(\sigma(z^0_i / T) \,\middle\|\, \sigma(z_i / T)\right)
 
     over the N items (rows, or tokens) of an optimizer step, with the logits :math:`z^0` of the
-    starting model. No old rows are needed; rows of the past, or general text, make it stronger
-    (`on="replay"`). How far the predictions on the *new* task move says best how much is forgotten,
-    whatever the method: read `keep_predictions/kl_to_start`.
+    starting model. The numbers of a regression are held by their squared distance. No old rows are
+    needed; rows of the past, or general text, make it stronger (`on="replay"`). How far the
+    predictions on the *new* task move says best how much is forgotten, whatever the method: read
+    `keep_predictions/kl_to_start`.
 
     With LoRA the teacher is the model with its adapters as they were, so that there is no second
     copy. A language model's divergence is computed without the logits of all tokens, as that of
@@ -204,6 +218,8 @@ class KeepPredictions(Distillation):
         vars(self).pop("select_logits", None)
         if self.classes is not None or not isinstance(self.teachers[0], StartingModel):
             self._choose_classes(trainer)
+        if Head.of(trainer.accelerator.unwrap_model(trainer.model)).kind == "values":
+            self.divergence_function = logit_mse  # a regression predicts no distribution
         super().setup(trainer)
         for sanity in self._sanity:  # on a new task the starting model may well guess
             sanity.is_done = True

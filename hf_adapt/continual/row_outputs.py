@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 
+from hf_adapt.continual.prepared_rows import check_tokenised
 from hf_adapt.engine.batch import Batch
 from hf_adapt.engine.callback import collect_items
-from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
 from hf_adapt.engine.labels import IGNORED
+from hf_adapt.models.heads import has_head
+from hf_adapt.models.structure import is_encoder_decoder, unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -58,7 +60,14 @@ class _RowCollector(OutputCollector):
 
     def _read(self, batch: Batch) -> ItemOutputs:
         batch = batch.for_objective(self._readers[0])
-        (part,) = batch.parts
+        (part,), model = batch.parts, batch.model
+        if self.what == "losses" and (
+            is_encoder_decoder(model) or has_head(model, "question_answering", "multiple_choice")
+        ):
+            raise ValueError(
+                f"The losses of single rows are known of classifiers and decoders, and the model "
+                f"is a {type(unwrapped_base(model)).__name__}. Use policy='random'."
+            )
         values = batch.features()[0] if self.what == "features" else batch.logits()[0]
         if self.what == "logits" and self._layout.token_logits:
             raise ValueError(
@@ -89,12 +98,7 @@ def row_outputs(trainer: Trainer, rows: Any, what: RowOutput) -> torch.Tensor:
     Raises:
         ValueError: If rows have no labels for a loss, or the model has no logits of rows.
     """
-    ours, theirs = dataset_columns(trainer.train_dataset), dataset_columns(rows)
-    if "input_ids" in (ours or ()) and "input_ids" not in (theirs or ours or ()):
-        raise ValueError(
-            f"The model reads tokenised rows, and these have {', '.join(theirs or ())}. Tokenise "
-            "them as train_dataset was, or use policy='random', which asks no model."
-        )
+    check_tokenised(trainer, rows)
     return collect_items(trainer, _Numbered(rows), _RowCollector(what)).features
 
 

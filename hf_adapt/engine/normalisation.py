@@ -125,6 +125,11 @@ class StepCounts:
         self._labels = {name: n for (kind, name), n in counted.items() if kind == "labels"}
         self._items = {name: n for (kind, name), n in counted.items() if kind == "items"}
 
+    def has_items(self, stream: str) -> torch.Tensor | float:
+        """1 if this step has a row of a labelled stream, in any process, else 0."""
+        count = self._labels.get(stream)
+        return 1.0 if count is None else (count > 0).to(torch.float32)
+
     def _counts_of(self, parts: list[Part]) -> dict[tuple[str, str], torch.Tensor | None]:
         counts: dict[tuple[str, str], torch.Tensor | None] = {}
         for part in parts:

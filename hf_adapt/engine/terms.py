@@ -99,7 +99,9 @@ class Terms:
             loss = losses["task"] * weight
         for name, (stream_loss, stream_weight) in task.streams.items():
             share = stream_loss / divided
-            self.metrics.add(f"loss/{name}", share.detach() * steps, 1 / steps)
+            # A mean over the steps that have such rows: a small stream has none in many.
+            count = self.counts.has_items(name) / steps
+            self.metrics.add(f"loss/{name}", share.detach() * steps, count)
             self.guard.add(name, share)
             losses[name], weights[name] = stream_loss, stream_weight
             loss = loss + stream_weight * stream_loss

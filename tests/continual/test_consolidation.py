@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
@@ -377,6 +378,9 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         Consolidation(**options)
 
 
+TEXTS = datasets.Dataset.from_dict({"text": ["good", "bad"], "labels": [0, 1]})
+
+
 def test_what_does_not_fit_the_model_is_refused_before_training(tmp_path: Path) -> None:
     known = fisher_diagonal(bert(), rows(4, 2), collate)
     save_importance(tmp_path / "ewc", known, bert())
@@ -390,6 +394,8 @@ def test_what_does_not_fit_the_model_is_refused_before_training(tmp_path: Path) 
         (other, Consolidation({"w": torch.ones(2)}), "1 do not train in this one: w"),
         (other, Consolidation(bad), "negative or not finite for classifier.bias"),
         (other, Consolidation(skip=".*"), "holds no weight"),
+        (other, Consolidation(skip=["clasifier"]), r"skip=\['clasifier'\] names no weight"),
+        (other, Consolidation(Fisher(TEXTS)), "reads tokenised rows"),
         (lora(), Consolidation(SI()), "SI follows single weights"),
         (
             get_peft_model(bert(), IA3Config(target_modules=["query"], feedforward_modules=[])),

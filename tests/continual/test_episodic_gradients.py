@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer
@@ -138,8 +139,11 @@ def test_rows_of_the_memory_are_a_function_of_the_step(tmp_path: Path) -> None:
     again = trainer_of(tmp_path / "part", memory, model=bert(dropout=True), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
     assert same_bits(weights(whole.model), weights(again.model))
-    cosines = [e["agem/cosine"] for e in whole.state.log_history if "agem/cosine" in e]
-    assert len(set(cosines)) == 5
+    # All training rows in each step, and weights that do not move: only the memory's rows change.
+    still = trainer_of(tmp_path, memory, max_steps=4, learning_rate=0.0)
+    still.train()
+    cosines = [e["agem/cosine"] for e in still.state.log_history if "agem/cosine" in e]
+    assert len(set(np.round(cosines, 4))) == 4
 
 
 def test_frozen_weights_tokens_and_a_memory_without_a_label(tmp_path: Path) -> None:

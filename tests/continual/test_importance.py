@@ -143,6 +143,12 @@ def test_under_lora_it_is_that_of_the_weights(merged: str) -> None:
         torch.testing.assert_close(found[name], whole[own], rtol=1e-3, atol=1e-9)
 
 
+def test_dropout_is_off() -> None:
+    for find in (fisher_diagonal, mas_importance):
+        found = [find(bert(dropout=own), rows(4, 1), collate) for own in (True, False)]
+        assert same_bits(*found)
+
+
 def test_rows_come_in_several_forms() -> None:
     model, data = bert(), rows(6, 1)
     whole = fisher_diagonal(model, data, collate, batch_size=2)
@@ -186,6 +192,18 @@ def test_synaptic_intelligence_sees_the_task_alone(tmp_path: Path) -> None:
     expected = 1.0 + max(0.0, path) / ((theta - 0.5) ** 2 + 0.1)
     found = load_importance(tmp_path / "si").importance["theta"]
     assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weight_that_raised_the_loss_gets_no_negative_importance() -> None:
+    source, weight = SI(normalize=None), torch.nn.Parameter(torch.zeros(2))
+    source.begin({"w": weight})
+    weight.grad = torch.tensor([1.0, -1.0])
+    source.see_gradients()
+    with torch.no_grad():
+        weight.add_(0.5)
+    source.see_step()
+    found = source.finish({"w": torch.zeros(2)}, {})["w"]
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.5 / 0.35]))
 
 
 def test_online_ewc_through_a_folder(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_row_for_each_training(metric: str, tmp_path: Path, capsys: Any) -> No
     assert losses(trainer, "continual/bwt") == [found["bwt"]]
     assert losses(trainer, "continual/average_accuracy") == [sign * found["average_accuracy"]]
     said = capsys.readouterr().out
-    assert f"bwt {found['bwt']:.4f}" in said and "learning accuracy" in said
+    assert f"bwt {found['bwt']:.4f}" in said and f"learning {metric}" in said
 
 
 def test_only_a_first_training_measures_the_baseline(tmp_path: Path) -> None:
@@ -182,12 +182,26 @@ def test_which_task_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert file.read_text() != first
     assert not caplog.records
     assert train(None) == ["tweets", "movies"]
-    assert "has rows for tweets: the task trained now is taken to be movies" in caplog.text
+    assert "has rows for tweets; the task trained now is movies" in caplog.text
     with pytest.raises(ValueError, match="a row for each task"):
         train(None)
     assert train("spam", tasks={**TASKS, "spam": rows(5, 9)}) == ["tweets", "movies", "spam"]
     with pytest.raises(ValueError, match="scores of spam, which eval_dataset lacks"):
         train("movies")
+    with pytest.raises(ValueError, match=r"tweets has been trained, and movies, spam after it"):
+        train("tweets", tasks={**TASKS, "spam": rows(5, 9)})
+
+
+def test_what_is_known_already_can_be_forgotten(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "a", learning_rate=0.05)
+    adapt(trainer, ContinualMetrics(known=["movies"])).train()
+    record = json.loads((tmp_path / "continual_metrics.json").read_text())
+    assert list(record["rows"]) == ["movies", "tweets"]
+    assert record["rows"]["movies"] == record["baseline"]
+    change = record["rows"]["tweets"]["movies"] - record["baseline"]["movies"]
+    assert losses(trainer, "continual/bwt") == [pytest.approx(change)]
+    with pytest.raises(ValueError, match="is trained now, or none of the tasks"):
+        adapt(trainer_of(tmp_path / "b"), ContinualMetrics("movies", known="movies")).train()
 
 
 @pytest.mark.parametrize(

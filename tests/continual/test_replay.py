@@ -1,9 +1,11 @@
 """Replay: a loop written by hand, the memory's rows, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -223,11 +225,66 @@ def test_a_saved_memory_is_read_again(tmp_path: Path) -> None:
         ReplayMemory.load(tmp_path)
 
 
+def test_saving_again_replaces_all_of_it(tmp_path: Path) -> None:
+    """Other rows, another order, logits, or no rows any more."""
+    whole = numbered(30, 3)
+    memory = ReplayMemory.from_dataset(whole, 6, "balanced")
+    backwards = ReplayMemory.from_dataset(whole.select(range(29, -1, -1)), 6, "balanced")
+    with_logits = replace(memory, dataset=memory.dataset.add_column(LOGITS, [[0.5, 1.0]] * 6))
+    for each in (memory, backwards, with_logits):
+        each.save(tmp_path)
+        again = ReplayMemory.load(tmp_path)
+        assert again.fingerprint == each.fingerprint
+        assert [row_hash(row) for row in again.dataset] == again.hashes
+        assert again.dataset.column_names == each.dataset.column_names
+    assert with_logits.fingerprint != memory.fingerprint
+    again.save(tmp_path, rows=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+    transformed = replace(memory, dataset=memory.dataset.with_transform(lambda batch: batch))
+    transformed.save(tmp_path)
+    assert len(ReplayMemory.load(tmp_path)) == 6
+
+
+def test_overlapping_memories_have_each_row_once() -> None:
+    whole = numbered(30, 3)
+    one, other = (ReplayMemory.from_dataset(whole.select(range(n, n + 20)), 20) for n in (0, 10))
+    assert len(ReplayMemory.merge([one, other])) == 30
+    assert len(ReplayMemory.from_dataset(datasets.concatenate_datasets([whole] * 3), 90)) == 30
+    named_rows = whole.cast_column("labels", datasets.ClassLabel(names=["a", "b", "c"]))
+    with pytest.raises(ValueError, match="have different types"):
+        ReplayMemory.merge([one, ReplayMemory.from_dataset(named_rows, 5)])
+    assert shares([1, 3, 3], 5) == [1, 2, 2]
+
+
+def test_images_are_told_by_their_bytes(tmp_path: Path) -> None:
+    paths = []
+    for number in range(3):
+        PIL.Image.new("L", (2, 2), color=number).save(tmp_path / f"{number}.png")
+        paths.append(str(tmp_path / f"{number}.png"))
+    images = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    memory = ReplayMemory.from_dataset(images, 2)
+    memory.save(tmp_path / "memory")
+    again = ReplayMemory.load(tmp_path / "memory")
+    assert ReplayMemory.from_dataset(again.dataset, 2).fingerprint == memory.fingerprint
+    memory.save(tmp_path / "memory", rows=False)
+    assert len(ReplayMemory.load(tmp_path / "memory", images)) == 2
+
+
+def test_steps_without_a_row_of_the_memory(tmp_path: Path, caplog: Any) -> None:
+    """A small ratio: what is logged is the mean over the steps that have one."""
+    trainer = trainer_in(tmp_path, learning_rate=0.0, max_steps=6, logging_steps=6)
+    memory = rows(1, 2, low=30)
+    adapt(trainer, Replay(memory, ratio=0.13)).train()
+    loss = loss_on(bert(), memory).item()
+    assert trainer.state.log_history[0]["loss/replay"] == pytest.approx(loss, rel=1e-4)
+    assert "so some steps have none" in caplog.text
+
+
 def test_another_memory_is_refused_on_resume(tmp_path: Path) -> None:
     def run(seed: int, resume: Any = None) -> None:
         memory = ReplayMemory.from_dataset(rows(20, 3), 5, seed=seed)
         trainer = trainer_in(tmp_path, save_strategy="steps", save_steps=2, max_steps=3)
-        adapt(trainer, Replay(memory)).train(resume_from_checkpoint=resume)
+        adapt(trainer, Replay(memory, keep="rows")).train(resume_from_checkpoint=resume)
 
     run(0)
     checkpoint = tmp_path / "checkpoint-2"
@@ -267,6 +324,8 @@ def test_rows_that_cannot_be_remembered() -> None:
     with pytest.raises(ValueError, match="keep='all' is unknown"):
         Replay(numbered(5), keep="all")
     memories = [ReplayMemory.from_dataset(numbered(5), 3, seed=seed) for seed in (0, 1)]
+    with pytest.raises(TypeError, match="takes one memory"):
+        Replay(memories)
     with pytest.raises(ValueError, match="different policies cannot be compared"):
         ReplayMemory.merge(memories)
 
@@ -286,6 +345,8 @@ def named(data: datasets.Dataset, kind: datasets.ClassLabel) -> datasets.Dataset
         (rows(8, 1), rows(5, 2).rename_column("input_ids", "ids"), "lacks the column"),
         (rows(8, 1), rows(5, 2).map(lambda r: {"labels": 7}), "has the label 7"),
         (rows(8, 1), rows(5, 2, "token"), "one of them is of rows"),
+        (rows(8, 1), list(rows(5, 2).map(lambda r: {"labels": 7})), "has the label 7"),
+        (rows(8, 1), rows(5, 2).map(lambda r: {"labels": -1}), "has the label -1"),
         (named(rows(8, 1), LABELS), named(rows(5, 2), OTHERS), "would mean another class"),
     ],
 )
@@ -298,7 +359,7 @@ def test_memories_that_do_not_fit(train: Any, memory: Any, message: str, tmp_pat
 
 
 def test_logits_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no column 'replay_logits'"):
+    with pytest.raises(ValueError, match="have no column 'replay_logits'"):
         adapt(trainer_in(tmp_path), DarkReplay(rows(5, 2))).train()
     token = trainer_in(tmp_path, bert("token"), rows(8, 1, "token"))
     with pytest.raises(ValueError, match="one vector for each row"):

@@ -8,7 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import BertForSequenceClassification, Trainer
+from transformers import (
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+)
 
 from hf_adapt import adapt
 from hf_adapt.continual import KeepPredictions, Replay, ReplayMemory
@@ -26,6 +31,15 @@ def trainer_in(folder: Path, model: Any, train: Any = None, **settings: Any) -> 
         train_dataset=rows(16, 1) if train is None else train,
         eval_dataset=rows(8, 3),
         data_collator=collate,
+    )
+
+
+def batch_norm_classifier() -> ResNetForImageClassification:
+    torch.manual_seed(0)
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_labels=2
+        )
     )
 
 
@@ -188,7 +202,9 @@ def test_language_models_do_without_whole_logits(kind: str, tmp_path: Path) -> N
 
 def test_evaluations_compare_with_the_start(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, bert(), learning_rate=0.05, eval_strategy="steps", eval_steps=1)
-    adapt(trainer, KeepPredictions(0.5, evaluate=True)).train()
+    adapt(trainer, KeepPredictions(0.5, evaluate=True))
+    assert trainer.evaluate()["eval_teacher_kl"] == pytest.approx(0, abs=1e-6)
+    trainer.train()
     found = [e["eval_teacher_kl"] for e in trainer.state.log_history if "eval_teacher_kl" in e]
     assert found[1] > found[0] > 1e-4
     after = trainer.evaluate()["eval_teacher_kl"]
@@ -214,6 +230,42 @@ def test_supervised_fine_tuning_with_some_general_text(
         assert entry["loss"] == pytest.approx(own, rel=1e-3)
     with pytest.raises(ValueError, match="reads tokenised rows"):
         ReplayMemory.from_dataset(general, 5, "surprise", trainer=trainer)
+
+
+def test_a_regression_is_held_by_its_numbers(tmp_path: Path) -> None:
+    model = bert(num_labels=1, problem_type="regression")
+    start = bert(num_labels=1, problem_type="regression", seed=4)
+    data = rows(8, 1).map(lambda row: {"labels": float(row["labels"])})
+    trainer = trainer_in(tmp_path, copy.deepcopy(model), data, max_steps=1)
+    (first,) = gradients(trainer, KeepPredictions(0.5, start=start))
+    batch = collate(list(data))
+    batch["labels"] = batch["labels"].float()
+    with torch.no_grad():
+        old = start.eval()(batch["input_ids"], batch["attention_mask"]).logits
+    outputs = model(**batch)
+    wanted = flat(model, outputs.loss + 0.5 * (outputs.logits - old).square().mean())
+    assert cosine_and_ratio(first, wanted) == pytest.approx((1.0, 1.0), abs=1e-5)
+
+
+def test_the_start_has_the_statistics_of_batch_norm_that_it_had(tmp_path: Path) -> None:
+    model = batch_norm_classifier()
+    given = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = model.eval()(pixel_values=given).logits.detach()
+    images = [{"pixel_values": torch.randn(3, 8, 8) + 3, "labels": i % 2} for i in range(16)]
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=4, learning_rate=0.05), train_dataset=images
+    )
+    keep, seen = KeepPredictions(), []
+    original = keep.teacher_forward
+
+    def teacher_forward(teacher: Any, inputs: Any) -> Any:
+        seen.append(original(teacher, {"pixel_values": given}).logits)
+        return original(teacher, inputs)
+
+    keep.teacher_forward = teacher_forward
+    adapt(trainer, keep).train()
+    torch.testing.assert_close(seen[-1], before)
+    assert not torch.allclose(model.eval()(pixel_values=given).logits, before, atol=0.1)
 
 
 # ---- resume ----

@@ -246,12 +246,13 @@ def make_trainer(
     labels: str = "row",
     args: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
+    cls: type[Trainer] = Trainer,
     **settings: Any,
 ) -> Trainer:
     """A Trainer of a tiny BERT with 40 source rows, if it needs them, and 23 target rows."""
     found = target() if target_dataset is None else target_dataset
     has_source = not any(adaptation.source_free for adaptation in adaptations)
-    trainer = Trainer(
+    trainer = cls(
         bert() if model is None else model,
         arguments(folder, **settings) if args is None else args,
         # As many as all steps take: what comes after them differs between numbers of processes.
