@@ -5,12 +5,13 @@ from two classes to four: once as any script would, and once with a few rows of 
 the new ones, which is one line. Both tasks are tested after each training, among all four classes.
 
     python examples/learn_on.py
-    python examples/learn_on.py --memory_size 24 --ratio 0.5
-    python examples/learn_on.py --old tweets --new movies   # the same classes, another domain
+    python examples/learn_on.py --memory_size 50 --ratio 0.5
+    python examples/learn_on.py --old sms --new email   # the same classes, in another domain
 
-Takes three minutes on two CPU cores. RESULT
-Writes results.json and table.md to --output_dir. Every option of TrainingArguments can be given as
-well; benchmarks/forgetting.py compares the methods over several seeds.
+Measured with the defaults, on bf16: movie reviews 77.6 before; 0.0 after SMS, since nothing says
+any more that there are such classes, and 75.2 with 200 rows kept. SMS 98.0 and 97.2. About five
+minutes on two CPU cores. Writes results.json and table.md to --output_dir. Every option of
+TrainingArguments can be given as well; benchmarks/forgetting.py compares methods over seeds.
 """
 
 import sys
@@ -48,8 +49,8 @@ class ExampleArguments:
     )
     new: str = option("sms", f"The task that is learnt next. {LICENCES['spam2']}", choices=TASKS)
     model_name_or_path: str | None = option(None, f"Folder or hub id. Default: {MINILM_LICENCE}")
-    memory_size: int = option(48, "Rows of the old task that are kept")
-    ratio: float = option(0.5, "Rows of the memory beside each new row")
+    memory_size: int = option(200, "Rows of the old task that are kept")
+    ratio: float = option(0.25, "Rows of the memory beside each new row")
     num_train: int = option(480, "Training rows of each task")
     num_test: int = option(500, "Test rows of each task, at most")
     max_length: int = option(48, "Tokens of a text that are read")
@@ -58,7 +59,7 @@ class ExampleArguments:
 
 def main(argv: list[str] | None = None) -> None:
     script, args, console = parse(
-        ExampleArguments, __doc__, argv, output_dir="runs/learn_on", num_train_epochs=2
+        ExampleArguments, __doc__, argv, output_dir="runs/learn_on", num_train_epochs=4
     )
     console.print(f"[dim]{LICENCES['vader4']}\n{LICENCES['spam2']}\n{MINILM_LICENCE}[/dim]")
     path = script.model_name_or_path or str(minilm_path())

@@ -60,7 +60,7 @@ def test_a_head_that_has_grown_predicts_the_old_classes_as_before(command, tmp_p
 
 
 def test_every_method_has_its_row_and_finished_runs_are_kept(command, tmp_path, monkeypatch):
-    options = [*command, "--seeds", "1"]
+    options = [*command, "--seeds", "1", "--tasks", "movies", "sms"]
     forgetting.main(options)
     folder = tmp_path / "out" / "movies-sms"
     table = (folder / "table.md").read_text()
