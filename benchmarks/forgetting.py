@@ -49,7 +49,7 @@ from hf_adapt.continual import (
     continual_metrics,
     interpolate,
 )
-from hf_adapt.experiments.plots import BLUE, GREY
+from hf_adapt.experiments.plots import GREY
 from hf_adapt.experiments.summary import percent
 from hf_adapt.experiments.training import first_groups, freeze
 from hf_adapt.storage.text_file import write_text
@@ -182,10 +182,12 @@ def cell(method: str, start: Start, before: dict[str, float]) -> dict[str, Any]:
     }
 
 
+REFERENCES = {"plain": "X", "joint": "*"}  # and how they are marked in the plot
+OWN = "old, own classes, after"
 COLUMNS = {
     "old before": "old, before",
     "old after": "old, after",
-    "old after, own classes": "old, own classes, after",
+    "own classes": OWN,
     "forgetting": "forgetting",
     "new": "new, after",
     "learning accuracy": "learning_accuracy",
@@ -194,36 +196,36 @@ COLUMNS = {
 
 def table_rows(summary: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The table's cells, header first; the share of plain's forgetting that a method removes."""
-    rows = [["method", *COLUMNS, "removed", "seconds"]]
-    plain = summary.get("plain")
+    shown = dict(COLUMNS)
+    if all(values[OWN] == values["old, after"] for values in summary.values()):
+        shown.pop("own classes")  # both tasks have the same
+    rows = [["method", *shown, "removed", "seconds"]]
+    lost = summary["plain"]["forgetting"]["mean"] if "plain" in summary else 0
     for method, values in summary.items():
-        removed = "–"
-        if plain and method != "plain":
-            share = 1 - values["forgetting"]["mean"] / plain["forgetting"]["mean"]
-            removed = f"{100 * share:.0f} %"
-        cells = [percent(values[name]) for name in COLUMNS.values()]
-        rows.append([method, *cells, removed, f"{values['seconds']['mean']:.0f}"])
+        known = lost > 0 and method != "plain"
+        share = f"{100 * (1 - values['forgetting']['mean'] / lost):.0f} %" if known else "–"
+        cells = [percent(values[name]) for name in shown.values()]
+        rows.append([method, *cells, share, f"{values['seconds']['mean']:.0f}"])
     return rows
 
 
 def plot(results: list[dict[str, Any]], summary: dict[str, dict[str, Any]], title: str) -> Figure:
-    """Forgetting against learning accuracy: a dot for each run, a name at each method's mean."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    """Forgetting against learning accuracy: a large dot for each method, a small one for a run."""
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.subplots()
-    for method, values in summary.items():
-        colour = GREY if method in ("plain", "joint") else BLUE
-        runs = [run for run in results if run["method"] == method]
-        xs, ys = ([100 * run[key] for run in runs] for key in ("forgetting", "learning_accuracy"))
-        axes.scatter(xs, ys, s=14, color=colour, alpha=0.4)
-        mean = [100 * values[key]["mean"] for key in ("forgetting", "learning_accuracy")]
-        axes.scatter(*mean, s=36, color=colour)
-        axes.annotate(
-            method, mean, xytext=(5, 4), textcoords="offset points", color=colour, fontsize=8
-        )
-    axes.set_xlabel("forgetting: points of accuracy on the old task (left is better)")
+    keys = ("forgetting", "learning_accuracy")
+    for number, (method, values) in enumerate(summary.items()):
+        style = {"color": f"C{number % 10}", "marker": "os"[number // 10]}
+        if method in REFERENCES:
+            style = {"color": GREY, "marker": REFERENCES[method]}
+        runs = [[100 * run[key] for key in keys] for run in results if run["method"] == method]
+        axes.scatter(*zip(*runs, strict=True), s=12, alpha=0.4, **style)
+        axes.scatter(*(100 * values[key]["mean"] for key in keys), s=48, label=method, **style)
+    axes.set_xlabel("forgetting: points of accuracy that the old task has lost")
     axes.set_ylabel("learning accuracy, %")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
@@ -258,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{script.tasks[0]}, then {script.tasks[1]}"
     legend = (
         f"Accuracy in %, mean ± sd over {script.seeds} seed(s); {len(old.train)} and "
-        f"{len(new.train)} training rows, among all {len(labels)} classes unless it says own. "
-        "removed: share of plain's forgetting. seconds: CPU time."
+        f"{len(new.train)} training rows, among {len(labels)} classes. "
+        "own classes: of the old task, after. removed: of plain's forgetting. seconds: CPU time."
     )
     figures = {"forgetting.png": plot(results, summary, title)}
     report(table_rows(summary), legend, {"runs": results}, figures, folder, console, title)
