@@ -434,7 +434,7 @@ def _rank(content: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _check(policy: str, size: int, trainer: Any, logits: bool) -> None:
+def _check(policy: str, size: Any, trainer: Any, logits: bool) -> None:
     if policy not in get_args(Policy):
         known = ", ".join(map(repr, get_args(Policy)))
         raise ValueError(f"policy={policy!r} is unknown: use one of {known}.")
