@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_adapt.continual.adapters import HeldWeights
+from hf_adapt.continual.importance import unit_of
 from hf_adapt.continual.importance_folder import SavedImportance, check_shapes, save_importance
 from hf_adapt.continual.importance_sources import (
     MAS,
@@ -150,6 +151,7 @@ class Consolidation(GradientTransform, WeightTransform):
         self._found: dict[str, torch.Tensor] | None = None
         self._start: dict[str, torch.Tensor] = {}
         self._key: str | None = None
+        self._unit = 1.0
         self._now = 0.0
 
     @property
@@ -176,14 +178,18 @@ class Consolidation(GradientTransform, WeightTransform):
         if self.start is not None:
             held = held.only(self._there(held))
         self._held = held
-        past = {} if not isinstance(self.importance, SI) else self.importance.begin(held.plain)
+        past: dict[str, torch.Tensor] = {}
+        if isinstance(self.importance, SI):
+            past = self.importance.begin(held.plain, resumed_from(trainer) is not None)
         if resumed_from(trainer) is None:
             self._hold(self._importance_of(model, past), self._starts())
         elif isinstance(self.importance, (str, os.PathLike)):
             saved = self._read(self.importance, checks_weights=False)
             assert isinstance(saved, SavedImportance)
             self._key = saved.key
-            starts = dict(saved.weights) if self.start is None else self._starts()
+            starts = self._starts()
+            if self.start is None:
+                starts |= {n: v for n, v in saved.weights.items() if n in starts}
             self._hold(dict(saved.importance), starts)
 
     def _skipped(self, model: nn.Module) -> list[str]:
@@ -251,21 +257,28 @@ class Consolidation(GradientTransform, WeightTransform):
         if not isinstance(source, (Fisher, MAS, SI)):
             given = self._read(source)
             self._key = given.key if isinstance(given, SavedImportance) else None
+            self._unit = given.unit if isinstance(given, SavedImportance) else 1.0
             return dict(given.importance if isinstance(given, SavedImportance) else given)
-        before = past
+        total = past
         if source.previous is not None and not past:
             given = self._read(source.previous)
-            before = dict(given.importance if isinstance(given, SavedImportance) else given)
-        if isinstance(source, SI):
-            return before
-        found = source.compute(model, self._trainer)
-        assert self._held is not None
-        return {
-            name: found[name] + source.decay * before[name].to(found[name])
-            if name in before
-            else found[name]
-            for name in self._held.weights
-        }
+            total = given.in_own_units if isinstance(given, SavedImportance) else dict(given)
+        if not isinstance(source, SI):
+            found = source.compute(model, self._trainer)
+            assert self._held is not None
+            total = {
+                name: found[name] + source.decay * total[name].to(found[name])
+                if name in total
+                else found[name]
+                for name in self._held.weights
+            }
+        return self._in_units(total)
+
+    def _in_units(self, total: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The importance of all tasks together, divided as its source says."""
+        assert isinstance(self.importance, Fisher | MAS | SI)
+        self._unit = unit_of(total, self.importance.normalize)
+        return {name: value / self._unit for name, value in total.items()}
 
     def _read(
         self, given: Previous, checks_weights: bool = True
@@ -273,6 +286,8 @@ class Consolidation(GradientTransform, WeightTransform):
         """An importance that is known, if it fits the model."""
         assert self._held is not None
         saved, own = known_importance(given), self._held.weights
+        if isinstance(saved, SavedImportance):
+            saved = saved.named_as(own)
         named = saved.importance if isinstance(saved, SavedImportance) else saved
         held = {n: v for n, v in named.items() if not any(matches(p, n) for p in self.skip or ())}
         what = str(saved.path) if isinstance(saved, SavedImportance) else "the given tensors"
@@ -364,10 +379,12 @@ class Consolidation(GradientTransform, WeightTransform):
     def finish(self, trainer: Trainer) -> None:
         """Keep the importance for the next task."""
         if isinstance(self.importance, SI):
-            self._found = self.importance.finish(self._start, self._found or {})
+            before = {name: value * self._unit for name, value in (self._found or {}).items()}
+            self._found = self._in_units(self.importance.finish(self._start, before))
         if self.save_to is not None and trainer.is_world_process_zero():
             assert self._found is not None
-            save_importance(os.fspath(self.save_to), self._found, unwrapped_model(trainer))
+            model = unwrapped_model(trainer)
+            save_importance(os.fspath(self.save_to), self._found, model, self._unit)
 
     def close(self) -> None:
         """Forget the model."""
@@ -377,10 +394,13 @@ class Consolidation(GradientTransform, WeightTransform):
 
     def state_dict(self) -> dict[str, Any]:
         """The start and the importance, unless they lie in a folder, and the path of SI."""
-        if self._key is not None:
-            return {"key": self._key}
+        if self._key is not None:  # adapters may be newer than the folder
+            factors = {} if self._held is None else self._held.factors
+            start = {n: v for n, v in self._start.items() if n in factors}
+            return {"key": self._key, **({"start": _on_cpu(start)} if start else {})}
         known = None if self._found is None else _on_cpu(self._found)
         state: dict[str, Any] = {"start": _on_cpu(self._start), "importance": known}
+        state["unit"] = self._unit
         if isinstance(self.importance, SI):
             state["path"] = _on_cpu(self.importance.path)
         return state
@@ -392,7 +412,10 @@ class Consolidation(GradientTransform, WeightTransform):
                 f"Training resumes with another importance than {self.importance!s:.80} holds, or "
                 "the folder has been written again since. Resume with the one that it began with."
             )
-        if self._key is None:
+        if self._key is not None:
+            self._hold(self._found, {**self._start, **state.get("start", {})})
+        else:
+            self._unit = state["unit"]
             self._hold(state["importance"], state["start"])
         if isinstance(self.importance, SI):
             for name, value in self.importance.path.items():

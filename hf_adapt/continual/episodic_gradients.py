@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_adapt.alignment.gradients import gradient_of
 from hf_adapt.continual.prepared_rows import prepared_rows, rows_of
+from hf_adapt.continual.replay import check_labels
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.collating import label_columns
 from hf_adapt.engine.columns import dataset_columns, inputs_of
@@ -133,6 +134,7 @@ class AGEM(GradientTransform):
                     f"train_dataset has; it has {', '.join(map(repr, found))}. A-GEM needs "
                     "labelled rows, prepared like the train_dataset."
                 )
+        check_labels(trainer, self.rows)
         self._trainer, self._sums = trainer, None
         self._rows, self._collator = prepared_rows(trainer, self.rows)
 

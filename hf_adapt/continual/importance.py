@@ -166,9 +166,15 @@ def normalized(
         >>> normalized({"w": torch.tensor([0.0, 1.0, 3.0, 90.0])}, "median")["w"]
         tensor([ 0.0000,  0.3333,  1.0000, 30.0000])
     """
-    if by is None:
-        return importance
+    unit = unit_of(importance, by)
+    return importance if unit == 1 else {name: value / unit for name, value in importance.items()}
+
+
+def unit_of(importance: Mapping[str, torch.Tensor], by: Normalization | None) -> float:
+    """What [`normalized`] divides by; 1 where all values are 0."""
     values = importance.values()
+    if by is None or not importance:
+        return 1.0
     if by == "max":
         scale = max(float(value.max()) for value in values)
     elif by == "mean":
@@ -181,7 +187,7 @@ def normalized(
         scale = float(some.median()) if len(some) else 0.0
     else:
         raise ValueError(f"normalize={by!r} is unknown: use 'median', 'mean', 'max' or None.")
-    return {name: value / scale for name, value in importance.items()} if scale else importance
+    return scale or 1.0
 
 
 # ---- the gradients of a batch ----
@@ -305,6 +311,11 @@ def _mean_over_items(
 ) -> dict[str, torch.Tensor]:
     """Add up what a function finds in each batch, over all processes, and divide by the items."""
     weights = HeldWeights.of(model).weights
+    if not weights:
+        raise ValueError(
+            f"{title}: no weight of the model requires a gradient. Turn them on first: "
+            "model.requires_grad_(True)."
+        )
     rank = 0 if accelerator is None else accelerator.process_index
     processes = 1 if accelerator is None else accelerator.num_processes
     with _ready(model, weights):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ class SavedImportance:
         importance: A float32 tensor for each weight's name.
         weights: The model's weights that it belongs to: the anchor of the next task.
         key: What tells this file from any other.
+        unit: What the importance was divided by, so that those of several tasks can be added.
         path: The file.
     """
 
@@ -33,6 +34,27 @@ class SavedImportance:
     weights: Mapping[str, torch.Tensor]
     key: str
     path: Path
+    unit: float = 1.0
+
+    @property
+    def in_own_units(self) -> dict[str, torch.Tensor]:
+        """The importance as it was found."""
+        return {name: value * self.unit for name, value in self.importance.items()}
+
+    def named_as(self, own: Mapping[str, torch.Tensor]) -> SavedImportance:
+        """The same for a model that has been given adapters since, or whose adapters were merged.
+
+        Args:
+            own: The model's weights, by name; those that do not train any more are left out.
+        """
+        names = {plain_name(name): name for name in own}
+        if not any(n not in own and plain_name(n) in names for n in self.importance):
+            return self
+        importance, weights = (
+            {names[plain_name(n)]: v for n, v in each.items() if plain_name(n) in names}
+            for each in (self.importance, self.weights)
+        )
+        return replace(self, importance=importance, weights=weights)
 
     def check_shapes(self, own: Mapping[str, torch.Tensor]) -> None:
         """Refuse an importance of weights that a model has not.
@@ -74,7 +96,10 @@ class SavedImportance:
 
 
 def save_importance(
-    folder: str | Path, importance: Mapping[str, torch.Tensor], model: nn.Module
+    folder: str | Path,
+    importance: Mapping[str, torch.Tensor],
+    model: nn.Module,
+    unit: float = 1.0,
 ) -> None:
     """Write an importance with the weights that it belongs to, for the training on a next task.
 
@@ -82,6 +107,7 @@ def save_importance(
         folder: Created if missing.
         importance: A tensor for each weight's name.
         model: The model that it was computed for; a next training starts from these weights.
+        unit: What it was divided by ([`normalized`]).
     """
     tensors = {
         f"{kind}.{name}": value.detach().cpu().contiguous()
@@ -89,7 +115,9 @@ def save_importance(
         for name, value in values.items()
     }
     with whole_file(Path(folder) / FILE) as part:
-        save_file(tensors, part, metadata={"format": "pt", "key": uuid.uuid4().hex})
+        save_file(
+            tensors, part, metadata={"format": "pt", "key": uuid.uuid4().hex, "unit": repr(unit)}
+        )
 
 
 def load_importance(folder: str | Path) -> SavedImportance:
@@ -107,11 +135,17 @@ def load_importance(folder: str | Path) -> SavedImportance:
         )
     found: dict[str, dict[str, torch.Tensor]] = {"importance": {}, "weights": {}}
     with safe_open(path, "pt") as file:
-        key = (file.metadata() or {}).get("key", "")
+        about = file.metadata() or {}
         for name in file.keys():
             kind, _, weight = name.partition(".")
             found[kind][weight] = file.get_tensor(name)
-    return SavedImportance(found["importance"], found["weights"], key, path)
+    unit = float(about.get("unit", 1.0))
+    return SavedImportance(found["importance"], found["weights"], about.get("key", ""), path, unit)
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight without what LoRA's wrappers put into it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def check_shapes(

@@ -14,10 +14,10 @@ from hf_adapt.continual.importance import (
     Normalization,
     fisher_diagonal,
     mas_importance,
-    normalized,
 )
 from hf_adapt.continual.importance_folder import SavedImportance, load_importance
 from hf_adapt.continual.prepared_rows import Collator, prepared_rows, rows_of
+from hf_adapt.distillation.fingerprints import sampled_fingerprint
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -61,14 +61,13 @@ class _RowImportance:
         self.previous, self.decay, self.seed = previous, decay, seed
 
     def compute(self, model: nn.Module, trainer: Trainer) -> dict[str, torch.Tensor]:
-        """The importance at the model's weights, without the previous one."""
+        """The importance at the model's weights, without the previous one, in its own units."""
         rows, collator = prepared_rows(trainer, self.rows)
         return self._of_rows(
             model,
             rows,
             collator,
             max_rows=self.max_rows,
-            normalize=self.normalize,
             seed=self.seed,
             accelerator=trainer.accelerator,
         )
@@ -173,8 +172,8 @@ class SI:
 
     Args:
         damping: ξ, which keeps weights that hardly moved from being all-important.
-        normalize: What the values of a task are divided by: their `"median"` (without zeros),
-            `"mean"`, `"max"`, or None.
+        normalize: What the values of all tasks together are divided by: their `"median"` (without
+            zeros), `"mean"`, `"max"`, or None.
         previous: The importance for the tasks before: a folder, or a tensor for each name.
 
     Raises:
@@ -198,15 +197,29 @@ class SI:
         self.damping, self.normalize, self.previous = damping, normalize, previous
         self.path: dict[str, torch.Tensor] = {}
         self._total: dict[str, torch.Tensor] = {}
+        self._model: str | None = None
         self._weights: dict[str, nn.Parameter] = {}
         self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def begin(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def begin(
+        self, weights: Mapping[str, nn.Parameter], resumes: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Follow these weights from now on.
+
+        Args:
+            weights: The weights.
+            resumes: Whether they are those of a run that was interrupted.
 
         Returns:
             The importance for the tasks that this object has seen.
         """
+        is_other = self._model is not None and self._model != fingerprint_of(weights)
+        if is_other and not resumes:
+            raise ValueError(
+                "This SI object has seen another model than the one that training starts from now, "
+                "whose importance would be that of other weights. Make a new SI() for each "
+                "sequence of trainings of one model."
+            )
         self._weights, self._before = dict(weights), {}
         self.path = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()}
         return self._total
@@ -243,13 +256,21 @@ class SI:
             / ((self._weights[name].detach().float() - start[name].float()) ** 2 + self.damping)
             for name, path in self.path.items()
         }
-        found = normalized(found, self.normalize)
         self._total = {n: value + importance.get(n, 0.0) for n, value in found.items()}
+        self._model = fingerprint_of(self._weights)
         return self._total
 
     def close(self) -> None:
         """Forget the weights."""
         self._weights, self._before, self.path = {}, {}, {}
+
+
+def fingerprint_of(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of a sample of some weights."""
+    holder = nn.Module()
+    for number, name in enumerate(sorted(weights)):
+        holder.register_buffer(str(number), weights[name].detach())
+    return sampled_fingerprint(holder)
 
 
 def known_importance(given: Any) -> SavedImportance | Mapping[str, torch.Tensor]:

@@ -10,6 +10,8 @@ import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -107,6 +109,11 @@ class ReplayMemory:
             TypeError: If `old` is no data set.
             ValueError: If it is empty, or an option does not fit it.
         """
+        if isinstance(old, Mapping | tuple):
+            raise TypeError(
+                f"old is a {type(old).__name__} of data sets: make a memory of each, with task=, "
+                "and join them by ReplayMemory.merge."
+            )
         check_rows(old, "old")
         _check(policy, size, trainer, logits)
         if not is_map_style(old):
@@ -186,6 +193,10 @@ class ReplayMemory:
         """How many rows it has."""
         return len(self.dataset)
 
+    def __getitem__(self, place: int) -> Any:
+        """A row, so that a memory is a data set wherever one is taken."""
+        return self.dataset[place]
+
     @property
     def fingerprint(self) -> str:
         """A hash of the rows and their logits, whatever their order."""
@@ -208,9 +219,11 @@ class ReplayMemory:
             classes = [groups[name] for name in sorted(groups)]
             for own, most in zip(classes, shares(list(map(len, classes)), number), strict=True):
                 kept += sorted(own, key=lambda p: (self.ranks[p], self.hashes[p]))[:most]
-        return self._at(sorted(kept))
+        return self._at(kept)
 
     def _at(self, places: Sequence[int]) -> ReplayMemory:
+        """Some of the rows, in the order of their hashes: which come when is their content's."""
+        places = sorted(places, key=lambda place: (self.hashes[place], self.tasks[place]))
         return ReplayMemory(
             self.dataset.select(places),
             [self.ranks[p] for p in places],
@@ -251,6 +264,8 @@ class ReplayMemory:
             "columns": self.dataset.column_names,
             **{n: list(getattr(self, n)) for n in ("ranks", "tasks", "classes", "hashes")},
         }
+        if LOGITS in self.dataset.column_names:
+            stored[LOGITS] = self.dataset.with_format(None)[LOGITS][:]
         earlier = list(folder.glob(f"{ROWS}-*"))
         if rows:
             # In a folder of their own: files cannot be replaced while a data set reads them.
@@ -259,8 +274,10 @@ class ReplayMemory:
             (self.dataset if is_plain else self.dataset.with_format(None)).save_to_disk(str(place))
             stored["rows"] = place.name
         write_text(folder / FILE, json.dumps(stored))
+        in_use = {str(Path(file["filename"]).parent) for file in self.dataset.cache_files}
         for place in earlier:
-            shutil.rmtree(place, ignore_errors=True)
+            if not rows or str(place.absolute()) not in in_use:
+                shutil.rmtree(place, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: str | Path, dataset: Any = None) -> ReplayMemory:
@@ -281,6 +298,11 @@ class ReplayMemory:
         options = {n: stored[n] for n in ("ranks", "tasks", "classes", "hashes", "policy", "seed")}
         if dataset is not None:
             check_rows(dataset, "dataset")
+            if not is_map_style(dataset):
+                raise ValueError(
+                    "The rows of a memory are looked up in their data set, and this one is a "
+                    "stream. Make it map-style, or save the memory with its rows."
+                )
             whole = dataset if isinstance(dataset, datasets.Dataset) else _as_dataset(dataset)
             place_of = {row_hash(row): place for place, row in enumerate(_shown(whole))}
             if missing := [each for each in stored["hashes"] if each not in place_of]:
@@ -288,7 +310,10 @@ class ReplayMemory:
                     f"{len(missing)} of {len(stored['hashes'])} rows of the memory in {folder} are "
                     "not in the data set: it must hold the same rows, prepared in the same way."
                 )
-            return cls(whole.select([place_of[each] for each in stored["hashes"]]), **options)
+            chosen = whole.select([place_of[each] for each in stored["hashes"]])
+            if LOGITS in stored:
+                chosen = chosen.add_column(LOGITS, stored[LOGITS])
+            return cls(chosen, **options)
         if "rows" not in stored:
             raise ValueError(
                 f"The memory in {folder} was saved without its rows. Pass the data set that they "
@@ -372,6 +397,8 @@ def _plain(value: Any) -> Any:
         return [value.mode, value.size, value.tobytes().hex()]
     if hasattr(value, "isoformat"):
         return value.isoformat()
+    if isinstance(value, timedelta | Decimal):
+        return str(value)
     raise TypeError(
         f"Rows of a memory are recognised by their content, and a {type(value).__name__} has none "
         "that could be hashed. Keep columns of numbers, texts, bytes and images."
@@ -407,11 +434,11 @@ def _rank(content: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _check(policy: str, size: int, trainer: Any, logits: bool) -> None:
+def _check(policy: str, size: Any, trainer: Any, logits: bool) -> None:
     if policy not in get_args(Policy):
         known = ", ".join(map(repr, get_args(Policy)))
         raise ValueError(f"policy={policy!r} is unknown: use one of {known}.")
-    if isinstance(size, float) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"size={size} must be a whole number of rows, at least 1.")
     if trainer is None and (policy in ("herding", "surprise") or logits):
         what = "logits=True" if logits else f"policy={policy!r}"
@@ -440,14 +467,22 @@ def _drawn(stream: Any, size: int, policy: str, seed: int) -> datasets.Dataset:
             f"policy={policy!r} compares all rows, and the old data set is a stream. Use "
             "policy='random', or make it map-style."
         )
-    kept: list[tuple[int, int, Mapping[str, Any]]] = []
-    for number, row in enumerate(tqdm(stream, "Reading the stream", leave=False)):
-        item = (-_rank(row_hash(row), seed), number, row)
+    kept: list[tuple[int, str, Any]] = []
+    members: set[str] = set()
+    for row in tqdm(stream, "Reading the stream", leave=False):
+        content = row_hash(row)
+        item = (-_rank(content, seed), content, dict(row))
+        if content in members:
+            continue  # equal rows are taken once
+        members.add(content)
         if len(kept) < size:
             heapq.heappush(kept, item)
         else:
-            heapq.heappushpop(kept, item)
-    return datasets.Dataset.from_list([dict(row) for *_, row in sorted(kept, key=lambda i: i[1])])
+            members.discard(heapq.heappushpop(kept, item)[1])
+    if not kept:
+        raise ValueError("A memory needs rows, and the stream of the old task is empty.")
+    rows = [row for *_, row in kept]
+    return datasets.Dataset.from_list(rows, features=getattr(stream, "features", None))
 
 
 def _classes(rows: datasets.Dataset, by: str | None, policy: str) -> list[str]:

@@ -74,19 +74,21 @@ class ContinualMetrics(Adaptation):
     For one `train()` per task, with an `eval_dataset` that is a dict of all tasks. When a training
     has ended, all tasks are evaluated with the final weights (those of the best checkpoint, or an
     average, where the model has them) and become a row of a JSON file, which later trainings go on
-    with, in this process or in another. Before the first training of all, the tasks are evaluated
-    too. Average and learning accuracy, BWT, FWT and forgetting ([`continual_metrics`]) are printed
-    and logged as `continual/bwt` and so on, and a heat map is drawn beside the file, where
-    matplotlib is installed.
+    with, in this process or in another. Before each training the tasks are evaluated too: before
+    the first of all for the baseline, before a later one to see that the model is the one that the
+    last training has left (a warning says so if not). Average and learning accuracy, BWT, FWT and
+    forgetting ([`continual_metrics`]) are printed and logged as `continual/bwt` and so on, and a
+    heat map is drawn beside the file, where matplotlib is installed.
 
     Args:
         task: The task that is trained, a key of `eval_dataset`; by default the first of them that
-            has no row yet. Training a task again replaces its row.
+            has no row yet. Training the last task again replaces its row; one before it would
+            belong to another sequence, and is refused.
         metric: What is read of each evaluation, `eval_{task}_{metric}`: a name that
             `compute_metrics` returns, for which higher is better; or `"loss"`, for which lower is.
         path: The JSON file; by default `continual_metrics.json` in the folder that `output_dir`
             lies in, so that `runs/movies` and `runs/tweets` share `runs/continual_metrics.json`.
-            Give each sequence of trainings a file of its own.
+            Give each sequence of trainings (each seed) a file of its own.
         known: Tasks that the model knows already, in the order in which it has learnt them. Their
             rows are the scores before the first training of all, from which forgetting counts.
 
@@ -191,9 +193,9 @@ class ContinualMetrics(Adaptation):
         left = [task for task in tasks if task not in (*self.record.rows, *self.known)]
         if not left:
             raise ValueError(
-                f"{self._file} has a row for each task of eval_dataset. To train one again, name "
-                "it (task=...), which replaces its row; to start anew, delete the file or pass "
-                "another path."
+                f"{self._file} has a row for each task of eval_dataset. To train the last one "
+                "again, name it (task=...), which replaces its row; to start anew, delete the file "
+                "or pass another path."
             )
         self._tell_of_others(left[0])
         return left[0]
@@ -211,13 +213,32 @@ class ContinualMetrics(Adaptation):
 
     def begin(self, trainer: Trainer) -> None:
         """Evaluate all tasks before the first training of all."""
-        is_new = self.record.baseline is None and not self.record.rows
-        if not is_new or resumed_from(trainer) is not None:
+        if resumed_from(trainer) is not None:
             return
-        self.record.baseline = self._evaluate(trainer)
+        scores, rows = self._evaluate(trainer), self.record.rows
+        if self.record.baseline is not None or rows:
+            last = list(rows)[-1] if rows else None
+            before = self.record.baseline if last in (None, self._trained) else rows[last]
+            self._compare(scores, before or {}, last)
+            return
+        self.record.baseline = scores
         self.record.rows = {task: self.record.baseline for task in self.known}
         self._own += self.known
         self._write(trainer)
+
+    def _compare(self, scores: Scores, before: Scores, last: str | None) -> None:
+        """Say so if the model is not the one that the last training has left."""
+        known = [task for task in before if task in self.record.rows and task in scores]
+        other = {task for task in known if abs(scores[task] - before[task]) > 0.005}
+        if other and last != self._trained:
+            numbers = ", ".join(f"{t} {before[t]:.4f}, now {scores[t]:.4f}" for t in sorted(other))
+            logger.warning(
+                "The model scores otherwise than after the last training in %s (%s): if it is that "
+                "of another run (another seed), give ContinualMetrics a path= of its own, or what "
+                "was forgotten is counted from the wrong scores.",
+                self._file,
+                numbers,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The task, so that a resumed run does not take the next one."""

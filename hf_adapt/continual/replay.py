@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import torch
+from torch import nn
 
 from hf_adapt.continual.memory import LABELS, LOGITS, ReplayMemory
 from hf_adapt.engine.adaptation import Adaptation, Objective, Term
@@ -66,7 +67,7 @@ class Replay(Adaptation):
         keep: What is written beside each saved model, in `replay_memory`, of a [`ReplayMemory`]:
             `"hashes"`, by which [`ReplayMemory.load`] finds the rows again; `"rows"`, which
             `push_to_hub` uploads too; or None.
-        name: Prefix of what is stored.
+        name: Name of its stream, where there are several memories (`loss/<name>`).
 
     Logs:
         `loss/replay`, the loss on the memory without `weight`, and `loss/task`.
@@ -106,10 +107,19 @@ class Replay(Adaptation):
                 "The memory is empty, so nothing of the past would be seen. Make it of the old "
                 "task's training rows: ReplayMemory.from_dataset(old, size=500)."
             )
-        self.stream = Stream(rows, ratio=ratio, labels="keep", weight=weight)
+        if callable(weight) or weight != 0:
+            self.stream = Stream(rows, ratio=ratio, labels="keep", weight=weight)
+        else:  # the rows need no labels
+            self.stream = Stream(rows, ratio=ratio, forward="separate")
         self.keep = keep
+        self.stream_name = STREAM
         if name is not None:
-            self.name = name
+            self.name, self.stream_name = name, self.stream_of(name)
+
+    @staticmethod
+    def stream_of(name: str) -> str:
+        """The stream of an adaptation of this name."""
+        return name
 
     @property
     def is_active(self) -> bool:
@@ -117,13 +127,13 @@ class Replay(Adaptation):
         return self.stream.is_trained_on
 
     def provided_streams(self) -> Mapping[str, Stream]:
-        """The stream `"replay"`."""
-        return {STREAM: self.stream}
+        """The stream `"replay"`, or that of the name that was given."""
+        return {self.stream_name: self.stream}
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a memory whose labels are not the model's."""
         for rows in self.stream.domains:
-            _check_labels(trainer, rows)
+            check_labels(trainer, rows)
         args = trainer.args
         rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         per_step = rows_of_step * trainer.accelerator.num_processes * self.stream.ratio
@@ -147,13 +157,15 @@ class Replay(Adaptation):
         if self.memory is not None and state.get("memory") != self.memory.fingerprint:
             raise ValueError(
                 "The memory has other rows than in the run that is resumed. Pass the same one: "
-                f"ReplayMemory.load(checkpoint + '/{FOLDER}')."
+                f"ReplayMemory.load(checkpoint + '/{FOLDER}', dataset), or without dataset where "
+                "keep='rows'."
             )
 
     def save(self, folder: str) -> None:
         """Write the memory beside a saved model."""
         if self.memory is not None and self.keep is not None:
-            self.memory.save(Path(folder) / FOLDER, rows=self.keep == "rows")
+            place = FOLDER if self.stream_name == STREAM else f"{FOLDER}_{self.stream_name}"
+            self.memory.save(Path(folder) / place, rows=self.keep == "rows")
 
 
 class DarkReplay(Replay, Objective):
@@ -195,7 +207,6 @@ class DarkReplay(Replay, Objective):
     """
 
     name = "dark_replay"
-    streams = (STREAM,)
     columns = (LOGITS,)
 
     def __init__(
@@ -209,6 +220,12 @@ class DarkReplay(Replay, Objective):
     ) -> None:
         Objective.__init__(self, logits_weight)
         Replay.__init__(self, memory, ratio, weight, keep, name)
+        self.streams = (self.stream_name,)
+
+    @staticmethod
+    def stream_of(name: str) -> str:
+        """The stream of an adaptation of this name, whose own is that of the logits' term."""
+        return f"{name}_rows"
 
     @property
     def is_active(self) -> bool:
@@ -230,12 +247,12 @@ class DarkReplay(Replay, Objective):
 
     def num_items(self, rows: Rows) -> torch.Tensor:
         """The number of rows of the memory."""
-        return rows.is_in(rows.domain, STREAM).sum()
+        return rows.is_in(rows.domain, self.stream_name).sum()
 
     def loss(self, batch: Batch) -> Term:
         """The squared distance from the stored logits, summed over the rows of the memory."""
         logits, domain = batch.logits()
-        mine = batch.is_in(domain, STREAM)
+        mine = batch.is_in(domain, self.stream_name)
         if len(domain) != len(batch.domain):
             raise ValueError(
                 "Stored logits are one vector for each row, and this model predicts one for each "
@@ -244,18 +261,21 @@ class DarkReplay(Replay, Objective):
         stored = [value for part in batch.parts for value in part.columns[LOGITS]]
         kept = [value for value, chosen in zip(stored, mine.tolist(), strict=True) if chosen]
         own = logits[mine]
-        old = own.new_tensor([torch.as_tensor(value).tolist() for value in kept])
-        if old.numel() and old.shape[1] > own.shape[1]:
-            raise ValueError(
-                f"The memory's logits are of {old.shape[1]} classes, and the model predicts "
-                f"{own.shape[1]}. Store them again: memory.with_logits(trainer)."
-            )
-        # A head that has grown keeps the old classes first.
-        distance = (own[:, : old.shape[1]] - old).square().sum() if len(kept) else own.sum() * 0
-        return distance, mine.sum()
+        old = [torch.as_tensor(value, dtype=own.dtype, device=own.device) for value in kept]
+        if widest := max((len(value) for value in old), default=0):
+            if widest > own.shape[1]:
+                raise ValueError(
+                    f"The memory's logits are of {widest} classes, and the model predicts "
+                    f"{own.shape[1]}. Store them again: memory.with_logits(trainer)."
+                )
+            # A head that has grown keeps the old classes first; each row is compared over its own.
+            stored_logits = nn.utils.rnn.pad_sequence(old, True, torch.nan)
+            distance = (own[:, :widest] - stored_logits.nan_to_num()) * ~stored_logits.isnan()
+            return distance.square().sum(), mine.sum()
+        return own.sum() * 0, mine.sum()
 
 
-def _check_labels(trainer: Trainer, rows: Any) -> None:
+def check_labels(trainer: Trainer, rows: Any) -> None:
     """Refuse labels of a memory that the model does not predict, or that are named otherwise.
 
     Raises:
@@ -287,9 +307,9 @@ def _check_labels(trainer: Trainer, rows: Any) -> None:
     classes = getattr(getattr(unwrapped_base(model), "config", None), "num_labels", None)
     if not classes or classes < 2 or not has_head(model, *CLASSIFIERS):
         return
-    if isinstance(rows, datasets.Dataset):
+    if isinstance(rows, datasets.Dataset) and column in rows.column_names:
         values = rows.with_format("numpy")[column]
-    else:
+    else:  # a transform makes them
         values = [rows_at(rows, [place])[0][column] for place in range(min(len(rows), 1000))]
     flat = np.concatenate([np.atleast_1d(value) for value in values])
     wrong = flat[(flat >= classes) | ((flat < 0) & (flat != IGNORED))]
@@ -304,5 +324,4 @@ def _first_label(rows: Any, column: str) -> Any:
     """The label of a data set's first row; None where it is not known."""
     if not is_map_style(rows) or column not in (dataset_columns(rows) or ()):
         return None
-    row = rows.with_format(None)[0] if isinstance(rows, datasets.Dataset) else rows[0]
-    return row.get(column)
+    return rows[0][column]

@@ -287,7 +287,7 @@ class KeepPredictions(Distillation):
     def on_log(self, logs: dict[str, float], progress: float) -> None:
         """Name the divergence by what it predicts."""
         loss = logs.get(f"loss/{self.name}")
-        if loss is not None and self.temperature == 1:
+        if loss is not None and self.temperature == 1 and self.head.kind != "values":
             logs[f"{self.name}/kl_to_start"] = loss
 
 

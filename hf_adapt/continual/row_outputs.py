@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_adapt.continual.prepared_rows import check_tokenised
+from hf_adapt.distillation.heads import Head
 from hf_adapt.engine.batch import Batch
 from hf_adapt.engine.callback import collect_items
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
@@ -78,7 +79,7 @@ class _RowCollector(OutputCollector):
         numbers = torch.as_tensor(self._numbers, device=values.device)
         if self.what == "losses":
             counts = part.token_counts if self._layout.token_logits else torch.ones_like(numbers)
-            values = _row_losses(values, batch.labels(), counts)[:, None]
+            values = _row_losses(values, batch.labels(), counts, Head.of(model))[:, None]
         none = torch.full_like(numbers, IGNORED)
         return ItemOutputs(values, values.new_zeros(len(values), 0), none, numbers)
 
@@ -102,15 +103,18 @@ def row_outputs(trainer: Trainer, rows: Any, what: RowOutput) -> torch.Tensor:
     return collect_items(trainer, _Numbered(rows), _RowCollector(what)).features
 
 
-def _row_losses(logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _row_losses(
+    logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, head: Head
+) -> torch.Tensor:
     """The mean loss of each row over its items, (B,)."""
-    if labels.ndim == 2 or (labels.is_floating_point() and logits.shape[1] > 1):
-        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(
-            1
-        )
-        valid = torch.ones_like(losses)
-    elif labels.is_floating_point():
-        losses = (logits[:, 0] - labels).square() / 2
+    kind = head.with_labels(labels).kind
+    if kind in ("labels", "values"):
+        given = labels.float().view_as(logits)
+        losses = (
+            F.binary_cross_entropy_with_logits(logits, given, reduction="none")
+            if kind == "labels"
+            else (logits - given).square() / 2
+        ).mean(1)
         valid = torch.ones_like(losses)
     else:
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")

@@ -233,8 +233,12 @@ def _check_agree(name: str, first: Stream, second: Stream) -> None:
     if first.dataset is not second.dataset:
         raise ValueError(
             f"Two adaptations were given different {which}, but a batch has one set of such rows. "
-            "Pass the same dataset to both, give it to one of them only, or a list of all domains "
-            "to one: target_dataset=[a, b]."
+            "Pass the same dataset to both, give it to one of them only, or "
+            + (
+                "a list of all domains to one: target_dataset=[a, b]."
+                if name == TARGET
+                else "give one of them another name=, if both bring rows of their own."
+            )
         )
     for option in ("ratio", "labels", "forward", "weight", "priors"):
         ours, theirs = getattr(first, option), getattr(second, option)

@@ -1,5 +1,6 @@
 """Consolidation, against trainings that are followed by hand."""
 
+import copy
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -376,6 +377,26 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         Consolidation(**options)
+
+
+def test_an_importance_goes_with_the_model_into_adapters_and_back(tmp_path: Path) -> None:
+    model = bert()
+    adapt(
+        trainer_of(model, tmp_path), Consolidation(Fisher(rows(4, 2)), save_to=tmp_path / "ewc")
+    ).train()
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2)
+    finals = []
+    for resume in (None, str(tmp_path / "out" / "checkpoint-2")):
+        torch.manual_seed(3)
+        adapted = get_peft_model(copy.deepcopy(model), config)
+        trainer = trainer_of(
+            adapted, tmp_path / "out", max_steps=3, save_strategy="steps", save_steps=2
+        )
+        adapt(trainer, Consolidation(tmp_path / "ewc", 1e4)).train(resume_from_checkpoint=resume)
+        finals.append(weights(adapted))
+        entries = [e for e in trainer.state.log_history if "consolidation/penalty" in e]
+        assert entries[-1]["consolidation/penalty"] > 0
+    assert same_bits(*finals)
 
 
 TEXTS = datasets.Dataset.from_dict({"text": ["good", "bad"], "labels": [0, 1]})

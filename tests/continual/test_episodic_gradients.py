@@ -177,3 +177,5 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"The memory has no column '(labels|input_ids)'"):
             trainer.train()
         assert trainer.state.global_step == 0
+    with pytest.raises(ValueError, match="The memory has the label 7"):
+        trainer_of(tmp_path, DATA.map(lambda row: {"labels": 7})).train()

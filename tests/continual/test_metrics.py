@@ -192,6 +192,15 @@ def test_which_task_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         train("tweets", tasks={**TASKS, "spam": rows(5, 9)})
 
 
+def test_another_model_than_the_last_training_left(tmp_path: Path, caplog: Any) -> None:
+    """A loop over seeds that shares one file."""
+    for seed, said in ((1, False), (9, True)):
+        caplog.clear()
+        trainer = trainer_of(tmp_path / str(seed), seed=seed, learning_rate=0.05)
+        adapt(trainer, ContinualMetrics("movies" if seed == 1 else "tweets", "loss")).train()
+        assert ("scores otherwise than after the last training" in caplog.text) == said
+
+
 def test_what_is_known_already_can_be_forgotten(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path / "a", learning_rate=0.05)
     adapt(trainer, ContinualMetrics(known=["movies"])).train()
@@ -240,9 +249,14 @@ def test_another_file(text: str, expected: str, tmp_path: Path) -> None:
 def test_a_metric_that_is_missing_in_the_end_loses_no_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = trainer_of(tmp_path / "a", max_steps=1)
-    adapt(trainer, ContinualMetrics()).train()
-    trainer = trainer_of(tmp_path / "b", max_steps=1, compute_metrics=lambda _: {"f1": 1.0})
+    adapt(trainer_of(tmp_path / "a", max_steps=1), ContinualMetrics()).train()
+    trainer = trainer_of(tmp_path / "b", max_steps=1)
+    own = trainer.compute_metrics
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        return own(prediction) if trainer.state.global_step == 0 else {"f1": 1.0}
+
+    trainer.compute_metrics = compute_metrics
     adapt(trainer, ContinualMetrics("tweets")).train()
     assert "has no row for this training. The evaluation returned no eval_movies" in caplog.text
     assert list(json.loads((tmp_path / "continual_metrics.json").read_text())["rows"]) == ["movies"]

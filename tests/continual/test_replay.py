@@ -1,5 +1,6 @@
 """Replay: a loop written by hand, the memory's rows, and what is refused."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,22 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Trainer
+from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from hf_adapt import AdaptationCallback, adapt
-from hf_adapt.continual import DarkReplay, Replay, ReplayMemory
+from hf_adapt.continual import DarkReplay, KeepPredictions, Replay, ReplayMemory
 from hf_adapt.continual.memory import LOGITS, row_hash, shares
 from hf_adapt.continual.row_outputs import row_outputs
 from tests.helpers.data import MapStyle, RowStream, collate, rows
 from tests.helpers.models import bert, llama
 from tests.helpers.trainers import GradientRecorder, arguments, same_bits, weights
+
+
+def vit() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    size = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    patches = dict(image_size=4, patch_size=2, num_channels=1, num_labels=3)
+    return ViTForImageClassification(ViTConfig(**size, **patches))
 
 
 def trainer_in(folder: Path, model: Any = None, train: Any = None, **settings: Any) -> Trainer:
@@ -181,8 +189,23 @@ def test_herding_and_surprise_ask_the_model(tmp_path: Path) -> None:
         nearest = int(members[(features[members] - mean).norm(dim=1).argmin()])
         assert nearest in places(herded, old)
     stored = ReplayMemory.from_dataset(old, 4, trainer=trainer, logits=True)
-    kept = sorted(places(stored, old))
+    number = {row_hash(row): place for place, row in enumerate(old)}
+    kept = [number[content] for content in stored.hashes]
     torch.testing.assert_close(torch.tensor(stored.dataset[LOGITS]), outputs.logits[kept])
+
+
+def test_surprise_of_a_regression_is_its_distance(tmp_path: Path) -> None:
+    model = bert(num_labels=2, problem_type="regression")
+    old = rows(8, 3, None).add_column("labels", [[float(i), -float(i)] for i in range(8)])
+
+    def collated(features: Any) -> Any:
+        batch = collate([{k: v for k, v in row.items() if k != "labels"} for row in features])
+        return {**batch, "labels": torch.tensor([row["labels"] for row in features])}
+
+    trainer = trainer_in(tmp_path, model, old)
+    trainer.data_collator = collated
+    found = row_outputs(trainer, old, "losses")[:, 0]
+    assert found.argsort().tolist() == list(range(8))
 
 
 def test_losses_of_token_heads_are_means_over_their_labels(tmp_path: Path) -> None:
@@ -200,7 +223,119 @@ def test_rows_of_every_kind_of_data_set(kind: Any) -> None:
     assert memory.fingerprint == ReplayMemory.from_dataset(whole, 6).fingerprint
 
 
+def test_equal_rows_of_a_stream_are_taken_once() -> None:
+    whole = datasets.concatenate_datasets([rows(40, 1), rows(1, 9), rows(1, 9), rows(1, 9)])
+    for seed in range(12):
+        memory = ReplayMemory.from_dataset(whole.to_iterable_dataset(), 10, seed=seed)
+        assert len(memory) == 10
+        assert memory.dataset.to_list() == (
+            ReplayMemory.from_dataset(whole, 10, seed=seed).dataset.to_list()
+        )
+
+
+def test_rows_that_are_transformed_as_they_are_read(tmp_path: Path) -> None:
+    """The usual image script: the transform makes labels of another column."""
+
+    def transform(batch: Any) -> Any:
+        pixels = [torch.full((1, 4, 4), float(value)) for value in batch["value"]]
+        return {"pixel_values": pixels, "labels": batch["label"]}
+
+    def images(first: int) -> datasets.Dataset:
+        columns = {"value": list(range(first, first + 12)), "label": [i % 3 for i in range(12)]}
+        return datasets.Dataset.from_dict(columns).with_transform(transform)
+
+    trainer = Trainer(
+        vit(), arguments(tmp_path, remove_unused_columns=False), train_dataset=images(0)
+    )
+    adapt(trainer, Replay(ReplayMemory.from_dataset(images(50), 6), ratio=1.0)).train()
+    assert trainer.state.log_history[0]["loss/replay"] > 0
+
+
+# ---- several memories, and rows without labels ----
+
+
+def test_memories_of_several_tasks_with_heads_of_several_sizes(tmp_path: Path) -> None:
+    """Each row is compared over the classes that its model had."""
+    model, new = bert(num_labels=5), rows(8, 1)
+    memories = [
+        ReplayMemory.from_dataset(
+            rows(4, seed), 4, task=str(seed), trainer=trainer_in(tmp_path, other), logits=True
+        )
+        for seed, other in ((2, bert(seed=2)), (3, bert(num_labels=5, seed=3)))
+    ]
+    memory = ReplayMemory.merge(memories)
+    data = list(memory.dataset)
+    logits = model(**{k: v for k, v in collate(data).items() if k != "labels"}).logits
+    distance = sum(
+        (own[: len(row[LOGITS])] - torch.tensor(row[LOGITS])).square().sum()
+        for own, row in zip(logits, data, strict=True)
+    )
+    wanted = gradient_of(model, loss_on(model, new) + 0.2 * distance / 8)
+    recorder = GradientRecorder()
+    settings = {"per_device_train_batch_size": 8, "max_steps": 1, "max_grad_norm": 0}
+    trainer = trainer_in(tmp_path, model, new, **settings)
+    trainer.add_callback(recorder)
+    adapt(trainer, DarkReplay(memory, ratio=1.0, weight=0.0)).train()
+    torch.testing.assert_close(recorder.gradients[0], wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_logits_need_no_labels(tmp_path: Path) -> None:
+    unlabelled = ReplayMemory.from_dataset(
+        rows(8, 2, None), 6, trainer=trainer_in(tmp_path), logits=True
+    )
+    trainer = adapt(trainer_in(tmp_path), DarkReplay(unlabelled, weight=0.0))
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss/dark_replay"] > 0
+    assert "loss/replay" not in trainer.state.log_history[0]
+
+
+def test_two_memories_side_by_side(tmp_path: Path) -> None:
+    one, other = (ReplayMemory.from_dataset(rows(20, seed), 6) for seed in (2, 3))
+    trainer = trainer_in(tmp_path, save_strategy="steps", save_steps=3)
+    adapt(trainer, Replay(one, ratio=1.0), Replay(other, ratio=1.0, weight=0.1, name="general"))
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    total = entry["loss/task"] + entry["loss/replay"] + 0.1 * entry["loss/general"]
+    assert entry["loss"] == pytest.approx(total, rel=1e-4)
+    for folder, memory in (("replay_memory", one), ("replay_memory_general", other)):
+        stored = ReplayMemory.load(tmp_path / "checkpoint-3" / folder, memory.dataset)
+        assert stored.fingerprint == memory.fingerprint
+    with pytest.raises(ValueError, match="give one of them another name="):
+        adapt(trainer_in(tmp_path), Replay(one), DarkReplay(other)).train()
+
+
+def test_a_memory_is_a_data_set(tmp_path: Path) -> None:
+    memory = ReplayMemory.from_dataset(rows(20, 2), 6)
+    trainer = trainer_in(tmp_path)
+    adapt(trainer, KeepPredictions(on="replay"), streams={"replay": memory}).train()
+    assert trainer.state.log_history[-2]["loss/keep_predictions"] > 0
+
+
 # ---- on disk ----
+
+
+def test_a_memory_with_logits_is_found_again_without_its_rows(tmp_path: Path) -> None:
+    old = rows(20, 3)
+    memory = ReplayMemory.from_dataset(old, 6, trainer=trainer_in(tmp_path), logits=True)
+
+    def run(memory: ReplayMemory, resume: Any = None) -> Any:
+        trainer = trainer_in(tmp_path / "run", save_strategy="steps", save_steps=2, max_steps=3)
+        adapt(trainer, DarkReplay(memory, ratio=1.0)).train(resume_from_checkpoint=resume)
+        return weights(trainer.model)
+
+    whole, checkpoint = run(memory), tmp_path / "run" / "checkpoint-2"
+    shuffled = ReplayMemory.load(checkpoint / "replay_memory", old.select(range(19, -1, -1)))
+    assert same_bits(whole, run(shuffled, str(checkpoint)))
+
+
+def test_a_memory_that_has_grown_in_its_folder_can_still_be_read(tmp_path: Path) -> None:
+    ReplayMemory.from_dataset(rows(20, 2), 6).save(tmp_path)
+    grown = ReplayMemory.merge(
+        [ReplayMemory.load(tmp_path), ReplayMemory.from_dataset(rows(20, 3), 6)]
+    )
+    grown.save(tmp_path)
+    assert pickle.loads(pickle.dumps(grown.dataset)).to_list() == grown.dataset.to_list()
+    assert len(ReplayMemory.load(tmp_path)) == 12
 
 
 def test_a_saved_memory_is_read_again(tmp_path: Path) -> None:
@@ -317,6 +452,8 @@ def test_rows_that_cannot_be_remembered() -> None:
         ReplayMemory.from_dataset(numbered(5).select([]), 3)
     with pytest.raises(ValueError, match="The memory is empty"):
         Replay(numbered(5).select([]))
+    with pytest.raises(TypeError, match="make a memory of each"):
+        ReplayMemory.from_dataset({"a": numbered(5)}, 3)
     with pytest.raises(ValueError, match="is a stream"):
         ReplayMemory.from_dataset(RowStream(rows(5, 1)), 3, "balanced")
     with pytest.raises(TypeError, match="rows with named columns"):
