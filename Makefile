@@ -63,6 +63,14 @@ demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 5"
 demo-unfreezing: $(EXAMPLES)  ## gradual unfreezing on real data; options in ARGS="--seeds 5"
 	$(RUN) examples/gradual_unfreezing.py $(ARGS)
 
+.PHONY: demo-learn-on
+demo-learn-on: $(EXAMPLES)  ## a classifier learns a new task and keeps the old one; ARGS="--ratio 0.5"
+	$(RUN) examples/learn_on.py $(ARGS)
+
+.PHONY: demo-learn-on-lm
+demo-learn-on-lm: $(EXAMPLES)  ## the same for a language model with LoRA; ARGS="--max_steps 100"
+	$(RUN) examples/learn_on_lm.py $(ARGS)
+
 .PHONY: demo-distillation
 demo-distillation: $(EXAMPLES)  ## a small classifier learns from a larger one; options in ARGS="--seeds 5"
 	$(RUN) examples/distil_classifier.py $(ARGS)
