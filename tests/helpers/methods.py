@@ -13,7 +13,7 @@ import torch
 from datasets import concatenate_datasets
 from transformers import Trainer, TrainerCallback
 
-from hf_adapt import Adaptation, Objective, adapt
+from hf_adapt import Adaptation, adapt
 from hf_adapt.alignment import (
     ADDA,
     AFN,
@@ -56,7 +56,6 @@ from hf_adapt.continual import (
     ReplayMemory,
 )
 from hf_adapt.continual.memory import LOGITS
-from hf_adapt.engine.streams import TARGET
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.toy import tokenizer
@@ -260,13 +259,9 @@ def make_trainer(
         data_collator=collate,
         callbacks=list(callbacks),
     )
-    uses_target = has_source and any(_uses_target(each) for each in adaptations)
-    return adapt(trainer, *adaptations, target_dataset=found if uses_target else None)
-
-
-def _uses_target(adaptation: Adaptation) -> bool:
-    own = isinstance(adaptation, Objective) and TARGET in adaptation.streams
-    return own or TARGET in adaptation.needs_streams
+    others = ("hf_adapt.continual.", "hf_adapt.unfreezing.")  # which adapt to no target
+    adapts = [a for a in adaptations if not type(a).__module__.startswith(others)]
+    return adapt(trainer, *adaptations, target_dataset=found if has_source and adapts else None)
 
 
 def state_of(adaptations: Sequence[Adaptation]) -> dict[str, Any]:
