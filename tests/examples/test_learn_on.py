@@ -9,6 +9,7 @@ import forgetting
 import learn_on
 import learn_on_lm
 import pytest
+import torch
 import two_tasks
 from transformers import AutoModelForSequenceClassification
 
@@ -28,6 +29,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(two_tasks, "load_domain", load_domain)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     (tmp_path / "model").mkdir()
+    torch.manual_seed(0)
     options = {
         "--model_name_or_path": str(save_tiny_model(tmp_path / "model")),
         "--output_dir": str(tmp_path / "out"),
