@@ -7,12 +7,13 @@ from hf_adapt.continual.importance import fisher_diagonal, mas_importance
 from hf_adapt.continual.importance_folder import load_importance, save_importance
 from hf_adapt.continual.importance_sources import MAS, SI, Fisher
 from hf_adapt.continual.interpolation import interpolate, interpolation_sweep
-from hf_adapt.continual.memory import ReplayMemory, herding_order
+from hf_adapt.continual.memory import ReplayMemory
 from hf_adapt.continual.metrics import continual_metrics
 from hf_adapt.continual.plots import plot_sweep
 from hf_adapt.continual.record import ContinualMetrics
 from hf_adapt.continual.replay import DarkReplay, Replay
 from hf_adapt.continual.retention import KeepPredictions
+from hf_adapt.continual.row_choice import herding_order
 
 __all__ = [
     "AGEM",

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from hf_adapt.alignment.gradients import gradient_of
-from hf_adapt.continual.prepared_rows import prepared_rows, rows_of
-from hf_adapt.continual.replay import check_labels
+from hf_adapt.continual.prepared_rows import check_labels, prepared_rows, rows_of
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.collating import label_columns
 from hf_adapt.engine.columns import dataset_columns, inputs_of

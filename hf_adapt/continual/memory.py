@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
-import math
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import datasets
-import numpy as np
-import torch
-from tqdm.auto import tqdm
 
+from hf_adapt.continual.row_choice import (
+    LOGITS,
+    Policy,
+    as_dataset,
+    check_options,
+    classes_of,
+    drawn,
+    model_ranks,
+    rank_of,
+    row_hash,
+    shares,
+    shown,
+)
 from hf_adapt.continual.row_outputs import row_outputs
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.streams import check_rows
@@ -28,13 +34,6 @@ from hf_adapt.storage.text_file import write_text
 if TYPE_CHECKING:
     from transformers import Trainer
 
-Policy = Literal["random", "balanced", "herding", "surprise"]
-
-LABELS = ("labels", "label")
-"""The columns in which a class is looked for."""
-
-LOGITS = "replay_logits"
-"""The column of what the model predicted when the row was stored."""
 
 FILE, ROWS = "memory.json", "rows"
 
@@ -115,25 +114,25 @@ class ReplayMemory:
                 "and join them by ReplayMemory.merge."
             )
         check_rows(old, "old")
-        _check(policy, size, trainer, logits)
+        check_options(policy, size, trainer, logits)
         if not is_map_style(old):
-            old = _drawn(old, size, policy, seed)
-        rows = old if isinstance(old, datasets.Dataset) else _as_dataset(old)
+            old = drawn(old, size, policy, seed)
+        rows = old if isinstance(old, datasets.Dataset) else as_dataset(old)
         if not len(rows):
             raise ValueError(
                 "A memory needs rows, and the old data set is empty (often the result of a filter "
                 "or of a wrong split name)."
             )
         balances = policy in ("balanced", "herding")
-        hashes = [row_hash(row) for row in _shown(rows)]
+        hashes = [row_hash(row) for row in shown(rows)]
         places = sorted({own: n for n, own in reversed(list(enumerate(hashes)))}.values())
         if len(places) < len(rows):
             rows, hashes = rows.select(places), [hashes[place] for place in places]
-        classes = _classes(rows, by, policy) if balances else []
-        ranks: Sequence[int | float] = [_rank(each, seed) for each in hashes]
+        classes = classes_of(rows, by, policy) if balances else []
+        ranks: Sequence[int | float] = [rank_of(each, seed) for each in hashes]
         if policy in ("herding", "surprise"):
             assert trainer is not None
-            ranks = _model_ranks(policy, trainer, rows, classes, size)
+            ranks = model_ranks(policy, trainer, rows, classes, size)
         whole = cls(rows, ranks, [task] * len(rows), classes, hashes, policy, seed)
         kept = whole.smaller(size)
         return kept.with_logits(trainer) if logits and trainer is not None else kept
@@ -303,8 +302,8 @@ class ReplayMemory:
                     "The rows of a memory are looked up in their data set, and this one is a "
                     "stream. Make it map-style, or save the memory with its rows."
                 )
-            whole = dataset if isinstance(dataset, datasets.Dataset) else _as_dataset(dataset)
-            place_of = {row_hash(row): place for place, row in enumerate(_shown(whole))}
+            whole = dataset if isinstance(dataset, datasets.Dataset) else as_dataset(dataset)
+            place_of = {row_hash(row): place for place, row in enumerate(shown(whole))}
             if missing := [each for each in stored["hashes"] if each not in place_of]:
                 raise ValueError(
                     f"{len(missing)} of {len(stored['hashes'])} rows of the memory in {folder} are "
@@ -322,101 +321,6 @@ class ReplayMemory:
         return cls(datasets.Dataset.load_from_disk(str(Path(folder) / stored["rows"])), **options)
 
 
-def shares(available: Sequence[int], size: int) -> list[int]:
-    """How many rows each of several groups gets, as equally as they have them.
-
-    Example:
-        >>> shares([10, 1, 10], 8), shares([3, 3], 5)
-        ([3, 1, 4], [2, 3])
-    """
-    taken, left = [0] * len(available), min(size, sum(available))
-    order = sorted(range(len(available)), key=lambda i: (available[i], i))
-    for number, i in enumerate(order):
-        taken[i] = min(available[i], left // (len(order) - number))
-        left -= taken[i]
-    return taken
-
-
-def herding_order(features: torch.Tensor, most: int | None = None) -> list[int]:
-    r"""The order in which rows are taken so that the mean of the first k is near that of all.
-
-    .. math::
-        p_k = \arg\min_x \left\| \mu - \frac{1}{k}\Big(\phi(x) + \sum_{j<k} \phi(p_j)\Big) \right\|
-
-    Reference:
-        Rebuffi et al. 2017, "iCaRL", Alg. 4, arXiv:1611.07725.
-
-    Args:
-        features: A feature of each row.
-        most: How many to order; all by default.
-
-    Shape:
-        - features: (N, D).
-
-    Example:
-        >>> herding_order(torch.tensor([[0.0], [1.0], [2.0], [9.0]]))
-        [2, 1, 3, 0]
-    """
-    rows = features.double()
-    mean, total = rows.mean(0), torch.zeros_like(rows[0])
-    left = torch.ones(len(rows), dtype=torch.bool)
-    order: list[int] = []
-    for k in range(1, min(len(rows), most or len(rows)) + 1):
-        distances = (mean - (rows + total) / k).norm(dim=1).masked_fill(~left, float("inf"))
-        best = int(distances.argmin())
-        order.append(best)
-        left[best], total = False, total + rows[best]
-    return order
-
-
-def row_hash(row: Mapping[str, Any]) -> str:
-    """A hash of a row's content, the same on every machine.
-
-    Raises:
-        TypeError: If a value has no content that could be hashed.
-    """
-    own = {name: _content(value) for name, value in row.items() if name != LOGITS}
-    content = json.dumps(own, sort_keys=True, default=_plain)
-    return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
-
-
-def _content(value: Any) -> Any:
-    """The bytes of an image or a sound, wherever they lie."""
-    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
-        return value["bytes"] or Path(value["path"]).read_bytes()
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can write of an array, an image or bytes."""
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, bytes):
-        return value.hex()
-    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
-        return [value.mode, value.size, value.tobytes().hex()]
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    if isinstance(value, timedelta | Decimal):
-        return str(value)
-    raise TypeError(
-        f"Rows of a memory are recognised by their content, and a {type(value).__name__} has none "
-        "that could be hashed. Keep columns of numbers, texts, bytes and images."
-    )
-
-
-def _shown(rows: datasets.Dataset) -> Iterable[Mapping[str, Any]]:
-    """The rows as they are stored, without a format or a transform."""
-    for name, kind in rows.features.items():
-        if isinstance(kind, datasets.Image | datasets.Audio):
-            rows = rows.cast_column(name, type(kind)(decode=False))
-    plain = rows.with_format(None)
-    bar: Iterable[Mapping[str, Any]] = tqdm(
-        plain, "Hashing rows", disable=len(plain) < 20_000, leave=False
-    )
-    return bar
-
-
 def _without_overlap(memories: Sequence[ReplayMemory]) -> list[int]:
     """The places, in all of them together, of rows that no earlier one has of the same task."""
     seen: set[tuple[str, str]] = set()
@@ -427,93 +331,3 @@ def _without_overlap(memories: Sequence[ReplayMemory]) -> list[int]:
         seen.update(own)
         first += len(own)
     return places
-
-
-def _rank(content: str, seed: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{content}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-def _check(policy: str, size: Any, trainer: Any, logits: bool) -> None:
-    if policy not in get_args(Policy):
-        known = ", ".join(map(repr, get_args(Policy)))
-        raise ValueError(f"policy={policy!r} is unknown: use one of {known}.")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"size={size} must be a whole number of rows, at least 1.")
-    if trainer is None and (policy in ("herding", "surprise") or logits):
-        what = "logits=True" if logits else f"policy={policy!r}"
-        raise ValueError(
-            f"{what} asks the model that knows the task: pass trainer=, a Trainer with that model."
-        )
-
-
-def _as_dataset(rows: Any) -> datasets.Dataset:
-    """A data set of another library as one of `datasets`."""
-    listed = [rows[place] for place in range(len(rows))]
-    if not all(isinstance(row, Mapping) for row in listed):
-        raise TypeError(
-            f"A memory stores rows with named columns; the rows of the {type(rows).__name__} are "
-            f"{type(listed[0]).__name__}s. Make a datasets.Dataset of them."
-        )
-    made = datasets.Dataset.from_list([dict(row) for row in listed])
-    tensors = any(isinstance(v, torch.Tensor) for row in listed[:1] for v in row.values())
-    return made.with_format("torch") if tensors else made
-
-
-def _drawn(stream: Any, size: int, policy: str, seed: int) -> datasets.Dataset:
-    """The rows of a stream that a random memory keeps, read once; no more than those are held."""
-    if policy != "random":
-        raise ValueError(
-            f"policy={policy!r} compares all rows, and the old data set is a stream. Use "
-            "policy='random', or make it map-style."
-        )
-    kept: list[tuple[int, str, Any]] = []
-    members: set[str] = set()
-    for row in tqdm(stream, "Reading the stream", leave=False):
-        content = row_hash(row)
-        item = (-_rank(content, seed), content, dict(row))
-        if content in members:
-            continue  # equal rows are taken once
-        members.add(content)
-        if len(kept) < size:
-            heapq.heappush(kept, item)
-        else:
-            members.discard(heapq.heappushpop(kept, item)[1])
-    if not kept:
-        raise ValueError("A memory needs rows, and the stream of the old task is empty.")
-    rows = [row for *_, row in kept]
-    return datasets.Dataset.from_list(rows, features=getattr(stream, "features", None))
-
-
-def _classes(rows: datasets.Dataset, by: str | None, policy: str) -> list[str]:
-    """The class of each row.
-
-    Raises:
-        ValueError: If there is no column with one class for each row.
-    """
-    column = by or next((name for name in LABELS if name in rows.column_names), None)
-    found = None if column not in rows.column_names else rows.with_format(None)[column]
-    if found is None or any(isinstance(value, list | dict | float) for value in found[:1]):
-        raise ValueError(
-            f"policy={policy!r} needs a column with one class for each row: pass by=. There is "
-            f"{column or 'neither labels nor label'!r} among {', '.join(rows.column_names)}"
-            f"{'' if found is None else ', which holds no classes'}. For other heads use "
-            "policy='random'."
-        )
-    return [str(value) for value in found]
-
-
-def _model_ranks(
-    policy: str, trainer: Trainer, rows: datasets.Dataset, classes: Sequence[str], size: int
-) -> list[int | float]:
-    """The ranks that a model gives: minus the loss, or the order of herding."""
-    if policy == "surprise":
-        losses = row_outputs(trainer, rows, "losses")[:, 0]
-        return [-loss for loss in losses.nan_to_num(-math.inf).tolist()]
-    features = row_outputs(trainer, rows, "features")
-    ranks: list[int | float] = [size] * len(classes)
-    for name in sorted(set(classes)):
-        members = [place for place, own in enumerate(classes) if own == name]
-        for rank, place in enumerate(herding_order(features[members], size)):
-            ranks[members[place]] = rank
-    return ranks

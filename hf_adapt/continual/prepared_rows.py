@@ -8,17 +8,32 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import torch
 from torch import nn
 from transformers import default_data_collator
 
 from hf_adapt.engine.columns import dataset_columns, named_inputs
+from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.pairing import is_map_style, rows_at
 from hf_adapt.engine.streams import check_rows
 from hf_adapt.engine.trainer import AdaptationMixin
+from hf_adapt.engine.training import unwrapped_model
+from hf_adapt.models.heads import HeadName, has_head
+from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+CLASSIFIERS: tuple[HeadName, ...] = (
+    "sequence_classification",
+    "token_classification",
+    "image_classification",
+    "audio_classification",
+)
+
+CLASS_COLUMNS = ("labels", "label")
+"""The columns in which a class is looked for."""
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 """Makes a batch of rows."""
@@ -117,3 +132,55 @@ def _given_batches(batches: Any, max_rows: int | None) -> Iterator[Callable[[], 
         seen += len(next(iter(batch.values())))
         if max_rows is not None and seen >= max_rows:
             return
+
+
+def check_labels(trainer: Trainer, rows: Any) -> None:
+    """Refuse labels of a memory that the model does not predict, or that are named otherwise.
+
+    Raises:
+        ValueError: Saying which.
+    """
+    column = next((name for name in CLASS_COLUMNS if name in (dataset_columns(rows) or ())), None)
+    if column is None or not is_map_style(rows):
+        return  # the engine says what is missing
+    train = trainer.train_dataset
+    ours, theirs = (
+        each.features.get(column) if isinstance(each, datasets.Dataset) else None
+        for each in (train, rows)
+    )
+    if isinstance(ours, datasets.ClassLabel) and isinstance(theirs, datasets.ClassLabel):
+        if ours.names != theirs.names:
+            raise ValueError(
+                f"The labels of the memory are {theirs.names} and those of train_dataset "
+                f"{ours.names}: a number would mean another class. Give both the same label names, "
+                "with numbers of their own for the classes of each task."
+            )
+    first, old = (_first_label(each, column) for each in (train, rows))
+    if first is not None and np.ndim(first) != np.ndim(old):
+        raise ValueError(
+            f"A label of train_dataset is {str(first)[:40]}, and one of the memory "
+            f"{str(old)[:40]}: one of them is of rows and the other of tokens or of several "
+            "classes. A memory holds rows of the same kind of task."
+        )
+    model = unwrapped_model(trainer)
+    classes = getattr(getattr(unwrapped_base(model), "config", None), "num_labels", None)
+    if not classes or classes < 2 or not has_head(model, *CLASSIFIERS):
+        return
+    if isinstance(rows, datasets.Dataset) and column in rows.column_names:
+        values = rows.with_format("numpy")[column]
+    else:  # a transform makes them
+        values = [rows_at(rows, [place])[0][column] for place in range(min(len(rows), 1000))]
+    flat = np.concatenate([np.atleast_1d(value) for value in values])
+    wrong = flat[(flat >= classes) | ((flat < 0) & (flat != IGNORED))]
+    if np.issubdtype(flat.dtype, np.integer) and len(wrong):
+        raise ValueError(
+            f"The memory has the label {int(wrong[0])}, and the model predicts {classes} classes. "
+            "Load it with num_labels= of both tasks together, the old classes first."
+        )
+
+
+def _first_label(rows: Any, column: str) -> Any:
+    """The label of a data set's first row; None where it is not known."""
+    if not is_map_style(rows) or column not in (dataset_columns(rows) or ()):
+        return None
+    return rows[0][column]

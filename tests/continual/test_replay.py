@@ -14,7 +14,7 @@ from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from hf_adapt import AdaptationCallback, adapt
 from hf_adapt.continual import DarkReplay, KeepPredictions, Replay, ReplayMemory
-from hf_adapt.continual.memory import LOGITS, row_hash, shares
+from hf_adapt.continual.row_choice import LOGITS, row_hash, shares
 from hf_adapt.continual.row_outputs import row_outputs
 from tests.helpers.data import MapStyle, RowStream, collate, rows
 from tests.helpers.models import bert, llama

@@ -55,7 +55,7 @@ from hf_adapt.continual import (
     Replay,
     ReplayMemory,
 )
-from hf_adapt.continual.memory import LOGITS
+from hf_adapt.continual.row_choice import LOGITS
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.toy import tokenizer
