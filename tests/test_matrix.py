@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertForSequenceClassification, Trainer
 
-from hf_adapt import Adaptation, Distillation, Objective
+from hf_adapt import DANN, Adaptation, Distillation, Objective
 from hf_adapt.unfreezing import GradualUnfreezing, Phase
 from tests.helpers.distributed import Job, assert_same, logs, marks, results
 from tests.helpers.methods import (
@@ -257,6 +257,12 @@ def test_beside_unfreezing(name: str, tmp_path: Path) -> None:
 def test_beside_distillation(name: str, tmp_path: Path) -> None:
     trainer = beside(tmp_path, name, Distillation(bert(seed=1)))
     assert trainer.state.log_history[0]["loss/distillation"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if not row.uses_target])
+def test_beside_an_adaptation_to_a_target(name: str, tmp_path: Path) -> None:
+    trainer = beside(tmp_path, name, DANN(ramp=None, hidden_sizes=(8,)))
+    assert trainer.state.log_history[0]["loss/dann"] > 0
 
 
 @pytest.mark.parametrize("name", METHODS)
