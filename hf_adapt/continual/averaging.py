@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from hf_adapt.engine.mixins import WeightAverage, WeightTransform
-from hf_adapt.engine.training import unwrapped_model
-from hf_adapt.models.averages import RunningAverage, blend
+from hf_adapt.engine.training import optimized, unwrapped_model
+from hf_adapt.models.averages import RunningAverage, blend, running_statistics
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -131,14 +130,8 @@ class AveragedWeights(WeightAverage, WeightTransform):
 
     def _names(self, trainer: Trainer, model: nn.Module) -> list[str]:
         """What trains now or later, each tied weight once, and the statistics of batch norm."""
-        assert trainer.optimizer is not None
-        trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-        names = [name for name, value in model.named_parameters() if id(value) in trained]
-        norms = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, _NormBase) and module.running_mean is not None
-        ]
+        statistics = running_statistics(model)
+        norms = list(dict.fromkeys(name.rpartition(".")[0] for name in statistics))
         if norms:
             logger.warning(
                 "AveragedWeights averages the running statistics of %d normalisation layers (%s%s) "
@@ -149,10 +142,7 @@ class AveragedWeights(WeightAverage, WeightTransform):
                 norms[0],
                 ", …" if len(norms) > 1 else "",
             )
-        return [
-            *names,
-            *(f"{n}.{which}" for n in norms for which in ("running_mean", "running_var")),
-        ]
+        return [*optimized(trainer, model), *statistics]
 
     def before_step(self, step: int) -> None:
         """Know the step."""

@@ -257,10 +257,9 @@ class ReplayMemory:
                 not written: set it again on the `dataset` of what is read.
         """
         folder = Path(folder)
-        stored = {
+        stored: dict[str, Any] = {
             "policy": self.policy,
             "seed": self.seed,
-            "columns": self.dataset.column_names,
             **{n: list(getattr(self, n)) for n in ("ranks", "tasks", "classes", "hashes")},
         }
         if LOGITS in self.dataset.column_names:

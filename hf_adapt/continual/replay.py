@@ -218,7 +218,7 @@ class DarkReplay(Replay, Objective):
     @property
     def is_active(self) -> bool:
         """False where both weights are the constant 0."""
-        return Objective.is_active.fget(self) or self.stream.is_trained_on  # type: ignore[attr-defined]
+        return super(Replay, self).is_active or super().is_active
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a memory without logits."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 
 from hf_adapt.distillation.divergences import logit_mse
 from hf_adapt.distillation.heads import Head, output_logits
@@ -21,6 +20,8 @@ from hf_adapt.engine.batch import Batch
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import TRAINING
 from hf_adapt.engine.sweep import evaluating
+from hf_adapt.engine.training import optimized
+from hf_adapt.models.averages import running_statistics
 from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
@@ -71,14 +72,7 @@ class StartingModel(ModelTeacher):
     def _changing(self, trainer: Trainer) -> dict[str, torch.Tensor]:
         """What training may change: the optimizer's weights, and the statistics of batch norm."""
         assert self.module is not None
-        groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
-        trained = {id(p) for group in groups for p in group["params"]}
-        own = self.module.named_parameters()
-        found: dict[str, torch.Tensor] = {n: p for n, p in own if id(p) in trained}
-        for name, module in self.module.named_modules():
-            if isinstance(module, _NormBase) and module.running_mean is not None:
-                found |= {f"{name}.{n}".lstrip("."): b for n, b in module.named_buffers()}
-        return found
+        return {**optimized(trainer, self.module), **running_statistics(self.module)}
 
     def before_step(self, step: int) -> None:
         """Refuse to take a resumed run's weights for those at its start."""
@@ -252,6 +246,7 @@ class KeepPredictions(Distillation):
             generic = all(name.startswith("LABEL_") for name in theirs)
             old = list(range(len(theirs))) if generic else [_number(n, names) for n in theirs]
         self._old_classes = torch.tensor(old)
+        # On the object, so that a run over all classes has no override and may do without logits.
         self.select_logits = self._select_old  # type: ignore[method-assign]
 
     def _select_old(

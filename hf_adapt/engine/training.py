@@ -50,6 +50,13 @@ def saved_state(trainer: Trainer, adaptation: Adaptation) -> dict[str, Any]:
     return {} if run is None else run.saved.of(adaptation)
 
 
+def optimized(trainer: Trainer, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that the Trainer's optimizer has, tied ones once."""
+    groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+    trained = {id(p) for group in groups for p in group["params"]}
+    return {name: p for name, p in model.named_parameters() if id(p) in trained}
+
+
 def fixed_parameters(trainer: Trainer) -> set[int]:
     """The ids of the parameters that adaptations of the run under way hold fixed."""
     run = getattr(trainer, "_adaptation_run", None)

@@ -7,6 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The running means and variances of a model's batch norms, by their names."""
+    return {
+        f"{name}.{which}".lstrip("."): getattr(module, which)
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.running_mean is not None
+        for which in ("running_mean", "running_var")
+    }
 
 
 def move_towards(
