@@ -13,11 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_adapt.experiments.plots import BLUE, GREY, save
+from hf_adapt.experiments.plots import BLUE, GREY
 from hf_adapt.experiments.summary import Score, score
 from hf_adapt.experiments.tables import markdown
 from hf_adapt.experiments.versions import installed
-from hf_adapt.storage.text_file import write_text
+from hf_adapt.storage.text_file import write_figure, write_text
 
 
 # ---------------------------------------------------------------- numbers
@@ -100,6 +100,6 @@ def report(
     above = f"{title}\n\n" if title else ""
     write_text(output_dir / "table.md", f"{above}{markdown(rows)}\n\n{legend}\n")
     for name, figure in figures.items():
-        save(figure, output_dir / name)
+        write_figure(output_dir / name, figure)
     for name in ("results.json", "table.md", *figures):
         console.print(f"wrote {output_dir / name}", soft_wrap=True, highlight=False)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from hf_adapt.storage.text_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,12 +69,6 @@ def plot_sweep(sweep: Sequence[Mapping[str, float]], x: str, y: str) -> Figure:
     axes.margins(0.1)
     axes.set_title("at each point: the share of the tuned model", fontsize=9)
     return figure
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a picture whole or not at all, in the format that its name ends with."""
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 
 from hf_adapt.continual.metrics import continual_metrics
-from hf_adapt.continual.plots import save_figure, score_map
+from hf_adapt.continual.plots import score_map
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.training import resumed_from, saved_state
-from hf_adapt.storage.text_file import write_text
+from hf_adapt.storage.text_file import write_figure, write_text
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -282,4 +282,4 @@ class ContinualMetrics(Adaptation):
             rows = {**before, **self.record.rows}
             table = self.record.table(*rows.values())
             figure = score_map(list(rows), self.record.tasks, table, self.metric)
-            save_figure(figure, self._file.with_suffix(".png"))
+            write_figure(self._file.with_suffix(".png"), figure)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -90,10 +88,3 @@ def _panel(
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title(" → ".join(pair), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, dpi=150, format="png")
-    os.replace(part, path)

@@ -22,7 +22,7 @@ from hf_adapt.experiments.summary import Results, summarize
 from hf_adapt.experiments.tables import Cells
 from hf_adapt.experiments.tasks import TASKS
 from hf_adapt.experiments.versions import installed
-from hf_adapt.storage.text_file import write_text
+from hf_adapt.storage.text_file import write_figure, write_text
 
 MOST_CLASSES = 12
 """Above this number of classes their shares are in results.csv alone."""
@@ -85,7 +85,7 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
     for name, text in files.items():
         write_text(folder / name, text)
     if scored:
-        plots.save(plots.plot(experiment, rows, results), folder / "accuracy.png")
+        write_figure(folder / "accuracy.png", plots.plot(experiment, rows, results))
     for number, (title, cells) in enumerate(shown):
         is_shares = cells is shares
         if not is_shares or not scored:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import warnings
 import xml.etree.ElementTree as ET
@@ -16,6 +15,8 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+
+from hf_adapt.storage.text_file import write_figure
 
 INK = "#24292f"
 """Text and axes; in a page, the colour of the text around the plot."""
@@ -161,9 +162,7 @@ class Plot:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a picture whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, dpi=150, format="png", facecolor="white", metadata={"Software": None})
-    os.replace(part, path)
+    write_figure(path, figure, facecolor="white", metadata={"Software": None})
 
 
 def svg(figure: Figure, key: str, title: str, description: str) -> Markup:

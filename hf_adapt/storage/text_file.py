@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -18,6 +19,18 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_figure(path: str | Path, figure: Any, **options: Any) -> None:
+    """Write a picture whole or not at all.
+
+    Args:
+        path: Its folder is made if it is missing; an earlier file is replaced.
+        figure: A matplotlib figure.
+        **options: Passed on to `savefig`.
+    """
+    with whole_file(path) as part:
+        figure.savefig(part, **{"dpi": 150, "format": "png", **options})
 
 
 @contextmanager

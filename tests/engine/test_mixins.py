@@ -337,13 +337,16 @@ def test_gradients_are_seen_without_the_loss_scale(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-def test_an_overflowing_step_is_left_to_the_scaler(tmp_path: Path) -> None:
-    class Overflowing(ScaledTrainer):
-        def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 1:
-                model.classifier.weight.register_hook(lambda g: g * float("inf"))
-            return super().training_step(model, *args, **kwargs)
+class Overflowing(ScaledTrainer):
+    """A gradient is infinite from the second step on."""
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1:
+            model.classifier.weight.register_hook(lambda g: g * float("inf"))
+        return super().training_step(model, *args, **kwargs)
+
+
+def test_an_overflowing_step_is_left_to_the_scaler(tmp_path: Path) -> None:
     scaled, trainer = Scaled(0.5), trainer_in(tmp_path, Overflowing)
     adapt(trainer, scaled).train()
     assert scaled.calls == 1, "the second and third step overflowed"
@@ -395,12 +398,6 @@ def test_weights_are_changed_after_each_step_at_its_own_rate(
 
 
 def test_weights_are_left_alone_where_a_step_was_skipped(tmp_path: Path) -> None:
-    class Overflowing(ScaledTrainer):
-        def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 1:
-                model.classifier.weight.register_hook(lambda g: g * float("inf"))
-            return super().training_step(model, *args, **kwargs)
-
     moved, trainer = Moved(), trainer_in(tmp_path, Overflowing)
     adapt(trainer, moved).train()
     assert len(moved.before) == 3 and len(moved.rates) == 1
