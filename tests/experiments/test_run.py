@@ -14,7 +14,7 @@ from transformers import Trainer, pipeline
 from hf_adapt.alignment import MMD
 from hf_adapt.cli.run_options import experiment
 from hf_adapt.engine.callback import AdaptationCallback
-from hf_adapt.experiments import plots
+from hf_adapt.experiments import report
 from hf_adapt.experiments.choice import candidates_of
 from hf_adapt.report import write_report
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
@@ -311,7 +311,7 @@ def test_a_warned_or_failed_run_is_marked_wherever_it_stands(
             raise ArithmeticError("no such kernel")
 
     monkeypatch.setattr(MMD, "begin", noisy)
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "write_figure", lambda path, figure: figures.append(figure))
     run(write_config(pairs="all", seeds=2), fails=True)
     table = (tmp_path / "out" / "table.md").read_text()
     means, scores, shares = table.split("## ")[1:]
