@@ -1,5 +1,6 @@
 """Several tasks in one training: what their gradients and losses are made into."""
 
+from hf_adapt.multitask.affinity import gradient_cosines, relative_gain, task_affinity
 from hf_adapt.multitask.mixture import (
     EpochCallback,
     Mixture,
@@ -10,7 +11,13 @@ from hf_adapt.multitask.mixture import (
 )
 from hf_adapt.multitask.sampling import annealed_temperature, mixing_probabilities, quotas
 from hf_adapt.multitask.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, pcgrad
-from hf_adapt.multitask.weighting import dwa_weights, famo_weights, uncertainty_loss
+from hf_adapt.multitask.weighting import (
+    dwa_weights,
+    famo_weights,
+    gradnorm_loss,
+    random_weights,
+    uncertainty_loss,
+)
 
 __all__ = [
     "EpochCallback",
@@ -22,6 +29,8 @@ __all__ = [
     "cagrad",
     "dwa_weights",
     "famo_weights",
+    "gradient_cosines",
+    "gradnorm_loss",
     "imtl_g",
     "mgda",
     "mix",
@@ -29,6 +38,9 @@ __all__ = [
     "nash_mtl",
     "pcgrad",
     "quotas",
+    "random_weights",
+    "relative_gain",
+    "task_affinity",
     "temperature",
     "uncertainty_loss",
 ]
