@@ -9,6 +9,7 @@ from hf_adapt.multitask.mixture import (
     mix,
     temperature,
 )
+from hf_adapt.multitask.plots import affinity_plot, cosine_plot
 from hf_adapt.multitask.sampling import annealed_temperature, mixing_probabilities, quotas
 from hf_adapt.multitask.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, pcgrad
 from hf_adapt.multitask.weighting import (
@@ -23,10 +24,12 @@ __all__ = [
     "EpochCallback",
     "Mixture",
     "StreamedMixture",
+    "affinity_plot",
     "aligned_mtl",
     "annealed",
     "annealed_temperature",
     "cagrad",
+    "cosine_plot",
     "dwa_weights",
     "famo_weights",
     "gradient_cosines",

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_adapt.multitask import gradient_cosines, relative_gain, task_affinity
+from hf_adapt.multitask import (
+    affinity_plot,
+    cosine_plot,
+    gradient_cosines,
+    relative_gain,
+    task_affinity,
+)
 
 
 def test_cosines() -> None:
@@ -39,12 +45,30 @@ def test_gain() -> None:
     assert relative_gain(alone, alone, ["a"]) == 0
 
 
+def test_pictures_have_white_for_nothing() -> None:
+    """What a step does to its own task is not in the span of the colours."""
+    matrix, tasks = torch.tensor([[0.9, 0.02], [-0.04, math.nan]]), ["a", "b"]
+    for figure, largest, texts in [
+        (affinity_plot(matrix, tasks, title="T"), 0.04, ["+0.9", "+0.02", "-0.04"]),
+        (cosine_plot(matrix.numpy(), tasks, title="T"), 1.0, ["0.90", "0.02", "-0.04"]),
+        (affinity_plot([[0.5]], ["a"], title="T"), 1.0, ["+0.5"]),
+    ]:
+        axes = figure.axes[0]
+        (image,) = axes.images
+        assert image.get_clim() == pytest.approx((-largest, largest))
+        assert min(image.to_rgba(0.0)) > 0.95 and image.to_rgba(largest)[2] > 0.3
+        assert [text.get_text() for text in axes.texts] == texts and axes.get_title() == "T"
+        rows = [label.get_text() for label in axes.get_yticklabels()]
+        assert rows == tasks[: len(rows)] == [each.get_text() for each in axes.get_xticklabels()]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: gradient_cosines(torch.ones(3)), r"expected \(K, P\)"),
         (lambda: task_affinity(torch.ones(2), torch.ones(2)), r"\(2,\) and \(2,\); expected"),
         (lambda: task_affinity(torch.zeros(1), torch.ones(1, 1)), "needs positive ones"),
+        (lambda: cosine_plot(torch.ones(2, 2), ["a"]), r"\(2, 2\), and there are 1 names"),
         (lambda: relative_gain({"a": 1.0}, {"b": 1.0}), "of a, and the baselines of b"),
         (lambda: relative_gain({}, {}), "of no task"),
         (lambda: relative_gain({"a": 1.0}, {"a": 0.0}), "'a' has the result 1.0 and the baseline"),
