@@ -1,5 +1,6 @@
 """Several tasks in one training: what their gradients and losses are made into."""
 
+from hf_adapt.multitask.affinity import gradient_cosines, relative_gain, task_affinity
 from hf_adapt.multitask.mixture import (
     EpochCallback,
     Mixture,
@@ -8,20 +9,31 @@ from hf_adapt.multitask.mixture import (
     mix,
     temperature,
 )
+from hf_adapt.multitask.plots import affinity_plot, cosine_plot
 from hf_adapt.multitask.sampling import annealed_temperature, mixing_probabilities, quotas
 from hf_adapt.multitask.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, pcgrad
-from hf_adapt.multitask.weighting import dwa_weights, famo_weights, uncertainty_loss
+from hf_adapt.multitask.weighting import (
+    dwa_weights,
+    famo_weights,
+    gradnorm_loss,
+    random_weights,
+    uncertainty_loss,
+)
 
 __all__ = [
     "EpochCallback",
     "Mixture",
     "StreamedMixture",
+    "affinity_plot",
     "aligned_mtl",
     "annealed",
     "annealed_temperature",
     "cagrad",
+    "cosine_plot",
     "dwa_weights",
     "famo_weights",
+    "gradient_cosines",
+    "gradnorm_loss",
     "imtl_g",
     "mgda",
     "mix",
@@ -29,6 +41,9 @@ __all__ = [
     "nash_mtl",
     "pcgrad",
     "quotas",
+    "random_weights",
+    "relative_gain",
+    "task_affinity",
     "temperature",
     "uncertainty_loss",
 ]
