@@ -11,6 +11,7 @@ from hf_adapt.multitask.mixture import (
 )
 from hf_adapt.multitask.plots import affinity_plot, cosine_plot
 from hf_adapt.multitask.sampling import annealed_temperature, mixing_probabilities, quotas
+from hf_adapt.multitask.soft_sharing import SoftSharing
 from hf_adapt.multitask.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, pcgrad
 from hf_adapt.multitask.weighting import (
     dwa_weights,
@@ -23,6 +24,7 @@ from hf_adapt.multitask.weighting import (
 __all__ = [
     "EpochCallback",
     "Mixture",
+    "SoftSharing",
     "StreamedMixture",
     "affinity_plot",
     "aligned_mtl",

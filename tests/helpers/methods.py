@@ -56,6 +56,7 @@ from hf_adapt.continual import (
     ReplayMemory,
 )
 from hf_adapt.continual.row_choice import LOGITS
+from hf_adapt.multitask import SoftSharing
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.toy import tokenizer
@@ -216,6 +217,15 @@ METHODS = {
         )
         for kind in ("ema", "soup", "sfa")
     },
+    **{
+        f"soft_sharing_{norm}": Method(
+            lambda norm=norm: [SoftSharing(bert(seed=1), 0.5, norm)],
+            "rows",
+            refuses_adapters="the model has an adapter",
+            uses_target=False,
+        )
+        for norm in ("l2", "trace")
+    },
     "dark_replay": Method(
         lambda: [DarkReplay(old_with_logits(), ratio=0.5, weight=0.7)],
         "rows",
@@ -259,7 +269,11 @@ def make_trainer(
         data_collator=collate,
         callbacks=list(callbacks),
     )
-    others = ("hf_adapt.continual.", "hf_adapt.unfreezing.")  # which adapt to no target
+    others = (
+        "hf_adapt.continual.",
+        "hf_adapt.multitask.",
+        "hf_adapt.unfreezing.",
+    )  # which adapt to no target
     adapts = [a for a in adaptations if not type(a).__module__.startswith(others)]
     return adapt(trainer, *adaptations, target_dataset=found if has_source and adapts else None)
 
