@@ -110,7 +110,7 @@ class StepCounts:
         # A process may have no row of a stream in this step: the tables must agree.
         counted = {
             ("labels", name): torch.zeros((), dtype=torch.float64, device=device)
-            for name in sorted(self.layout.table.labelled)
+            for name in sorted(self.layout.table.labelled | self._may_lack_rows)
         }
         for parts in batches:
             for key, count in self._counts_of(parts).items():
@@ -124,6 +124,11 @@ class StepCounts:
             counted = dict(zip(names, table.unbind(), strict=True))
         self._labels = {name: n for (kind, name), n in counted.items() if kind == "labels"}
         self._items = {name: n for (kind, name), n in counted.items() if kind == "items"}
+
+    @property
+    def _may_lack_rows(self) -> set[str]:
+        """The training rows, where a process may have none of the model's own task in a step."""
+        return set() if self.layout.table.routing is None else {TRAINING}
 
     def has_items(self, stream: str) -> torch.Tensor | float:
         """1 if this step has a row of a labelled stream, in any process, else 0."""

@@ -201,7 +201,10 @@ class TrainingStep:
         def loss_of(items: Any) -> torch.Tensor:
             return self.forward.task_loss(model, first, items, self._has_loss(first))
 
-        loss = counts.task_loss(loss_of, first, num_items_in_batch)
+        if first.is_stand_in:  # the rows of this micro-batch are all of other tasks
+            loss = _nothing(self.forward.features(model, first).outputs)
+        else:
+            loss = counts.task_loss(loss_of, first, num_items_in_batch)
         nothing = torch.zeros((), device=self.trainer.args.device)
         own_losses = dict.fromkeys(sorted(self.layout.table.labelled), nothing)
         for part in parts[1:]:
@@ -270,3 +273,10 @@ class TrainingStep:
         """The first batch with a label: a loss over none is NaN and shows nothing."""
         labelled = (b for b in batches if (count_labels(self.trainer, b) or 0) > 0)
         return next(labelled, batches[0])
+
+
+def _nothing(outputs: Any) -> torch.Tensor:
+    """0 with a gradient of 0 at everything that made these outputs: DDP waits for all of them."""
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    given = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
+    return sum((v.float().sum() * 0.0 for v in given), torch.zeros((), device=given[0].device))

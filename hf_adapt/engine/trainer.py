@@ -22,7 +22,12 @@ from hf_adapt.engine.collating import (
 from hf_adapt.engine.columns import inputs_of, kept_columns, model_inputs
 from hf_adapt.engine.gradients import check_whole_gradients
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
-from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver
+from hf_adapt.engine.mixins import (
+    BatchTransform,
+    EvaluationObserver,
+    EvaluationView,
+    RowRouting,
+)
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
 from hf_adapt.engine.run import AdaptationRun
@@ -80,6 +85,8 @@ class AdaptationMixin(_Base):
     _adaptation_observers: tuple[tuple[EvaluationObserver, ...], tuple[str, ...]] = ((), ())
     """Those of the evaluation under way, and the inputs that are only for them."""
     _adaptation_collector: OutputCollector | None = None
+    _adaptation_is_viewed = False
+    """Whether an evaluation is under way in which the Trainer's model is another."""
 
     def __init__(
         self,
@@ -138,12 +145,13 @@ class AdaptationMixin(_Base):
             return None
         self._refuse_unsupported(adaptations)
         self._adaptation_active = tuple(adaptations)
+        is_routed = any(isinstance(a, RowRouting) for a in adaptations)
         wanted = {name for a in adaptations for name in a.extra_inputs(self)}
         self._adaptation_inputs = tuple(sorted(wanted - inputs_of(self))) if wanted else ()
         return AdaptationRun(
             self,
             adaptations,
-            StreamData(self, streams, adaptations) if streams else None,
+            StreamData(self, streams, adaptations) if streams or is_routed else None,
             self._base_loss,
             self._adaptation_auxiliary,
             self._adaptation_inputs,
@@ -279,6 +287,8 @@ class AdaptationMixin(_Base):
         """The adaptations that see the batches of evaluations; a weight of 0 changes nothing."""
         if self._adaptation_collector is not None:
             return [self._adaptation_collector]
+        if self._adaptation_is_viewed:
+            return []
         given = [a for plan in self._present_plans() for a in plan.adaptations]
         observers = [a for a in given if isinstance(a, EvaluationObserver)]
         return [a for a in observers if a.observes_evaluation(self)]
@@ -402,13 +412,26 @@ class AdaptationMixin(_Base):
         An evaluation at an epoch's end comes after the checkpoint of the epoch's last step and is
         not repeated on resume, so its draws would make the resumed run another one.
         """
-        with self._evaluating():
+        with self._evaluating(), self._viewed(args, kwargs, "eval"):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own; during training it leaves the random state as it was."""
-        with self._evaluating():
+        with self._evaluating(), self._viewed(args, kwargs, "test"):
             return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _viewed(self, args: Any, kwargs: Any, prefix: str) -> Iterator[None]:
+        """The Trainer's model is that of another task, where an adaptation says so."""
+        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else prefix)
+        views = [a for a in self._present_adaptations() if isinstance(a, EvaluationView)]
+        with ExitStack() as stack:
+            before = self.model
+            for view in views:
+                stack.enter_context(view.around_evaluation(self, prefix))
+            stack.callback(setattr, self, "_adaptation_is_viewed", self._adaptation_is_viewed)
+            self._adaptation_is_viewed |= self.model is not before
+            yield
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
