@@ -43,18 +43,19 @@ class SoftSharing(GradientTransform):
 
     Each model is trained by a Trainer of its own, with its own rows, collator, metrics, schedule
     and checkpoints. The weights of the second model are read at each step as they are then, and get
-    no gradient from here. Trained models are tied to one that is finished by an adaptation on one
-    Trainer; two models that both learn, by one on each, which take turns:
+    no gradient from here. A model is tied to one that is finished by an adaptation on its Trainer;
+    two that both learn are tied by one on each, and take turns:
 
         adapt(trainer_a, SoftSharing(model_b, 0.1))
         adapt(trainer_b, SoftSharing(model_a, 0.1))
-        for _ in range(5):
+        for turn in range(5):
+            set_seed(turn)  # of transformers; else each turn has the same order of rows
             trainer_a.train()
             trainer_b.train()
 
-    Each turn is a training: give both `num_train_epochs=1` and a constant learning rate. The state
-    of the optimizers is kept between turns. Such turns lower L as they would alone: each adds the
-    gradient of the tie for its own weights.
+    Each adds the gradient of the tie for its own weights, so that the turns lower L together. A
+    turn is a training: give it `num_train_epochs=1` and a constant learning rate. The optimizers
+    keep their state between turns.
 
     Reference:
         Duong et al. 2015, "Low Resource Dependency Parsing: Cross-lingual Parameter Sharing in a

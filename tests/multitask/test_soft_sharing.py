@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_adapt import adapt
 from hf_adapt.multitask import SoftSharing, soft_sharing
@@ -118,28 +118,42 @@ def test_turns_end_at_the_minimum_of_both_losses_and_the_tie(norm: Any, tmp_path
     for model in (one, two):  # the trace norm is of matrices
         model.theta = torch.nn.Parameter(model.theta.detach()[None])
     first, second = (descent(m, tmp_path, 10, learning_rate=0.1) for m in (one, two))
-    adapt(first, SoftSharing(two, 1.0, norm))
-    adapt(second, SoftSharing(one, 1.0, norm))
+    adapt(first, SoftSharing(two, 0.5, norm))
+    adapt(second, SoftSharing(one, 0.5, norm))
     for _ in range(12):
         first.train()
         second.train()
-    best = 0.5 if norm == "l2" else 1 - 1 / (2 * 2**0.5)  # L2: 2 (a - 1) + 2 a = 0
+    best = 1 / 1.5 if norm == "l2" else 1 - 0.5 / (2 * 2**0.5)  # L2: 2 (a - 1) + a = 0
     assert one.theta.item() == pytest.approx(best, abs=1e-4)
     assert two.theta.item() == pytest.approx(-best, abs=1e-4)
-    penalty = (2 * best) ** 2 / 2 if norm == "l2" else 2**0.5 * best
+    penalty = 0.5 * ((2 * best) ** 2 / 2 if norm == "l2" else 2**0.5 * best)
     log = next(e for e in second.state.log_history if "softsharing/distance" in e)
     assert log["softsharing/distance"] == pytest.approx(2 * best, abs=1e-3)
     assert log["softsharing/penalty"] == pytest.approx(penalty, abs=1e-3)
 
 
-def test_a_schedule_is_followed_and_zero_is_the_plain_trainer(tmp_path: Path) -> None:
+class Moved(TrainerCallback):
+    """Moves a point after each step, as its own training may: by other tensors."""
+
+    def __init__(self, point: Point) -> None:
+        self.point = point
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.point.theta.data = self.point.theta.data + 0.5
+
+
+def test_the_tie_follows_the_other_model_and_the_schedule(tmp_path: Path) -> None:
     model, other = Point(0.0), Point(-1.0)
     trainer = descent(model, tmp_path, 4)
+    trainer.add_callback(Moved(other))
     adapt(trainer, SoftSharing(other, lambda p: 100 * p)).train()
     theta = 0.0
     for step in range(4):
-        theta -= 0.01 * (2 * (theta - 1) + 25 * step * (theta + 1))
+        theta -= 0.01 * (2 * (theta - 1) + 25 * step * (theta - (-1 + 0.5 * step)))
     assert model.theta.item() == pytest.approx(theta, rel=1e-5)
+
+
+def test_a_weight_of_zero_is_the_plain_trainer(tmp_path: Path) -> None:
     finals = []
     for ties in ([], [SoftSharing(bert(seed=1), lambda p: 0.0)], [SoftSharing(bert(seed=1), 0)]):
         model = bert()
