@@ -272,7 +272,7 @@ def trace_norms(
 def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The products of (A + B) / √2 and (A - B) / √2, (2, 2) in float64."""
     total = torch.zeros(2, 2, dtype=torch.float64, device=a.device)
-    for one, other in zip(a.flatten().split(BLOCK), b.flatten().split(BLOCK), strict=True):
+    for one, other in zip(*(torch.split(w.flatten(), BLOCK) for w in (a, b)), strict=True):
         first, second = one.double(), other.double()
         turned = torch.stack([first + second, first - second])
         total += turned @ turned.T / 2
