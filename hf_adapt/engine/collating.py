@@ -181,9 +181,7 @@ class AdaptationCollator:
         for stream in missing:
             groups[stream] = [(self.table.names.index(stream), dict(sources[0]))]
         batches = {
-            name: self._collate(
-                [row for _, row in group], [d for d, _ in group], sources[0], name
-            )
+            name: self._collate([row for _, row in group], [d for d, _ in group], sources[0], name)
             for name, group in groups.items()
         }
         batch = batches.pop("")

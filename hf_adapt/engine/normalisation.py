@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_adapt.engine.adaptation import Objective
@@ -41,14 +42,19 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 
 def count_labels(trainer: Trainer, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Number of labels of a micro-batch that its loss averages over, or None if unknown.
+    """Number of labels of a micro-batch that its loss averages over, or None if unknown."""
+    return label_count(trainer.accelerator.unwrap_model(trainer.model), inputs)
+
+
+def label_count(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Number of labels that a model's loss averages over, or None if unknown.
 
     A causal language model never predicts its first token.
     """
     labels = inputs.get("shift_labels", inputs.get("labels"))
     if not isinstance(labels, torch.Tensor) or labels.ndim == 0:
         return None
-    model = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
+    model = unwrapped_base(model)
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
     if (
         shifts

@@ -1,6 +1,15 @@
-"""Several tasks in one training: what their gradients and losses are made into."""
+"""Several tasks in one training: their rows, their heads, their weights, and what they do."""
 
 from hf_adapt.multitask.affinity import gradient_cosines, relative_gain, task_affinity
+from hf_adapt.multitask.loss_weights import (
+    FAMO,
+    DynamicWeightAverage,
+    GradNorm,
+    InverseLogClasses,
+    LossWeights,
+    RandomWeights,
+    Uncertainty,
+)
 from hf_adapt.multitask.mixture import (
     EpochCallback,
     Mixture,
@@ -9,10 +18,12 @@ from hf_adapt.multitask.mixture import (
     mix,
     temperature,
 )
+from hf_adapt.multitask.multi_task import MultiTask
 from hf_adapt.multitask.plots import affinity_plot, cosine_plot
 from hf_adapt.multitask.sampling import annealed_temperature, mixing_probabilities, quotas
 from hf_adapt.multitask.soft_sharing import SoftSharing
 from hf_adapt.multitask.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, pcgrad
+from hf_adapt.multitask.task_models import TaskSpec
 from hf_adapt.multitask.weighting import (
     dwa_weights,
     famo_weights,
@@ -22,10 +33,19 @@ from hf_adapt.multitask.weighting import (
 )
 
 __all__ = [
+    "FAMO",
+    "DynamicWeightAverage",
     "EpochCallback",
+    "GradNorm",
+    "InverseLogClasses",
+    "LossWeights",
     "Mixture",
+    "MultiTask",
+    "RandomWeights",
     "SoftSharing",
     "StreamedMixture",
+    "TaskSpec",
+    "Uncertainty",
     "affinity_plot",
     "aligned_mtl",
     "annealed",
