@@ -182,6 +182,11 @@ def span(row: dict[str, Any]) -> dict[str, Any]:
     return {"start_positions": row["input_ids"][0] % 4, "end_positions": 3}
 
 
+def next_tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """The first one is never predicted, though transformers 4 counts its label."""
+    return {"labels": [-100, *row["input_ids"][1:]]}
+
+
 def target_text(row: dict[str, Any]) -> dict[str, Any]:
     return {"labels": [*row["input_ids"][:2], 1]}
 
@@ -212,10 +217,10 @@ HEADS: dict[str, tuple[Callable[[], Any], Any, TaskSpec, Any]] = {
         SPAM, spam(11),
     ),
     "classes on a language model": (
-        llama, rows(9, 1, "lm"),
+        llama, with_labels(9, 1, next_tokens),
         TaskSpec(num_labels=2, head="sequence_classification", collator=collate), spam(11),
     ),
-    "two texts of one model": (llama, rows(9, 1, "lm"), TaskSpec(), rows(11, 2, "lm")),
+    "two texts of one model": (llama, with_labels(9, 1, next_tokens), TaskSpec(), with_labels(11, 2, next_tokens)),
     "text to text": (
         t5, with_labels(9, 1, target_text), TaskSpec(), with_labels(11, 2, target_text),
     ),
