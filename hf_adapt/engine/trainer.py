@@ -320,6 +320,9 @@ class AdaptationMixin(_Base):
         return tuple(sorted(wanted - inputs_of(self))) if wanted else ()
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        run = self._adaptation_run
+        if run is not None and run.data is not None and run.data.keeps_columns(dataset):
+            return dataset
         with kept_columns(self, self._kept_columns(description)):
             return super()._remove_unused_columns(dataset, description)
 
