@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 
 from hf_adapt.engine.streams import Routing
@@ -62,6 +64,8 @@ class TaskHeads:
                 for task in others
                 if task not in shared
             }
+        for task_model in self.models.values():
+            _autocast(task_model.model, trainer)
         if self.models and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             what = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(
@@ -129,6 +133,20 @@ class TaskHeads:
     def export(self, task: str, folder: str | os.PathLike[str]) -> None:
         """Write the plain model of a task."""
         save_task_model(self.model, self.models.get(task), folder)
+
+
+def _autocast(model: nn.Module, trainer: Trainer) -> None:
+    """Let a model run in the mixed precision of the run, as accelerate does with the Trainer's."""
+    if not trainer.accelerator.native_amp:
+        return
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        with trainer.accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    model.forward = convert_outputs_to_fp32(mixed)
 
 
 def _as_loss_func(loss: Any) -> Any:

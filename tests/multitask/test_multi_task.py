@@ -246,6 +246,31 @@ def test_heads_of_every_kind(kind: str, tmp_path: Path) -> None:
     assert_close(expected, found)
 
 
+def test_every_head_runs_in_the_mixed_precision_of_the_run(tmp_path: Path) -> None:
+    """In training and in an evaluation, with outputs in float32, as accelerate has them."""
+    trainer = make(tmp_path, method := MultiTask(SPECS), data(), bf16=True, max_steps=1)
+    heads = {"topic": trainer.model.classifier}
+    seen: dict[str, list[torch.dtype]] = {}
+
+    def watch(task: str, module: nn.Module) -> None:
+        seen[task] = []
+        module.register_forward_hook(lambda _, __, out: seen[task].append(out.dtype))
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            heads.update({task: m.model.classifier for task, m in method.models.items()})
+            for task, module in heads.items():
+                watch(task, module)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    trainer.evaluate({"spam": spam(9, 13)})
+    assert {task: set(found) for task, found in seen.items()} == {
+        task: {torch.bfloat16} for task in SPECS
+    }
+    assert trainer.predict(spam(3, 14), metric_key_prefix="test_spam").predictions.dtype == "float32"
+
+
 # ---- weights, surgery ----
 
 
