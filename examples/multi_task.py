@@ -68,8 +68,8 @@ class ExampleArguments:
     )
     seeds: int = option(1, "Runs of each method, with seeds from --seed on")
     few: int = option(100, "Training rows of sentiment")
-    num_train: int = option(480, "Training rows of each other task; rows of each in an epoch")
-    num_test: int = option(500, "Development and test rows of each task, at most")
+    num_train: int = option(320, "Training rows of each other task; rows of each in an epoch")
+    num_test: int = option(400, "Development and test rows of each task, at most")
     max_length: int = option(48, "Tokens of a text that are read")
     freeze_layers: int = option(3, "Train neither the embeddings nor the first layers, for speed")
 
@@ -145,7 +145,7 @@ def gain(found: dict[str, Any], alone: dict[str, Any], split: str) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     script, args, console = parse(
-        ExampleArguments, __doc__, argv, output_dir="runs/multi_task", num_train_epochs=4
+        ExampleArguments, __doc__, argv, output_dir="runs/multi_task", num_train_epochs=3
     )
     console.print(f"[dim]{ABOUT}\n{MINILM_LICENCE}[/dim]")
     path = script.model_name_or_path or str(minilm_path())

@@ -268,7 +268,9 @@ def test_every_head_runs_in_the_mixed_precision_of_the_run(tmp_path: Path) -> No
     assert {task: set(found) for task, found in seen.items()} == {
         task: {torch.bfloat16} for task in SPECS
     }
-    assert trainer.predict(spam(3, 14), metric_key_prefix="test_spam").predictions.dtype == "float32"
+    assert (
+        trainer.predict(spam(3, 14), metric_key_prefix="test_spam").predictions.dtype == "float32"
+    )
 
 
 # ---- weights, surgery ----
