@@ -582,3 +582,23 @@ def test_beside_a_knowledge_graph(tmp_path: Path) -> None:
     assert entry["multitask/other"] > 0 and entry["knowledge/mentions_per_row"] > 0
     found = trainer.evaluate({"topic": toy.rows(6, 3), "other": toy.rows(6, 4)})
     assert found["eval_other_loss"] > 0
+
+
+@pytest.mark.parametrize("what", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (lambda: MultiTask(SPECS), "The heads of tags, spam run on the body"),
+        (
+            lambda: MultiTask({"topic": None, "spam": TaskSpec(head="shared")}, surgery=pcgrad),
+            "multitask works on whole gradients",
+        ),
+    ],
+)
+def test_what_shards_weights_is_refused(
+    method: Callable[[], MultiTask], message: str, what: str, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, method(), data())
+    setattr(trainer, f"is_{what}_enabled", True)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
