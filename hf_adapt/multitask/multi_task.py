@@ -347,7 +347,10 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         if self._diagnoses and self.diagnosis is not None:
             self.diagnosis.add_cosines(self._gradients, sums)
         if self.surgery is not None:
-            direction = self.surgery(sums)
+            # On each process the same orders, and others in each step.
+            seed = seed_for(f"{self.name}/{trainer.state.global_step}", trainer.args.seed)
+            with preserved_random_state(seed):
+                direction = self.surgery(sums)
             if direction.shape != sums[0].shape:
                 raise ValueError(
                     f"surgery= returned {tuple(direction.shape)} for gradients of shape "
