@@ -163,16 +163,13 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         self.weighting.begin(list(self.tasks), [heads.head(task).size for task in self.tasks])
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
-        """The heads, and what the weighting learns."""
+        """The heads."""
         weights = {
             f"{task}/{name.replace('.', '/')}": parameter
             for task, model in self.models.items()
             for name, parameter in model.own.items()
         }
-        parts: dict[str, nn.Module] = {"heads": nn.ParameterDict(weights)} if weights else {}
-        if self.weighting.module is not None:
-            parts["weighting"] = self.weighting.module
-        return nn.ModuleDict(parts) if parts else None
+        return nn.ModuleDict({"heads": nn.ParameterDict(weights)}) if weights else None
 
     @property
     def _keeps_gradients(self) -> bool:
@@ -261,9 +258,8 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         shares = [losses[names[task]].float() for task in self.tasks]
         self._totals += torch.stack([each.detach() for each in shares])
         scaled = [each * weights[names[t]] for each, t in zip(shares, self.tasks, strict=True)]
-        share = 1 / self._trainer.current_gradient_accumulation_steps
         # Not one tensor: the way back of each must go through its own rows alone.
-        terms = self.weighting.terms(scaled, self._weights, share)
+        terms = [weight * loss for weight, loss in zip(self._weights, scaled, strict=True)]
         others = [
             weights[name] * loss for name, loss in losses.items() if name not in names.values()
         ]
@@ -351,7 +347,10 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         if self._diagnoses and self.diagnosis is not None:
             self.diagnosis.add_cosines(self._gradients, sums)
         if self.surgery is not None:
-            direction = self.surgery(sums)
+            # On each process the same orders, and others in each step.
+            seed = seed_for(f"{self.name}/{trainer.state.global_step}", trainer.args.seed)
+            with preserved_random_state(seed):
+                direction = self.surgery(sums)
             if direction.shape != sums[0].shape:
                 raise ValueError(
                     f"surgery= returned {tuple(direction.shape)} for gradients of shape "
