@@ -320,6 +320,17 @@ def test_uncertainty_is_learnt_from_the_losses_of_the_whole_step(
     torch.testing.assert_close(moved, -0.1 * expected.sign())
 
 
+def test_heads_are_decayed_as_the_model_is(tmp_path: Path) -> None:
+    """Matrices at the Trainer's rate, biases not at all."""
+    method = MultiTask(SPECS)
+    trainer = make(tmp_path, method, data(), max_steps=1, weight_decay=0.3)
+    trainer.train()
+    groups = trainer._adaptation_auxiliary.optimizer.optimizer.param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    own = method.models["spam"].own
+    assert decays[id(own["classifier.weight"])] == 0.3 and decays[id(own["classifier.bias"])] == 0
+
+
 def test_weightings_that_follow_the_losses() -> None:
     """The published numbers, and what survives a checkpoint."""
     famo, again = FAMO(), FAMO()
