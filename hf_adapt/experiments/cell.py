@@ -130,7 +130,8 @@ def run_cells(
         A result for each; with the key `error` if the run failed.
     """
     method, seed = experiment.methods[cells[0].method], cells[0].seed
-    role = "baseline" if method.is_baseline else "bound" if method.is_bound else "adapted"
+    is_baseline = method.is_baseline or cells[0].method == experiment.baseline
+    role = "baseline" if is_baseline else "bound" if method.is_bound else "adapted"
     results: list[dict[str, Any]] = [
         {
             "source": cell.source,

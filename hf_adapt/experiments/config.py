@@ -132,6 +132,17 @@ class Experiment:
         """The name of what is predicted on a domain."""
         return self.data[domain].task or self.task
 
+    @property
+    def baseline(self) -> str | None:
+        """The method that others are compared with: source only; each task alone in a mixture.
+
+        Alone, a task may have training arguments of its own, such as more steps.
+        """
+        are = self.methods.items()
+        if self.mixture is not None:
+            return next((name for name, method in are if not method.adaptations), None)
+        return next((name for name, method in are if method.is_baseline), None)
+
     @classmethod
     def read(cls, settings: Settings, folder: Path = Path()) -> Experiment:
         """Check a configuration and fill in the defaults.

@@ -47,7 +47,8 @@ def _panel(
         score, method = row.accuracy[pair], experiment.methods[row.method]
         if score is None or score["mean"] is None:
             continue
-        is_reference = method.is_baseline or method.is_bound
+        is_baseline = method.is_baseline or row.method == experiment.baseline
+        is_reference = is_baseline or method.is_bound
         level, colour = 100 * score["mean"], GREY if is_reference else BLUE
         axes.plot([level] * 2, [line - 0.34, line + 0.34], color=colour, lw=3, zorder=2)
         axes.annotate(

@@ -110,7 +110,7 @@ def summarize(experiment: Experiment, results: Results) -> list[Row]:
         for method in experiment.methods
         for pair in experiment.pairs
     }
-    baseline = next((name for name, m in experiment.methods.items() if m.is_baseline), None)
+    baseline = experiment.baseline
     bound = next((name for name, m in experiment.methods.items() if m.is_bound), None)
 
     def mean(method: str | None, pair: tuple[str, str]) -> float | None:

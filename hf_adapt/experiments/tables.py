@@ -170,13 +170,12 @@ def legend(experiment: Experiment) -> str:
     ]
     methods = experiment.methods.items()
     if experiment.mixture is not None:
-        alone = [name for name, method in methods if method.is_baseline]
         sentences[0] = f"Accuracy i{sentences[0][1:]}"
-        sentences += [
-            f"Δm: how much better than {name} of the same seed, as a mean over the tasks of the "
-            "share of its accuracy."
-            for name in alone[:1]
-        ]
+        if experiment.baseline is not None:
+            sentences.append(
+                f"Δm: how much more accurate than {experiment.baseline} with the same seed, in "
+                "% of its accuracy, as a mean over the tasks."
+            )
         return " ".join([*sentences, "seconds: of training, all tasks together. " + WARNED])
     bounds = [name for name, method in methods if method.is_bound]
     if bounds:
