@@ -10,6 +10,7 @@ import torch
 from transformers import BertForSequenceClassification, BertForTokenClassification, Trainer
 
 from hf_adapt.cli.run_options import experiment
+from hf_adapt.experiments.cell import Cell, cell_folder
 from hf_adapt.experiments.data import cached_pair
 from hf_adapt.experiments.joint_training import mixtures_of
 from hf_adapt.experiments.outputs import RunOutputs
@@ -141,6 +142,20 @@ def test_frozen_layers_the_diagnosis_and_steps_of_its_own(write: Config, tmp_pat
     assert json.loads(logs.read_text())[-1]["step"] == 3
     roles = {json.loads(f.read_text())["role"] for f in (tmp_path / "out").rglob("alone-*/r*.json")}
     assert roles == {"baseline"}
+
+
+@pytest.mark.parametrize("changes_rows", [False, True])
+def test_what_changes_a_mixture_makes_new_runs_of_all_its_tasks(
+    write: Config, tasks: dict[str, Any], changes_rows: bool
+) -> None:
+    topic = {**tasks["topic"], "num_train": 8}
+    change = {"data": {**tasks, "topic": topic}} if changes_rows else {"mixture": {"size": 30}}
+    before, after = (experiment(write(**each), {}, {}) for each in ({}, change))
+    for task in tasks:
+        for method in ("alone", "mixture"):
+            cell = Cell(task, task, method, 42)
+            same = cell_folder(before, cell) == cell_folder(after, cell)
+            assert same == (method == "alone" and not (changes_rows and task == "topic")), cell
 
 
 def test_a_mixture_of_two_processes_is_that_of_one(write: Config, tmp_path: Path) -> None:
