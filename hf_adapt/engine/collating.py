@@ -174,7 +174,12 @@ class AdaptationCollator:
                 row_of = self._companion(self._plain(companion), sources, stream)
                 group.append((domain, row_of))
         for stream in self.table.labelled & groups.keys():
-            self._check_labelled(stream, rows, sources[0])
+            given = [r for row in rows for d, r in row.companions if self.table.names[d] == stream]
+            if not given:  # a task that shares the model's head
+                given = [row for _, row in groups[stream]]
+                numbered = [(d, self._companion(row, sources, stream)) for d, row in groups[stream]]
+                groups[stream] = numbered
+            self._check_labelled(stream, given, sources[0])
         stands_in = stands_in and len(groups[""]) == 1
         own_forward = self.table.separate - self._own_collators.keys()
         missing = own_forward - groups.keys() if self.stands_in else ()
@@ -235,11 +240,8 @@ class AdaptationCollator:
             plain = [self._companion(row, [like], stream) for row in plain]
         return self._collate(plain, [domain for domain, _ in rows], like)
 
-    def _check_labelled(self, stream: str, rows: Sequence[PairedRow], like: Any) -> None:
+    def _check_labelled(self, stream: str, given: Sequence[Any], like: Any) -> None:
         """Refuse a stream whose labels are to be trained on and whose rows have none."""
-        assert self.table is not None
-        names = self.table.names
-        given = [r for row in rows for domain, r in row.companions if names[domain] == stream]
         own = self.label_names & like.keys() if isinstance(like, Mapping) else ()
         if own and not any(isinstance(r, Mapping) and own & r.keys() for r in given):
             raise ValueError(

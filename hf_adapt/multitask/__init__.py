@@ -21,6 +21,7 @@ from hf_adapt.multitask.mixture import (
 from hf_adapt.multitask.multi_task import MultiTask
 from hf_adapt.multitask.plots import affinity_plot, cosine_plot
 from hf_adapt.multitask.sampling import annealed_temperature, mixing_probabilities, quotas
+from hf_adapt.multitask.soft_sharing import SoftSharing
 from hf_adapt.multitask.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, pcgrad
 from hf_adapt.multitask.task_models import TaskSpec
 from hf_adapt.multitask.weighting import (
@@ -41,6 +42,7 @@ __all__ = [
     "Mixture",
     "MultiTask",
     "RandomWeights",
+    "SoftSharing",
     "StreamedMixture",
     "TaskSpec",
     "Uncertainty",

@@ -56,7 +56,16 @@ from hf_adapt.continual import (
     ReplayMemory,
 )
 from hf_adapt.continual.row_choice import LOGITS
-from hf_adapt.multitask import FAMO, GradNorm, MultiTask, TaskSpec, Uncertainty, mix, pcgrad
+from hf_adapt.multitask import (
+    FAMO,
+    GradNorm,
+    MultiTask,
+    SoftSharing,
+    TaskSpec,
+    Uncertainty,
+    mix,
+    pcgrad,
+)
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.toy import tokenizer
@@ -233,6 +242,15 @@ METHODS = {
             lambda kind=kind: [AveragedWeights(kind, final=False)], "rows", uses_target=False
         )
         for kind in ("ema", "soup", "sfa")
+    },
+    **{
+        f"soft_sharing_{norm}": Method(
+            lambda norm=norm: [SoftSharing(bert(seed=1), 0.5, norm)],
+            "rows",
+            refuses_adapters="the model has an adapter",
+            uses_target=False,
+        )
+        for norm in ("l2", "trace")
     },
     **{
         f"multi_task{name}": Method(
