@@ -284,20 +284,20 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
             if self._diagnoses or self.weighting.observes_norms:
                 given = shares if self.weighting.observes_norms else terms
                 gradients.add(trainer, given, keeps_graph=True)
-                self._look(batch)
+                self._look(batch, given)
             return loss
         modules = [] if self.module is None else list(self.module.parameters())
         surrogate = gradients.add(
             trainer, terms, [*self._others, *modules], keeps_graph=rest.requires_grad
         )
-        self._look(batch)
+        self._look(batch, terms)
         if trainer.accelerator.num_processes > 1:  # DDP waits for a gradient of each weight
             zeros = [(weight * 0).sum() for weight in gradients.parameters]
             surrogate = surrogate + torch.stack(zeros).sum()
         value = sum((term.detach() for term in terms), rest)
         return value + (surrogate - surrogate.detach())
 
-    def _look(self, batch: Batch) -> None:
+    def _look(self, batch: Batch, shares: Sequence[torch.Tensor]) -> None:
         """On the first micro-batch of some steps: how a step on one task changes the others."""
         if not self._diagnoses or self._micro_batch > 1:
             return
@@ -308,8 +308,8 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
             stack.enter_context(evaluating(self.heads.model))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self._trainer.compute_loss_context_manager())
-            rate = self._trainer.args.learning_rate
-            self.diagnosis.add_affinity(self._gradients, rate, lambda: self._losses(batch))
+            values = torch.stack([share.detach() for share in shares])
+            self.diagnosis.add_affinity(self._gradients, values, lambda: self._losses(batch))
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """The mean loss of each task on a micro-batch, NaN for one without rows."""
