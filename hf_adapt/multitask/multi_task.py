@@ -17,6 +17,7 @@ from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.batch import Batch, Rows
 from hf_adapt.engine.checkpoint import WEIGHTS_FILE, load_weights
+from hf_adapt.engine.gradients import loss_scale
 from hf_adapt.engine.mixins import EvaluationView, GradientTransform, LossCombiner, RowRouting
 from hf_adapt.engine.normalisation import label_count
 from hf_adapt.engine.parts import Part
@@ -365,6 +366,10 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         trainer = self._trainer
         assert trainer is not None
         sums = None if self._gradients is None else self._gradients.averaged(trainer)
+        if sums is not None and loss_scale(trainer) is not None and not sums.isfinite().all():
+            if self.surgery is not None and self._gradients is not None:
+                self._gradients.write(sums.sum(0))  # the scaler finds the overflow
+            return
         if self.weighting.observes_losses:
             totals = trainer.accelerator.reduce(self._totals.clone(), reduction="mean")
             losses = torch.where(totals == 0, torch.nan, totals).cpu()

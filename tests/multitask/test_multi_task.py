@@ -42,7 +42,7 @@ from tests.helpers import injectors, toy
 from tests.helpers.data import collate, rows
 from tests.helpers.injectors import injection
 from tests.helpers.models import bert, llama, t5_config
-from tests.helpers.trainers import arguments
+from tests.helpers.trainers import ScaledTrainer, arguments
 
 TOPIC, SPAM = TaskSpec(), TaskSpec(num_labels=2)
 TAGS = TaskSpec("tags", 4, head="token_classification", collator=collate)
@@ -382,6 +382,31 @@ def test_surgery_is_on_the_gradients_of_the_whole_step(tmp_path: Path) -> None:
     assert weight.grad.tolist() == [1.0, 1.0]
     apart = torch.stack([pcgrad(torch.tensor(g)) for g in each]).mean(0)
     assert apart.tolist() == [1.25, 1.25]
+
+
+class Overflowing(ScaledTrainer):
+    """A gradient of the body is infinite in the second step."""
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1 and not hasattr(self, "hooked"):
+            weight = model.bert.pooler.dense.weight
+            self.hooked = weight.register_hook(lambda g: g * float("inf"))
+        elif self.state.global_step == 2:
+            self.hooked.remove()
+        return super().training_step(model, *args, **kwargs)
+
+
+def test_a_step_of_surgery_that_overflows_is_left_to_the_scaler(tmp_path: Path) -> None:
+    trainer = Overflowing(
+        model=bert(), args=arguments(tmp_path, max_steps=3), train_dataset=data(),
+        data_collator=collate,
+    )  # fmt: skip
+    before = trainer.model.bert.pooler.dense.weight.detach().clone()
+    method = MultiTask(SPECS, surgery=pcgrad, weighting=Uncertainty())
+    adapt(trainer, method).train()
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
+    assert trainer.accelerator.scaler.get_scale() == 2.0**7  # found once
+    assert not trainer.model.bert.pooler.dense.weight.equal(before)
 
 
 def test_surgery_draws_other_orders_in_each_step_and_the_same_in_another_run(
