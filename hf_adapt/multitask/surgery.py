@@ -291,7 +291,7 @@ def _gram(gradients: torch.Tensor) -> torch.Tensor:
             f"gradients has the shape {tuple(gradients.shape)}; expected (K, P), one row for each "
             "task."
         )
-    parts = gradients.detach().split(_COLUMNS, dim=1)
+    parts = torch.split(gradients.detach(), _COLUMNS, dim=1)
     found = torch.stack([(own := part.double()) @ own.T for part in parts]).sum(0).cpu()
     if not bool(torch.isfinite(found).all()):
         raise ValueError("gradients holds NaN or infinity: skip the step, or lower the loss scale.")
