@@ -11,9 +11,10 @@ rows of each task: a step of a mixture has as many as one step of each single ru
 
 Measured with the defaults, three seeds and --bf16 true: 74.8, 97.1 and 92.8 alone, 73.0, 97.0 and
 89.3 together: with as many steps in all as one single run, the tasks do not help each other, and
-no weighting mends it. Four minutes of one CPU core a seed. Writes results.json, table.md, and a heat map of what a step on one task does to the others to
---output_dir, where each run's numbers are kept: the same command goes on where it stopped. Every
-option of TrainingArguments can be given as well.
+no weighting mends it. Five minutes of one CPU core for a seed. Writes results.json, table.md, and a
+heat map of what a step on one task does to the others to --output_dir, where each run's numbers are
+kept: the same command goes on where it stopped. Every option of TrainingArguments can be given as
+well.
 """
 
 import json

@@ -31,7 +31,7 @@ from hf_adapt.multitask.diagnosis import TaskDiagnosis
 from hf_adapt.multitask.loss_weights import FixedWeights, LossWeights
 from hf_adapt.multitask.mixture import Mixture, StreamedMixture
 from hf_adapt.multitask.task_gradients import Surgery, TaskGradients
-from hf_adapt.multitask.task_heads import TaskHeads
+from hf_adapt.multitask.task_heads import TaskHeads, in_full_precision
 from hf_adapt.multitask.task_models import TaskModel, TaskSpec
 
 if TYPE_CHECKING:
@@ -341,7 +341,9 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
             stack.enter_context(preserved_random_state())
             stack.enter_context(evaluating(self.heads.model))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self._trainer.compute_loss_context_manager())
+            # A step that lowers a loss by a hundredth is lost in the rounding of bf16.
+            own_models = [model.model for model in self.models.values()]
+            stack.enter_context(in_full_precision([self.heads.model, *own_models]))
             values = torch.stack([share.detach() for share in shares])
             self.diagnosis.add_affinity(self._gradients, values, lambda: self._losses(batch))
 

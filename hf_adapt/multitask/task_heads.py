@@ -6,7 +6,8 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -138,7 +139,20 @@ class TaskHeads:
         save_task_model(self.model, self.models.get(task), folder)
 
 
-def _autocast(model: nn.Module, trainer: Trainer) -> None:
+@contextmanager
+def in_full_precision(models: Iterable[Any]) -> Iterator[None]:
+    """Run models without the autocast that accelerate has put around their forwards."""
+    mixed = {model: model.forward for model in models if hasattr(model, "_original_forward")}
+    for model in mixed:
+        model.forward = model._original_forward
+    try:
+        yield
+    finally:
+        for model, forward in mixed.items():
+            model.forward = forward
+
+
+def _autocast(model: Any, trainer: Trainer) -> None:
     """Let a model run in the mixed precision of the run, as accelerate does with the Trainer's."""
     if not trainer.accelerator.native_amp:
         return
@@ -149,6 +163,7 @@ def _autocast(model: nn.Module, trainer: Trainer) -> None:
         with trainer.accelerator.autocast():
             return forward(*args, **kwargs)
 
+    model._original_forward = forward
     model.forward = convert_outputs_to_fp32(mixed)
 
 

@@ -280,6 +280,22 @@ def test_every_head_runs_in_the_mixed_precision_of_the_run(tmp_path: Path) -> No
     )
 
 
+def test_affinity_is_found_in_full_precision(tmp_path: Path) -> None:
+    """Steps that small are lost in the rounding of bf16."""
+    found = []
+    for bf16 in (False, True):
+        method = MultiTask(SPECS, diagnose_every=1)
+        trainer = make(tmp_path, method, data(), bf16=bf16, max_steps=1)
+        trainer.train()
+        assert method.diagnosis is not None
+        found.append(method.diagnosis.affinity)
+        if bf16:  # and training goes on in bf16
+            scores = trainer.model(**_batch([dict(rows(3, 1, "row")[i]) for i in range(3)])).logits
+            assert scores.dtype == torch.float32 and hasattr(trainer.model, "_original_forward")
+            assert trainer.model.forward != trainer.model._original_forward
+    torch.testing.assert_close(*found, rtol=0.1, atol=5e-4)
+
+
 # ---- weights, surgery ----
 
 
