@@ -185,7 +185,6 @@ class Consolidation(GradientTransform, WeightTransform):
             self._hold(self._importance_of(model, past), self._starts())
         elif isinstance(self.importance, (str, os.PathLike)):
             saved = self._read(self.importance, checks_weights=False)
-            assert isinstance(saved, SavedImportance)
             self._key = saved.key
             starts = self._starts()
             if self.start is None:
@@ -256,13 +255,11 @@ class Consolidation(GradientTransform, WeightTransform):
             return None
         if not isinstance(source, (Fisher, MAS, SI)):
             given = self._read(source)
-            self._key = given.key if isinstance(given, SavedImportance) else None
-            self._unit = given.unit if isinstance(given, SavedImportance) else 1.0
-            return dict(given.importance if isinstance(given, SavedImportance) else given)
+            self._key, self._unit = given.key, given.unit
+            return dict(given.importance)
         total = past
         if source.previous is not None and not past:
-            given = self._read(source.previous)
-            total = given.in_own_units if isinstance(given, SavedImportance) else dict(given)
+            total = self._read(source.previous).in_own_units
         if not isinstance(source, SI):
             found = source.compute(model, self._trainer)
             assert self._held is not None
@@ -280,20 +277,17 @@ class Consolidation(GradientTransform, WeightTransform):
         self._unit = unit_of(total, self.importance.normalize)
         return {name: value / self._unit for name, value in total.items()}
 
-    def _read(
-        self, given: Previous, checks_weights: bool = True
-    ) -> SavedImportance | Mapping[str, torch.Tensor]:
+    def _read(self, given: Previous, checks_weights: bool = True) -> SavedImportance:
         """An importance that is known, if it fits the model."""
         assert self._held is not None
-        saved, own = known_importance(given), self._held.weights
-        if isinstance(saved, SavedImportance):
-            saved = saved.named_as(own)
-        named = saved.importance if isinstance(saved, SavedImportance) else saved
-        held = {n: v for n, v in named.items() if not any(matches(p, n) for p in self.skip or ())}
-        what = str(saved.path) if isinstance(saved, SavedImportance) else "the given tensors"
-        check_shapes(held, own, what)
-        if not isinstance(saved, SavedImportance):
-            return held
+        own = self._held.weights
+        saved = known_importance(given).named_as(own)
+        held = {
+            name: value
+            for name, value in saved.importance.items()
+            if not any(matches(pattern, name) for pattern in self.skip or ())
+        }
+        check_shapes(held, own, saved.origin)
         saved = replace(saved, importance=held)
         if checks_weights:
             saved.check_weights({**self._held.plain, **self._held.factors})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,20 +20,20 @@ FILE = "importance.safetensors"
 
 @dataclass(frozen=True)
 class SavedImportance:
-    """What a folder holds.
+    """What a folder holds, or an importance that was given as tensors.
 
     Attributes:
         importance: A float32 tensor for each weight's name.
         weights: The model's weights that it belongs to: the anchor of the next task.
-        key: What tells this file from any other.
+        key: What tells this file from any other; None without a file.
+        origin: Where it is from, for messages.
         unit: What the importance was divided by, so that those of several tasks can be added.
-        path: The file.
     """
 
     importance: Mapping[str, torch.Tensor]
-    weights: Mapping[str, torch.Tensor]
-    key: str
-    path: Path
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    key: str | None = None
+    origin: str = "the given tensors"
     unit: float = 1.0
 
     @property
@@ -56,17 +56,6 @@ class SavedImportance:
         )
         return replace(self, importance=importance, weights=weights)
 
-    def check_shapes(self, own: Mapping[str, torch.Tensor]) -> None:
-        """Refuse an importance of weights that a model has not.
-
-        Args:
-            own: The model's weights, by name.
-
-        Raises:
-            ValueError: Naming them.
-        """
-        check_shapes(self.importance, own, str(self.path))
-
     def check_weights(self, own: Mapping[str, torch.Tensor]) -> None:
         """Refuse the importance of another model than the one that training starts from.
 
@@ -88,7 +77,7 @@ class SavedImportance:
                 for n in others
             )
             raise ValueError(
-                f"{self.path} holds the importance of another model: {len(others)} of "
+                f"{self.origin} holds the importance of another model: {len(others)} of "
                 f"{len(there)} weights differ from those that training starts from (by up to "
                 f"{gap:.2g}), first {', '.join(others[:3])}. Load the model that was trained when "
                 "it was saved, or compute the importance for this one."
@@ -140,7 +129,8 @@ def load_importance(folder: str | Path) -> SavedImportance:
             kind, _, weight = name.partition(".")
             found[kind][weight] = file.get_tensor(name)
     unit = float(about.get("unit", 1.0))
-    return SavedImportance(found["importance"], found["weights"], about.get("key", ""), path, unit)
+    key = about.get("key", "")
+    return SavedImportance(found["importance"], found["weights"], key, str(path), unit)
 
 
 def plain_name(name: str) -> str:

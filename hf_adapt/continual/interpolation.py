@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -71,9 +70,9 @@ def interpolate(
                 own[name].copy_(value)
         return clone
 
-    if isinstance(alphas, Real):
+    if not isinstance(alphas, Iterable):
         return between(float(alphas))
-    given = [float(alpha) for alpha in alphas]  # type: ignore[union-attr]
+    given = [float(alpha) for alpha in alphas]
     for alpha in given:
         check_alpha(alpha)
     return [between(alpha) for alpha in given]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import default_data_collator
 
+from hf_adapt.engine.collating import label_columns
 from hf_adapt.engine.columns import dataset_columns, named_inputs
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.pairing import is_map_style, rows_at
@@ -38,7 +39,7 @@ CLASS_COLUMNS = ("labels", "label")
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 """Makes a batch of rows."""
 
-LABELS = {"label", "labels", "label_ids", "start_positions", "end_positions"}
+LABELS = label_columns(("start_positions", "end_positions"), None)
 """Columns and inputs that hold labels."""
 
 
