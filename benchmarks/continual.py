@@ -3,7 +3,8 @@
 Ratios of runs that alternate in one process, so that a slow machine slows both sides, on a BERT of
 MiniLM-L6's shape whose every weight trains:
 
-1. `Consolidation` (EWC with given importance), decoupled and as a gradient, against a plain step.
+1. `Consolidation` (EWC with given importance), decoupled and as a gradient, against a plain step,
+   of 16 and of 32 rows: what it adds does not depend on the rows.
 2. `KeepPredictions` under LoRA against a plain step under LoRA; a forward without gradients is
    measured beside it, since the aim is one further forward.
 3. `Replay` at several ratios against a plain step: the aim is (1 + ratio) × 1.05.
@@ -46,13 +47,15 @@ def make_model(lora: bool) -> Any:
     return get_peft_model(model, config)
 
 
-def step(make: Callable[[Any], list[Adaptation]], device: str, lora: bool = False) -> float:
-    """Median seconds of a step of 16 rows."""
+def step(
+    make: Callable[[Any], list[Adaptation]], device: str, lora: bool = False, size: int = ROWS
+) -> float:
+    """Median seconds of a step of so many rows."""
     model = make_model(lora)
-    rows = random_rows((STEPS + WARM_UP + 1) * ROWS, TOKENS)
+    rows = random_rows((STEPS + WARM_UP + 1) * size, TOKENS)
     adaptations, clock = make(model), Clock(device)
     callbacks = [AdaptationCallback(*adaptations)] if adaptations else []
-    return step_seconds(model, rows, ROWS, STEPS, WARM_UP, clock=clock, callbacks=callbacks)
+    return step_seconds(model, rows, size, STEPS, WARM_UP, clock=clock, callbacks=callbacks)
 
 
 def forward(device: str) -> float:
@@ -108,21 +111,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only_consolidation", action="store_true")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     print_machine(options.device, "torch", "transformers", "accelerate", "peft", "datasets")
     device, lines = options.device, []
-    print_table([memory()])
+    if not options.only_consolidation:
+        print_table([memory()])
     old = random_rows(1000, TOKENS, seed=3)
-    sides: dict[str, Callable[[], float]] = {"plain": lambda: step(lambda _: [], device)}
-    for form in ("decoupled", "gradient"):
-        sides[form] = lambda form=form: step(consolidation(form), device)
+    for size in (ROWS, 2 * ROWS):
+        sides: dict[str, Callable[[], float]] = {
+            "plain": lambda size=size: step(lambda _: [], device, size=size)
+        }
+        for form in ("decoupled", "gradient"):
+            sides[form] = lambda form=form, size=size: step(consolidation(form), device, size=size)
+        found = in_turns(sides, options.rounds)
+        lines += [
+            ratio(f"{form} / plain, {size} rows", seconds, found["plain"])
+            for form, seconds in found.items()
+            if form != "plain"
+        ]
+    if options.only_consolidation:
+        print_table(lines)
+        return
+    sides = {"plain": lambda: step(lambda _: [], device)}
     for share in (0.25, 1.0):
         sides[f"replay {share:g}"] = lambda share=share: step(
             lambda _: [Replay(old, ratio=share)], device
         )
     found = in_turns(sides, options.rounds)
-    lines = [ratio(f"{n} / plain", s, found["plain"]) for n, s in found.items() if n != "plain"]
+    lines += [ratio(f"{n} / plain", s, found["plain"]) for n, s in found.items() if n != "plain"]
     with_lora: dict[str, Callable[[], float]] = {
         "plain": lambda: step(lambda _: [], device, lora=True),
         "kl": lambda: step(lambda _: [KeepPredictions()], device, lora=True),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -114,6 +114,7 @@ def load_importance(folder: str | Path) -> SavedImportance:
 
     Raises:
         FileNotFoundError: If the folder has no importance.
+        ValueError: If the file is something else.
     """
     path = Path(folder)
     path = path if path.is_file() else path / FILE
@@ -123,13 +124,18 @@ def load_importance(folder: str | Path) -> SavedImportance:
             "save_importance wrote."
         )
     found: dict[str, dict[str, torch.Tensor]] = {"importance": {}, "weights": {}}
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        for name in file.keys():
-            kind, _, weight = name.partition(".")
-            found[kind][weight] = file.get_tensor(name)
-    unit = float(about.get("unit", 1.0))
-    key = about.get("key", "")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            for name in file.keys():
+                kind, _, weight = name.partition(".")
+                found[kind][weight] = file.get_tensor(name)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no importance ({error!r:.80}). Pass the folder that "
+            "Consolidation(save_to=...) or save_importance wrote, or let it be written again."
+        ) from error
+    key, unit = about.get("key", ""), float(about.get("unit", 1.0))
     return SavedImportance(found["importance"], found["weights"], key, str(path), unit)
 
 

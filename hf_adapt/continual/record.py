@@ -113,9 +113,10 @@ class ContinualMetrics(Adaptation):
             further row, if the model is the one that the last training has left.
         metric: What is read of each evaluation, `eval_{task}_{metric}`: a name that
             `compute_metrics` returns, for which higher is better; or `"loss"`, for which lower is.
-        path: The JSON file; by default `continual_metrics.json` in the folder that `output_dir`
-            lies in, so that `runs/movies` and `runs/tweets` share `runs/continual_metrics.json`.
-            Give each sequence of trainings (each seed) a file of its own.
+        path: The JSON file, or its folder; by default `continual_metrics.json` in the folder that
+            `output_dir` lies in, so that `runs/movies` and `runs/tweets` share
+            `runs/continual_metrics.json`. Give each sequence of trainings (each seed) a file of its
+            own.
         known: Tasks that the model knows already, in the order in which it has learnt them. Their
             rows are the scores before the first training of all, from which forgetting counts.
 
@@ -148,8 +149,10 @@ class ContinualMetrics(Adaptation):
 
     def setup(self, trainer: Trainer) -> None:
         """Read the file, and check that all tasks can be evaluated."""
-        default = Path(trainer.args.output_dir or ".").absolute().parent / "continual_metrics.json"
-        self._file = default if self.path is None else Path(self.path)
+        beside = Path(trainer.args.output_dir or ".").absolute().parent
+        self._file = beside if self.path is None else Path(self.path)
+        if self.path is None or self._file.is_dir():
+            self._file /= "continual_metrics.json"
         if not isinstance(trainer.eval_dataset, Mapping) or not trainer.eval_dataset:
             raise ValueError(
                 "ContinualMetrics evaluates several tasks: eval_dataset must be a dict of data "
@@ -187,6 +190,7 @@ class ContinualMetrics(Adaptation):
         try:
             content = json.loads(text[0])
             record = Record(content["metric"], content["baseline"], content["rows"])
+            record.table(*record.rows.values(), record.baseline or {})  # are they scores by task?
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self._file} is no record of ContinualMetrics ({error!r}). Move it away, or pass "

@@ -285,13 +285,14 @@ def test_refused_before_training(
     [
         ("{", "is no record of ContinualMetrics"),
         ("[]", "is no record of ContinualMetrics"),
+        ('{"metric": "accuracy", "baseline": null, "rows": {"a": 1}}', "is no record"),
         ('{"metric": "f1", "baseline": null, "rows": {}}', "records f1, not accuracy"),
     ],
 )
 def test_another_file(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "continual_metrics.json").write_text(text)
     with pytest.raises(ValueError, match=expected):
-        adapt(trainer_of(tmp_path / "a"), ContinualMetrics()).train()
+        adapt(trainer_of(tmp_path / "a"), ContinualMetrics(path=tmp_path)).train()
 
 
 def test_a_metric_that_is_missing_in_the_end_loses_no_training(
