@@ -394,17 +394,18 @@ class Consolidation(GradientTransform, WeightTransform):
             return {"key": self._key, **({"start": _on_cpu(start)} if start else {})}
         known = None if self._found is None else _on_cpu(self._found)
         state: dict[str, Any] = {"start": _on_cpu(self._start), "importance": known}
-        state["unit"] = self._unit
+        state |= {"unit": self._unit, "kind": type(self.importance).__name__}
         if isinstance(self.importance, SI):
             state["path"] = _on_cpu(self.importance.path)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
-        if state.get("key") != self._key:
+        kind = type(self.importance).__name__
+        if state.get("key") != self._key or (self._key is None and state["kind"] != kind):
             raise ValueError(
-                f"Training resumes with another importance than {self.importance!s:.80} holds, or "
-                "the folder has been written again since. Resume with the one that it began with."
+                f"Training resumes with another importance ({kind}) than it began with, or the "
+                "folder has been written again since. Resume with the one that it began with."
             )
         if self._key is not None:
             self._hold(self._found, {**self._start, **state.get("start", {})})

@@ -353,6 +353,10 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
     trainer = trainer_of(bert(), tmp_path, known, **settings)
     with pytest.raises(ValueError, match="has been written again since"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "folder" / "checkpoint-2"))
+    trainer_of(bert(), tmp_path / "l2", Consolidation(), **settings).train()
+    trainer = trainer_of(bert(), tmp_path, Consolidation(Fisher(rows(3, 1))), **settings)
+    with pytest.raises(ValueError, match=r"another importance \(Fisher\) than it began with"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "l2" / "checkpoint-2"))
 
 
 # ---- bad input ----
