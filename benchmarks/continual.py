@@ -4,7 +4,8 @@ Ratios of runs that alternate in one process, so that a slow machine slows both 
 MiniLM-L6's shape whose every weight trains:
 
 1. `Consolidation` (EWC with given importance), decoupled and as a gradient, against a plain step,
-   of 16 and of 32 rows: what it adds does not depend on the rows.
+   of 16 and of 32 rows (what it adds does not depend on them), with an importance of 5,000 words'
+   embeddings, as of some hundred rows of the past, and of all.
 2. `KeepPredictions` under LoRA against a plain step under LoRA; a forward without gradients is
    measured beside it, since the aim is one further forward.
 3. `Replay` at several ratios against a plain step: the aim is (1 + ratio) × 1.05.
@@ -19,6 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import datasets
@@ -36,6 +38,7 @@ from hf_adapt.experiments.memory import peak, restarted_peak
 
 ROWS, TOKENS, STEPS, WARM_UP = 16, 64, 8, 3
 MEMORY_ROWS, OLD_ROWS = 100_000, 200_000
+WORDS, VOCABULARY = 5_000, 30_522  # that the rows of the past have, and all
 
 
 def make_model(lora: bool) -> Any:
@@ -72,14 +75,15 @@ def forward(device: str) -> float:
     return clock.median(WARM_UP)
 
 
-def consolidation(form: Any) -> Callable[[Any], list[Adaptation]]:
-    """EWC with an importance of every weight."""
+def consolidation(form: Any, words: int) -> Callable[[Any], list[Adaptation]]:
+    """EWC with an importance of every weight, but of the embeddings of so many words alone."""
 
     def make(model: Any) -> list[Adaptation]:
         generator = torch.Generator().manual_seed(0)
         importance = {
             name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()
         }
+        importance["bert.embeddings.word_embeddings.weight"][words:] = 0
         return [Consolidation(importance, form=form)]
 
     return make
@@ -121,16 +125,15 @@ def main() -> None:
     old = random_rows(1000, TOKENS, seed=3)
     for size in (ROWS, 2 * ROWS):
         sides: dict[str, Callable[[], float]] = {
-            "plain": lambda size=size: step(lambda _: [], device, size=size)
+            "plain": partial(step, lambda _: [], device, size=size)
         }
         for form in ("decoupled", "gradient"):
-            sides[form] = lambda form=form, size=size: step(consolidation(form), device, size=size)
+            for words in (WORDS, VOCABULARY):
+                made = partial(step, consolidation(form, words), device, size=size)
+                sides[f"EWC, {form}, {words:,} words / plain, {size} rows"] = made
         found = in_turns(sides, options.rounds)
-        lines += [
-            ratio(f"{form} / plain, {size} rows", seconds, found["plain"])
-            for form, seconds in found.items()
-            if form != "plain"
-        ]
+        plain = found.pop("plain")
+        lines += [ratio(name, seconds, plain) for name, seconds in found.items()]
     if options.only_consolidation:
         print_table(lines)
         return
