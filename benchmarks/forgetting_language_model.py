@@ -22,8 +22,8 @@ from typing import Any
 
 from datasets import Dataset
 from domain_data import LICENCES
-from experiment import changed, check_methods, fingerprint, option, parse, run
-from forgetting import kept, plot
+from experiment import changed, check_methods, fingerprint, kept, option, parse, run
+from forgetting import plot
 from language_models import TEXTS, load_model, lora_trainer, perplexities, rows_of
 from model_weights import SMOLLM2_LICENCE, smollm2_path
 from results import report, summarize

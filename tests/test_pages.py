@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import DataCollatorWithPadding, Trainer
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 
 from tests.helpers.models import bert
-from tests.helpers.toy import rows, tokenizer
+from tests.helpers.toy import rows, sentences, tokenizer
 from tests.helpers.trainers import arguments
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = {
     f"{page}-{number}": textwrap.dedent(block)
-    for page in ("adaptation", "choosing", "continual")
+    for page in ("adaptation", "choosing", "continual", "multitask")
     for number, block in enumerate(
         re.findall(
             r"^ *```python\n(.*?)^ *```", (DOCS / f"{page}.md").read_text("utf-8"), re.S | re.M
@@ -30,6 +30,12 @@ def labelled(number: int, seed: int) -> Any:
     """Rows of three classes, without their texts."""
     made = rows(number, seed, keep=()).remove_columns(["labels"])
     return made.add_column("labels", [i % 3 for i in range(number)])
+
+
+def tagged(number: int, seed: int) -> Any:
+    """Rows with one of four tags for each token."""
+    made = rows(number, seed, keep=()).remove_columns(["labels"])
+    return made.map(lambda row: {"tags": [token % 4 for token in row["input_ids"]]})
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -69,6 +75,10 @@ def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "new_test": labelled(12, 8),
         "source_dev": labelled(60, 5),
         "make_trainer": make_trainer,
+        "topics": labelled(24, 1),
+        "mails": labelled(24, 2).map(lambda row: {"labels": row["labels"] % 2}),
+        "tagged": tagged(24, 3),
+        "few_target_labels": labelled(6, 9),
         "dev_labels": np.arange(60) % 3,
         **{n: random.normal(size=(60, 3)) for n in ("dev_logits", "my_dev_logits")},
         **{n: random.normal(size=(50, 3)) for n in ("target_logits", "my_target_logits")},
@@ -78,3 +88,18 @@ def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile(BLOCKS[name], name, "exec"), given)
     finally:
         logging.getLogger("hf_adapt.alignment").setLevel(logging.NOTSET)
+
+
+def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, but for the model that it names."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.S)
+    bert(num_labels=2).save_pretrained("model")
+    tokenizer().save_pretrained("model")
+    for name, label in (("source", ",label"), ("target", "")):
+        lines = [
+            f"{text}{',' + str(i % 2) if label else ''}" for i, text in enumerate(sentences(24, 1))
+        ]
+        Path(f"{name}.csv").write_text("\n".join([f"text{label}", *lines]))
+    exec(block.replace("sentence-transformers/all-MiniLM-L6-v2", "model"), {})
+    assert AutoModelForSequenceClassification.from_pretrained("adapted").config.num_labels == 2

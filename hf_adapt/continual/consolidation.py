@@ -27,8 +27,7 @@ from hf_adapt.engine.mixins import GradientTransform, WeightTransform
 from hf_adapt.engine.progress import Schedule, value_at
 from hf_adapt.engine.training import resumed_from, unwrapped_model
 from hf_adapt.models.groups import matches
-from hf_adapt.models.heads import has_head
-from hf_adapt.models.structure import unwrapped_base
+from hf_adapt.models.heads import weights_of_the_head
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -201,14 +200,8 @@ class Consolidation(GradientTransform, WeightTransform):
             )
         if self.skip is not None or self.importance is not None or self.start is not None:
             return self.skip or []
-        base: Any = unwrapped_base(model)
-        body = getattr(base, getattr(base, "base_model_prefix", ""), None)
-        generates = has_head(model, "masked_lm", "causal_lm", "conditional_generation")
-        if generates or not isinstance(body, nn.Module) or body is base:
-            return []
-        inner = {id(p) for p in body.parameters()}
-        own = model.named_parameters()
-        head = [name for name, p in own if p.requires_grad and id(p) not in inner]
+        trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        head = [name for name in weights_of_the_head(model) if name in trains]
         if head:
             logger.info("Consolidation leaves the head free: %s.", ", ".join(head))
         return [re.escape(name) for name in head]

@@ -22,23 +22,52 @@ def score_map(
         scores: A row of scores for each of `rows`, NaN where there is none.
         metric: What the scores are.
     """
-    figure = new_figure(2.2 + 0.9 * len(columns), 1.4 + 0.5 * len(rows))
-    axes = figure.subplots()
     values = np.asarray(scores, dtype=np.float64)
     known = values[np.isfinite(values)]
     is_share = bool(((known >= 0) & (known <= 1)).all())
-    low, high = (0.0, 1.0) if is_share or not known.size else (known.min(), known.max())
-    image = axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            is_dark = value > low + 0.6 * (high - low)
-            colour = "white" if is_dark else "black"
-            axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
+    limits = (0.0, 1.0) if is_share or not known.size else (known.min(), known.max())
+    figure = heat_map(values, rows, columns, colours="Blues", limits=limits, label=metric)
+    axes = figure.axes[0]
     axes.set_xlabel("evaluated on")
     axes.set_ylabel("after training on")
-    figure.colorbar(image, label=metric)
+    return figure
+
+
+def heat_map(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    colours: str,
+    limits: tuple[float, float],
+    label: str,
+    digits: str = ".3g",
+) -> Figure:
+    """A table as colours with its numbers in them; a cell without a number stays empty.
+
+    Args:
+        values: (rows, columns), NaN where there is none.
+        rows: The names of the rows.
+        columns: The names of the columns.
+        colours: The name of matplotlib's colour map.
+        limits: The values at its ends.
+        label: What the values are.
+        digits: How a number is written.
+    """
+    width = max(0.9, 0.09 * max(map(len, columns), default=0))  # of a column, in inches
+    figure = new_figure(2.2 + width * len(columns), 1.4 + 0.5 * len(rows))
+    axes = figure.subplots()
+    low, high = limits
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.to_rgba(value)
+            is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+            colour = "white" if is_dark else "black"
+            axes.text(column, row, f"{value:{digits}}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    figure.colorbar(image, label=label)
     return figure
 
 

@@ -13,6 +13,8 @@ What is changed on a user's Trainer, and for how long:
 - While a run lasts, a callback more is in the list, forward hooks are on the captured modules, and
   the optimizer's groups are divided for the length of a step whose learning rates are scaled. For
   the length of a pass over a stream the model is in evaluation mode, perhaps with other weights.
+- While another task is evaluated, the model, the collator, the metrics and the names of labels are
+  that task's.
 
 Without an active adaptation each override calls the user's method and does nothing else.
 """

@@ -42,16 +42,9 @@ class AuxiliaryOptimizer:
             if adaptation.module is None:
                 continue
             trainable = [p for p in adaptation.module.parameters() if p.requires_grad]
-            if trainable:
-                lr = adaptation.learning_rate
-                groups.append(
-                    {
-                        "params": trainable,
-                        "lr": lr,
-                        "peak_lr": lr,
-                        "weight_decay": adaptation.weight_decay,
-                    }
-                )
+            lr = adaptation.learning_rate
+            for params, rate in _by_decay(trainable, adaptation.weight_decay):
+                groups.append({"params": params, "lr": lr, "peak_lr": lr, "weight_decay": rate})
                 self.names.append(adaptation.name)
         self.optimizer = torch.optim.AdamW(groups) if groups else None
         self._scale: float | None = None
@@ -86,10 +79,11 @@ class AuxiliaryOptimizer:
         for gradient in gradients:
             gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
             start += gradient.numel()
-        norms = {
-            name: torch.stack([p.grad.norm() for p in group["params"]]).norm()
-            for name, group in zip(self.names, self.optimizer.param_groups, strict=True)
-        }
+        norms: dict[str, torch.Tensor] = {}
+        for name, group in zip(self.names, self.optimizer.param_groups, strict=True):
+            found = [p.grad.norm() for p in group["params"]]
+            found += [norms[name]] if name in norms else []
+            norms[name] = torch.stack(found).norm()
         if trainer.args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
         return norms
@@ -135,6 +129,15 @@ class AuxiliaryOptimizer:
             self.optimizer.load_state_dict(state["optimizer"])
             for group, (lr, peak) in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"], group["peak_lr"] = lr, peak
+
+
+def _by_decay(
+    parameters: list[nn.Parameter], decay: float
+) -> list[tuple[list[nn.Parameter], float]]:
+    """Parameters by their weight decay: as in the Trainer, biases and norms have none."""
+    matrices = [p for p in parameters if p.ndim > 1 or not decay]
+    others = [p for p in parameters if p.ndim < 2 and decay]
+    return [(each, rate) for each, rate in ((matrices, decay), (others, 0.0)) if each]
 
 
 def base_schedule(trainer: Trainer) -> Callable[[int], float]:

@@ -50,6 +50,9 @@ class Rows:
 
     def __init__(self, parts: list[Part], layout: Layout) -> None:
         self.parts = [part for part in parts if not part.is_stand_in]
+        if not self.parts:  # of several tasks' rows there may be none of the model's own
+            first = parts[0]
+            self.parts = [first.select(torch.zeros_like(first.domain, dtype=torch.bool))]
         self._stand_ins = [part for part in parts if part.is_stand_in]
         self.model = layout.model
         self.domain_streams = layout.table.names

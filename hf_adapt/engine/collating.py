@@ -161,29 +161,70 @@ class AdaptationCollator:
             return self._make(rows)
         if not all(isinstance(row, PairedRow) for row in rows):
             raise ValueError(UNPAIRED)
-        sources = [self._without_domain(row.source) for row in rows]
-        groups: dict[str, list[tuple[int, Any]]] = {"": [(0, row) for row in sources]}
+        groups = self._by_task([row.source for row in rows])
+        routing = self.table.routing
+        stands_in = routing is not None and not groups[""]
+        if routing is not None and stands_in:
+            groups[""] = [(0, self._unlabelled(self._plain(routing.example)))]
+        sources = [row for _, row in groups[""]]
         for row in rows:
             for domain, companion in row.companions:
                 stream = self.table.names[domain]
                 group = groups.setdefault(stream if stream in self.table.separate else "", [])
-                row_of = self._companion(self._without_domain(companion), sources, stream)
+                row_of = self._companion(self._plain(companion), sources, stream)
                 group.append((domain, row_of))
         for stream in self.table.labelled & groups.keys():
-            self._check_labelled(stream, rows, sources[0])
-        missing = self.table.separate - groups.keys() if self.stands_in else ()
+            given = [r for row in rows for d, r in row.companions if self.table.names[d] == stream]
+            if not given:  # a task that shares the model's head
+                given = [row for _, row in groups[stream]]
+                numbered = [(d, self._companion(row, sources, stream)) for d, row in groups[stream]]
+                groups[stream] = numbered
+            self._check_labelled(stream, given, sources[0])
+        stands_in = stands_in and len(groups[""]) == 1
+        own_forward = self.table.separate - self._own_collators.keys()
+        missing = own_forward - groups.keys() if self.stands_in else ()
         for stream in missing:
             groups[stream] = [(self.table.names.index(stream), dict(sources[0]))]
         batches = {
-            name: self._collate([row for _, row in group], [d for d, _ in group], sources[0])
+            name: self._collate([row for _, row in group], [d for d, _ in group], sources[0], name)
             for name, group in groups.items()
         }
         batch = batches.pop("")
+        if stands_in:
+            batch[STAND_IN] = torch.ones(1)
         for stream in missing:
             batches[stream][STAND_IN] = torch.ones(1)
         if batches:
             batch[STREAM_BATCHES] = batches
         return batch
+
+    @property
+    def _own_collators(self) -> Mapping[str, Callable[[list[Any]], Any]]:
+        """The collators of tasks whose rows the user's own cannot collate."""
+        routing = None if self.table is None else self.table.routing
+        given = {} if routing is None else routing.collators
+        return {task: collator for task, collator in given.items() if collator is not None}
+
+    def _by_task(self, rows: list[Any]) -> dict[str, list[tuple[int, Any]]]:
+        """The training rows, and those of each other task, with their domain numbers."""
+        assert self.table is not None
+        routing = self.table.routing
+        if routing is None:
+            return {"": [(0, self._plain(row)) for row in rows]}
+        groups: dict[str, list[tuple[int, Any]]] = {"": []}
+        for row in rows:
+            task = routing.task(row)
+            if task == routing.own:
+                groups[""].append((0, self._plain(row)))
+            else:
+                number = self.table.names.index(task)
+                groups.setdefault(task, []).append((number, self._plain(row)))
+        return groups
+
+    def _unlabelled(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A training row whose labels are hidden."""
+        hidden = {k: label_of(v, IGNORED) for k, v in row.items() if k in self.label_names}
+        return {**row, **hidden}
 
     def stream_batch(self, stream: str, rows: Sequence[tuple[int, Any]], like: Any) -> Any:
         """The batch of rows of one stream alone.
@@ -193,17 +234,14 @@ class AdaptationCollator:
             rows: Each with its domain number.
             like: A training row, which has the columns that the model needs.
         """
-        like = self._without_domain(like)
-        plain = [self._without_domain(row) for _, row in rows]
+        like = self._plain(like)
+        plain = [self._plain(row) for _, row in rows]
         if stream != TRAINING:
             plain = [self._companion(row, [like], stream) for row in plain]
         return self._collate(plain, [domain for domain, _ in rows], like)
 
-    def _check_labelled(self, stream: str, rows: Sequence[PairedRow], like: Any) -> None:
+    def _check_labelled(self, stream: str, given: Sequence[Any], like: Any) -> None:
         """Refuse a stream whose labels are to be trained on and whose rows have none."""
-        assert self.table is not None
-        names = self.table.names
-        given = [r for row in rows for domain, r in row.companions if names[domain] == stream]
         own = self.label_names & like.keys() if isinstance(like, Mapping) else ()
         if own and not any(isinstance(r, Mapping) and own & r.keys() for r in given):
             raise ValueError(
@@ -213,15 +251,21 @@ class AdaptationCollator:
                 "train_dataset."
             )
 
-    def _made(self, rows: list[Any]) -> Any:
-        """The user's batch of these rows, with columns beside it and the adaptations' changes."""
+    def _made(self, rows: list[Any], collator: Callable[[list[Any]], Any] | None = None) -> Any:
+        """The batch of these rows, with columns beside it and the adaptations' changes.
+
+        Args:
+            rows: The rows.
+            collator: Another collator than the user's.
+        """
+        collator = collator or self.collator
         if not self._read_columns and not self.transforms:
-            return self.collator(rows)
-        batch = self.collator([_without(row, self._hidden_columns) for row in rows])
+            return collator(rows)
+        batch = collator([_without(row, self._hidden_columns) for row in rows])
         if not isinstance(batch, MutableMapping):
             raise TypeError(
                 f"Keeping the column(s) {', '.join(sorted(self._read_columns))} beside a batch "
-                f"needs a data collator that returns a dict; {type(self.collator).__name__} "
+                f"needs a data collator that returns a dict; {type(collator).__name__} "
                 f"returned {type(batch).__name__}."
             )
         for adaptation in self.transforms:
@@ -265,12 +309,16 @@ class AdaptationCollator:
             self._takes_hidden = True
         return batch
 
-    def _collate(self, rows: list[Any], domains: list[int], like: Any) -> Any:
+    def _collate(self, rows: list[Any], domains: list[int], like: Any, stream: str = "") -> Any:
         """The batch of one forward, with its domain column."""
         assert self.table is not None
-        kept = {TRAINING, *self.table.labelled}
+        kept = {TRAINING, *self.table.labelled, *self._own_collators}
         hidden = torch.tensor([self.table.names[domain] not in kept for domain in domains])
-        batch = self._labelled(rows, hidden, like)
+        collator = self._own_collators.get(stream)
+        if collator is not None:
+            batch = self._made(rows, collator)
+        else:
+            batch = self._labelled(rows, hidden, like)
         if not isinstance(batch, MutableMapping):
             raise TypeError(
                 "Adapting to a target needs a data collator that returns a dict of tensors; "
@@ -334,8 +382,11 @@ class AdaptationCollator:
                 row[key] = label_of(like[key], IGNORED, length)
         return row
 
-    def _without_domain(self, row: Any) -> Any:
-        return row if DOMAIN in self._read_columns else _without(row, [DOMAIN])
+    def _plain(self, row: Any) -> Any:
+        """A row without the columns that name its domain and its task."""
+        routing = None if self.table is None else self.table.routing
+        dropped = {DOMAIN} | (set() if routing is None else {routing.column})
+        return _without(row, dropped - self._read_columns)
 
     def _per_token(self, key: str, sources: Sequence[Any]) -> bool:
         """Whether each token has a label; a vector of labels may be as long as a row by chance."""

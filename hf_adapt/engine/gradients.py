@@ -32,6 +32,7 @@ def transform_gradients(
     Raises:
         ValueError: Under FSDP or DeepSpeed.
     """
+    transforms = [each for each in transforms if each.transforms_gradients]
     if not transforms:
         return
     scale = loss_scale(trainer) or 1.0
@@ -107,8 +108,10 @@ def check_whole_gradients(trainer: Trainer, adaptations: Sequence[Adaptation]) -
     Raises:
         ValueError: Under FSDP or DeepSpeed.
     """
-    kinds = GradientTransform | WeightTransform
-    transforms = [a for a in adaptations if isinstance(a, kinds)]
+    transforms: list[Adaptation] = [a for a in adaptations if isinstance(a, WeightTransform)]
+    transforms += [
+        a for a in adaptations if isinstance(a, GradientTransform) and a.transforms_gradients
+    ]
     if transforms and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         what = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
         raise ValueError(

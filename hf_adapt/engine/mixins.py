@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from hf_adapt.engine.batch import Batch
     from hf_adapt.engine.parts import Part
+    from hf_adapt.engine.streams import Routing
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,11 @@ class GradientTransform(Adaptation):
     For penalties, projections and gradient surgery: what it writes is clipped and counted in
     `grad_norm`. Not supported with FSDP and DeepSpeed, whose gradients are pieces.
     """
+
+    @property
+    def transforms_gradients(self) -> bool:
+        """Whether it does so in this run."""
+        return True
 
     @abstractmethod
     def transform_gradients(self, model: nn.Module) -> None:
@@ -177,6 +183,32 @@ class EvaluationObserver(Adaptation):
         """
 
 
+class RowRouting(Adaptation):
+    """Takes the training rows of other tasks than the one that the Trainer's loss learns.
+
+    Each such task is a stream of its own, by the task's name, that the adaptation sees where
+    `streams` names it. Its rows keep their labels.
+    """
+
+    @abstractmethod
+    def routing(self, trainer: Trainer) -> Routing:
+        """Which rows they are, and how they are collated. Called before `setup`."""
+
+
+class EvaluationView(Adaptation):
+    """Lets the Trainer evaluate another model than its own: one that shares weights with it."""
+
+    @abstractmethod
+    def around_evaluation(self, trainer: Trainer, prefix: str) -> AbstractContextManager[Any]:
+        """A context held open during an evaluation or prediction.
+
+        Args:
+            trainer: The Trainer, whose model, collator and metrics may be others meanwhile. While
+                its model is another, no [`EvaluationObserver`] takes part.
+            prefix: How the names of the metrics begin.
+        """
+
+
 class WeightAverage(Adaptation):
     """Keeps other weights of the model, which are swapped in for evaluation.
 
@@ -206,7 +238,8 @@ class LossCombiner(Adaptation):
 
         Args:
             losses: The shares of this micro-batch, scaled so that those of a step add up to the
-                step's loss: `"task"`, then each labelled stream and each objective by its name.
+                step's loss: `"task"`, then each labelled stream and each objective by its name; an
+                objective whose loss is a dict by its components, as `"name/component"`.
             weights: Their factors at this progress (the task's is 1 or an objective's
                 `base_weight`).
             batch: The micro-batch.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_adapt.engine.adaptation import Objective
@@ -41,14 +42,19 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 
 def count_labels(trainer: Trainer, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Number of labels of a micro-batch that its loss averages over, or None if unknown.
+    """Number of labels of a micro-batch that its loss averages over, or None if unknown."""
+    return label_count(trainer.accelerator.unwrap_model(trainer.model), inputs)
+
+
+def label_count(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Number of labels that a model's loss averages over, or None if unknown.
 
     A causal language model never predicts its first token.
     """
     labels = inputs.get("shift_labels", inputs.get("labels"))
     if not isinstance(labels, torch.Tensor) or labels.ndim == 0:
         return None
-    model = unwrapped_base(trainer.accelerator.unwrap_model(trainer.model))
+    model = unwrapped_base(model)
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
     if (
         shifts
@@ -110,7 +116,7 @@ class StepCounts:
         # A process may have no row of a stream in this step: the tables must agree.
         counted = {
             ("labels", name): torch.zeros((), dtype=torch.float64, device=device)
-            for name in sorted(self.layout.table.labelled)
+            for name in sorted(self.layout.table.labelled | self._may_lack_rows)
         }
         for parts in batches:
             for key, count in self._counts_of(parts).items():
@@ -124,6 +130,11 @@ class StepCounts:
             counted = dict(zip(names, table.unbind(), strict=True))
         self._labels = {name: n for (kind, name), n in counted.items() if kind == "labels"}
         self._items = {name: n for (kind, name), n in counted.items() if kind == "items"}
+
+    @property
+    def _may_lack_rows(self) -> set[str]:
+        """The training rows, where a process may have none of the model's own task in a step."""
+        return set() if self.layout.table.routing is None else {TRAINING}
 
     def has_items(self, stream: str) -> torch.Tensor | float:
         """1 if this step has a row of a labelled stream, in any process, else 0."""

@@ -13,10 +13,12 @@ from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.mixins import (
     BatchTransform,
     EvaluationObserver,
+    EvaluationView,
     FusedObjective,
     GradientTransform,
     LearningRateControl,
     LossCombiner,
+    RowRouting,
     WeightAverage,
     WeightTransform,
 )
@@ -27,10 +29,12 @@ logger = logging.getLogger(__name__)
 MIXINS = (
     BatchTransform,
     EvaluationObserver,
+    EvaluationView,
     FusedObjective,
     GradientTransform,
     LearningRateControl,
     LossCombiner,
+    RowRouting,
     WeightAverage,
     WeightTransform,
 )

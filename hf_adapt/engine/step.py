@@ -201,8 +201,12 @@ class TrainingStep:
         def loss_of(items: Any) -> torch.Tensor:
             return self.forward.task_loss(model, first, items, self._has_loss(first))
 
-        loss = counts.task_loss(loss_of, first, num_items_in_batch)
         nothing = torch.zeros((), device=self.trainer.args.device)
+        if first.is_stand_in:  # the rows of this micro-batch are all of other tasks
+            outputs = self.forward.features(model, first).outputs
+            loss = nothing if counts.processes == 1 else _nothing(outputs)
+        else:
+            loss = counts.task_loss(loss_of, first, num_items_in_batch)
         own_losses = dict.fromkeys(sorted(self.layout.table.labelled), nothing)
         for part in parts[1:]:
             if part.stream in self.layout.table.unread:
@@ -217,7 +221,7 @@ class TrainingStep:
             own_losses[part.stream] = counts.stream_loss(stream_loss_of, part, num_items_in_batch)
         streams = {} if self.data is None else self.data.streams
         weighted = {
-            name: (own, value_at(streams[name].weight, self.progress))
+            name: (own, value_at(streams[name].weight, self.progress) if name in streams else 1.0)
             for name, own in own_losses.items()
         }
         # What this micro-batch adds to the step's loss, so that sums over the step are exact.
@@ -270,3 +274,10 @@ class TrainingStep:
         """The first batch with a label: a loss over none is NaN and shows nothing."""
         labelled = (b for b in batches if (count_labels(self.trainer, b) or 0) > 0)
         return next(labelled, batches[0])
+
+
+def _nothing(outputs: Any) -> torch.Tensor:
+    """0 with a gradient of 0 at everything that made these outputs: DDP waits for all of them."""
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    given = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
+    return sum((v.float().sum() * 0.0 for v in given), torch.zeros((), device=given[0].device))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+import torch
 
 from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.collating import (
@@ -18,8 +19,10 @@ from hf_adapt.engine.collating import (
     missing_columns_message,
 )
 from hf_adapt.engine.columns import dataset_columns, model_inputs
+from hf_adapt.engine.mixins import RowRouting
 from hf_adapt.engine.pairing import StreamRows, is_map_style, pair, rows_at
-from hf_adapt.engine.streams import HF_DATASETS, TRAINING, Stream, StreamTable
+from hf_adapt.engine.plan import the_only
+from hf_adapt.engine.streams import HF_DATASETS, TRAINING, Routing, Stream, StreamTable
 from hf_adapt.engine.trainer_kinds import is_sentence_trainer, refuse_answers
 
 if TYPE_CHECKING:
@@ -64,6 +67,8 @@ class StreamData:
                 source, given[name] = _split(source, stream.source_domain, needing)
             else:
                 given[name] = stream.domains
+        routing = routing_of(trainer, adaptations)
+        self._is_routed = routing is not None
         self._wants_domain = any(DOMAIN in a.columns for a in adaptations)
         source_rows = self._without_unused_columns(source)
         self._used = _used_columns(trainer)
@@ -83,14 +88,19 @@ class StreamData:
             _check_dispatch(trainer, source, name, stream)
             rows.append(StreamRows(data, stream.ratio, len(names), name))
             names += [name] * len(data)
+        tasks = {} if routing is None else routing.collators
+        _check_tasks(trainer, source, tasks, names)
+        names += tasks
         apart = is_sentence_trainer(trainer)
         unread = frozenset() if apart else _unread(trainer, streams, adaptations)
+        kept = {n for n, stream in streams.items() if stream.labels == "keep"}
         self.table = StreamTable(
             tuple(names),
-            unread | {n for n, stream in streams.items() if stream.is_separate or apart},
-            frozenset(n for n, stream in streams.items() if stream.labels == "keep"),
-            unread,
+            unread | tasks.keys() | {n for n, s in streams.items() if s.is_separate or apart},
+            frozenset(kept | {n for n, collator in tasks.items() if collator is None}),
+            unread | {n for n, collator in tasks.items() if collator is not None},
             {n: stream.ratio for n, stream in streams.items()},
+            routing,
         )
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
         self.source = source
@@ -121,7 +131,8 @@ class StreamData:
     ) -> AdaptationCollator:
         """The user's collator, for paired rows and with what adaptations add."""
         trainer, clean = self.trainer, None
-        if not isinstance(self.source, datasets.Dataset) and not is_sentence_trainer(trainer):
+        cleaned = isinstance(self.source, datasets.Dataset) and not self._is_routed
+        if not cleaned and not is_sentence_trainer(trainer):
             # The Trainer cleans the rows of other datasets in the collator; ours are wrapped.
             def clean(inner: Any) -> Any:
                 return trainer._get_collator_with_removed_columns(inner, description="training")
@@ -147,7 +158,9 @@ class StreamData:
         Raises:
             ValueError: If one cannot be read by row number.
         """
-        found = [(0, self._source_rows)] if stream == TRAINING else []
+        found: list[tuple[int, Any]] = []
+        if stream == TRAINING:
+            found = [(0, _own_rows(self._source_rows, self.table.routing))]
         for rows in self._rows:
             if rows.name == stream:
                 found += list(enumerate(rows.datasets, rows.first_domain))
@@ -162,14 +175,22 @@ class StreamData:
     @property
     def example_row(self) -> Any:
         """A training row, which has the columns that the model needs."""
+        if self.table.routing is not None:
+            return self.table.routing.example
         return rows_at(self._source_rows, [0])[0]
 
     def _without_unused_columns(self, dataset: Any) -> Any:
         if isinstance(dataset, datasets.Dataset) and not is_sentence_trainer(self.trainer):
             if DOMAIN in dataset.column_names and not self._wants_domain:
                 dataset = dataset.remove_columns(DOMAIN)
+            if self._is_routed:
+                return dataset  # other tasks have other columns; their collators choose
             return self.trainer._remove_unused_columns(dataset, description="training")
         return dataset
+
+    def keeps_columns(self, dataset: Any) -> bool:
+        """Whether no column may be removed: the collator of each task chooses its own."""
+        return self._is_routed and self.is_paired(dataset)
 
     def is_paired(self, dataset: Any) -> bool:
         """Whether this is the paired set (its sampler is the source's)."""
@@ -279,6 +300,43 @@ def _check_not_empty(target: Any, stream: str) -> None:
         raise ValueError(
             f"The {dataset_name(stream)} is empty: it must have rows to train with (an empty set "
             "is often the result of a filter or a wrong split name)."
+        )
+
+
+def routing_of(trainer: Trainer, adaptations: Sequence[Adaptation]) -> Routing | None:
+    """Which training rows belong to other tasks, if an adaptation says so."""
+    router = the_only(adaptations, RowRouting, "send training rows to tasks")
+    return None if router is None else router.routing(trainer)
+
+
+def _own_rows(source: Any, routing: Routing | None) -> Any:
+    """The training rows without those of other tasks."""
+    if routing is None or not is_map_style(source):
+        return source
+    numbers = [i for i in range(len(source)) if routing.task(source[i]) == routing.own]
+    return torch.utils.data.Subset(source, numbers)
+
+
+def _check_tasks(
+    trainer: Trainer, source: Any, tasks: Collection[str], streams: Collection[str]
+) -> None:
+    """Refuse tasks whose rows could not be told apart, or not be given to several processes."""
+    if twice := sorted(set(tasks) & set(streams)):
+        raise ValueError(
+            f"{', '.join(map(repr, twice))} names both a task and other rows of the run "
+            f"({', '.join(map(repr, dict.fromkeys(streams)))}). Give the task another name."
+        )
+    dispatches = trainer.accelerator.dataloader_config.dispatch_batches
+    if (
+        tasks
+        and not is_map_style(source)
+        and trainer.accelerator.num_processes > 1
+        and dispatches is not False
+    ):
+        raise ValueError(
+            "A streaming train_dataset is cut into batches for "
+            f"{trainer.accelerator.num_processes} processes by the main one, which does not work "
+            "for rows of several tasks. Set accelerator_config={'dispatch_batches': False}."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -122,6 +122,39 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Which training rows are those of other tasks than the one that the Trainer's loss learns.
+
+    Attributes:
+        column: The column of the training rows that names the task of each.
+        own: The task whose rows the Trainer's own collator and loss are for.
+        collators: For each other task what makes a batch of its rows, labels included; None where
+            the Trainer's own does, and its own loss is computed on them too.
+        example: A row of the own task.
+    """
+
+    column: str
+    own: str
+    collators: Mapping[str, Callable[[list[Any]], Any] | None]
+    example: Mapping[str, Any]
+
+    def task(self, row: Any) -> str:
+        """The task of a row.
+
+        Raises:
+            ValueError: If it names none of the tasks.
+        """
+        given = row.get(self.column) if isinstance(row, Mapping) else None
+        if given != self.own and given not in self.collators:
+            tasks = ", ".join(map(repr, [self.own, *self.collators]))
+            raise ValueError(
+                f"A training row has {given!r} in its column {self.column!r}, and the tasks are "
+                f"{tasks}. mix({{'name': dataset, ...}}) fills the column in."
+            )
+        return str(given)
+
+
+@dataclass(frozen=True)
 class StreamTable:
     """Which streams a run has, and how their rows are collated.
 
@@ -131,6 +164,7 @@ class StreamTable:
         labelled: The streams whose labels are trained on.
         unread: The streams whose rows need no forward: their objectives make further ones.
         ratios: Rows of each stream per training row.
+        routing: Which training rows belong to other tasks, each of which is a stream of its own.
     """
 
     names: tuple[str, ...] = (TRAINING,)
@@ -138,6 +172,7 @@ class StreamTable:
     labelled: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
     ratios: Mapping[str, float] = field(default_factory=dict)
+    routing: Routing | None = None
 
     def domains(self, streams: Collection[str]) -> list[int]:
         """The domain numbers of these streams, and 0 for the training rows."""

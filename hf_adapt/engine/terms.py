@@ -107,7 +107,8 @@ class Terms:
             loss = loss + stream_weight * stream_loss
         with torch.autocast(loss.device.type, enabled=False):
             for objective in self.objectives:
-                term = self._share(objective, batch.for_objective(objective))
+                shares = self._shares(objective, batch.for_objective(objective))
+                term = sum(shares.values(), torch.zeros((), device=loss.device))
                 whole = term.detach()
                 if task.fused is not None and task.fused[0] is objective:
                     fused = task.fused[1]
@@ -120,7 +121,9 @@ class Terms:
                 if callable(objective.weight):
                     self.metrics.add(f"{objective.name}/weight", weight)
                 if self.combiner is not None:
-                    losses[objective.name], weights[objective.name] = term * divided, weight
+                    for name, share in shares.items():
+                        name = f"{objective.name}/{name}".rstrip("/")
+                        losses[name], weights[name] = share * divided, weight
                 elif weight != 0:
                     loss = loss + (weight * divided) * term
             if self.combiner is not None:
@@ -128,13 +131,12 @@ class Terms:
                 return self.combiner.combine(shares, weights, batch) * divided
         return loss
 
-    def _share(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """The micro-batch's share of a term: the shares of a step add up to the term."""
-        share = torch.zeros((), device=self.counts.trainer.args.device)
-        steps = self.counts.steps
+    def _shares(self, objective: Objective, batch: Batch) -> dict[str, torch.Tensor]:
+        """A micro-batch's shares of a term's components: those of a step add up to the term."""
+        shares, steps = {}, self.counts.steps
         for name, component in components(objective, objective.loss(batch)).items():
-            part = self.counts.component(objective.name, name, component)
+            shares[name] = self.counts.component(objective.name, name, component)
             if name:
-                self.metrics.add(f"{objective.name}/{name}", part.detach() * steps, 1 / steps)
-            share = share + part
-        return share
+                shown = shares[name].detach() * steps
+                self.metrics.add(f"{objective.name}/{name}", shown, 1 / steps)
+        return shares

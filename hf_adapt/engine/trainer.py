@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,13 @@ from hf_adapt.engine.collating import (
 from hf_adapt.engine.columns import inputs_of, kept_columns, model_inputs
 from hf_adapt.engine.gradients import check_whole_gradients
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector
-from hf_adapt.engine.mixins import BatchTransform, EvaluationObserver
+from hf_adapt.engine.mixins import (
+    BatchTransform,
+    EvaluationObserver,
+    EvaluationView,
+    RowRouting,
+)
+from hf_adapt.engine.model_card import TITLE, card_section
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
 from hf_adapt.engine.run import AdaptationRun
@@ -31,6 +38,7 @@ from hf_adapt.engine.selection import as_if_alone
 from hf_adapt.engine.stream_data import StreamData
 from hf_adapt.engine.sweep import Read, Sweep
 from hf_adapt.models.state import preserved_random_state
+from hf_adapt.storage.text_file import write_text
 
 if TYPE_CHECKING:
     from hf_adapt.engine.adaptation import Objective
@@ -80,6 +88,10 @@ class AdaptationMixin(_Base):
     _adaptation_observers: tuple[tuple[EvaluationObserver, ...], tuple[str, ...]] = ((), ())
     """Those of the evaluation under way, and the inputs that are only for them."""
     _adaptation_collector: OutputCollector | None = None
+    _adaptation_past: tuple[Sequence[Adaptation], StreamData | None] | None = None
+    """What took part in the last run, and its streams: a model card says so."""
+    _adaptation_is_viewed = False
+    """Whether an evaluation is under way in which the Trainer's model is another."""
 
     def __init__(
         self,
@@ -114,6 +126,7 @@ class AdaptationMixin(_Base):
             self.callback_handler.callbacks.append(callback)
             output = super()._inner_training_loop(*args, **kwargs)
             run.finish()
+            self._adaptation_past = (run.adaptations, run.data)
             return output
         finally:
             self._adaptation_run = None
@@ -138,12 +151,13 @@ class AdaptationMixin(_Base):
             return None
         self._refuse_unsupported(adaptations)
         self._adaptation_active = tuple(adaptations)
+        is_routed = any(isinstance(a, RowRouting) for a in adaptations)
         wanted = {name for a in adaptations for name in a.extra_inputs(self)}
         self._adaptation_inputs = tuple(sorted(wanted - inputs_of(self))) if wanted else ()
         return AdaptationRun(
             self,
             adaptations,
-            StreamData(self, streams, adaptations) if streams else None,
+            StreamData(self, streams, adaptations) if streams or is_routed else None,
             self._base_loss,
             self._adaptation_auxiliary,
             self._adaptation_inputs,
@@ -279,6 +293,8 @@ class AdaptationMixin(_Base):
         """The adaptations that see the batches of evaluations; a weight of 0 changes nothing."""
         if self._adaptation_collector is not None:
             return [self._adaptation_collector]
+        if self._adaptation_is_viewed:
+            return []
         given = [a for plan in self._present_plans() for a in plan.adaptations]
         observers = [a for a in given if isinstance(a, EvaluationObserver)]
         return [a for a in observers if a.observes_evaluation(self)]
@@ -310,6 +326,9 @@ class AdaptationMixin(_Base):
         return tuple(sorted(wanted - inputs_of(self))) if wanted else ()
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        run = self._adaptation_run
+        if run is not None and run.data is not None and run.data.keeps_columns(dataset):
+            return dataset
         with kept_columns(self, self._kept_columns(description)):
             return super()._remove_unused_columns(dataset, description)
 
@@ -402,13 +421,26 @@ class AdaptationMixin(_Base):
         An evaluation at an epoch's end comes after the checkpoint of the epoch's last step and is
         not repeated on resume, so its draws would make the resumed run another one.
         """
-        with self._evaluating():
+        with self._evaluating(), self._viewed(args, kwargs, "eval"):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own; during training it leaves the random state as it was."""
-        with self._evaluating():
+        with self._evaluating(), self._viewed(args, kwargs, "test"):
             return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _viewed(self, args: Any, kwargs: Any, prefix: str) -> Iterator[None]:
+        """The Trainer's model is that of another task, where an adaptation says so."""
+        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else prefix)
+        views = [a for a in self._present_adaptations() if isinstance(a, EvaluationView)]
+        with ExitStack() as stack:
+            before = self.model
+            for view in views:
+                stack.enter_context(view.around_evaluation(self, prefix))
+            stack.callback(setattr, self, "_adaptation_is_viewed", self._adaptation_is_viewed)
+            self._adaptation_is_viewed |= self.model is not before
+            yield
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -527,6 +559,15 @@ class AdaptationMixin(_Base):
         if self._adaptation_auxiliary is not None and self.args.should_save:
             self._adaptation_auxiliary.save_weights(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own, and what the adaptations of the last run were."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir or ".") / "README.md"
+        if self._adaptation_past is not None and self.is_world_process_zero():
+            card = path.read_text("utf-8").partition(f"\n{TITLE}\n")[0]
+            section = card_section(self, *self._adaptation_past)
+            write_text(path, f"{card.rstrip()}\n\n{section}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

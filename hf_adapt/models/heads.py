@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from hf_adapt.models.structure import is_a, is_encoder_decoder
+from hf_adapt.models.structure import is_a, is_encoder_decoder, unwrapped_base
 
 HeadName = Literal[
     "sequence_classification",
@@ -70,6 +70,26 @@ def has_head(model: nn.Module, *heads: HeadName) -> bool:
         (True, False)
     """
     return is_a(model, tuple(ending for head in heads for ending in HEADS[head].endings))
+
+
+def weights_of_the_head(model: nn.Module) -> list[str]:
+    """The parameters of a classification head, which belong to its labels; none of other models.
+
+    The head of a language model is none of them: its labels are the vocabulary.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=4, num_attention_heads=1, num_hidden_layers=1)
+        >>> weights_of_the_head(BertForSequenceClassification(config))
+        ['classifier.weight', 'classifier.bias']
+    """
+    base: Any = unwrapped_base(model)
+    body = getattr(base, getattr(base, "base_model_prefix", ""), None)
+    generates = has_head(model, "masked_lm", "causal_lm", "conditional_generation")
+    if generates or not isinstance(body, nn.Module) or body is base:
+        return []
+    inner = {id(p) for p in body.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) not in inner]
 
 
 def is_causal_lm(model: nn.Module) -> bool:

@@ -184,6 +184,15 @@ class _Plan:
             row = self.processing[name](row)
         return row if self.column is None else {**row, self.column: name}
 
+    def first_rows(self, name: str, number: int) -> list[Any]:
+        """Some rows of a task, as they are given away."""
+        data, task = self.datasets[name], self.names.index(name)
+        if is_map_style(data):
+            rows = rows_at(data, range(min(number, len(data))))
+        else:
+            rows = list(itertools.islice(iter(data), number))
+        return [self.row(task, row) for row in rows]
+
     def __str__(self) -> str:
         counts = self.quotas(int(self.epoch))
         width = max(map(len, self.names))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_adapt.engine.auxiliary import seed_for
+
 
 def uncertainty_loss(
     losses: torch.Tensor, log_variances: torch.Tensor, is_regression: torch.Tensor
@@ -124,3 +126,90 @@ def famo_weights(losses: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         )
     shares = torch.softmax(scores, 0) / losses
     return shares / shares.sum()
+
+
+def gradnorm_loss(
+    norms: torch.Tensor, ratios: torch.Tensor, weights: torch.Tensor, alpha: float = 1.5
+) -> torch.Tensor:
+    r"""The loss of the weights under which all tasks train at similar rates (GradNorm).
+
+    .. math::
+        L = \sum_k \Big| w_k n_k - \bar G \, r_k^{\alpha} \Big|, \qquad
+        \bar G = \frac1K \sum_k w_k n_k, \quad
+        r_k = \frac{\tilde\ell_k}{\frac1K \sum_i \tilde\ell_i}
+
+    Minimise it over the weights alone; the targets :math:`\bar G r_k^\alpha` are constants. After
+    each step, scale the weights so that they add up to K.
+
+    Reference:
+        Chen et al. 2018, "GradNorm: Gradient Normalization for Adaptive Loss Balancing", Eq. 2,
+        arXiv:1711.02257.
+
+    Args:
+        norms: n, the norm of the gradient of each task's loss, without its weight, at the last
+            shared layer.
+        ratios: The loss of each task divided by its first one; the smaller, the faster it trains.
+        weights: w, the weight of each task.
+        alpha: How strongly the rates are balanced; 0 asks for gradients of one norm.
+
+    Shape:
+        - norms, ratios, weights: (K,); output: ().
+
+    Raises:
+        ValueError: If alpha or a norm is negative, a ratio is not positive, or the shapes differ.
+
+    Example:
+        >>> weights = torch.ones(2, requires_grad=True)
+        >>> loss = gradnorm_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.8, 0.8]), weights)
+        >>> loss.item(), torch.autograd.grad(loss, weights)[0].tolist()
+        (1.0, [-1.0, 2.0])
+    """
+    if not norms.shape == ratios.shape == weights.shape or norms.ndim != 1:
+        raise ValueError(
+            f"norms, ratios and weights have the shapes {tuple(norms.shape)}, "
+            f"{tuple(ratios.shape)} and {tuple(weights.shape)}; expected (K,) of K tasks."
+        )
+    if not alpha >= 0:
+        raise ValueError(f"alpha={alpha} must be 0 or more.")
+    if not (bool((norms >= 0).all()) and bool((ratios > 0).all())):
+        raise ValueError(
+            f"The norms are {norms.tolist()} and the ratios {ratios.tolist()}; expected norms of "
+            "0 or more and ratios above 0."
+        )
+    own = weights * norms.detach()
+    rates = ratios.detach() / ratios.detach().mean()
+    return (own - own.detach().mean() * rates**alpha).abs().sum()
+
+
+def random_weights(num_tasks: int, seed: int, step: int) -> torch.Tensor:
+    r"""Weights that are drawn for each optimizer step: a baseline that others should beat.
+
+    .. math::
+        w = \mathrm{softmax}(\xi), \qquad \xi_k \sim N(0, 1)
+
+    A pure function of its arguments: the same in each process, and after resuming.
+
+    Reference:
+        Lin et al. 2022, "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task
+        Learning" (RLW), arXiv:2111.10603.
+
+    Args:
+        num_tasks: K.
+        seed: Seed of the run.
+        step: Number of the optimizer step.
+
+    Shape:
+        - output: (K,), float32 on the CPU, adding up to 1.
+
+    Raises:
+        ValueError: If there is no task.
+
+    Example:
+        >>> weights = random_weights(3, seed=0, step=7)
+        >>> torch.equal(weights, random_weights(3, seed=0, step=7)), round(weights.sum().item(), 5)
+        (True, 1.0)
+    """
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks={num_tasks} must be at least 1.")
+    generator = torch.Generator().manual_seed(seed_for(f"random weights {step}", seed))
+    return torch.softmax(torch.randn(num_tasks, generator=generator), 0)

@@ -56,6 +56,16 @@ from hf_adapt.continual import (
     ReplayMemory,
 )
 from hf_adapt.continual.row_choice import LOGITS
+from hf_adapt.multitask import (
+    FAMO,
+    GradNorm,
+    MultiTask,
+    SoftSharing,
+    TaskSpec,
+    Uncertainty,
+    mix,
+    pcgrad,
+)
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.toy import tokenizer
@@ -113,6 +123,23 @@ def old_with_logits(labels: str = "row") -> datasets.Dataset:
     """The same with what a model once predicted."""
     generator = torch.Generator().manual_seed(5)
     return old(labels).add_column(LOGITS, torch.randn(17, 3, generator=generator).tolist())
+
+
+def mixed(labels: str = "row") -> Any:
+    """40 rows of three tasks, the first with the labels of `rows`."""
+    tagged = [
+        {"tags" if k == "labels" else k: v for k, v in row.items()} for row in rows(14, 7, "token")
+    ]
+    spam = [{**row, "labels": row["labels"] % 2} for row in rows(12, 8, "row", low=30)]
+    spam = tagged[:12] if labels == "token" else spam
+    return mix({"own": rows(14, 1, labels), "tags": tagged, "spam": spam})
+
+
+def tasks(labels: str = "row", **options: Any) -> MultiTask:
+    """Those of `mixed`."""
+    tagged = TaskSpec("tags", 4, head="token_classification", collator=collate)
+    spam = TaskSpec(num_labels=2) if labels == "row" else tagged
+    return MultiTask({"own": TaskSpec(), "tags": tagged, "spam": spam}, **options)
 
 
 METHODS = {
@@ -216,6 +243,32 @@ METHODS = {
         )
         for kind in ("ema", "soup", "sfa")
     },
+    **{
+        f"soft_sharing_{norm}": Method(
+            lambda norm=norm: [SoftSharing(bert(seed=1), 0.5, norm)],
+            "rows",
+            refuses_adapters="the model has an adapter",
+            uses_target=False,
+        )
+        for norm in ("l2", "trace")
+    },
+    **{
+        f"multi_task{name}": Method(
+            lambda options=options: [tasks(**options())],
+            accumulation,
+            for_tokens=lambda options=options: [tasks("token", **options())],
+            uses_target=False,
+            files=files,
+        )
+        for name, accumulation, files, options in (
+            ("", "rows", (), lambda: {}),
+            ("_uncertainty", "rows", (), lambda: {"weighting": Uncertainty()}),
+            ("_famo", "rows", (), lambda: {"weighting": FAMO()}),
+            ("_gradnorm", "rows", (), lambda: {"weighting": GradNorm()}),
+            ("_pcgrad", "rows", (), lambda: {"surgery": pcgrad}),
+            ("_diagnosis", "rows", (), lambda: {"diagnose_every": 1}),
+        )
+    },
     "dark_replay": Method(
         lambda: [DarkReplay(old_with_logits(), ratio=0.5, weight=0.7)],
         "rows",
@@ -251,15 +304,21 @@ def make_trainer(
     """A Trainer of a tiny BERT with 40 source rows, if it needs them, and 23 target rows."""
     found = target() if target_dataset is None else target_dataset
     has_source = not any(adaptation.source_free for adaptation in adaptations)
+    # As many as all steps take: what comes after them differs between numbers of processes.
+    train: Any = rows(40, 1, labels)
+    if any(isinstance(adaptation, MultiTask) for adaptation in adaptations):
+        train = mixed(labels)
+    if not has_source:
+        train = concatenate_datasets([found] * 2)
     trainer = cls(
         bert() if model is None else model,
         arguments(folder, **settings) if args is None else args,
-        # As many as all steps take: what comes after them differs between numbers of processes.
-        train_dataset=rows(40, 1, labels) if has_source else concatenate_datasets([found] * 2),
+        train_dataset=train,
         data_collator=collate,
         callbacks=list(callbacks),
     )
-    others = ("hf_adapt.continual.", "hf_adapt.unfreezing.")  # which adapt to no target
+    # Which adapt to no target.
+    others = ("hf_adapt.continual.", "hf_adapt.multitask.", "hf_adapt.unfreezing.")
     adapts = [a for a in adaptations if not type(a).__module__.startswith(others)]
     return adapt(trainer, *adaptations, target_dataset=found if has_source and adapts else None)
 

@@ -9,8 +9,10 @@ from hf_adapt.multitask import (
     annealed_temperature,
     dwa_weights,
     famo_weights,
+    gradnorm_loss,
     mixing_probabilities,
     quotas,
+    random_weights,
     uncertainty_loss,
 )
 
@@ -48,6 +50,41 @@ def test_famo() -> None:
     assert torch.softmax(scores, 0).tolist() == pytest.approx([0.4875, 0.5125], abs=1e-4)
     with pytest.raises(ValueError, match="need positive ones"):
         famo_weights(torch.tensor([0.0, 1.0]), scores)
+
+
+def test_gradnorm() -> None:
+    """The gradients (1, 0) and (-1, 1); the targets get no gradient."""
+    norms, ratios = torch.tensor([1.0, math.sqrt(2)]).double(), torch.tensor([0.8, 0.9]).double()
+    weights = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    loss = gradnorm_loss(norms, ratios, weights)
+    targets = torch.tensor([1.102179, 1.315167])
+    assert loss.item() == pytest.approx(0.201225, abs=2e-6)
+    assert loss.item() == pytest.approx(float((norms - targets).abs().sum()), abs=2e-6)
+    (slope,) = torch.autograd.grad(loss, weights)
+    assert slope.tolist() == pytest.approx([-1, math.sqrt(2)])
+    assert gradnorm_loss(norms, ratios, 1 / norms, alpha=0).item() == pytest.approx(0)
+    for arguments, message in [
+        ((norms, ratios, torch.ones(3)), r"\(2,\), \(2,\) and \(3,\); expected \(K,\)"),
+        ((-norms, ratios, weights), "norms of 0 or more"),
+        ((norms, 0 * ratios, weights), "ratios above 0"),
+        ((norms, ratios, weights, -1.0), "alpha=-1.0 must be 0 or more"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gradnorm_loss(*arguments)
+
+
+def test_random_weights() -> None:
+    """Other ones at each step and seed; in the mean all alike; no draw of the run is used up."""
+    state = torch.get_rng_state()
+    drawn = torch.stack([random_weights(3, seed, step) for seed in (0, 1) for step in range(1000)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tuple(each.tolist()) for each in drawn}) == 2000
+    torch.testing.assert_close(drawn.mean(0), torch.full((3,), 1 / 3), rtol=0, atol=0.02)
+    torch.testing.assert_close(drawn.sum(1), torch.ones(2000))
+    variance = (drawn.log() - drawn.log().mean(1, keepdim=True)).square().sum(1).mean() / 2
+    assert variance.item() == pytest.approx(1, abs=0.1), "of a standard normal"
+    with pytest.raises(ValueError, match="num_tasks=0"):
+        random_weights(0, 0, 0)
 
 
 @pytest.mark.parametrize(
