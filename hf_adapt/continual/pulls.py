@@ -38,10 +38,9 @@ class WeightPull:
         self.weights = weights
         limit = max((float(f.max()) for f in importances or () if f.numel()), default=1.0)
         self._largest = limit or 1.0
-        known = (
-            [None] * len(weights) if importances is None else [_known_rows(f) for f in importances]
-        )
-        self._rows: list[torch.Tensor | None] = known
+        self._rows: list[torch.Tensor | None] = [None] * len(weights)
+        if importances is not None:
+            self._rows = [_known_rows(each) for each in importances]
         self.starts = [self._part(i, start) for i, start in enumerate(starts)]
         self.importances = None
         if importances is not None:
