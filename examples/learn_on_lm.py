@@ -32,7 +32,7 @@ from results import report
 
 TRAINING_DEFAULTS = {
     "output_dir": "runs/learn_on_lm",
-    "max_steps": 60,
+    "max_steps": 40,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "learning_rate": 1e-2,
