@@ -43,7 +43,7 @@ from hf_adapt.experiments.summary import Score
 
 TRAINING_DEFAULTS = {
     "output_dir": "runs/forgetting_language_model",
-    "max_steps": 60,
+    "max_steps": 40,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "learning_rate": 1e-2,
@@ -123,7 +123,7 @@ class BenchmarkArguments:
     seeds: int = option(3, "Runs of each method, with seeds from --seed on")
     rank: int = option(16, "Rank of the adapters")
     block_size: int = option(48, "Tokens of a row")
-    num_test: int = option(96, "Test rows of each domain")
+    num_test: int = option(64, "Test rows of each domain")
     memory_size: int = option(64, "Rows of the general texts that are kept")
     ratio: float = option(0.5, "Rows of the memory beside each new row")
 
