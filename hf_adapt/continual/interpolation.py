@@ -17,6 +17,7 @@ from hf_adapt.models.averages import blend
 from hf_adapt.models.copies import copied
 from hf_adapt.models.hub_names import check_hub_name
 from hf_adapt.models.state import preserved
+from hf_adapt.models.structure import has_adapters
 
 Model = nn.Module | str | os.PathLike[str]
 
@@ -204,7 +205,7 @@ def loaded(model: Model) -> nn.Module:
 
 
 def _check(model: nn.Module) -> None:
-    if hasattr(model, "peft_config"):
+    if has_adapters(model):
         refuse_adapters(type(model).__name__)
     whole = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if whole:
