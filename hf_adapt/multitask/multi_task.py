@@ -390,9 +390,11 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         if self._diagnoses and self.diagnosis is not None:
             self.diagnosis.add_cosines(self._gradients, sums)
         if self.surgery is not None:
-            present = sums[sums.any(1)]  # a task without rows in this step has no say in it
-            if len(present):
-                self._gradients.write(self._direction(trainer, present))
+            # A task without rows in this step has no say in it. (`any` takes far longer.)
+            present = (sums.amax(1) != 0) | (sums.amin(1) != 0)
+            if bool(present.any()):
+                given = sums if bool(present.all()) else sums[present]  # no copy where all are
+                self._gradients.write(self._direction(trainer, given))
 
     def _direction(self, trainer: Trainer, gradients: torch.Tensor) -> torch.Tensor:
         """The direction that the surgery makes of the gradients of a step."""
