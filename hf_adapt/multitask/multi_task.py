@@ -188,6 +188,11 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
     def setup(self, trainer: Trainer) -> None:
         """Learn of the tasks' sizes."""
         heads = self._prepare(trainer)
+        if self._keeps_gradients and trainer.args.torch_compile:
+            raise ValueError(
+                "surgery=, diagnose_every= and GradNorm go through a graph several times, which a "
+                "compiled one does not allow. Leave torch_compile out, or them."
+            )
         self.weighting.begin(list(self.tasks), [heads.head(task).size for task in self.tasks])
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
