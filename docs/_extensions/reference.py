@@ -1,0 +1,294 @@
+"""The pages that are made from the source: the API reference, the papers and the messages.
+
+They are written before Sphinx reads its sources, and docstrings are turned into what Sphinx reads:
+[`Name`] becomes a link, and one that leads nowhere is a warning (an error in `make docs`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shutil
+import sys
+import textwrap
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import messages
+import papers
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = {
+    "hf_adapt.alignment": "Domain adaptation",
+    "hf_adapt.alignment.priors": "Class frequencies",
+    "hf_adapt.distillation": "Distillation",
+    "hf_adapt.unfreezing": "Gradual unfreezing",
+    "hf_adapt.knowledge": "Knowledge graphs",
+    "hf_adapt.continual": "Learning on",
+    "hf_adapt.multitask": "Several tasks",
+    "hf_adapt.evaluation": "Evaluation",
+    "hf_adapt.evaluation.validators": "Validators",
+    "hf_adapt.report": "Reports",
+    "hf_adapt": "The Trainer and its adaptations",
+    "hf_adapt.engine": "Writing a method",
+}
+# Modules that export nothing. The names of the engine are for those who write a method.
+NAMES = {
+    "hf_adapt.alignment.priors": ("Priors", "SampledPriors"),
+    "hf_adapt.engine": (
+        "adaptation.Term",
+        "progress.Schedule",
+        "progress.dann_ramp",
+        "progress.linear_ramp",
+        "progress.slanted_triangular",
+        "batch.Batch",
+        "batch.Rows",
+        "callback.collect_items",
+        "item_outputs.ItemOutputs",
+        "item_outputs.OutputCollector",
+        "mixins.BatchTransform",
+        "mixins.EvaluationObserver",
+        "mixins.EvaluationView",
+        "mixins.FusedLoss",
+        "mixins.FusedObjective",
+        "mixins.GradientTransform",
+        "mixins.LearningRateControl",
+        "mixins.LossCombiner",
+        "mixins.RowRouting",
+        "mixins.WeightAverage",
+        "mixins.WeightTransform",
+    ),
+}
+
+
+class Entry(NamedTuple):
+    """A public name: where it is documented, and what it is."""
+
+    path: str
+    object: Any
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.object) or "").partition("\n\n")[0].replace("\n", " ")
+
+    @property
+    def kind(self) -> str:
+        if inspect.isclass(self.object):
+            return "class"
+        return "function" if inspect.isroutine(self.object) else "data"
+
+
+def identity(thing: Any) -> Any:
+    """The same for an object whatever it is imported from."""
+    return (getattr(thing, "__module__", None), getattr(thing, "__qualname__", id(thing)))
+
+
+@cache
+def entries() -> dict[str, list[Entry]]:
+    """The public names of each family, each in one family alone."""
+    seen: set[Any] = set()
+    found: dict[str, list[Entry]] = {}
+    for family in FAMILIES:
+        module = importlib.import_module(family)
+        names = NAMES.get(family) or getattr(module, "__all__", None) or _defined(module)
+        found[family] = []
+        for name in names:
+            path = f"{family}.{name}"
+            parent, _, last = path.rpartition(".")
+            thing = getattr(importlib.import_module(parent), last)
+            if not isinstance(thing, ModuleType) and identity(thing) not in seen:
+                seen.add(identity(thing))
+                found[family].append(Entry(path, thing))
+    return found
+
+
+def _defined(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, thing in vars(module).items()
+        if not name.startswith("_") and getattr(thing, "__module__", "") == module.__name__
+    ]
+
+
+@cache
+def documented() -> dict[Any, str]:
+    """The path of each public object and of its public members."""
+    paths = {}
+    for entry in (entry for family in entries().values() for entry in family):
+        paths[identity(entry.object)] = entry.path
+        if inspect.isclass(entry.object):
+            for name, member in inspect.getmembers(entry.object):
+                if not name.startswith("_"):
+                    paths.setdefault(identity(member), f"{entry.path}.{name}")
+    return paths
+
+
+def find(name: str, near: Any, path: str) -> str | None:
+    """The documented path of `name` as the docstring of `near`, documented at `path`, means it."""
+    family = max((f for f in FAMILIES if path.startswith(f)), key=len)
+    owner = next(
+        (e.object for f in entries().values() for e in f if path.startswith(f"{e.path}.")), None
+    )
+    defined_in = sys.modules.get(getattr(near, "__module__", ""))
+    for start in (near, owner, defined_in, importlib.import_module(family)):
+        thing = start
+        for part in name.split("."):
+            thing = getattr(thing, part, None)
+        if thing is not None and identity(thing) in documented():
+            return documented()[identity(thing)]
+    if name in FAMILIES:
+        return name
+    everywhere = {p for p in documented().values() if p == name or p.endswith(f".{name}")}
+    if len(everywhere) > 1:
+        everywhere = {p for p in everywhere if p.startswith(f"{family}.")}
+    if not everywhere and name.count(".") > 1:  # the module that defines it
+        parent, _, last = name.rpartition(".")
+        try:
+            return documented().get(identity(getattr(importlib.import_module(parent), last, None)))
+        except ModuleNotFoundError:
+            return None
+    return everywhere.pop() if len(everywhere) == 1 else None
+
+
+SPAN = re.compile(r"``.+?``|`[^`]+`", re.S)
+LINK = re.compile(r"\[`([^`\]]+)`\](?:\[([\w.]+)\])?")
+
+
+def docstring(
+    app: Sphinx, what: str, path: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Turn a docstring's Markdown into what Sphinx reads."""
+
+    def link(match: re.Match[str]) -> str:
+        name = match[2] or match[1]
+        target = find(name, thing, path)
+        if target is None:
+            logger.warning("[`%s`] is no public name", name, location=f"docstring of {path}")
+            return f"``{match[1]}``"
+        role = "mod" if target in FAMILIES else "obj"
+        return rf":py:{role}:`{match[1]} <{target}>`\ "
+
+    def parted(match: re.Match[str]) -> str:
+        """Code, set apart from a letter that follows it: the s of `Stream`s."""
+        follows = match.string[match.end() : match.end() + 1]
+        return match[0] + (r"\ " if follows.isalpha() else "")
+
+    parts = re.split(r"^( *)```(\w*)\n(.*?)^ *```$", "\n".join(lines), flags=re.M | re.S)
+    text = papers.linked(LINK.sub(link, SPAN.sub(parted, parts[0])))
+    for indent, language, code, after in zip(*(iter(parts[1:]),) * 4, strict=True):
+        text += f"{indent}.. code-block:: {language or 'text'}\n\n{textwrap.indent(code, '    ')}"
+        text += papers.linked(LINK.sub(link, SPAN.sub(parted, after)))
+    lines[:] = text.split("\n")
+
+
+@cache
+def hooks() -> dict[str, Any]:
+    """What the engine calls; only its own classes document them."""
+    engine = [e for f in ("hf_adapt", "hf_adapt.engine") for e in entries()[f]]
+    return {
+        name
+        for entry in engine
+        if inspect.isclass(entry.object) and entry.name != "AdaptationMixin"
+        for name in vars(entry.object)
+    }
+
+
+def skip(app: Sphinx, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:
+    """Leave the engine's hooks out of the methods' pages."""
+    module = getattr(getattr(thing, "fget", thing), "__module__", "") or ""
+    if name in hooks() and module.startswith("hf_adapt.") and ".engine" not in module:
+        return True
+    return None
+
+
+def page(family: str, title: str) -> str:
+    """The page of a family, in reStructuredText."""
+    parts = [f".. _{family}:", "", title, "=" * len(title), ""]
+    parts += [f".. automodule:: {family}", "   :no-members:", ""]
+    for kind, heading in (("class", "Classes"), ("function", "Functions"), ("data", "Data")):
+        found = [entry for entry in entries()[family] if entry.kind == kind]
+        if not found:
+            continue
+        parts += [heading, "-" * len(heading), "", ".. list-table::", "   :class: names", ""]
+        for entry in found:
+            summary = LINK.sub(r"`\1`", entry.summary)
+            parts += [f"   * - :py:obj:`{entry.name} <{entry.path}>`", f"     - {summary}"]
+        parts.append("")
+        for entry in found:
+            parts += [f".. auto{kind}:: {entry.path}", ""]
+    return "\n".join(parts)
+
+
+OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]+)(#[^)]*)?\)")
+
+
+def inside(text: str) -> str:
+    """Markdown whose links to the rest of the repository lead to pages of the site, or nowhere."""
+
+    def replaced(match: re.Match[str]) -> str:
+        label, path, anchor = match[1], match[2], match[3] or ""
+        if path == "benchmarks/README.md":
+            return f"[{label}](/reference/benchmarks.md{anchor})"
+        return label if "`" in label else f"{label} (`{path}`)"
+
+    return OUTSIDE.sub(replaced, text)
+
+
+def page_read(app: Sphinx, name: str, source: list[str]) -> None:
+    """Mend the links of a page of docs/."""
+    source[0] = inside(source[0])
+
+
+def repository_page(path: Path) -> str:
+    """A page of the repository, as one of docs/reference."""
+    return re.sub(r"\]\((?:\.\./)?docs/", "](/", path.read_text("utf-8"))
+
+
+def generate(app: Sphinx) -> None:
+    """Write the pages, where they have changed."""
+    folder = Path(app.srcdir, "reference")
+    root = Path(app.srcdir).parent
+    pages = {f"{family}.rst": page(family, title) for family, title in FAMILIES.items()}
+    pages["papers.rst"] = papers.page(entries(), FAMILIES)
+    pages |= {
+        f"messages_{name}.rst": text
+        for name, text in messages.pages(
+            Path(inspect.getfile(sys.modules["hf_adapt"])).parent, find
+        )
+    }
+    pages["benchmarks.md"] = repository_page(root / "benchmarks/README.md")
+    pages["changelog.md"] = repository_page(root / "CHANGELOG.md")
+    folder.mkdir(exist_ok=True)
+    for old in set(folder.iterdir()) - {folder / name for name in pages}:
+        old.unlink()
+    for name, text in pages.items():
+        file = folder / name
+        if not file.exists() or file.read_text("utf-8") != text:
+            file.write_text(text, "utf-8")
+
+
+def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Put MathJax into the site."""
+    if error is None and app.builder.format == "html":
+        shutil.copy(app.config.mathjax_file, Path(app.outdir, "_static", app.config.mathjax_path))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect to Sphinx."""
+    app.add_config_value("mathjax_file", None, "")
+    app.connect("builder-inited", generate)
+    app.connect("source-read", page_read)
+    app.connect("autodoc-process-docstring", docstring, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", skip)
+    app.connect("build-finished", copy_mathjax)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
