@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from hf_adapt.experiments.versions import installed
+from hf_adapt.storage.text_file import write_text
 
 DOMAINS = ("movies", "tweets", "products", "nyt")  # of the benchmark vader4
 TESTS = ("in domain", "out of domain")
@@ -81,6 +83,13 @@ def fingerprint(
     texts = [domain[split].to_dict() for domain in data for split in domain]
     described = json.dumps([settings, texts, installed()], sort_keys=True, default=str)
     return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """A value that was written to a file, or is made and written."""
+    if not path.exists():
+        write_text(path, json.dumps(make(), indent=2))
+    return json.loads(path.read_text())
 
 
 # ---------------------------------------------------------------- classifiers

@@ -13,7 +13,6 @@ command goes on where it stopped, and several may run at once. Writes results.js
 forgetting.png there.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from domain_data import LICENCES, MINILM_LICENCE, minilm_path
-from experiment import changed, check_methods, fingerprint, new_classifier, option, parse, run
+from experiment import changed, check_methods, fingerprint, kept, new_classifier, option, parse, run
 from matplotlib.figure import Figure
 from results import report, summarize
 from transformers import (
@@ -52,7 +51,6 @@ from hf_adapt.continual import (
 from hf_adapt.experiments.plots import GREY
 from hf_adapt.experiments.summary import percent
 from hf_adapt.experiments.training import first_groups, freeze
-from hf_adapt.storage.text_file import write_text
 
 MEMORY_SIZE = 100  # rows of the old task that are seen again
 
@@ -147,13 +145,6 @@ class BenchmarkArguments:
 
     def __post_init__(self) -> None:
         check_methods(self.methods, METHODS)
-
-
-def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """A value that was written to a file, or is made and written."""
-    if not path.exists():
-        write_text(path, json.dumps(make(), indent=2))
-    return json.loads(path.read_text())
 
 
 def learn_old(start: Start, model_path: str) -> dict[str, float]:

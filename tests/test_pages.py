@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import DataCollatorWithPadding, Trainer
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 
 from tests.helpers.models import bert
-from tests.helpers.toy import rows, tokenizer
+from tests.helpers.toy import rows, sentences, tokenizer
 from tests.helpers.trainers import arguments
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -99,3 +99,18 @@ def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile(BLOCKS[name], name, "exec"), given)
     finally:
         logging.getLogger("hf_adapt.alignment").setLevel(logging.NOTSET)
+
+
+def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, but for the model that it names."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.S)
+    bert(num_labels=2).save_pretrained("model")
+    tokenizer().save_pretrained("model")
+    for name, label in (("source", ",label"), ("target", "")):
+        lines = [
+            f"{text}{',' + str(i % 2) if label else ''}" for i, text in enumerate(sentences(24, 1))
+        ]
+        Path(f"{name}.csv").write_text("\n".join([f"text{label}", *lines]))
+    exec(block.replace("sentence-transformers/all-MiniLM-L6-v2", "model"), {})
+    assert AutoModelForSequenceClassification.from_pretrained("adapted").config.num_labels == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,8 @@ from torch import nn
 from hf_adapt.engine.progress import Schedule, value_at
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from transformers import Trainer
 
     from hf_adapt.engine.batch import Batch, Rows
@@ -49,11 +52,13 @@ class Adaptation:
             sees no other stream.
         fixed: Parameters of the model that do not train while it takes part, found in `setup`; a
             schedule over the layers leaves them alone.
+        given_settings: The plain arguments that it was made with, as text for a model card.
         columns: Columns of the rows that it wants to see; they come with the batch, in
             `part.columns`, and never reach the model.
     """
 
     name: str = ""
+    given_settings: Mapping[str, str]
     needs_streams: Collection[str] = ()
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -62,6 +67,17 @@ class Adaptation:
     source_free: bool = False
     fixed: Sequence[nn.Parameter] = ()
     columns: Sequence[str] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember what it is made with."""
+        self = super().__new__(cls)
+        try:
+            given = inspect.signature(cls).bind(*args, **kwargs).arguments
+        except TypeError:  # which `__init__` raises, saying more
+            given = {}
+        shown = {name: _shown(value) for name, value in given.items()}
+        self.given_settings = {name: text for name, text in shown.items() if text is not None}
+        return self
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -147,6 +163,23 @@ class Adaptation:
 
     def close(self) -> None:
         """Called when the run ends, also by an error: remove all hooks from the model."""
+
+
+def _shown(value: Any) -> str | None:
+    """A plain value as it is written in Python; None for data, models and all that is long."""
+    text: str | None = None
+    if isinstance(value, bool | int | float | str | None):
+        text = repr(value)
+    elif inspect.isroutine(value) and not value.__name__.startswith("<"):
+        text = value.__name__
+    elif isinstance(value, (list, tuple)) and len(value) <= 20:
+        parts = [_shown(each) for each in value]
+        text = None if None in parts else f"[{', '.join(map(str, parts))}]"
+    elif isinstance(value, Mapping) and len(value) <= 20:
+        parts = [_shown(each) for each in value.values()]
+        pairs = [f"{key!r}: {part}" for key, part in zip(value, parts, strict=True)]
+        text = None if None in parts else "{" + ", ".join(pairs) + "}"
+    return text if text is not None and len(text) <= 200 else None
 
 
 class Objective(Adaptation):

@@ -188,6 +188,10 @@ class StreamData:
             return self.trainer._remove_unused_columns(dataset, description="training")
         return dataset
 
+    def keeps_columns(self, dataset: Any) -> bool:
+        """Whether no column may be removed: the collator of each task chooses its own."""
+        return self._is_routed and self.is_paired(dataset)
+
     def is_paired(self, dataset: Any) -> bool:
         """Whether this is the paired set (its sampler is the source's)."""
         return dataset is self._paired

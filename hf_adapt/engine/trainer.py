@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from hf_adapt.engine.mixins import (
     EvaluationView,
     RowRouting,
 )
+from hf_adapt.engine.model_card import TITLE, card_section
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.plan import Plan, active_adaptations, streams_of
 from hf_adapt.engine.run import AdaptationRun
@@ -36,6 +38,7 @@ from hf_adapt.engine.selection import as_if_alone
 from hf_adapt.engine.stream_data import StreamData
 from hf_adapt.engine.sweep import Read, Sweep
 from hf_adapt.models.state import preserved_random_state
+from hf_adapt.storage.text_file import write_text
 
 if TYPE_CHECKING:
     from hf_adapt.engine.adaptation import Objective
@@ -85,6 +88,8 @@ class AdaptationMixin(_Base):
     _adaptation_observers: tuple[tuple[EvaluationObserver, ...], tuple[str, ...]] = ((), ())
     """Those of the evaluation under way, and the inputs that are only for them."""
     _adaptation_collector: OutputCollector | None = None
+    _adaptation_past: tuple[Sequence[Adaptation], StreamData | None] | None = None
+    """What took part in the last run, and its streams: a model card says so."""
     _adaptation_is_viewed = False
     """Whether an evaluation is under way in which the Trainer's model is another."""
 
@@ -121,6 +126,7 @@ class AdaptationMixin(_Base):
             self.callback_handler.callbacks.append(callback)
             output = super()._inner_training_loop(*args, **kwargs)
             run.finish()
+            self._adaptation_past = (run.adaptations, run.data)
             return output
         finally:
             self._adaptation_run = None
@@ -320,6 +326,9 @@ class AdaptationMixin(_Base):
         return tuple(sorted(wanted - inputs_of(self))) if wanted else ()
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        run = self._adaptation_run
+        if run is not None and run.data is not None and run.data.keeps_columns(dataset):
+            return dataset
         with kept_columns(self, self._kept_columns(description)):
             return super()._remove_unused_columns(dataset, description)
 
@@ -550,6 +559,15 @@ class AdaptationMixin(_Base):
         if self._adaptation_auxiliary is not None and self.args.should_save:
             self._adaptation_auxiliary.save_weights(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own, and what the adaptations of the last run were."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir or ".") / "README.md"
+        if self._adaptation_past is not None and self.is_world_process_zero():
+            card = path.read_text("utf-8").partition(f"\n{TITLE}\n")[0]
+            section = card_section(self, *self._adaptation_past)
+            write_text(path, f"{card.rstrip()}\n\n{section}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

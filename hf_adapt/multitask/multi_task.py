@@ -21,17 +21,14 @@ from hf_adapt.engine.parts import Part
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import TRAINING, Routing
 from hf_adapt.engine.sweep import evaluating
-from hf_adapt.engine.trainer_kinds import is_sentence_trainer
-from hf_adapt.engine.training import checkpoint_without_reentry
+from hf_adapt.engine.training import checkpoint_without_reentry, unwrapped_model
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.state import preserved_random_state
-from hf_adapt.models.structure import unwrapped_base
 from hf_adapt.multitask.diagnosis import TaskDiagnosis
-from hf_adapt.multitask.export import save_task_model
-from hf_adapt.multitask.label_checks import HeadOf, check_labels, rows_of_tasks
 from hf_adapt.multitask.loss_weights import FixedWeights, LossWeights
 from hf_adapt.multitask.task_gradients import Surgery, TaskGradients
-from hf_adapt.multitask.task_models import TEXT_HEADS, TaskModel, TaskSpec, kind_of, shares_head
+from hf_adapt.multitask.task_heads import TaskHeads
+from hf_adapt.multitask.task_models import TaskModel, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -68,7 +65,7 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
             [`InverseLogClasses`], [`RandomWeights`].
         surgery: Makes one direction of the tasks' gradients over the whole step: [`pcgrad`],
             [`cagrad`], [`mgda`], [`imtl_g`], [`nash_mtl`], [`aligned_mtl`], or a function of yours
-            from (K, P) to (P,). It costs a backward for each task that a micro-batch has rows of.
+            from (K, P) to (P,). It costs K times the memory of the shared weights' gradients.
         diagnose_every: Steps between two looks at what the tasks do to each other: the cosines of
             their gradients, and how a step on one changes the losses of all. What was found is
             logged, warned of, and written to the output folder as `task_affinity.json` and as heat
@@ -132,91 +129,38 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         self.weighting, self.surgery, self.diagnose_every = weighting, surgery, diagnose_every
         self.column = column
         self._rate = learning_rate
-        self.models: dict[str, TaskModel] = {}
+        self.heads: TaskHeads | None = None
         self.diagnosis: TaskDiagnosis | None = None
-        self._of: nn.Module | None = None
         self._gradients: TaskGradients | None = None
         self._trainer: Trainer | None = None
         self._undo: Callable[[], None] | None = None
 
     # ---- the start of a run ----
 
-    def _prepare(self, trainer: Trainer) -> None:
-        """Make the models of the further tasks, once for a model of the Trainer."""
+    def _prepare(self, trainer: Trainer) -> TaskHeads:
+        """Make the heads of the further tasks, once for a model of the Trainer."""
         self._trainer = trainer
-        model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
-        if self._of is model:
-            return
-        if is_sentence_trainer(trainer):
-            raise ValueError("MultiTask is for models with heads; a sentence encoder has none.")
-        self._shared = [
-            t for t in self.streams if shares_head(unwrapped_base(model), self.tasks[t])
-        ]
-        for task in self._shared:
-            spec = self.tasks[task]
-            if spec.loss is not None or spec.labels_column is not None or spec.collator is not None:
-                raise ValueError(
-                    f"The task {task!r} shares the head of the Trainer's model, and with it its "
-                    "loss, its collator and the names of its label columns."
-                )
-        with preserved_random_state(seed_for(self.name, trainer.args.seed)):
-            self.models = {
-                task: TaskModel(model, task, self.tasks[task])
-                for task in self.streams
-                if task not in self._shared
-            }
-        self._of, self.module = model, None
-        self.learning_rate = trainer.args.learning_rate if self._rate is None else self._rate
-        self.weight_decay = trainer.args.weight_decay
+        if self.heads is None or self.heads.model is not unwrapped_model(trainer):
+            args = trainer.args
+            self.heads = TaskHeads(trainer, self.tasks, seed_for(self.name, args.seed))
+            self.module = None
+            self.learning_rate = args.learning_rate if self._rate is None else self._rate
+            self.weight_decay = args.weight_decay
+        return self.heads
+
+    @property
+    def models(self) -> Mapping[str, TaskModel]:
+        """The models of the tasks that have a head of their own, made when training begins."""
+        return {} if self.heads is None else self.heads.models
 
     def routing(self, trainer: Trainer) -> Routing:
         """The rows of further tasks, and how they are collated."""
-        self._prepare(trainer)
-        collators = {
-            t: self.models[t].collator(trainer) if t in self.models else None for t in self.streams
-        }
-        with preserved_random_state():
-            rows = rows_of_tasks(trainer.train_dataset, self.column, list(self.tasks))
-        base = unwrapped_base(cast(nn.Module, self._of))
-        own = HeadOf(kind_of(base), self._own_size, getattr(base.config, "problem_type", None))
-        for task, given in rows.items():
-            collator = collators.get(task)
-            if task in self._shared or collator is None:
-                check_labels(task, given, own)
-                continue
-            model = self.models[task]
-            head = HeadOf(model.head, self._size(task), self.tasks[task].problem_type)
-            if self.tasks[task].collator is None and self.tasks[task].loss is None:
-                check_labels(task, [collator.row(row) for row in given], head)
-        return Routing(self.column, self.own_task, collators, rows[self.own_task][0])
-
-    @property
-    def _own_size(self) -> int | None:
-        """The size of the head of the Trainer's model; None where it is that of a vocabulary."""
-        base = unwrapped_base(cast(nn.Module, self._of))
-        return (
-            None
-            if kind_of(base) in (*TEXT_HEADS, None)
-            else getattr(base.config, "num_labels", None)
-        )
+        return self._prepare(trainer).routing(trainer, self.column)
 
     def setup(self, trainer: Trainer) -> None:
-        """Learn of the tasks' sizes; refuse what could not be exact."""
-        sizes = [self._own_size, *map(self._size, self.streams)]
-        self.weighting.begin(list(self.tasks), sizes)
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            what = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
-            if self.models:
-                raise ValueError(
-                    f"The heads of {', '.join(self.models)} run on the body of the model, whose "
-                    f"weights {what} cuts into pieces. Use DDP."
-                )
-
-    def _size(self, task: str) -> int | None:
-        if task not in self.models:
-            return self._own_size
-        model = self.models[task]
-        return None if model.head in TEXT_HEADS else model.model.config.num_labels
+        """Learn of the tasks' sizes."""
+        heads = self._prepare(trainer)
+        self.weighting.begin(list(self.tasks), [heads.head(task).size for task in self.tasks])
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
         """The heads, and what the weighting learns."""
@@ -242,20 +186,19 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
 
     def begin(self, trainer: Trainer) -> None:
         """Find the shared weights."""
-        model = cast(nn.Module, self._of)
-        base = unwrapped_base(model)
-        own = {id(p) for p in self._body(base).parameters()}
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        heads = self._prepare(trainer)
+        own = {id(p) for p in heads.body.parameters()}
+        named = {n: p for n, p in heads.model.named_parameters() if p.requires_grad}
         shared = [p for p in named.values() if id(p) in own]
         self._others = [p for p in named.values() if id(p) not in own]
         if not self._keeps_gradients:
             return
-        self._undo = checkpoint_without_reentry(model)  # else a graph could be gone through once
         if not shared:
             raise ValueError("No weight of the model's body trains: the tasks share none.")
+        self._undo = checkpoint_without_reentry(heads.model)  # a graph is gone through twice
         groups = {
             group.name: kept
-            for group in layer_groups(model)
+            for group in layer_groups(heads.model)
             if (kept := [p for n in group.parameters if id(p := named[n]) in own])
         }
         if self.diagnose_every:
@@ -264,10 +207,6 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         self._last_layer = groups.get(last, shared)
         only_norms = not self.diagnose_every and self.surgery is None
         self._gradients = TaskGradients(self._last_layer if only_norms else shared, len(self.tasks))
-
-    def _body(self, base: nn.Module) -> nn.Module:
-        body = getattr(base, "base_model", None)
-        return body if isinstance(body, nn.Module) else base
 
     # ---- each step ----
 
@@ -367,10 +306,10 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         if not self._diagnoses or self._micro_batch > 1:
             return
         assert self.diagnosis is not None and self._gradients is not None
-        assert self._trainer is not None and self._of is not None
+        assert self._trainer is not None and self.heads is not None
         with ExitStack() as stack:
             stack.enter_context(preserved_random_state())
-            stack.enter_context(evaluating(self._of))
+            stack.enter_context(evaluating(self.heads.model))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self._trainer.compute_loss_context_manager())
             rate = self._trainer.args.learning_rate
@@ -378,7 +317,8 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """The mean loss of each task on a micro-batch, NaN for one without rows."""
-        trainer = cast(Any, self._trainer)
+        assert self.heads is not None
+        trainer, own = cast(Any, self._trainer), self.heads.model
         found = []
         for task in self.tasks:
             stream = TRAINING if task == self.own_task else task
@@ -388,7 +328,7 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
             elif task in self.models:
                 found.append(self.models[task].loss(part.inputs))
             else:
-                found.append(trainer._base_loss(self._of, dict(part.inputs), None).float())
+                found.append(trainer._base_loss(own, dict(part.inputs), None).float())
         return torch.stack(found)
 
     def transform_gradients(self, model: nn.Module) -> None:
@@ -459,38 +399,13 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         if not named:
             yield
             return
-        self._prepare(trainer)
-        task = max(named, key=len)
-        changed = self._view(trainer, task)
+        changed = self._prepare(trainer).view(trainer, max(named, key=len))
         before = {name: vars(trainer).get(name) for name in changed}
         vars(trainer).update(changed)
         try:
             yield
         finally:
             vars(trainer).update(before)
-
-    def _view(self, trainer: Trainer, task: str) -> dict[str, Any]:
-        """The Trainer's attributes while a task is evaluated."""
-        spec, model = self.tasks[task], self.models.get(task)
-        metrics: dict[str, Any] = {}
-        if spec.metrics is not None:
-            metrics = {"compute_metrics": spec.metrics}
-        if model is None:
-            return metrics
-        collator = model.collator(trainer)
-        alike = model.head == kind_of(unwrapped_base(cast(nn.Module, self._of)))
-        if not alike:
-            metrics = {"compute_metrics": spec.metrics, "preprocess_logits_for_metrics": None}
-        loss = None if spec.loss is None else _as_loss_func(spec.loss)
-        columns = [*collator.inputs, *([spec.labels_column] if spec.labels_column else [])]
-        return {
-            "model": model.model,
-            "data_collator": collator,
-            "label_names": model.labels,
-            "compute_loss_func": loss,
-            "_signature_columns": columns,
-            **metrics,
-        }
 
     def export(self, task: str, folder: str | os.PathLike[str]) -> None:
         """Write the model of one task as a plain Hugging Face model, which `from_pretrained` loads.
@@ -507,12 +422,11 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         """
         if task not in self.tasks:
             raise ValueError(f"{task!r} is none of the tasks {', '.join(map(repr, self.tasks))}.")
-        if self._of is None or self._trainer is None:
+        if self.heads is None or self._trainer is None:
             raise ValueError(
-                "There is no model yet: the tasks are made when training or an evaluation begins."
+                "There is no model yet: the heads are made when training or an evaluation begins."
             )
-        head = self.models.get(task)
-        save_task_model(self._of, None if head is None else head, folder)
+        self.heads.export(task, folder)
         if (tokenizer := self._trainer.processing_class) is not None:
             tokenizer.save_pretrained(str(folder))
 
@@ -549,10 +463,3 @@ def _labels(model: TaskModel, part: Part) -> torch.Tensor:
     """The labels that a task's mean is over; rows, where they cannot be counted."""
     count = label_count(model.model, part.inputs)
     return torch.tensor(len(part.domain), device=part.domain.device) if count is None else count
-
-
-def _as_loss_func(loss: Any) -> Any:
-    def compute(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        return cast(torch.Tensor, loss(outputs, labels))
-
-    return compute

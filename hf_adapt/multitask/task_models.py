@@ -254,6 +254,7 @@ class TaskCollator:
 
     def row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as the collator is given it."""
+        row = {k: v for k, v in row.items() if v is not None}  # a column of another task
         found = {k: v for k, v in row.items() if k in self.inputs and k != self.labels_column}
         if self.labels_column is not None and self.labels_column in row:
             if twice := sorted(set(LABELS) & found.keys()):

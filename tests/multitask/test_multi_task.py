@@ -17,7 +17,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_adapt import AdaptationTrainer
+from hf_adapt import AdaptationTrainer, adapt
 from hf_adapt.multitask import (
     FAMO,
     DynamicWeightAverage,
@@ -31,7 +31,9 @@ from hf_adapt.multitask import (
     pcgrad,
 )
 from hf_adapt.multitask.task_gradients import TaskGradients
+from tests.helpers import injectors, toy
 from tests.helpers.data import collate, rows
+from tests.helpers.injectors import injection
 from tests.helpers.models import bert, llama, t5_config
 from tests.helpers.trainers import arguments
 
@@ -220,7 +222,9 @@ HEADS: dict[str, tuple[Callable[[], Any], Any, TaskSpec, Any]] = {
         llama, with_labels(9, 1, next_tokens),
         TaskSpec(num_labels=2, head="sequence_classification", collator=collate), spam(11),
     ),
-    "two texts of one model": (llama, with_labels(9, 1, next_tokens), TaskSpec(), with_labels(11, 2, next_tokens)),
+    "two texts of one model": (
+        llama, with_labels(9, 1, next_tokens), TaskSpec(), with_labels(11, 2, next_tokens),
+    ),
     "text to text": (
         t5, with_labels(9, 1, target_text), TaskSpec(), with_labels(11, 2, target_text),
     ),
@@ -240,6 +244,33 @@ def test_heads_of_every_kind(kind: str, tmp_path: Path) -> None:
     losses = losses_by_hand(method, trainer.model, train)
     expected = gradient_by_hand(method, trainer.model, losses["own"] + losses["other"])
     assert_close(expected, found)
+
+
+def test_every_head_runs_in_the_mixed_precision_of_the_run(tmp_path: Path) -> None:
+    """In training and in an evaluation, with outputs in float32, as accelerate has them."""
+    trainer = make(tmp_path, method := MultiTask(SPECS), data(), bf16=True, max_steps=1)
+    heads = {"topic": trainer.model.classifier}
+    seen: dict[str, list[torch.dtype]] = {}
+
+    def watch(task: str, module: nn.Module) -> None:
+        seen[task] = []
+        module.register_forward_hook(lambda _, __, out: seen[task].append(out.dtype))
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            heads.update({task: m.model.classifier for task, m in method.models.items()})
+            for task, module in heads.items():
+                watch(task, module)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    trainer.evaluate({"spam": spam(9, 13)})
+    assert {task: set(found) for task, found in seen.items()} == {
+        task: {torch.bfloat16} for task in SPECS
+    }
+    assert (
+        trainer.predict(spam(3, 14), metric_key_prefix="test_spam").predictions.dtype == "float32"
+    )
 
 
 # ---- weights, surgery ----
@@ -516,3 +547,58 @@ def test_what_does_not_fit_is_refused(kind: str, tmp_path: Path) -> None:
     make_it, message = BAD[kind]
     with pytest.raises((ValueError, TypeError), match=message):
         make(tmp_path, *make_it()).train()
+
+
+# ---- kinds of data, and what else a run may have ----
+
+
+@pytest.mark.parametrize("kind", ["a column", "torch", "a stream", "streams"])
+def test_kinds_of_datasets(kind: str, tmp_path: Path) -> None:
+    """Four steps of each, the same rows."""
+    train: Any = [dict(row) for row in data()]
+    if kind in ("a column", "a stream"):  # of other tasks a row has None
+        train = datasets.Dataset.from_list([{"tags": None, "labels": None, **row} for row in train])
+    if kind == "a stream":
+        train = train.to_iterable_dataset()
+    elif kind == "streams":
+        given = {"topic": ROWS, "tags": tags(8), "spam": spam(8)}
+        train = mix({n: d.to_iterable_dataset() for n, d in given.items()}, "equal", size=24)
+    method = MultiTask(SPECS)
+    trainer = make(tmp_path, method, train, max_steps=4, per_device_train_batch_size=6)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(0 < entry["multitask/tags"] < 3 for entry in entries)
+    assert sum(entry["loss/task"] > 0 for entry in entries) > 1
+
+
+def test_beside_a_knowledge_graph(tmp_path: Path) -> None:
+    """What it adds to the batches of one task is added to those of the others too."""
+    train = mix({"topic": toy.rows(12, 1), "other": toy.rows(12, 2)})
+    trainer = injectors.trainer(tmp_path, data=train, max_steps=2)
+    method, knowledge = MultiTask({"topic": None, "other": TaskSpec(num_labels=3)}), injection()
+    trainer = adapt(trainer, method, knowledge)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["multitask/other"] > 0 and entry["knowledge/mentions_per_row"] > 0
+    found = trainer.evaluate({"topic": toy.rows(6, 3), "other": toy.rows(6, 4)})
+    assert found["eval_other_loss"] > 0
+
+
+@pytest.mark.parametrize("what", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (lambda: MultiTask(SPECS), "The heads of tags, spam run on the body"),
+        (
+            lambda: MultiTask({"topic": None, "spam": TaskSpec(head="shared")}, surgery=pcgrad),
+            "multitask works on whole gradients",
+        ),
+    ],
+)
+def test_what_shards_weights_is_refused(
+    method: Callable[[], MultiTask], message: str, what: str, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, method(), data())
+    setattr(trainer, f"is_{what}_enabled", True)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
