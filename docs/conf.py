@@ -34,9 +34,9 @@ myst_links_external_new_tab = False
 # Docstrings. A single backtick is code, as in Markdown.
 default_role = "code"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autodoc_type_aliases = {"Schedule": "Schedule", "Pooling": "Pooling"}
-autodoc_default_options = {"members": True}
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -45,6 +45,7 @@ napoleon_custom_sections = ["Shape", "Logs", "Reference"]
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
+pygments_style = "default"
 html_title = "hf_adapt"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -20,11 +20,11 @@ BLOCKS = {
     for page in (
         "adaptation",
         "choosing",
-        "concepts",
         "continual",
         "migration",
         "multitask",
         "quickstart",
+        "using",
     )
     for number, block in enumerate(
         re.findall(

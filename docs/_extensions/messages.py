@@ -80,7 +80,8 @@ def _text(node: ast.expr, owner: str) -> str | None:
 def pages(package: Path, find: Callable[..., str | None]) -> Iterator[tuple[str, str]]:
     """A page for each folder of the package, in reStructuredText."""
     for family, title in TITLES.items():
-        parts = [title, "=" * len(title), ""]
+        heading = f"Messages: {title[0].lower()}{title[1:]}"
+        parts = [heading, "=" * len(heading), ""]
         for file in sorted((package / family).rglob("*.py")):
             tree = ast.parse(file.read_text("utf-8"))
             told = list(dict.fromkeys(found(tree)))

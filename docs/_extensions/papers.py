@@ -57,7 +57,8 @@ def page(entries: dict[str, list[Any]], families: dict[str, str]) -> str:
             for paper in dict.fromkeys(map(key, cited(entry.object))):
                 used.setdefault(paper, []).append(f":py:obj:`{entry.name} <{entry.path}>`")
         if used:
-            parts += [title, "-" * len(title), "", ".. list-table::", "   :class: papers", ""]
+            parts += [title, "-" * len(title), "", ".. list-table::"]
+            parts += ["   :widths: 65 35", ""]
             for paper in sorted(used, key=lambda paper: shown(best[paper])):
                 parts += [f"   * - {shown(best[paper])}", f"     - {', '.join(used[paper])}"]
             parts.append("")

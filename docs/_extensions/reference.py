@@ -12,13 +12,14 @@ import re
 import shutil
 import sys
 import textwrap
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import messages
 import papers
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
@@ -67,6 +68,9 @@ NAMES = {
 }
 
 
+METHODS = (property, cached_property, classmethod, staticmethod)
+
+
 class Entry(NamedTuple):
     """A public name: where it is documented, and what it is."""
 
@@ -86,6 +90,19 @@ class Entry(NamedTuple):
         if inspect.isclass(self.object):
             return "class"
         return "function" if inspect.isroutine(self.object) else "data"
+
+    @property
+    def members(self) -> list[str]:
+        """Public methods that are not a base class's; those are documented there."""
+        bases = self.object.__mro__[1:] if ".engine." not in self.object.__module__ else ()
+        return [
+            name
+            for name, member in vars(self.object).items()
+            if not name.startswith("_")
+            and (callable(member) or isinstance(member, METHODS))
+            and inspect.getdoc(getattr(self.object, name))
+            and not any(name in vars(base) for base in bases)
+        ]
 
 
 def identity(thing: Any) -> Any:
@@ -126,10 +143,9 @@ def documented() -> dict[Any, str]:
     paths = {}
     for entry in (entry for family in entries().values() for entry in family):
         paths[identity(entry.object)] = entry.path
-        if inspect.isclass(entry.object):
-            for name, member in inspect.getmembers(entry.object):
-                if not name.startswith("_"):
-                    paths.setdefault(identity(member), f"{entry.path}.{name}")
+        if entry.kind == "class":
+            for name in entry.members:
+                paths.setdefault(identity(getattr(entry.object, name)), f"{entry.path}.{name}")
     return paths
 
 
@@ -160,6 +176,7 @@ def find(name: str, near: Any, path: str) -> str | None:
     return everywhere.pop() if len(everywhere) == 1 else None
 
 
+ALIAS = re.compile(r"TypeAliasForwardRef\('(\w+)'\)")
 SPAN = re.compile(r"``.+?``|`[^`]+`", re.S)
 LINK = re.compile(r"\[`([^`\]]+)`\](?:\[([\w.]+)\])?")
 
@@ -191,42 +208,39 @@ def docstring(
     lines[:] = text.split("\n")
 
 
-@cache
-def hooks() -> dict[str, Any]:
-    """What the engine calls; only its own classes document them."""
-    engine = [e for f in ("hf_adapt", "hf_adapt.engine") for e in entries()[f]]
-    return {
-        name
-        for entry in engine
-        if inspect.isclass(entry.object) and entry.name != "AdaptationMixin"
-        for name in vars(entry.object)
-    }
-
-
-def skip(app: Sphinx, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:
-    """Leave the engine's hooks out of the methods' pages."""
-    module = getattr(getattr(thing, "fget", thing), "__module__", "") or ""
-    if name in hooks() and module.startswith("hf_adapt.") and ".engine" not in module:
-        return True
-    return None
-
-
 def page(family: str, title: str) -> str:
     """The page of a family, in reStructuredText."""
-    parts = [f".. _{family}:", "", title, "=" * len(title), ""]
-    parts += [f".. automodule:: {family}", "   :no-members:", ""]
+    heading = f"{family}: {title[0].lower()}{title[1:]}"
+    parts = [heading, "=" * len(heading), "", f".. automodule:: {family}", ""]
     for kind, heading in (("class", "Classes"), ("function", "Functions"), ("data", "Data")):
         found = [entry for entry in entries()[family] if entry.kind == kind]
         if not found:
             continue
-        parts += [heading, "-" * len(heading), "", ".. list-table::", "   :class: names", ""]
+        parts += [heading, "-" * len(heading), "", ".. list-table::"]
+        parts += ["   :widths: auto", ""]
         for entry in found:
             summary = LINK.sub(r"`\1`", entry.summary)
             parts += [f"   * - :py:obj:`{entry.name} <{entry.path}>`", f"     - {summary}"]
         parts.append("")
         for entry in found:
-            parts += [f".. auto{kind}:: {entry.path}", ""]
+            parts.append(f".. auto{kind}:: {entry.path}")
+            if kind == "class" and entry.members:
+                parts.append(f"   :members: {', '.join(entry.members)}")
+            parts.append("")
     return "\n".join(parts)
+
+
+def signature(app: Sphinx, what: str, path: str, thing: Any, *shown: Any) -> tuple[Any, Any]:
+    """A signature with the names of type aliases, not what they stand for."""
+    _, arguments, returned = shown
+    return tuple(text and ALIAS.sub(r"\1", text) for text in (arguments, returned))
+
+
+def dashes(app: Sphinx, tree: nodes.document) -> None:
+    """Put a dash between a parameter and what it is; Sphinx writes two hyphens."""
+    for text in list(tree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
 
 
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]+)(#[^)]*)?\)")
@@ -289,6 +303,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", generate)
     app.connect("source-read", page_read)
     app.connect("autodoc-process-docstring", docstring, priority=400)  # before napoleon
-    app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-signature", signature)
+    app.connect("doctree-read", dashes)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
