@@ -23,6 +23,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
+from hf_adapt import Adaptation
+
 logger = logging.getLogger(__name__)
 
 FAMILIES = {
@@ -196,9 +198,11 @@ def docstring(
         return rf":py:{role}:`{match[1]} <{target}>`\ "
 
     def parted(match: re.Match[str]) -> str:
-        """Code, set apart from a letter that follows it: the s of `Stream`s."""
-        follows = match.string[match.end() : match.end() + 1]
-        return match[0] + (r"\ " if follows.isalpha() else "")
+        """Code, set apart from what it may not touch: the s of `Stream`s."""
+        before = match.string[: match.start()][-1:]
+        after = match.string[match.end() :][:1]
+        first = "" if before.isspace() or before in "\"'([{<-/:" else r"\ "
+        return first + match[0] + ("" if after.isspace() or after in "\"')]}>-/:.,;!?" else r"\ ")
 
     parts = re.split(r"^( *)```(\w*)\n(.*?)^ *```$", "\n".join(lines), flags=re.M | re.S)
     text = papers.linked(LINK.sub(link, SPAN.sub(parted, parts[0])))
@@ -270,6 +274,8 @@ def repository_page(path: Path) -> str:
 
 def generate(app: Sphinx) -> None:
     """Write the pages, where they have changed."""
+    if "__new__" in vars(Adaptation):  # or every adaptation would be shown with its signature
+        del Adaptation.__new__
     folder = Path(app.srcdir, "reference")
     root = Path(app.srcdir).parent
     pages = {f"{family}.rst": page(family, title) for family, title in FAMILIES.items()}
