@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 ARXIV = re.compile(r"\barXiv:(\d{4}\.\d{4,5})")
 SECTION = re.compile(r"^References?:\n((?:    .*\n|\n)+)", re.M)
-YEAR = re.compile(r"\b(?:19|20)\d\d\b")
+AUTHORS = re.compile(r"[A-Z][\w-]+(?: & [A-Z][\w-]+| et al\.)? (?:19|20)\d\d\b")
+TITLE = re.compile(r'(?: \([^)]*\))?, ("[^"]*")')
+SHORT = re.compile(r"\(([A-Z]\w*[A-Z][\w-]*)\)")
+VENUE = re.compile(r"\b(?:ACL|ICLR|ICML|JMLR \d+|Machine Learning \d+|NeurIPS|TPAMI \d+)")
+
+
+class Paper(NamedTuple):
+    """A paper, as a docstring cites it: authors and year, and what it says beyond them."""
+
+    authors: str
+    title: str
+    short: str
+    venue: str
+    number: str
+
+    @property
+    def key(self) -> str:
+        """The same for each mention of a paper."""
+        return self.number or self.authors
+
+    def __str__(self) -> str:
+        title = f"{self.title} ({self.short})" if self.short else self.title
+        number = f"arXiv:{self.number}" if self.number else ""
+        return linked(", ".join(filter(None, (self.authors, title, self.venue, number))))
 
 
 def linked(text: str) -> str:
@@ -16,55 +39,39 @@ def linked(text: str) -> str:
     return ARXIV.sub(r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", text)
 
 
-def cited(thing: Any) -> list[str]:
+def cited(thing: Any) -> list[Paper]:
     """The papers of a docstring's section Reference, without what deviates from them."""
-    match = SECTION.search(f"{inspect.getdoc(thing) or ''}\n")
-    if match is None:
-        return []
-    text = re.split(r"\bDeviations?:", " ".join(match[1].split()))[0]
-    quoted = re.sub(r'"[^"]*"', lambda title: title[0].replace(";", "\0"), text)
-    parts = (part.replace("\0", ";").strip(" .") for part in quoted.split(";"))
-    return [part for part in parts if YEAR.search(part)]
-
-
-def key(paper: str) -> str:
-    """The same for each mention of a paper: its number, or its authors and year."""
-    number = ARXIV.search(paper)
-    return number[1] if number else paper[: YEAR.search(paper).end()]  # type: ignore[union-attr]
-
-
-def shown(paper: str) -> str:
-    """A paper without the place in it."""
-    paper = re.sub(r"^[a-z][\w' -]*: ", "", paper)  # "unbalanced: Fatras et al."
-    paper = re.sub(
-        r",? (?:Eq\.|Alg\.|Algorithm|[Ss]ections?|Table|Definition|Claim) [^,()\"]*", "", paper
-    )
-    paper = re.sub(r",? (?:by|with) \[`.*|\[`|`\]|\[hf_adapt[\w.]*\]", "", paper)
-    return linked(re.sub(r": ``.*", "", paper)).replace("__(", "__ (")
+    section = SECTION.search(f"{inspect.getdoc(thing) or ''}\n")
+    text = re.split(r"\bDeviations?:", " ".join(section[1].split()))[0] if section else ""
+    starts = [*AUTHORS.finditer(text)]
+    ends = [*(each.start() for each in starts[1:]), len(text)]
+    papers = []
+    for start, end in zip(starts, ends, strict=False):
+        about = text[start.end() : end]
+        found = (pattern.search(about) for pattern in (SHORT, VENUE, ARXIV))
+        short, venue, number = (match[match.re.groups] if match else "" for match in found)
+        named = TITLE.match(about)
+        papers.append(Paper(start[0], named[1] if named else "", short, venue, number))
+    return papers
 
 
 def page(entries: dict[str, list[Any]], families: dict[str, str]) -> str:
     """The page, in reStructuredText."""
     parts = ["Papers", "======", ""]
     parts += ["Which paper each method is from, as its docstring says it.", ""]
-    best: dict[str, str] = {}
+    best: dict[str, Paper] = {}
     for entry in (entry for family in entries.values() for entry in family):
         for paper in cited(entry.object):
-            best[key(paper)] = max(best.get(key(paper), ""), paper, key=_told)
+            best[paper.key] = max(best.get(paper.key, paper), paper, key=lambda p: len(str(p)))
     for family, title in families.items():
         used: dict[str, list[str]] = {}
         for entry in entries[family]:
-            for paper in dict.fromkeys(map(key, cited(entry.object))):
-                used.setdefault(paper, []).append(f":py:obj:`{entry.name} <{entry.path}>`")
+            for key in dict.fromkeys(paper.key for paper in cited(entry.object)):
+                used.setdefault(key, []).append(f":py:obj:`{entry.name} <{entry.path}>`")
         if used:
             parts += [title, "-" * len(title), "", ".. list-table::"]
             parts += ["   :widths: 65 35", ""]
-            for paper in sorted(used, key=lambda paper: shown(best[paper])):
-                parts += [f"   * - {shown(best[paper])}", f"     - {', '.join(used[paper])}"]
+            for key in sorted(used, key=lambda key: str(best[key])):
+                parts += [f"   * - {best[key]}", f"     - {', '.join(used[key])}"]
             parts.append("")
     return "\n".join(parts)
-
-
-def _told(paper: str) -> tuple[bool, int]:
-    """How much a mention says: its title counts most."""
-    return '"' in paper, len(shown(paper))
