@@ -29,7 +29,8 @@ class Paper(NamedTuple):
         return self.number or self.authors
 
     def __str__(self) -> str:
-        title = f"{self.title} ({self.short})" if self.short else self.title
+        named = f"({self.short})" if self.short and self.short not in self.title else ""
+        title = f"{self.title} {named}".strip()
         number = f"arXiv:{self.number}" if self.number else ""
         return linked(", ".join(filter(None, (self.authors, title, self.venue, number))))
 

@@ -23,7 +23,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
-from hf_adapt import Adaptation
+import hf_adapt
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def docstring(
         name = match[2] or match[1]
         target = find(name, thing, path)
         if target is None:
-            logger.warning("[`%s`] is no public name", name, location=f"docstring of {path}")
+            logger.warning("docstring of %s: [`%s`] is no public name", path, name)
             return f"``{match[1]}``"
         role = "mod" if target in FAMILIES else "obj"
         return rf":py:{role}:`{match[1]} <{target}>`\ "
@@ -212,19 +212,27 @@ def docstring(
     lines[:] = text.split("\n")
 
 
+def link_to(path: str) -> str:
+    """A link to a documented name, in reStructuredText."""
+    return f":py:obj:`{path.rpartition('.')[2]} <{path}>`"
+
+
 def page(family: str, title: str) -> str:
     """The page of a family, in reStructuredText."""
     heading = f"{family}: {title[0].lower()}{title[1:]}"
     parts = [heading, "=" * len(heading), "", f".. automodule:: {family}", ""]
+    if family == "hf_adapt":  # most of whose names are those of other families
+        names = [documented()[identity(getattr(hf_adapt, name))] for name in hf_adapt.__all__]
+        others = ", ".join(link_to(path) for path in names if path.count(".") > 1)
+        parts += [f"Also imported from here: {others}.", ""]
     for kind, heading in (("class", "Classes"), ("function", "Functions"), ("data", "Data")):
         found = [entry for entry in entries()[family] if entry.kind == kind]
         if not found:
             continue
-        parts += [heading, "-" * len(heading), "", ".. list-table::"]
-        parts += ["   :widths: auto", ""]
+        parts += [heading, "-" * len(heading), "", ".. list-table::", "   :widths: auto", ""]
         for entry in found:
             summary = LINK.sub(r"`\1`", entry.summary)
-            parts += [f"   * - :py:obj:`{entry.name} <{entry.path}>`", f"     - {summary}"]
+            parts += [f"   * - {link_to(entry.path)}", f"     - {summary}"]
         parts.append("")
         for entry in found:
             parts.append(f".. auto{kind}:: {entry.path}")
@@ -274,17 +282,17 @@ def repository_page(path: Path) -> str:
 
 def generate(app: Sphinx) -> None:
     """Write the pages, where they have changed."""
-    if "__new__" in vars(Adaptation):  # or every adaptation would be shown with its signature
-        del Adaptation.__new__
+    if "__new__" in vars(
+        hf_adapt.Adaptation
+    ):  # or every adaptation would be shown with its signature
+        del hf_adapt.Adaptation.__new__
     folder = Path(app.srcdir, "reference")
     root = Path(app.srcdir).parent
     pages = {f"{family}.rst": page(family, title) for family, title in FAMILIES.items()}
     pages["papers.rst"] = papers.page(entries(), FAMILIES)
     pages |= {
         f"messages_{name}.rst": text
-        for name, text in messages.pages(
-            Path(inspect.getfile(sys.modules["hf_adapt"])).parent, find
-        )
+        for name, text in messages.pages(Path(hf_adapt.__file__).parent, find)
     }
     pages["benchmarks.md"] = repository_page(root / "benchmarks/README.md")
     pages["changelog.md"] = repository_page(root / "CHANGELOG.md")
