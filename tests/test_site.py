@@ -44,7 +44,7 @@ def test_messages_of_a_module() -> None:
     source = """
 class Method:
     def setup(self, weight):
-        raise ValueError(f"weight={weight!r} of {type(self).__name__} and {len(weight)}: pass a_b." )
+        raise ValueError(f"weight={weight!r} of {type(self).__name__}, {len(weight)}: pass a_b.")
         raise NotImplementedError("nobody meets this one")
 
 def run():
@@ -52,7 +52,7 @@ def run():
     raise error
 """
     assert list(messages.found(ast.parse(source))) == [
-        ("ValueError", r"weight=\ *weight*\  of Method and …: pass a\_b.", "Method"),
+        ("ValueError", r"weight=\ *weight*\  of Method, …: pass a\_b.", "Method"),
         ("warning", "Of … rows … are empty.", "run"),
     ]
 
