@@ -22,6 +22,7 @@ import papers
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
+from transformers import Trainer
 
 import hf_adapt
 
@@ -97,6 +98,8 @@ class Entry(NamedTuple):
     def members(self) -> list[str]:
         """Public methods that are not a base class's; those are documented there."""
         bases = self.object.__mro__[1:] if ".engine." not in self.object.__module__ else ()
+        if issubclass(self.object, hf_adapt.AdaptationMixin):
+            bases = (*bases, Trainer)
         return [
             name
             for name, member in vars(self.object).items()
