@@ -23,6 +23,7 @@ EXAMPLES := $(VENV)/.examples-$(TORCH)
 DEV := $(VENV)/.dev-$(TORCH)
 SUITE_DEPS := $(VENV)/.suite-$(TORCH)
 BROWSER := $(VENV)/.browser-$(TORCH)
+DOCS := $(VENV)/.docs-$(TORCH)
 MIN := $(VENV_MIN)/.test-$(TORCH)
 
 SHELL := /bin/bash
@@ -88,7 +89,7 @@ demo-knowledge: $(EXAMPLES)  ## WordNet in a sentiment classifier, with controls
 	$(RUN) examples/knowledge_injection.py $(ARGS)
 
 .PHONY: test
-test: lint types unit  ## lint, types, doctests and tests: what CI runs
+test: lint types docs unit  ## lint, types, the site, doctests and tests: what CI runs
 
 .PHONY: lint
 lint: $(DEV)  ## ruff: rules and format
@@ -121,6 +122,12 @@ test-browser: $(BROWSER)  ## the report in a headless Chromium; another in CHROM
 	@chromium="$${CHROMIUM:-$$(scripts/find_chromium.sh)}" && echo "Chromium: $$chromium" && \
 		CHROMIUM="$$chromium" $(TEST_ENV) $(RUN) -m pytest tests/browser $(ARGS)
 
+.PHONY: docs
+docs: $(DOCS)  ## the documentation site: docs/_build/html/index.html
+	@rm -rf docs/_build  # half a build keeps old pages and menus, and is quiet about old warnings
+	HF_HUB_OFFLINE=1 $(RUN) -m sphinx --quiet --fail-on-warning --keep-going $(ARGS) docs docs/_build/html
+	@echo "The site: docs/_build/html/index.html"
+
 .PHONY: bench
 bench: $(DEV)  ## BENCH=engine_overhead (the default) or another file of benchmarks/
 	$(RUN) benchmarks/$(BENCH).py $(ARGS)
@@ -140,11 +147,11 @@ suite-named:
 
 .PHONY: clean
 clean:  ## remove the environments and caches (not what runs wrote)
-	rm -rf $(VENV) $(VENV_MIN) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_MIN) build dist docs/_build docs/reference .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(CORE): pyproject.toml constraints.txt
-	@rm -f $(VENV)/.core-* $(VENV)/.examples-* $(VENV)/.dev-* $(VENV)/.suite-* $(VENV)/.browser-*
+	@rm -f $(VENV)/.core-* $(VENV)/.examples-* $(VENV)/.dev-* $(VENV)/.suite-* $(VENV)/.browser-* $(VENV)/.docs-*
 	$(call install,$(VENV),,constraints.txt)
 
 $(EXAMPLES): $(CORE)
@@ -152,6 +159,9 @@ $(EXAMPLES): $(CORE)
 
 $(DEV): $(CORE)
 	$(call install,$(VENV),[dev],constraints.txt)
+
+$(DOCS): $(CORE)
+	$(call install,$(VENV),[docs],constraints.txt)
 
 $(SUITE_DEPS): $(CORE)
 	$(call install,$(VENV),[trainer-suite],constraints.txt)

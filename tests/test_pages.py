@@ -17,7 +17,15 @@ from tests.helpers.trainers import arguments
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = {
     f"{page}-{number}": textwrap.dedent(block)
-    for page in ("adaptation", "choosing", "continual", "multitask")
+    for page in (
+        "adaptation",
+        "choosing",
+        "continual",
+        "migration",
+        "multitask",
+        "quickstart",
+        "using",
+    )
     for number, block in enumerate(
         re.findall(
             r"^ *```python\n(.*?)^ *```", (DOCS / f"{page}.md").read_text("utf-8"), re.S | re.M
@@ -27,8 +35,8 @@ BLOCKS = {
 
 
 def labelled(number: int, seed: int) -> Any:
-    """Rows of three classes, without their texts."""
-    made = rows(number, seed, keep=()).remove_columns(["labels"])
+    """Rows of three classes, with their texts."""
+    made = rows(number, seed).remove_columns(["labels"])
     return made.add_column("labels", [i % 3 for i in range(number)])
 
 
@@ -69,6 +77,9 @@ def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "tokenizer": own,
         "source": labelled(24, 1),
         "start": bert(seed=3),
+        "teacher": bert(seed=3),
+        "student": bert(seed=4),
+        "args": trainer.args,
         "old": labelled(40, 6),
         "new": labelled(24, 1),
         "old_test": labelled(12, 7),

@@ -32,7 +32,7 @@ from hf_adapt.alignment.pretraining import adapt_pretrain
 from hf_adapt.alignment.prior_correction import PriorCorrection
 from hf_adapt.alignment.priors import corrected_logits, estimate_priors, priors_from_sample
 from hf_adapt.alignment.rdrop import RDrop, rdrop_loss
-from hf_adapt.alignment.recommended import recommended
+from hf_adapt.alignment.recommended import candidates, recommended
 from hf_adapt.alignment.self_training import (
     SelfTraining,
     aligned_predictions,
@@ -78,6 +78,7 @@ __all__ = [
     "aligned_predictions",
     "balanced_pseudo_labels",
     "bnm_loss",
+    "candidates",
     "centroid_labels",
     "classifier_discrepancy",
     "cmd_loss",

@@ -122,7 +122,7 @@ class InformationMaximization(PriorObjective):
     Minimising it maximises the mutual information of input and prediction: low entropy of each
     prediction, high entropy of the mean prediction. That is right where the classes of the target
     are about equally frequent. Where they are not, give the run's `target_priors` π: the mean
-    prediction is then drawn to them, by [`prior_divergence`] in place of :math:`-H(\bar p)`.
+    prediction is then drawn to them, by its divergence from π in place of :math:`-H(\bar p)`.
 
     Reference:
         Krause et al. 2010, "Discriminative Clustering by Regularized Information Maximization";

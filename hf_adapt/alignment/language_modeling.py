@@ -119,7 +119,7 @@ class TargetLanguageModeling(Objective):
 
     The head: a language model has its own, and a decoder with tied embeddings needs none. Else it
     is the head of the checkpoint, where `model.name_or_path` has one (`bert-base-uncased`, or what
-    [`adapt_pretrain`] saved), or a new one ([`LanguageModelHead`]) over the model's embeddings.
+    [`adapt_pretrain`] saved), or a new one over the model's embeddings.
     Either is trained beside the model, which is saved without it.
 
     Reference:

@@ -4,8 +4,10 @@ Where the classes are not equally frequent in source and target, most methods th
 predictions go wrong, and a rough idea of the target's frequencies is worth more than a better loss.
 They are given once, for all methods of a run that use them:
 
-    priors = {"ham": 0.87, "spam": 0.13}
-    AdaptationCallback(SelfTraining(), target_dataset=target, target_priors=priors)
+```python
+priors = {"ham": 0.87, "spam": 0.13}
+AdaptationCallback(SelfTraining(), target_dataset=target, target_priors=priors)
+```
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def save_importance(
         folder: Created if missing.
         importance: A tensor for each weight's name.
         model: The model that it was computed for; a next training starts from these weights.
-        unit: What it was divided by ([`normalized`]).
+        unit: What it was divided by.
     """
     tensors = {
         f"{kind}.{name}": value.detach().cpu().contiguous()

@@ -44,7 +44,7 @@ class SoftSharing(GradientTransform):
     Each model is trained by a Trainer of its own, with its own rows, collator, metrics, schedule
     and checkpoints. The weights of the second model are read at each step as they are then, and get
     no gradient from here. A model is tied to one that is finished by an adaptation on its Trainer;
-    two that both learn are tied by one on each, and take turns:
+    two that both learn are tied by one on each, and take turns::
 
         adapt(trainer_a, SoftSharing(model_b, 0.1))
         adapt(trainer_b, SoftSharing(model_a, 0.1))

@@ -311,9 +311,9 @@ def chunked_distillation_loss(
         kd_factor: Factor of the sum of divergences. Neither factor gets a gradient.
         kd_mask: The rows with a divergence. By default those with a label, or all without labels.
         temperature: Temperature of the divergence; that of the cross-entropy is 1.
-        divergence: A name or function of [`hf_adapt.distillation.divergences`], whose gradient is
-            known and computed in place, or another function, whose gradient autograd computes, a
-            block of rows at a time.
+        divergence: A name (`"forward_kl"`, `"reverse_kl"`, `"jsd"`, `"mse"`) or its function, whose
+            gradient is known and computed in place, or another function, whose gradient autograd
+            computes, a block of rows at a time.
         student_bias: The bias of the student's output projection.
         teacher_bias: The bias of the teacher's output projection.
         vocabulary: The divergence compares the first so many classes of both heads, which may then

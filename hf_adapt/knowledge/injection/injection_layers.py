@@ -90,7 +90,7 @@ class InjectionLayer(nn.Module):
     A subclass takes the sizes and its own options, and defines `mention_values`; the base takes
     the mean hidden state of each mention's tokens, and adds the output projection of the values to
     the same tokens. The injector divides hidden states by their size before, and multiplies what
-    is added by it (see [`size_of`]).
+    is added by it.
 
     Args:
         sizes: Sizes of the hidden states and the entity vectors.

@@ -200,7 +200,7 @@ class EntityVectors:
         Args:
             graph: The graph to learn.
             model: `"TransE"`, `"DistMult"`, `"ComplEx"` or `"RotatE"`.
-            **options: Those of [`train_vectors`]: dimension, num_epochs, learning_rate,
+            **options: dimension, num_epochs, learning_rate,
                 batch_size, seed, device, evaluation …; the results are in `metadata`.
         """
         table, metadata = train_vectors(graph, model, **options)
@@ -216,7 +216,7 @@ class EntityVectors:
             graph: Whose entities they are.
             model: Any transformers model; it is left as it was.
             tokenizer: The model's own.
-            **options: Those of [`encode_descriptions`]: batch_size, max_length, pooling, device.
+            **options: batch_size, max_length, pooling, device.
         """
         table, metadata = encode_descriptions(graph, model, tokenizer, **options)
         return cls.from_array(table, graph, **metadata)
