@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,6 @@ def card_section(
         adaptations: What took part.
         data: The streams of the run.
     """
-    from hf_adapt import __version__
-
     lines = [
         TITLE,
         "",
@@ -54,7 +53,8 @@ def card_section(
     if estimates:
         shown = ", ".join(f"`{name}` {value:.4g}" for name, value in estimates.items())
         lines += [f"Of the target without its labels, at the last evaluation: {shown}.", ""]
-    versions = {"hf_adapt": __version__, "Transformers": transformers.__version__}
+    own = sys.modules["hf_adapt"].__version__  # an import would go upwards
+    versions = {"hf_adapt": own, "Transformers": transformers.__version__}
     versions["PyTorch"] = torch.__version__
     lines += ["Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", ""]
     entries = list(dict.fromkeys(e for a in adaptations for e in papers(type(a))))
