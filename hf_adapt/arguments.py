@@ -59,7 +59,7 @@ def _plain_type(annotation: Any) -> Any:
         return next((each for each in found if each is not None), None)
     if get_origin(annotation) in (list, Sequence):
         item = _plain_type(get_args(annotation)[0])
-        return list[item] if item in PLAIN else None
+        return types.GenericAlias(list, (item,)) if item in PLAIN else None
     return None
 
 
