@@ -22,7 +22,7 @@ root=$PWD
 echo "Building the sdist, and the wheel from it, with Python $version …"
 "$python" -m venv "$folder/build"
 "$folder/build/bin/python" -m pip install build
-"$folder/build/bin/python" -m build --outdir "$folder/dist" . >"$folder/build.log" || {
+"$folder/build/bin/python" -m build --outdir "$folder/dist" . &>"$folder/build.log" || {
 	cat "$folder/build.log" >&2
 	exit 1
 }
