@@ -1,9 +1,6 @@
 """What trackers get: each term beside the loss, in the groups that the Trainer's callbacks make."""
 
-import importlib
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import Trainer
@@ -75,3 +72,18 @@ def test_wandb_has_the_same_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in (*OURS, "loss"):
         assert summary[f"train/{name}"] == pytest.approx(last[name], rel=1e-6)
     assert {key.split("/")[0] for key in summary if "/" in key} == {"train", "eval"}
+
+
+def test_mlflow_can_store_each_term_as_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's store of files cannot have a metric `loss` and another `loss/dann`."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    last = train(tmp_path, "mlflow")
+    (run,) = mlflow.search_runs(output_format="list", search_all_experiments=True)
+    stored = run.data.metrics
+    assert stored["losses/dann"] == pytest.approx(last["losses/dann"])
+    groups = {key.split("/")[0] for key in stored if "/" in key}
+    assert groups == {"losses", "dann", "unfreezing"}
