@@ -69,7 +69,8 @@ def _loaded(
     labels = sorted({name for _, label in domain["train"] for name in kind.class_names(label)})
 
     def rows(split: str) -> Dataset:
-        chosen = domain[split][: num_train if split == "train" else num_test]
+        most = {"train": num_train, "dev": num_test // 2, "test": num_test}[split]
+        chosen = domain[split][:most]
         cells, targets = zip(*chosen, strict=True)
         columns = {kind.input_column: cells, kind.label_column: targets}
         made = Dataset.from_dict(columns, features=kind.features(labels))

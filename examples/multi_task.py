@@ -28,7 +28,6 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 
 from hf_adapt import AdaptationCallback
 from hf_adapt.multitask import (
-    DynamicWeightAverage,
     MultiTask,
     TaskSpec,
     Uncertainty,
@@ -52,7 +51,6 @@ METHODS: dict[str, Callable[[], dict[str, Any]]] = {
     ALONE: dict,  # a plain Trainer for each task
     MIXTURE: lambda: {"diagnose_every": 10},
     "uncertainty": lambda: {"weighting": Uncertainty()},
-    "DWA": lambda: {"weighting": DynamicWeightAverage(window=20)},
     "PCGrad": lambda: {"surgery": pcgrad},
     "sentiment × 3": lambda: {"weighting": {"sentiment": 3.0}},
     "sentiment × ⅓": lambda: {"weighting": {"sentiment": 1 / 3}},
@@ -68,9 +66,9 @@ class ExampleArguments:
     )
     seeds: int = option(1, "Runs of each method, with seeds from --seed on")
     few: int = option(100, "Training rows of sentiment")
-    num_train: int = option(480, "Training rows of each other task; rows of each in an epoch")
-    num_test: int = option(500, "Development and test rows of each task, at most")
-    max_length: int = option(48, "Tokens of a text that are read")
+    num_train: int = option(320, "Training rows of each other task; rows of each in an epoch")
+    num_test: int = option(400, "Test rows of each task, at most; half as many for development")
+    max_length: int = option(32, "Tokens of a text that are read")
     freeze_layers: int = option(3, "Train neither the embeddings nor the first layers, for speed")
 
     def __post_init__(self) -> None:
@@ -145,7 +143,7 @@ def gain(found: dict[str, Any], alone: dict[str, Any], split: str) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     script, args, console = parse(
-        ExampleArguments, __doc__, argv, output_dir="runs/multi_task", num_train_epochs=4
+        ExampleArguments, __doc__, argv, output_dir="runs/multi_task", num_train_epochs=3
     )
     console.print(f"[dim]{ABOUT}\n{MINILM_LICENCE}[/dim]")
     path = script.model_name_or_path or str(minilm_path())

@@ -42,7 +42,8 @@ def check_imports(extras: list[str]) -> None:
     """Every public name, and every module where all extras are there."""
     for name in hf_adapt.__all__:
         getattr(hf_adapt, name)
-    for family in ("alignment", "continual", "distillation", "evaluation", "knowledge"):
+    families = ("alignment", "continual", "distillation", "evaluation", "knowledge")
+    for family in (*families, "multitask", "unfreezing"):
         importlib.import_module(f"hf_adapt.{family}")
     for extra in extras:
         for name in OF_EXTRAS[extra]:

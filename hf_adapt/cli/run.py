@@ -85,9 +85,9 @@ def run(
     """Train and compare methods on labelled rows of one domain and unlabelled rows of another.
 
     With --source and --target it trains a model on the source alone and one that is adapted to the
-    target. With CONFIG it runs methods × pairs of domains × seeds. If it is interrupted, run the
-    same command again: it continues where it stopped. Every option of TrainingArguments can be
-    given too (--max_steps 100).
+    target. With CONFIG it runs methods × pairs of domains × seeds, or trains several tasks alone
+    and together (mixture:). If it is interrupted, run the same command again: it continues where it
+    stopped. Every option of TrainingArguments can be given too (--max_steps 100).
     """
     check_installed("run", NEEDED)
 

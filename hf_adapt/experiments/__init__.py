@@ -1,4 +1,4 @@
-"""Methods × pairs of domains × seeds in one table: what `hf-adapt run` runs.
+"""Methods × pairs of domains (or tasks) × seeds in one table: what `hf-adapt run` runs.
 
 Needs the extra `run`: `pip install "hf-adapt[run]"`.
 """

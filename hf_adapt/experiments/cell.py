@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import Pair, cached_pair
+from hf_adapt.experiments.joint_training import train_together
 from hf_adapt.experiments.outputs import DIAGNOSTICS_FILE, OUTPUTS_FILE, RESULT_FILE
-from hf_adapt.experiments.tasks import TASKS, Task
+from hf_adapt.experiments.summary import pair_name
+from hf_adapt.experiments.tasks import Task
 from hf_adapt.experiments.training import train_and_test
 from hf_adapt.experiments.versions import installed
 from hf_adapt.storage.text_file import write_text
@@ -38,7 +40,7 @@ class Cell:
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.source} → {self.target}, {self.method}, seed {self.seed}"
+        return f"{pair_name((self.source, self.target))}, {self.method}, seed {self.seed}"
 
 
 def cell_folder(experiment: Experiment, cell: Cell) -> Path:
@@ -47,8 +49,8 @@ def cell_folder(experiment: Experiment, cell: Cell) -> Path:
     pair = cached_pair(experiment, cell.source, cell.target)
     described = {
         "model": model_fingerprint(experiment.model),
-        "task": experiment.task,
-        "rows": _rows_fingerprint(pair, TASKS[experiment.task]),
+        "task": experiment.kind_of(cell.source),
+        "rows": _rows_fingerprint(pair, experiment.task_of(cell.source)),
         "labels": pair.labels,
         "method": method.described(),
         "training": {**experiment.training, **method.training},
@@ -57,10 +59,20 @@ def cell_folder(experiment: Experiment, cell: Cell) -> Path:
         "max_length": experiment.max_length,
         "versions": installed(),
     }
+    if method.mixes:
+        described["mixture"] = experiment.mixture
+        described["tasks"] = {
+            task: [
+                experiment.kind_of(task),
+                _rows_fingerprint(cached_pair(experiment, task, task), experiment.task_of(task)),
+            ]
+            for task in experiment.data
+        }
     text = json.dumps(described, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-    names = [f"{_slug(cell.source)}-{_slug(cell.target)}", f"{_slug(cell.method)}-seed{cell.seed}"]
-    return Path(experiment.output_dir, names[0], f"{names[1]}-{digest}")
+    names = dict.fromkeys((_slug(cell.source), _slug(cell.target)))
+    run = f"{_slug(cell.method)}-seed{cell.seed}-{digest}"
+    return Path(experiment.output_dir, "-".join(names), run)
 
 
 def reference_file(experiment: Experiment, source: str, target: str) -> Path:
@@ -68,7 +80,7 @@ def reference_file(experiment: Experiment, source: str, target: str) -> Path:
     pair = cached_pair(experiment, source, target)
     described = [
         model_fingerprint(experiment.model),
-        _rows_fingerprint(pair, TASKS[experiment.task]),
+        _rows_fingerprint(pair, experiment.task_of(source)),
         experiment.max_length,
     ]
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:10]
@@ -104,30 +116,51 @@ def _rows_fingerprint(pair: Pair, task: Task) -> str:
 
 
 # ---------------------------------------------------------------- running
-def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]:
-    """Train and test once; write the result, or the error, to the cell's folder.
+def run_cells(
+    experiment: Experiment, cells: Sequence[Cell], folders: Sequence[Path]
+) -> list[dict[str, Any]]:
+    """Train and test once; write the result, or the error, to the folder of each cell.
+
+    Args:
+        experiment: How to train.
+        cells: What is trained together: all tasks of a mixture; any other cell is alone.
+        folders: Their folders.
 
     Returns:
-        The result; with the key `error` if the run failed.
+        A result for each; with the key `error` if the run failed.
     """
-    method = experiment.methods[cell.method]
-    result: dict[str, Any] = {
-        "source": cell.source,
-        "target": cell.target,
-        "method": cell.method,
-        "role": "baseline" if method.is_baseline else "bound" if method.is_bound else "adapted",
-        "seed": cell.seed,
-    }
+    method, seed = experiment.methods[cells[0].method], cells[0].seed
+    is_baseline = method.is_baseline or cells[0].method == experiment.baseline
+    role = "baseline" if is_baseline else "bound" if method.is_bound else "adapted"
+    results: list[dict[str, Any]] = [
+        {
+            "source": cell.source,
+            "target": cell.target,
+            "method": cell.method,
+            "role": role,
+            "seed": cell.seed,
+        }
+        for cell in cells
+    ]
     try:
-        pair = cached_pair(experiment, cell.source, cell.target)
-        result |= train_and_test(experiment, method, cell.seed, pair, folder)
+        if method.mixes:
+            places = {cell.source: folder for cell, folder in zip(cells, folders, strict=True)}
+            found = train_together(experiment, method, seed, places)
+        else:
+            pair = cached_pair(experiment, cells[0].source, cells[0].target)
+            task = experiment.task_of(cells[0].source)
+            found = [train_and_test(experiment, method, seed, pair, task, folders[0])]
+        results = [{**result, **own} for result, own in zip(results, found, strict=True)]
     except Exception as error:  # one run that fails must not end the others
-        result["error"] = f"{type(error).__name__}: {error}"
-        write_text(folder / "error.txt", traceback.format_exc())
+        for result, folder in zip(results, folders, strict=True):
+            result["error"] = f"{type(error).__name__}: {error}"
+            write_text(folder / "error.txt", traceback.format_exc())
     else:
-        (folder / "error.txt").unlink(missing_ok=True)
-    write_text(folder / RESULT_FILE, json.dumps(result, indent=2, ensure_ascii=False))
-    return result
+        for folder in folders:
+            (folder / "error.txt").unlink(missing_ok=True)
+    for result, folder in zip(results, folders, strict=True):
+        write_text(folder / RESULT_FILE, json.dumps(result, indent=2, ensure_ascii=False))
+    return results
 
 
 def files_of(experiment: Experiment, cell: Cell) -> list[str]:

@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 
 from hf_adapt.alignment.recommended import candidates
 from hf_adapt.experiments.methods import CHOSEN, RECOMMENDED, Method, read_method
+from hf_adapt.experiments.mixture import check_mixtures
 from hf_adapt.experiments.settings import ConfigError, KeyPath, Settings
-from hf_adapt.experiments.tasks import TASKS
+from hf_adapt.experiments.tasks import TASKS, Task
 
 FIRST_SEED = 42
 
@@ -59,6 +60,8 @@ class DomainFiles:
         text_column: Column with the text, or whatever the task reads; by default the experiment's.
         label_column: Column with the label; by default the experiment's. One that is named here
             must be there.
+        task: What is predicted, where the experiment is a mixture; by default the experiment's.
+        num_train: Training rows, at most; by default the experiment's.
     """
 
     train: str
@@ -66,16 +69,18 @@ class DomainFiles:
     test: str | None = None
     text_column: str | None = None
     label_column: str | None = None
+    task: str | None = None
+    num_train: int | None = None
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Methods × pairs of domains × seeds.
+    """Methods × pairs of domains × seeds, or methods × tasks × seeds.
 
     Args:
-        data: Domains by name.
+        data: Domains by name; the tasks, where there is a mixture.
         methods: Methods by name, in the order of the table.
-        pairs: (source, target) names.
+        pairs: (source, target) names; each task with itself, where there is a mixture.
         model: Folder or hub id of the model that every run starts from.
         task: What the model's head predicts.
         seeds: The seed of each run of a method.
@@ -92,6 +97,8 @@ class Experiment:
         save_models: Save every model.
         choose: Choose one of the methods for each pair and seed, without target labels.
         diagnose: Measure the distance of the domains in every layer of every model, for the report.
+        mixture: The rows of a training of all tasks together: `sampling` and `size` of
+            [`hf_adapt.multitask.mix`]. None for pairs of domains.
         output_dir: Folder of the results, with `~` and variables; a relative one starts in the
             current directory.
     """
@@ -114,7 +121,27 @@ class Experiment:
     save_models: bool = False
     choose: bool = False
     diagnose: bool = False
+    mixture: Mapping[str, Any] | None = None
     output_dir: str = "runs/experiment"
+
+    def task_of(self, domain: str) -> Task:
+        """What is predicted on a domain."""
+        return TASKS[self.kind_of(domain)]
+
+    def kind_of(self, domain: str) -> str:
+        """The name of what is predicted on a domain."""
+        return self.data[domain].task or self.task
+
+    @property
+    def baseline(self) -> str | None:
+        """The method that others are compared with: source only; each task alone in a mixture.
+
+        Alone, a task may have training arguments of its own, such as more steps.
+        """
+        are = self.methods.items()
+        if self.mixture is not None:
+            return next((name for name, method in are if not method.adaptations), None)
+        return next((name for name, method in are if method.is_baseline), None)
 
     @classmethod
     def read(cls, settings: Settings, folder: Path = Path()) -> Experiment:
@@ -147,7 +174,19 @@ class Experiment:
             str(name): read_method(settings, str(name), spec)
             for name, spec in values["methods"].items()
         }
-        values["pairs"] = _pairs(settings, values.get("pairs", "all"), list(values["data"]))
+        if values.get("mixture") is None:
+            values["pairs"] = _pairs(settings, values.get("pairs", "all"), list(values["data"]))
+        else:
+            _check_mixture_keys(settings, values)
+            values["pairs"] = [(name, name) for name in values["data"]]
+        check_mixtures(settings, values.get("mixture"), values["methods"], list(values["data"]))
+        for name, domain in values["data"].items():
+            if domain.task not in (None, task) and values.get("mixture") is None:
+                raise settings.error(
+                    ("data", name, "task"),
+                    f"data: the domains of pairs have one task, {task}. Several tasks need "
+                    "mixture: in place of pairs:.",
+                )
         values["seeds"] = _seeds(settings, values.get("seeds", len(cls.seeds)))
         given = {} if values.get("training") is None else values["training"]
         _check_training(settings, ("training",), given)
@@ -218,6 +257,9 @@ def _domain(settings: Settings, name: str, given: Any, folder: Path) -> DomainFi
         if key not in known:
             raise settings.unknown(("data", name, str(key)), known, f"data: {name!r}: the key")
     _check_types(settings, given, DomainFiles, ("data", name))
+    task = given.get("task")
+    if task is not None and task not in TASKS:
+        raise settings.unknown(("data", name, "task", task), TASKS, f"data: {name!r}: the task")
     paths = {key: _located(given[key], folder) for key in ("train", "dev", "test") if key in given}
     return DomainFiles(**given | paths)
 
@@ -230,6 +272,24 @@ def _located(name: str, folder: Path) -> str:
 
 def _expanded(name: str) -> str:
     return os.path.expanduser(os.path.expandvars(name))
+
+
+def _check_mixture_keys(settings: Settings, values: Mapping[str, Any]) -> None:
+    """What does not go with a mixture."""
+    for key, reason in (
+        ("pairs", "a file has mixture: or pairs:, and not both"),
+        ("choose", "a choice is made among adaptations to a target, and a mixture has none"),
+        ("diagnose", "distances are those of two domains; use {MultiTask: {diagnose_every: 10}}"),
+        ("cache_prefix", "the layers below several heads are computed in each step"),
+    ):
+        if values.get(key):
+            raise settings.error((key,), f"{key}: {reason}. Leave it out.")
+    task = values.get("task", Experiment.task)
+    kinds = {domain.task or task for domain in values["data"].values()}
+    if "image-classification" in kinds and len(kinds) > 1:
+        raise settings.error(
+            ("data",), f"data: no model reads both texts and images: {', '.join(sorted(kinds))}."
+        )
 
 
 def _pairs(settings: Settings, given: Any, domains: Sequence[str]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 
 from hf_adapt.distillation.row_files import read_splits
 from hf_adapt.experiments.config import DomainFiles, Experiment
-from hf_adapt.experiments.tasks import TASKS, Task
+from hf_adapt.experiments.tasks import Task
 from hf_adapt.experiments.tasks.task import Row
 
 TEST_SHARE, DEV_SHARE = 0.25, 0.1
@@ -194,6 +194,11 @@ class Pair:
     target_unlabelled: Dataset
     labels: list[str]
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is a domain with itself: one of several tasks."""
+        return self.target is self.source
+
     def target_shares(self, task: Task) -> dict[str, float]:
         """The share of each class among the labels of the target's training rows."""
         counts = Counter(task.class_numbers(self.target["train"][task.label_column]))
@@ -207,12 +212,12 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
     Args:
         experiment: Names their files and how many rows are used.
         source: The domain whose labels are trained on.
-        target: The domain to adapt to; its labels may be missing.
+        target: The domain to adapt to; its labels may be missing. The source itself for a task.
 
     Raises:
         DataError: If a file cannot be read, or the two sets of classes differ.
     """
-    task = TASKS[experiment.task]
+    task = experiment.task_of(source)
     rows = {
         name: load_domain(
             _named(experiment, name),
@@ -221,14 +226,16 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
         )
         for name in (source, target)
     }
-    return paired(
-        rows, task, experiment.num_train, experiment.num_test, balanced=experiment.balanced
-    )
+    if source == target:
+        rows[source]["train"] = [row for row in rows[source]["train"] if row[1] is not None]
+    own = {name: experiment.data[name].num_train for name in rows}
+    num_train = {n: experiment.num_train if most is None else most for n, most in own.items()}
+    return paired(rows, task, num_train, experiment.num_test, balanced=experiment.balanced)
 
 
 def _named(experiment: Experiment, name: str) -> DomainFiles:
     """The files of a domain with the names of its columns."""
-    files, task = experiment.data[name], TASKS[experiment.task]
+    files, task = experiment.data[name], experiment.task_of(name)
     return replace(
         files,
         text_column=files.text_column or experiment.text_column or task.input_column,
@@ -262,7 +269,7 @@ def cached_pair(experiment: Experiment, source: str, target: str) -> Pair:
 def paired(
     domains: Mapping[str, Mapping[str, Sequence[Row]]],
     task: Task,
-    num_train: int | None = None,
+    num_train: int | Mapping[str, int | None] | None = None,
     num_test: int | None = None,
     balanced: bool = False,
 ) -> Pair:
@@ -271,16 +278,18 @@ def paired(
     A text of the source that is among the target's test rows is not trained on.
 
     Args:
-        domains: The splits of the source and of the target, by the domains' names.
+        domains: The splits of the source and of the target, by the domains' names; a domain alone
+            is paired with itself.
         task: Says what the rows are.
-        num_train: Training rows of each domain, at most.
+        num_train: Training rows of each domain, at most; or by the domains' names.
         num_test: Dev and test rows of each domain, at most.
         balanced: Keep as many rows of each class as of the rarest, in every split.
 
     Raises:
         DataError: If the two sets of classes differ.
     """
-    (source, target), (source_rows, target_rows) = domains, domains.values()
+    source, *_, target = [*domains, *domains]
+    source_rows, target_rows = domains[source], domains[target]
     tested = {task.key(cell) for cell, _ in target_rows["test"]}
     own = {
         split: rows if split == "test" else [r for r in rows if task.key(r[0]) not in tested]
@@ -307,13 +316,13 @@ def paired(
             f"The source {source!r} has no labelled training rows that are not test rows of the "
             f"target {target!r}."
         )
-    limits = {"train": num_train, "dev": num_test, "test": num_test}
+    most = num_train if isinstance(num_train, Mapping) else dict.fromkeys(domains, num_train)
     used = [
         {
             split: (_balanced(rows[split]) if balanced else list(rows[split]))[:limit]
-            for split, limit in limits.items()
+            for split, limit in (("train", most[name]), ("dev", num_test), ("test", num_test))
         }
-        for rows in (own, target_rows)
+        for name, rows in ((source, own), (target, target_rows))
     ]
     features = task.features(labels)
     inputs, label = features
@@ -324,10 +333,10 @@ def paired(
         return Dataset.from_dict(columns, features=features)
 
     unlabelled = {inputs: [cell for cell, _ in used[1]["train"]]}
-    here, there = (DatasetDict({split: dataset(rows[split]) for split in limits}) for rows in used)
+    here, there = (DatasetDict({split: dataset(found) for split, found in u.items()}) for u in used)
     return Pair(
         here,
-        there,
+        here if source == target else there,
         Dataset.from_dict(unlabelled, features=Features({inputs: features[inputs]})),
         labels,
     )

@@ -7,12 +7,12 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
-from hf_adapt import alignment, distillation, unfreezing
+from hf_adapt import alignment, distillation, multitask, unfreezing
 from hf_adapt.alignment.priors import NamedPriors
 from hf_adapt.arguments import adaptations_of
 from hf_adapt.engine import progress
@@ -20,14 +20,31 @@ from hf_adapt.engine.adaptation import Adaptation, Objective
 from hf_adapt.engine.constructors import parameters
 from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.settings import KeyPath, Settings, nearest
+from hf_adapt.multitask import LossWeights, MultiTask, TaskSpec
 
-FAMILIES = (alignment, unfreezing, distillation)
+FAMILIES = (alignment, unfreezing, distillation, multitask)
 RECOMMENDED = "recommended"
 TARGET = "target"
 UNLABELLED = "unlabelled"
 GIVEN = "given"
 CHOSEN = "chosen"
 """The row of the tables with the runs that were chosen without target labels."""
+SURGERIES = {
+    each.__name__: each
+    for each in (
+        multitask.aligned_mtl,
+        multitask.cagrad,
+        multitask.imtl_g,
+        multitask.mgda,
+        multitask.nash_mtl,
+        multitask.pcgrad,
+    )
+}
+"""What `surgery` of a `MultiTask` may name."""
+SOME_TASKS = ("one task", "another task")
+"""To build a `MultiTask` where no tasks are known."""
+SET_BY_THE_FILE = ("tasks", "column")
+"""Arguments of a `MultiTask` that its experiment gives."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,7 @@ class Method:
             start from.
         pretrain: `TrainingArguments` of [`hf_adapt.alignment.adapt_pretrain`] on the target's
             texts, before this stage; None for no such stage.
+        mixture: What differs in it from the `mixture` of the experiment, for a `MultiTask`.
         save: Keep its models.
     """
 
@@ -57,6 +75,7 @@ class Method:
     training: Mapping[str, Any] = field(default_factory=dict)
     first: Method | None = None
     pretrain: Mapping[str, Any] | None = None
+    mixture: Mapping[str, Any] | None = None
     save: bool = False
 
     @property
@@ -84,21 +103,32 @@ class Method:
         """Whether it trains on the target's labels."""
         return self.train_on == TARGET
 
-    def build(self, copied: Callable[[], nn.Module]) -> list[Adaptation]:
+    @property
+    def mixes(self) -> bool:
+        """Whether it trains several tasks together."""
+        given = () if self.adaptations == RECOMMENDED else self.adaptations
+        return any(_call(each)[0] == MultiTask.__name__ for each in given)
+
+    def build(
+        self, copied: Callable[[], nn.Module], tasks: Mapping[str, TaskSpec] | None = None
+    ) -> list[Adaptation]:
         """New adaptations, for one run.
 
         Args:
             copied: Returns a copy of the model as it is now, for an adaptation that takes a
                 `source_model`.
+            tasks: The tasks of a `MultiTask`.
         """
         if self.adaptations == RECOMMENDED:
             return alignment.recommended()
-        return [built(each, copied) for each in self.adaptations]
+        return [built(each, copied, tasks) for each in self.adaptations]
 
     def described(self) -> dict[str, Any]:
         """All that changes its result, as plain data."""
         described = {each.name: getattr(self, each.name) for each in fields(self)}
         del described["save"]
+        if self.mixture is None:
+            del described["mixture"]
         described["first"] = None if self.first is None else self.first.described()
         if self.adaptations == RECOMMENDED:
             described["adaptations"] = [type(each).__name__ for each in alignment.recommended()]
@@ -133,7 +163,7 @@ def read_method(settings: Settings, name: str, spec: Any, within: KeyPath = ()) 
         spec = {key: value for key, value in spec.items() if value is not None}
         if isinstance(spec.get("pretrain"), bool):
             spec["pretrain"] = {} if spec["pretrain"] else None
-        for key in ("training", "stream", "pretrain"):
+        for key in ("training", "stream", "pretrain", "mixture"):
             if spec.get(key) is not None and not isinstance(spec[key], Mapping):
                 raise settings.error(
                     (*path, key),
@@ -239,6 +269,8 @@ def _check_arguments(settings: Settings, path: KeyPath, name: str, arguments: An
     if not isinstance(arguments, Mapping):
         raise settings.error(path, f"{name} takes its arguments by name: {{{name}: {{weight: 1}}}}")
     known, is_open = parameters(callables()[name])
+    hidden = SET_BY_THE_FILE if name == MultiTask.__name__ else ()
+    known = {each: kind for each, kind in known.items() if each not in hidden}
     for argument, value in arguments.items():
         if argument not in known and not is_open:
             raise settings.unknown((*path, argument), known, f"{name}: the argument")
@@ -247,22 +279,58 @@ def _check_arguments(settings: Settings, path: KeyPath, name: str, arguments: An
             _check_arguments(settings, (*path, argument, inner), inner, its)
 
 
-def built(spec: Any, copied: Callable[[], nn.Module] | None = None) -> Any:
+def built(
+    spec: Any,
+    copied: Callable[[], nn.Module] | None = None,
+    tasks: Mapping[str, TaskSpec] | None = None,
+) -> Any:
     """What plain data stands for: `{name: arguments}` is a call, and all else is itself.
 
     Args:
         spec: The plain data.
         copied: Returns the model for an argument `source_model`.
+        tasks: The tasks of a `MultiTask`.
 
     Example:
         >>> built({"MMD": {"weight": {"linear_ramp": {"end_value": 0.5}}}}).weight(1.0)
         0.5
     """
     name, arguments = _call(spec)
+    if name == MultiTask.__name__:
+        arguments = {**arguments, **_weights_and_surgery(arguments)}
+        arguments["tasks"] = SOME_TASKS if tasks is None else tasks
     made = {key: built(value) if is_call(value) else value for key, value in arguments.items()}
     if copied is not None and "source_model" in inspect.signature(callables()[name]).parameters:
         made["source_model"] = copied()
     return callables()[name](**made)
+
+
+def _weights_and_surgery(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `weighting` and the `surgery` of a `MultiTask` stand for, where they are named.
+
+    Raises:
+        ValueError: If there is none of that name, or it takes other arguments.
+    """
+    made: dict[str, Any] = {}
+    weighting = arguments.get("weighting")
+    if isinstance(weighting, Mapping) and not is_call(weighting):  # by task: numbers, schedules
+        made["weighting"] = {k: built(v) if is_call(v) else v for k, v in weighting.items()}
+    if isinstance(weighting, str):
+        known = [name for name, value in callables().items() if _is_weighting(value)]
+        if weighting not in known:
+            raise ValueError(f"The weighting {weighting!r} is unknown.{nearest(weighting, known)}")
+        made["weighting"] = callables()[weighting]()
+    if (surgery := arguments.get("surgery")) is not None:
+        name, options = _call(surgery)
+        if name not in SURGERIES:
+            raise ValueError(f"The surgery {name!r} is unknown.{nearest(name, SURGERIES)}")
+        inspect.signature(SURGERIES[name]).bind(None, **options)  # refuses other options
+        made["surgery"] = partial(SURGERIES[name], **options)
+    return made
+
+
+def _is_weighting(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, LossWeights) and value is not LossWeights
 
 
 def is_call(value: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.summary import Results, Row, runs_of
+from hf_adapt.experiments.summary import Results, Row, pair_name, runs_of
 
 GREY, BLUE, ORANGE = "#9aa5b1", "#2a78c2", "#c25d2a"
 PANELS_IN_A_ROW = 4
@@ -22,12 +22,13 @@ def plot(experiment: Experiment, rows: Sequence[Row], results: Results) -> Figur
     width = 5.0 if across == 1 else 2.7
     height = 0.32 * len(rows) + 0.7
     figure = Figure(figsize=(names + width * across, height * down + 0.5), layout="constrained")
+    label = "accuracy, %" if experiment.mixture is not None else "accuracy on the target, %"
     panels = figure.subplots(down, across, squeeze=False, sharey=True)
     for number, axes in enumerate(panels.flat):
         if number < len(experiment.pairs):
             _panel(axes, experiment, rows, results, experiment.pairs[number])
             if number + across >= len(experiment.pairs):
-                axes.set_xlabel("accuracy on the target, %", fontsize=9)
+                axes.set_xlabel(label, fontsize=9)
         else:
             axes.axis("off")
     handles, labels = panels.flat[0].get_legend_handles_labels()
@@ -46,7 +47,8 @@ def _panel(
         score, method = row.accuracy[pair], experiment.methods[row.method]
         if score is None or score["mean"] is None:
             continue
-        is_reference = method.is_baseline or method.is_bound
+        is_baseline = method.is_baseline or row.method == experiment.baseline
+        is_reference = is_baseline or method.is_bound
         level, colour = 100 * score["mean"], GREY if is_reference else BLUE
         axes.plot([level] * 2, [line - 0.34, line + 0.34], color=colour, lw=3, zorder=2)
         axes.annotate(
@@ -86,5 +88,5 @@ def _panel(
     axes.set_yticks(range(len(rows)), [row.marked for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_title(" → ".join(pair), fontsize=10)
+    axes.set_title(pair_name(pair), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

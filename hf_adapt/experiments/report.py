@@ -17,10 +17,10 @@ from rich.table import Table
 from hf_adapt.experiments import plots, tables
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import cached_pair, label_columns
+from hf_adapt.experiments.joint_training import mixtures_of
 from hf_adapt.experiments.methods import CHOSEN
-from hf_adapt.experiments.summary import Results, summarize
+from hf_adapt.experiments.summary import Results, pair_name, summarize
 from hf_adapt.experiments.tables import Cells
-from hf_adapt.experiments.tasks import TASKS
 from hf_adapt.experiments.versions import installed
 from hf_adapt.storage.text_file import write_figure, write_text
 
@@ -32,20 +32,29 @@ def describe_pairs(experiment: Experiment, console: Console) -> None:
     """Print how many rows each pair has."""
     for source, target in experiment.pairs:
         pair = cached_pair(experiment, source, target)
-        task = TASKS[experiment.task]
-        name = escape(f"{source} → {target}")
+        task = experiment.task_of(source)
+        name = escape(pair_name((source, target)))
         text = (
             f"[bold]{name}[/bold]: {len(pair.source['train'])} training rows with "
             f"labels, {len(pair.target_unlabelled)} of the target without; "
             f"{len(pair.source['test'])} and {len(pair.target['test'])} to test on."
         )
+        if pair.is_one:
+            text = (
+                f"[bold]{name}[/bold]: {experiment.kind_of(source)}, {len(pair.labels)} classes; "
+                f"{len(pair.source['train'])} training rows, "
+                f"{len(pair.source['test'])} to test on."
+            )
         if len(pair.target["test"]):
             truth = list(task.class_numbers(pair.target["test"][task.label_column]))
             share = max(map(truth.count, set(truth))) / len(truth)
-            text += f" Always answering the most frequent class of the target gives {share:.1%}."
+            of = "" if pair.is_one else " of the target"
+            text += f" Always answering the most frequent class{of} gives {share:.1%}."
         else:
             text += escape(_without_score(experiment, target))
         console.print(text, highlight=False)
+    for mixture in dict.fromkeys(map(str, mixtures_of(experiment).values())):
+        console.print(escape(mixture), highlight=False)
 
 
 def _without_score(experiment: Experiment, target: str) -> str:
@@ -68,13 +77,15 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
     several = len(experiment.pairs) > 1
     scored = any(run.get("target_accuracy") is not None for run in results)
     shown: list[tuple[str, Cells]] = []
-    if several:
+    if experiment.mixture is not None:
+        shown.append(("Tasks", tables.task_table(experiment, rows, results)))
+    elif several:
         shown.append(("Average over the pairs", tables.summary_table(rows, results)))
         shown.append(("Accuracy on the target", tables.accuracy_table(experiment, rows, results)))
     else:
         title = " → ".join(experiment.pairs[0])
         shown.append((title, tables.pair_table(experiment, rows, results)))
-    shares = tables.shares_table(experiment, results)
+    shares = [[]] if experiment.mixture else tables.shares_table(experiment, results)
     if 2 < len(shares[0]) <= MOST_CLASSES + 2 and len(shares) > 1:
         shown.append(("Predicted shares of the classes", shares))
     legend = tables.legend(experiment)
@@ -135,7 +146,7 @@ def tell_models(experiment: Experiment, results: Results, console: Console) -> N
     saved: list[Any] = [run for run in results if run.get("model")]
     for run in saved:
         console.print(
-            escape(f"model of {run['method']}, seed {run['seed']}: {run['model']}"),
+            escape(f"model of {_described(run)}: {run['model']}"),
             soft_wrap=True,
             highlight=False,
         )
@@ -143,13 +154,18 @@ def tell_models(experiment: Experiment, results: Results, console: Console) -> N
     chosen = [run for run in saved if run["method"] == CHOSEN]
     if saved:
         last = (chosen or adapted or saved)[-1]
-        pipeline = TASKS[experiment.task].pipeline
+        task = experiment.task_of(last["source"])
         console.print("Try it:")
         console.print(
             escape(
-                f"  python -c \"from transformers import pipeline; print(pipeline('{pipeline}', "
-                f"'{last['model']}')('{TASKS[experiment.task].example}'))\""
+                f'  python -c "from transformers import pipeline; '
+                f"print(pipeline('{task.pipeline}', '{last['model']}')('{task.example}'))\""
             ),
             soft_wrap=True,
             highlight=False,
         )
+
+
+def _described(run: Any) -> str:
+    task = f"{run['source']}, " if run["source"] == run["target"] else ""
+    return f"{task}{run['method']}, seed {run['seed']}"

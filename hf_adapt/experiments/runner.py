@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_adapt.experiments.cell import Cell, cell_folder, files_of, finished_result, run_cell
+from hf_adapt.experiments.cell import Cell, cell_folder, files_of, finished_result, run_cells
 from hf_adapt.experiments.config import Experiment
 
 Report = Callable[[Cell, dict[str, Any] | None, bool], None]
@@ -28,6 +28,16 @@ def cells_of(experiment: Experiment) -> list[Cell]:
         for seed in experiment.seeds
         for method in experiment.methods
     ]
+
+
+def trainings_of(experiment: Experiment) -> list[list[Cell]]:
+    """The cells that one training fills: all tasks of a mixture; any other cell is alone."""
+    groups: dict[Any, list[Cell]] = {}
+    mixes = {name: method.mixes for name, method in experiment.methods.items()}
+    for cell in cells_of(experiment):
+        key = (cell.method, cell.seed) if mixes[cell.method] else cell
+        groups.setdefault(key, []).append(cell)
+    return list(groups.values())
 
 
 def default_jobs() -> int:
@@ -63,12 +73,16 @@ def run_experiment(
     cells = cells_of(experiment)
     folders = {cell: cell_folder(experiment, cell) for cell in cells}
     results: dict[Cell, dict[str, Any]] = {}
-    for cell, folder in folders.items():
-        kept = None if overwrite else finished_result(folder, files_of(experiment, cell))
-        if kept is not None:
-            results[cell] = kept
-            report(cell, kept, True)
-    missing = [cell for cell in cells if cell not in results]
+    missing: list[list[Cell]] = []
+    for group in trainings_of(experiment):
+        kept = {cell: finished_result(folders[cell], files_of(experiment, cell)) for cell in group}
+        if overwrite or not all(kept.values()):
+            missing.append(group)
+            continue
+        for cell, found in kept.items():
+            assert found is not None
+            results[cell] = found
+            report(cell, found, True)
     threads = max(1, _cores() // jobs)
     run = _in_processes if min(jobs, len(missing)) > 1 else _here
     for cell, result in run(experiment, missing, folders, min(jobs, len(missing)), threads, report):
@@ -79,7 +93,7 @@ def run_experiment(
 
 def _here(
     experiment: Experiment,
-    cells: Sequence[Cell],
+    groups: Sequence[Sequence[Cell]],
     folders: dict[Cell, Path],
     jobs: int,
     threads: int,
@@ -88,9 +102,11 @@ def _here(
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, threads))
     try:
-        for cell in cells:
-            report(cell, None, False)
-            yield cell, run_cell(experiment, cell, folders[cell])
+        for cells in groups:
+            for cell in cells:
+                report(cell, None, False)
+            results = run_cells(experiment, cells, [folders[cell] for cell in cells])
+            yield from zip(cells, results, strict=True)
     finally:
         torch.set_num_threads(before)
 
@@ -110,7 +126,7 @@ def _end_with_parent() -> None:
 
 def _in_processes(
     experiment: Experiment,
-    cells: Sequence[Cell],
+    groups: Sequence[Sequence[Cell]],
     folders: dict[Cell, Path],
     jobs: int,
     threads: int,
@@ -118,24 +134,26 @@ def _in_processes(
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (threads,))
-    waiting = list(reversed(cells))
-    running: dict[Any, Cell] = {}
+    waiting = list(reversed(groups))
+    running: dict[Any, Sequence[Cell]] = {}
 
     def start() -> None:
-        cell = waiting.pop()
-        running[pool.submit(run_cell, experiment, cell, folders[cell])] = cell
-        report(cell, None, False)
+        cells = waiting.pop()
+        places = [folders[cell] for cell in cells]
+        running[pool.submit(run_cells, experiment, cells, places)] = cells
+        for cell in cells:
+            report(cell, None, False)
 
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 start()
             done = next(as_completed(running))
-            cell = running.pop(done)
-            yield cell, done.result()
+            cells = running.pop(done)
+            yield from zip(cells, done.result(), strict=True)
     except BrokenProcessPool as error:
         raise RuntimeError(
-            f"A process was killed while {cell} ran, perhaps for want of memory. Run the same "
+            f"A process was killed while {cells[0]} ran, perhaps for want of memory. Run the same "
             "command again with fewer --jobs: what is finished is kept."
         ) from error
     finally:

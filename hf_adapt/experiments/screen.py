@@ -81,7 +81,10 @@ def execute(
             else:
                 running.remove(cell)
                 progress.advance(bar)
-                console.print(_line(cell, result), soft_wrap=True, highlight=False)
+                # One training fills the cells of all tasks of a mixture, and warns once.
+                is_first = cell.source == experiment.pairs[0][0]
+                tells = is_first or not experiment.methods[cell.method].mixes
+                console.print(_line(cell, result, tells), soft_wrap=True, highlight=False)
             more = f" and {len(running) - 1} more" if len(running) > 1 else ""
             now = f"{running[0]}{more}" if running else ""
             progress.update(bar, description=escape(now))
@@ -105,13 +108,13 @@ def execute(
     return not any("error" in result for result in results)
 
 
-def _line(cell: Cell, result: dict[str, Any]) -> str:
+def _line(cell: Cell, result: dict[str, Any], tells_warnings: bool) -> str:
     if "error" in result:
         problem = escape(f"{cell}: {result['error']}")
         return f"[red]failed[/red] {problem}"
     accuracy = result.get("target_accuracy")
     score = "" if accuracy is None else f"{accuracy:.1%} on {cell.target}, "
     line = escape(f"{cell}: {score}{result['seconds']:.0f} s")
-    if not result["warnings"]:
+    if not (result["warnings"] and tells_warnings):
         return line
     return f"{line} [yellow]warned: {escape(result['first_warning'])}[/yellow]"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_adapt.experiments.config import Experiment
+from hf_adapt.multitask import relative_gain
 
 LARGE_GAP = 0.1
 """The gap from which a pair counts in the average share that is closed; small ones are noise."""
@@ -31,8 +32,8 @@ def score(values: Sequence[float]) -> Score:
     return {"mean": statistics.mean(values), "sd": deviation}
 
 
-def percent(score: Score | None) -> str:
-    """A score as the cell of a table.
+def percent(score: Score | None, form: str = ".1f") -> str:
+    """A score as the cell of a table; `form` is that of its mean.
 
     Example:
         >>> percent({"mean": 0.66, "sd": 0.07}), percent(None)
@@ -41,7 +42,17 @@ def percent(score: Score | None) -> str:
     if score is None or (mean := score["mean"]) is None:
         return "–"
     deviation = score["sd"]
-    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+    return f"{100 * mean:{form}}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def pair_name(pair: tuple[str, str]) -> str:
+    """How a pair of domains is called; one with itself is a task.
+
+    Example:
+        >>> pair_name(("movies", "tweets")), pair_name(("spam", "spam"))
+        ('movies → tweets', 'spam')
+    """
+    return pair[0] if pair[0] == pair[1] else " → ".join(pair)
 
 
 def scores_of(results: Iterable[Mapping[str, Any]], key: str) -> Score | None:
@@ -63,6 +74,7 @@ class Row:
         gap_closed: Mean of `gaps` over the pairs whose gap is 10 points or more.
         below: Pairs on which it is more than a point below source only.
         compared: Pairs on which it can be compared with source only.
+        gain: [`hf_adapt.multitask.relative_gain`] on the runs of each task alone, of a mixture.
         marked: Its name, with how many of its runs failed or were warned of.
     """
 
@@ -73,6 +85,7 @@ class Row:
     gap_closed: float | None
     below: int | None
     compared: int
+    gain: Score | None
     marked: str
 
 
@@ -97,7 +110,7 @@ def summarize(experiment: Experiment, results: Results) -> list[Row]:
         for method in experiment.methods
         for pair in experiment.pairs
     }
-    baseline = next((name for name, m in experiment.methods.items() if m.is_baseline), None)
+    baseline = experiment.baseline
     bound = next((name for name, m in experiment.methods.items() if m.is_bound), None)
 
     def mean(method: str | None, pair: tuple[str, str]) -> float | None:
@@ -129,10 +142,33 @@ def summarize(experiment: Experiment, results: Results) -> list[Row]:
                 gap_closed=statistics.mean(large) if large else None,
                 below=sum(gain < -BELOW for gain in gains) if gains else None,
                 compared=len(gains),
+                gain=_gain(experiment, results, method, baseline),
                 marked=marked(method, own_runs),
             )
         )
     return rows
+
+
+def _gain(
+    experiment: Experiment, results: Results, method: str, baseline: str | None
+) -> Score | None:
+    """How much better the tasks are than alone, over the seeds in which all runs ended well."""
+    if experiment.mixture is None or baseline is None or baseline == method:
+        return None
+    accuracy = {
+        (run["method"], run["seed"], run["source"]): float(run["target_accuracy"])
+        for run in results
+        if run.get("target_accuracy") is not None
+    }
+    gains = []
+    for seed in experiment.seeds:
+        own, alone = (
+            {t: accuracy[name, seed, t] for t in experiment.data if (name, seed, t) in accuracy}
+            for name in (method, baseline)
+        )
+        if len(own) == len(alone) == len(experiment.data) and all(alone.values()):
+            gains.append(relative_gain(own, alone))
+    return score(gains) if gains else None
 
 
 def runs_of(results: Results, method: str, pair: tuple[str, str]) -> list[Mapping[str, Any]]:

@@ -10,7 +10,15 @@ from typing import Any
 
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.methods import CHOSEN, GIVEN, is_shifted
-from hf_adapt.experiments.summary import Results, Row, marked, percent, runs_of, scores_of
+from hf_adapt.experiments.summary import (
+    Results,
+    Row,
+    marked,
+    pair_name,
+    percent,
+    runs_of,
+    scores_of,
+)
 
 COLUMNS = (
     "source",
@@ -33,6 +41,8 @@ COLUMNS = (
     "error",
 )
 """The columns of results.csv; shares of classes are JSON."""
+
+WARNED = "warned: runs with a warning of an adaptation."
 
 Cells = list[list[str]]
 
@@ -100,6 +110,23 @@ def summary_table(rows: Sequence[Row], results: Results) -> Cells:
     return _without_empty_columns(cells)
 
 
+def task_table(experiment: Experiment, rows: Sequence[Row], results: Results) -> Cells:
+    """The table of several tasks: a score for each, and what they gain on being trained alone."""
+    cells = [["method", *experiment.data, "Δm", "seconds"]]
+    for row in rows:
+        own = [runs_of(results, row.method, pair) for pair in experiment.pairs]
+        seconds = [found["mean"] for runs in own if (found := scores_of(runs, "seconds"))]
+        cells.append(
+            [
+                row.marked,
+                *(percent(row.accuracy[pair]) for pair in experiment.pairs),
+                percent(row.gain, "+.1f"),
+                f"{sum(filter(None, seconds)):.0f}" if seconds else "–",
+            ]
+        )
+    return _without_empty_columns(cells)
+
+
 def accuracy_table(experiment: Experiment, rows: Sequence[Row], results: Results) -> Cells:
     """Accuracy on the target by pair and method; a line for each of whichever are more."""
     cells = [["pair", *(row.method for row in rows)]]
@@ -107,7 +134,7 @@ def accuracy_table(experiment: Experiment, rows: Sequence[Row], results: Results
         scores = [
             marked(percent(row.accuracy[pair]), runs_of(results, row.method, pair)) for row in rows
         ]
-        cells.append([" → ".join(pair), *scores])
+        cells.append([pair_name(pair), *scores])
     if len(rows) <= len(experiment.pairs):
         return cells
     cells[0][0] = "method"
@@ -142,6 +169,14 @@ def legend(experiment: Experiment) -> str:
         else "In %, of one run with one seed."
     ]
     methods = experiment.methods.items()
+    if experiment.mixture is not None:
+        sentences[0] = f"Accuracy i{sentences[0][1:]}"
+        if experiment.baseline is not None:
+            sentences.append(
+                f"Δm: how much more accurate than {experiment.baseline} with the same seed, in "
+                "% of its accuracy, as a mean over the tasks."
+            )
+        return " ".join([*sentences, "seconds: of training, all tasks together. " + WARNED])
     bounds = [name for name, method in methods if method.is_bound]
     if bounds:
         sentences.append(f"{bounds[0]}: trained on the target's labels.")
@@ -167,7 +202,7 @@ def legend(experiment: Experiment) -> str:
         f"{name}: with {100 * points:+.0f} points on the most frequent class."
         for name, points in wrong.items()
     ]
-    sentences.append("seconds: of training. warned: runs with a warning of an adaptation.")
+    sentences.append(f"seconds: of training. {WARNED}")
     return " ".join(sentences)
 
 

@@ -12,7 +12,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from hf_adapt.experiments.methods import (
     shifted,
 )
 from hf_adapt.experiments.outputs import DIAGNOSTICS_FILE, LOGS_FILE, RunOutputs
-from hf_adapt.experiments.tasks import TASKS, Task
+from hf_adapt.experiments.tasks import Task
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.hub_names import check_hub_name
 from hf_adapt.storage.text_file import write_text
@@ -77,7 +77,9 @@ def check_model(experiment: Experiment) -> None:
         check_hub_name(experiment.model)
         with _quiet():
             config = AutoConfig.from_pretrained(experiment.model)
-            TASKS[experiment.task].processor(experiment.model)
+            tasks = list(dict.fromkeys(map(experiment.task_of, experiment.data)))
+            for task in tasks:
+                task.processor(experiment.model)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"The model {experiment.model!r} cannot be loaded: {error} Name a folder, or an id on "
@@ -85,7 +87,7 @@ def check_model(experiment: Experiment) -> None:
         ) from error
     if experiment.freeze_layers:
         with _quiet(), torch.device("meta"):
-            model = TASKS[experiment.task].model_class.from_config(config)
+            model = tasks[0].model_class.from_config(config)
         first_groups(model, experiment.freeze_layers)
 
 
@@ -101,14 +103,14 @@ def check_priors(experiment: Experiment) -> None:
             stage: Method | None = method
             while stage is not None:
                 try:
-                    resolved_priors(stage, pair, TASKS[experiment.task])
+                    resolved_priors(stage, pair, experiment.task_of(source))
                 except DataError as error:
                     raise DataError(f"{name}, {source} → {target}: {error}") from error
                 stage = stage.first
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What the stages of one run share."""
 
     experiment: Experiment
@@ -138,7 +140,7 @@ class _Run:
 
 
 def train_and_test(
-    experiment: Experiment, method: Method, seed: int, pair: Pair, folder: Path
+    experiment: Experiment, method: Method, seed: int, pair: Pair, task: Task, folder: Path
 ) -> dict[str, Any]:
     """Fine-tune once; return the scores in both domains and what the run cost.
 
@@ -147,6 +149,7 @@ def train_and_test(
         method: What to train with.
         seed: The seed of the run.
         pair: The rows.
+        task: What is predicted on them.
         folder: Where the model is saved, if it is.
 
     Raises:
@@ -154,26 +157,11 @@ def train_and_test(
     """
     if method.is_bound and not len(pair.target["train"]):
         raise DataError("The method trains on the labels of the target, which has none.")
-    with _quiet():
-        run = _started(experiment, seed, pair, folder)
-    gc.collect()  # what earlier runs in this process left
-    with _AdaptationWarnings() as warnings:
-        device = "cuda" if run.arguments(folder).device.type == "cuda" else "cpu"
-        before = restarted_peak(device)
-        start = time.perf_counter()
-        trainer = _trained(run, method)
-        result: dict[str, Any] = {"seconds": time.perf_counter() - start}
-        result["peak_memory_mb"] = None if before is None else peak(device) / 2**20
-    outputs = _outputs(run, trainer)
-    outputs.save(folder)
-    write_text(folder / LOGS_FILE, json.dumps(trainer.state.log_history, indent=1))
+    run = started(experiment, seed, pair, task, folder)
+    trainer, cost = measured(run, lambda: _trained(run, method))
+    result = {**cost, **tested(run, trainer, trainer.state.log_history)}
     if experiment.diagnose:
         write_text(folder / DIAGNOSTICS_FILE, json.dumps({"layers": _layers(run, trainer)}))
-    for name, tested in (("source", outputs.source_test), ("target", outputs.target_test)):
-        scores = _scores(tested or outputs.target_unlabelled, pair.labels, tested is not None)
-        result |= {f"{name}_{key}": value for key, value in scores.items()}
-    result["warnings"] = len(warnings.texts)
-    result["first_warning"] = warnings.texts[0] if warnings.texts else None
     shutil.rmtree(folder / "pretraining", ignore_errors=True)
     if experiment.save_models or method.save:
         trainer.save_model()
@@ -181,24 +169,51 @@ def train_and_test(
     return result
 
 
-def _started(experiment: Experiment, seed: int, pair: Pair, folder: Path) -> _Run:
+def measured(run: Run, train: Callable[[], Trainer]) -> tuple[Trainer, dict[str, Any]]:
+    """What `train` returns, and what it cost and warned of."""
+    gc.collect()  # what earlier runs in this process left
+    with _AdaptationWarnings() as warnings:
+        device = "cuda" if run.arguments(run.folder).device.type == "cuda" else "cpu"
+        before = restarted_peak(device)
+        start = time.perf_counter()
+        trainer = train()
+        cost: dict[str, Any] = {"seconds": time.perf_counter() - start}
+        cost["peak_memory_mb"] = None if before is None else peak(device) / 2**20
+    cost["warnings"] = len(warnings.texts)
+    cost["first_warning"] = warnings.texts[0] if warnings.texts else None
+    return trainer, cost
+
+
+def tested(run: Run, trainer: Trainer, logs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The scores of a trained model in both domains; what it gives and `logs` are written."""
+    outputs = _outputs(run, trainer)
+    outputs.save(run.folder)
+    write_text(run.folder / LOGS_FILE, json.dumps(logs, indent=1))
+    result: dict[str, Any] = {}
+    for name, found in (("source", outputs.source_test), ("target", outputs.target_test)):
+        scores = _scores(found or outputs.target_unlabelled, run.pair.labels, found is not None)
+        result |= {f"{name}_{key}": value for key, value in scores.items()}
+    return result
+
+
+def started(experiment: Experiment, seed: int, pair: Pair, task: Task, folder: Path) -> Run:
     """The model before any training."""
-    task = TASKS[experiment.task]
     set_seed(seed)
-    processor = task.processor(experiment.model)
-    model = task.model_class.from_pretrained(
-        experiment.model,
-        id2label=dict(enumerate(pair.labels)),
-        label2id={label: i for i, label in enumerate(pair.labels)},
-        ignore_mismatched_sizes=True,
-    )
+    with _quiet():
+        processor = task.processor(experiment.model)
+        model = task.model_class.from_pretrained(
+            experiment.model,
+            id2label=dict(enumerate(pair.labels)),
+            label2id={label: i for i, label in enumerate(pair.labels)},
+            ignore_mismatched_sizes=True,
+        )
     frozen = first_groups(model, experiment.freeze_layers)
     if not experiment.cache_prefix:
         freeze(model, frozen)
-    return _Run(experiment, pair, task, seed, folder, processor, model, frozen)
+    return Run(experiment, pair, task, seed, folder, processor, model, frozen)
 
 
-def _trained(run: _Run, method: Method) -> Trainer:
+def _trained(run: Run, method: Method) -> Trainer:
     """The trainer of the last stage, after all stages have been trained on the same model."""
     if method.first is not None:
         _trained(run, method.first)
@@ -213,7 +228,7 @@ def _trained(run: _Run, method: Method) -> Trainer:
     return trainer
 
 
-def _trainer(run: _Run, method: Method) -> Trainer:
+def _trainer(run: Run, method: Method) -> Trainer:
     """The trainer of a stage."""
     pair = run.pair
     domain = pair.target if method.is_bound else pair.source
@@ -303,7 +318,7 @@ def freeze(model: PreTrainedModel, groups: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _frozen_prefix(run: _Run, trainer: Trainer) -> Iterator[None]:
+def _frozen_prefix(run: Run, trainer: Trainer) -> Iterator[None]:
     """Test rows are kept for the other runs as well, where training rows are."""
     if run.store is None:
         yield
@@ -320,7 +335,7 @@ def _frozen_prefix(run: _Run, trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen(run: _Run) -> Iterator[None]:
+def _frozen(run: Run) -> Iterator[None]:
     """The first layers do not train meanwhile, where the cache of their output freezes them."""
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     freeze(run.model, run.frozen)
@@ -331,7 +346,7 @@ def _frozen(run: _Run) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _layers(run: _Run, trainer: Trainer) -> list[dict[str, Any]]:
+def _layers(run: Run, trainer: Trainer) -> list[dict[str, Any]]:
     """The distance of the domains in every layer; none of too few rows."""
     rows = run.rows(run.pair.source["test"]), run.rows(run.pair.target_unlabelled)
     if min(map(len, rows)) < FEWEST_ROWS:
@@ -339,19 +354,22 @@ def _layers(run: _Run, trainer: Trainer) -> list[dict[str, Any]]:
     return [dataclasses.asdict(each) for each in layer_distances(trainer, *rows)]
 
 
-def _outputs(run: _Run, trainer: Trainer) -> RunOutputs:
+def _outputs(run: Run, trainer: Trainer) -> RunOutputs:
     """What the trained model gives for the rows of both domains."""
     pair = run.pair
     with _frozen_prefix(run, trainer):
+        dev, test = (_collected(run, trainer, pair.source[split]) for split in ("dev", "test"))
+        if pair.is_one:
+            return RunOutputs(source_dev=dev, source_test=test, target_test=test)
         return RunOutputs(
-            source_dev=_collected(run, trainer, pair.source["dev"]),
-            source_test=_collected(run, trainer, pair.source["test"]),
+            source_dev=dev,
+            source_test=test,
             target_unlabelled=_unlabelled(run, trainer),
             target_test=_collected(run, trainer, pair.target["test"]),
         )
 
 
-def _collected(run: _Run, trainer: Trainer, rows: datasets.Dataset) -> ItemOutputs | None:
+def _collected(run: Run, trainer: Trainer, rows: datasets.Dataset) -> ItemOutputs | None:
     """What the model gives for rows; None if there are none."""
     if not len(rows):
         return None
@@ -364,7 +382,7 @@ def _collected(run: _Run, trainer: Trainer, rows: datasets.Dataset) -> ItemOutpu
     return labelled if len(labelled) else found
 
 
-def _unlabelled(run: _Run, trainer: Trainer) -> ItemOutputs | None:
+def _unlabelled(run: Run, trainer: Trainer) -> ItemOutputs | None:
     """What the model gives for the target's rows, whose labels nothing sees."""
     found = _collected(run, trainer, run.task.with_any_labels(run.pair.target_unlabelled))
     return None if found is None else found.without_labels
@@ -374,16 +392,21 @@ def untrained_outputs(experiment: Experiment, source: str, target: str) -> ItemO
     """What the model gives for the target's unlabelled rows before any training."""
     pair = cached_pair(experiment, source, target)
     with tempfile.TemporaryDirectory() as folder:
-        with _quiet():
-            run = _started(experiment, experiment.seeds[0], pair, Path(folder))
-            freeze(run.model, run.frozen)
-        trainer = Trainer(
-            run.model,
-            run.arguments(Path(folder), **NO_EVALUATION),
-            data_collator=run.task.collator(run.processor),
-        )
-        trainer.remove_callback(PrinterCallback)
-        return _unlabelled(run, trainer)
+        task = experiment.task_of(source)
+        run = started(experiment, experiment.seeds[0], pair, task, Path(folder))
+        freeze(run.model, run.frozen)
+        return _unlabelled(run, tester(run, run.model))
+
+
+def tester(run: Run, model: PreTrainedModel) -> Trainer:
+    """A Trainer that only runs a model."""
+    trainer = Trainer(
+        model,
+        run.arguments(run.folder, **NO_EVALUATION),
+        data_collator=run.task.collator(run.processor),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _scores(items: ItemOutputs | None, labels: Sequence[str], is_scored: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_adapt.multitask.affinity import cosines_of, gradient_cosines, task_affinity
+from hf_adapt.multitask.affinity import cosines_of, gradient_cosines
 from hf_adapt.multitask.plots import affinity_plot, cosine_plot
 from hf_adapt.multitask.task_gradients import TaskGradients
 from hf_adapt.storage.text_file import write_figure, write_text
@@ -23,6 +23,10 @@ ALL = "all"
 """The name of the cosines over all shared weights."""
 FEW = 3
 """Measurements below which nothing is warned of."""
+LOWERED = 0.01
+"""The share of its loss by which a step on a task is to lower it, to first order."""
+HARM = 0.1
+"""Of what a step brings its own task: what it must cost another one to be warned of."""
 
 
 class Mean:
@@ -56,7 +60,15 @@ class TaskDiagnosis:
         self.tasks, self._groups = list(tasks), groups
         size = len(self.tasks)
         self.cosines = {name: Mean(size) for name in (ALL, *groups)}
-        self.affinity = Mean(size)
+        self._before, self._after = Mean(size), Mean(size)
+
+    @property
+    def affinity(self) -> torch.Tensor:
+        """(K, K): by which share a step on the task of a row lowers the loss of a column's.
+
+        Of the mean losses: the shares of single ones are wild where a loss is near 0.
+        """
+        return 1 - self._after.value / self._before.value
 
     def add_cosines(self, gradients: TaskGradients, sums: torch.Tensor) -> None:
         """See the gradients of a step, (K, P)."""
@@ -66,56 +78,63 @@ class TaskDiagnosis:
             self.cosines[name].add(cosines_of(own @ own.T))
 
     def add_affinity(
-        self, gradients: TaskGradients, rate: float, losses: Callable[[], torch.Tensor]
+        self,
+        gradients: TaskGradients,
+        shares: torch.Tensor,
+        losses: Callable[[], torch.Tensor],
     ) -> None:
         """Take a step on each task by itself, look at all losses, and take it back.
 
-        The step has the length of one of Adam's: the learning rate for each weight on average.
+        It is as long as would lower the task's own loss by a hundredth if the loss were straight:
+        with the learning rate it would be too long for some tasks and too short for others.
 
         Args:
             gradients: Those of a micro-batch.
-            rate: The learning rate.
+            shares: (K,), the values that they are the gradients of.
             losses: The losses of that micro-batch, (K,); NaN for a task without rows.
         """
         weights = gradients.parameters
         kept = [weight.detach().clone() for weight in weights]
         before, after = losses(), []
         with torch.no_grad():  # `.data`: the way back may still need what it has saved
-            for own in gradients.sums:
-                length = own.norm()
-                step = own * (rate * len(own) ** 0.5 / length.clamp(min=1e-30))
+            for share, own in zip(shares, gradients.sums, strict=True):
+                square = own.square().sum()
+                step = own * (LOWERED * share / square.clamp(min=1e-30))
                 for weight, given in zip(weights, gradients.split(step), strict=True):
                     weight.data.sub_(given.to(weight.dtype))
-                after.append(torch.where(length > 0, losses(), torch.nan))
+                after.append(torch.where(square > 0, losses(), torch.nan))
                 for weight, old in zip(weights, kept, strict=True):
                     weight.data.copy_(old)
-        known = torch.where(before > 0, before, torch.ones_like(before))
-        matrix = task_affinity(known, torch.stack(after))
-        self.affinity.add(torch.where(before > 0, matrix, torch.nan))
+        found = torch.stack(after)
+        self._after.add(found)
+        self._before.add(torch.where(found.isnan(), torch.nan, before.expand_as(found)))
 
     # ---- what comes out ----
 
     def logs(self) -> dict[str, float]:
         """The means so far, of each pair of tasks."""
-        found = {}
+        found, affinity = {}, self.affinity
         for i, one in enumerate(self.tasks):
             for j, other in enumerate(self.tasks):
                 if i < j:
                     found[f"cosine/{one}~{other}"] = float(self.cosines[ALL].value[i, j])
                 if i != j:
-                    found[f"affinity/{one}->{other}"] = float(self.affinity.value[i, j])
+                    found[f"affinity/{one}->{other}"] = float(affinity[i, j])
         return {name: value for name, value in found.items() if value == value}
 
     def harms(self) -> list[str]:
         """Which tasks do harm, in words."""
-        found, affinity, cosines = [], self.affinity, self.cosines[ALL]
+        found, affinity, cosines = [], self.affinity, self.cosines[ALL].value
         for i, one in enumerate(self.tasks):
             for j, other in enumerate(self.tasks):
-                harm, cosine = float(affinity.value[i, j]), float(cosines.value[i, j])
-                if i != j and float(affinity.counts[i, j]) >= FEW and harm < 0 and cosine < 0:
+                gain, harm, cosine = (
+                    float(x) for x in (affinity[i, i], -affinity[i, j], cosines[i, j])
+                )
+                known = i != j and float(self._after.counts[i, j]) >= FEW
+                if known and cosine < 0 < gain and harm > HARM * gain:
                     found.append(
-                        f"a step on {one!r} raises the loss of {other!r} by {-harm:.2%} on average "
-                        f"(cosine of their gradients {cosine:.2f})"
+                        f"a step that lowers the loss of {one!r} by {gain:.2%} raises that of "
+                        f"{other!r} by {harm:.2%} (cosine of their gradients {cosine:.2f})"
                     )
         return found
 
@@ -131,28 +150,31 @@ class TaskDiagnosis:
     def save(self, folder: Path) -> None:
         """Write `task_affinity.json` and, where matplotlib is installed, two heat maps."""
 
-        def table(mean: Mean) -> list[list[float | None]]:
-            return [[x if x == x else None for x in row] for row in mean.value.tolist()]
+        def table(matrix: torch.Tensor) -> list[list[float | None]]:
+            return [[x if x == x else None for x in row] for row in matrix.tolist()]
 
         found = {
             "tasks": self.tasks,
             "affinity": table(self.affinity),
-            "cosines": {name: table(mean) for name, mean in self.cosines.items()},
+            "cosines": {name: table(mean.value) for name, mean in self.cosines.items()},
         }
         write_text(folder / "task_affinity.json", json.dumps(found, indent=2))
         if find_spec("matplotlib") is not None:
-            drawn = affinity_plot(self.affinity.value, self.tasks)
+            drawn = affinity_plot(self.affinity, self.tasks)
             write_figure(folder / "task_affinity.png", drawn)
             drawn = cosine_plot(self.cosines[ALL].value, self.tasks)
             write_figure(folder / "task_cosines.png", drawn)
 
+    @property
+    def _means(self) -> dict[str, Mean]:
+        cosines = {f"cosines/{name}": mean for name, mean in self.cosines.items()}
+        return {**cosines, "before": self._before, "after": self._after}
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive in a checkpoint."""
-        means = {**{f"cosines/{name}": m for name, m in self.cosines.items()}, "": self.affinity}
-        return {name: [mean.sums, mean.counts] for name, mean in means.items()}
+        return {name: [mean.sums, mean.counts] for name, mean in self._means.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        means = {**{f"cosines/{name}": m for name, m in self.cosines.items()}, "": self.affinity}
-        for name, mean in means.items():
+        for name, mean in self._means.items():
             mean.sums, mean.counts = state[name]

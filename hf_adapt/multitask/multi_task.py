@@ -163,16 +163,13 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         self.weighting.begin(list(self.tasks), [heads.head(task).size for task in self.tasks])
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
-        """The heads, and what the weighting learns."""
+        """The heads."""
         weights = {
             f"{task}/{name.replace('.', '/')}": parameter
             for task, model in self.models.items()
             for name, parameter in model.own.items()
         }
-        parts: dict[str, nn.Module] = {"heads": nn.ParameterDict(weights)} if weights else {}
-        if self.weighting.module is not None:
-            parts["weighting"] = self.weighting.module
-        return nn.ModuleDict(parts) if parts else None
+        return nn.ModuleDict({"heads": nn.ParameterDict(weights)}) if weights else None
 
     @property
     def _keeps_gradients(self) -> bool:
@@ -261,9 +258,8 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         shares = [losses[names[task]].float() for task in self.tasks]
         self._totals += torch.stack([each.detach() for each in shares])
         scaled = [each * weights[names[t]] for each, t in zip(shares, self.tasks, strict=True)]
-        share = 1 / self._trainer.current_gradient_accumulation_steps
         # Not one tensor: the way back of each must go through its own rows alone.
-        terms = self.weighting.terms(scaled, self._weights, share)
+        terms = [weight * loss for weight, loss in zip(self._weights, scaled, strict=True)]
         others = [
             weights[name] * loss for name, loss in losses.items() if name not in names.values()
         ]
@@ -288,20 +284,20 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
             if self._diagnoses or self.weighting.observes_norms:
                 given = shares if self.weighting.observes_norms else terms
                 gradients.add(trainer, given, keeps_graph=True)
-                self._look(batch)
+                self._look(batch, given)
             return loss
         modules = [] if self.module is None else list(self.module.parameters())
         surrogate = gradients.add(
             trainer, terms, [*self._others, *modules], keeps_graph=rest.requires_grad
         )
-        self._look(batch)
+        self._look(batch, terms)
         if trainer.accelerator.num_processes > 1:  # DDP waits for a gradient of each weight
             zeros = [(weight * 0).sum() for weight in gradients.parameters]
             surrogate = surrogate + torch.stack(zeros).sum()
         value = sum((term.detach() for term in terms), rest)
         return value + (surrogate - surrogate.detach())
 
-    def _look(self, batch: Batch) -> None:
+    def _look(self, batch: Batch, shares: Sequence[torch.Tensor]) -> None:
         """On the first micro-batch of some steps: how a step on one task changes the others."""
         if not self._diagnoses or self._micro_batch > 1:
             return
@@ -312,8 +308,8 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
             stack.enter_context(evaluating(self.heads.model))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self._trainer.compute_loss_context_manager())
-            rate = self._trainer.args.learning_rate
-            self.diagnosis.add_affinity(self._gradients, rate, lambda: self._losses(batch))
+            values = torch.stack([share.detach() for share in shares])
+            self.diagnosis.add_affinity(self._gradients, values, lambda: self._losses(batch))
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """The mean loss of each task on a micro-batch, NaN for one without rows."""
@@ -351,7 +347,10 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         if self._diagnoses and self.diagnosis is not None:
             self.diagnosis.add_cosines(self._gradients, sums)
         if self.surgery is not None:
-            direction = self.surgery(sums)
+            # On each process the same orders, and others in each step.
+            seed = seed_for(f"{self.name}/{trainer.state.global_step}", trainer.args.seed)
+            with preserved_random_state(seed):
+                direction = self.surgery(sums)
             if direction.shape != sums[0].shape:
                 raise ValueError(
                     f"surgery= returned {tuple(direction.shape)} for gradients of shape "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 
-def pcgrad(gradients: torch.Tensor, seed: int | None = 0) -> torch.Tensor:
+def pcgrad(gradients: torch.Tensor, seed: int | None = None) -> torch.Tensor:
     r"""Takes from each task's gradient what conflicts with the others', and adds them up.
 
     .. math::
@@ -23,7 +23,8 @@ def pcgrad(gradients: torch.Tensor, seed: int | None = 0) -> torch.Tensor:
 
     Args:
         gradients: A gradient for each task.
-        seed: Seed of the orders; None for that of the tasks.
+        seed: Seed of the orders; None for torch's random state,
+            which [`MultiTask`] sets in each step.
 
     Shape:
         - gradients: (K, P); output: (P,), of their dtype.
@@ -41,8 +42,7 @@ def pcgrad(gradients: torch.Tensor, seed: int | None = 0) -> torch.Tensor:
     total = torch.zeros_like(given[0])
     for task in range(len(given)):
         own = given[task].clone()
-        order = torch.randperm(len(given), generator=generator) if generator else range(len(given))
-        for other in (int(each) for each in order):
+        for other in torch.randperm(len(given), generator=generator).tolist():
             product = own @ given[other]
             if other != task and product < 0:  # then the other's norm is not 0
                 own -= product / norms[other] * given[other]

@@ -17,6 +17,7 @@ from hf_adapt.experiments.outputs import (
     RESULT_FILE,
     RunOutputs,
 )
+from hf_adapt.experiments.summary import pair_name
 
 ROLES = ("baseline", "adapted", "bound")
 """Of methods, as they are ordered: source only, and what trained on target labels, at the ends."""
@@ -100,8 +101,8 @@ class Pair:
 
     @property
     def title(self) -> str:
-        """Both domains."""
-        return f"{self.source} → {self.target}"
+        """Both domains, or the task."""
+        return pair_name((self.source, self.target))
 
 
 def find_pairs(paths: Sequence[Path]) -> tuple[list[Pair], list[str]]:

@@ -105,7 +105,7 @@ def section_of(place: int, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
     section = Section(
         key=f"pair{place}",
         title=pair.title,
-        sentences=_sentences(good, pair.choices),
+        sentences=_sentences(good, pair),
         tables=[tables.methods(good), *tables.candidates(pair.choices)],
         plots=drawer.shown([draw("all", good) for draw in PER_PAIR]),
         curves=drawer.shown(plots.curve_plots("all", good)),
@@ -116,9 +116,12 @@ def section_of(place: int, pair: Pair, folder: Path) -> tuple[Section, Numbers]:
     return section, {**names, "choices": list(pair.choices), "runs": runs}
 
 
-def _sentences(runs: Sequence[Numbers], choices: outcome.Choices) -> list[Sentence]:
-    levels = outcome.levels_of(runs, choices)
+def _sentences(runs: Sequence[Numbers], pair: Pair) -> list[Sentence]:
+    levels = outcome.levels_of(runs, pair.choices)
     from_labels = [] if levels is None else [outcome.from_labels(levels)]
+    if pair.source == pair.target:  # a task, which needs no choice without labels
+        return from_labels
+    choices = pair.choices
     return [outcome.chosen(choices), *outcome.estimated(runs, choices), *from_labels]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_adapt.experiments.summary import Score, marked, percent, scores_of
+from hf_adapt.experiments.summary import Score, marked, pair_name, percent, scores_of
 from hf_adapt.report.drawing import Column, Table
 from hf_adapt.report.methods import Runs, mean_estimate, methods_of, number, trained_on_target
 from hf_adapt.report.numbers import Numbers
@@ -20,7 +20,7 @@ def accuracies(pairs: Sequence[Numbers]) -> Table | None:
     every = sorted((run for runs in good for run in runs), key=lambda run: ROLES.index(run["role"]))
     methods = list(dict.fromkeys(run["method"] for run in every))
     columns = [Column("method", numeric=False)]
-    columns += [Column(f"{pair['source']} → {pair['target']}", oracle=True) for pair in pairs]
+    columns += [Column(pair_name((pair["source"], pair["target"])), oracle=True) for pair in pairs]
     rows = []
     for method in methods:
         cells = []
@@ -125,7 +125,7 @@ def flagged(pairs: Sequence[Numbers]) -> Table | None:
                 found.append((f"warned{count}", str(run["first_warning"])))
             if run["role"] == "bound":
                 from_labels += range(len(rows), len(rows) + len(found))
-            name = [f"{pair['source']} → {pair['target']}", run["method"], str(run["seed"])]
+            name = [pair_name((pair["source"], pair["target"])), run["method"], str(run["seed"])]
             rows += [[*name, *each] for each in found]
     heads = ("pair", "method", "seed", "what", "text")
     columns = [Column(head, numeric=head == "seed") for head in heads]

@@ -53,10 +53,16 @@ def compared(pairs: Sequence[Pair], runs: Sequence[Numbers]) -> str:
     seeds = sorted({run["seed"] for run in runs})
     return (
         f"{counted(len(methods), 'method')} ({listed(methods)}) on "
-        f"{counted(len(pairs), 'pair')} of domains ({listed([pair.title for pair in pairs])}), "
+        f"{_kinds(pairs)} ({listed([pair.title for pair in pairs])}), "
         f"with {'seed' if len(seeds) == 1 else 'seeds'} {listed(list(map(str, seeds)))}: "
         f"{counted(len(runs), 'run')} in all."
     )
+
+
+def _kinds(pairs: Sequence[Pair]) -> str:
+    if all(pair.source == pair.target for pair in pairs):
+        return counted(len(pairs), "task")
+    return f"{counted(len(pairs), 'pair')} of domains"
 
 
 def health(runs: Sequence[Numbers]) -> str:

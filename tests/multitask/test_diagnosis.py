@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,11 @@ def test_tasks_that_conflict_are_pointed_out(
     shared = MultiTask({"one": None, "other": TaskSpec(head="shared")}, diagnose_every=5)
     with caplog.at_level(logging.WARNING, "hf_adapt"):
         trainer = train(tmp_path, mix(rows), shared, per_device_train_batch_size=16)
-    assert "Negative transfer: a step on 'one' raises the loss of 'other'" in caplog.text
+    assert re.search(r"lowers the loss of 'one' by .* raises that of 'other'", caplog.text)
     found = json.loads((tmp_path / "task_affinity.json").read_text())
     assert found["tasks"] == ["one", "other"]
-    assert found["affinity"][0][1] < 0 < found["affinity"][0][0]
+    own, other = found["affinity"][0]
+    assert other < 0 and own == pytest.approx(0.01, rel=0.2)  # whatever the learning rate
     assert found["cosines"]["all"][0][1] < 0
     assert {"all", "embeddings", "layer.0"} <= found["cosines"].keys()
     assert (tmp_path / "task_affinity.png").stat().st_size > 5_000

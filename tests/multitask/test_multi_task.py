@@ -268,7 +268,9 @@ def test_every_head_runs_in_the_mixed_precision_of_the_run(tmp_path: Path) -> No
     assert {task: set(found) for task, found in seen.items()} == {
         task: {torch.bfloat16} for task in SPECS
     }
-    assert trainer.predict(spam(3, 14), metric_key_prefix="test_spam").predictions.dtype == "float32"
+    assert (
+        trainer.predict(spam(3, 14), metric_key_prefix="test_spam").predictions.dtype == "float32"
+    )
 
 
 # ---- weights, surgery ----
@@ -290,35 +292,43 @@ def test_weights_by_task_and_schedules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size, steps", CUTS)
-def test_uncertainty_enters_once_a_step_and_is_not_decayed(
+def test_uncertainty_is_learnt_from_the_losses_of_the_whole_step(
     size: int, steps: int, tmp_path: Path
 ) -> None:
-    train, method = data(), MultiTask(SPECS, weighting=Uncertainty())
+    """The model's gradient and that of the log-variances, whose term enters once a step."""
+    train, method = data(), MultiTask(SPECS, weighting=Uncertainty(learning_rate=0.1))
     cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-    trainer = make(
-        tmp_path, method, train, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **cut
-    )
+    settings = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, "weight_decay": 0.3}
+    trainer = make(tmp_path, method, train, **settings, **cut)
     seen = Gradients(method)
     trainer.add_callback(seen)
+    start = torch.tensor([0.3, -0.2, 0.1])
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            method.weighting._value.data.copy_(start)
+
+    trainer.add_callback(Begin())
     trainer.train()
     losses = losses_by_hand(method, trainer.model, train)
-    s = method.weighting.log_variances
+    s = start.clone().requires_grad_()
     total = sum(torch.exp(-s[k]) * loss + 0.5 * s[k] for k, loss in enumerate(losses.values()))
+    (expected,) = torch.autograd.grad(total, s, retain_graph=True)
+    torch.testing.assert_close(method.weighting._value.grad, expected)
     assert_close(gradient_by_hand(method, trainer.model, total), seen.found[0])
-    optimizer = trainer._adaptation_auxiliary.optimizer.optimizer
-    assert all(
-        group["weight_decay"] == 0 for group in optimizer.param_groups if s in set(group["params"])
-    )
+    moved = method.weighting._value.detach() - start  # Adam's first step: no decay in it
+    torch.testing.assert_close(moved, -0.1 * expected.sign())
 
 
-def test_log_variances_are_in_a_group_without_decay(tmp_path: Path) -> None:
-    method = MultiTask(SPECS, weighting=Uncertainty())
+def test_heads_are_decayed_as_the_model_is(tmp_path: Path) -> None:
+    """Matrices at the Trainer's rate, biases not at all."""
+    method = MultiTask(SPECS)
     trainer = make(tmp_path, method, data(), max_steps=1, weight_decay=0.3)
     trainer.train()
     groups = trainer._adaptation_auxiliary.optimizer.optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decays[id(method.weighting.log_variances)] == 0
-    assert decays[id(method.models["spam"].own["classifier.weight"])] == 0.3
+    own = method.models["spam"].own
+    assert decays[id(own["classifier.weight"])] == 0.3 and decays[id(own["classifier.bias"])] == 0
 
 
 def test_weightings_that_follow_the_losses() -> None:
@@ -367,11 +377,34 @@ def test_surgery_is_on_the_gradients_of_the_whole_step(tmp_path: Path) -> None:
     assert apart.tolist() == [1.25, 1.25]
 
 
+def test_surgery_draws_other_orders_in_each_step_and_the_same_in_another_run(
+    tmp_path: Path,
+) -> None:
+    """And leaves torch's random state as it was."""
+
+    def drawn() -> tuple[list[float], float]:
+        found: list[float] = []
+
+        def surgery(gradients: torch.Tensor) -> torch.Tensor:
+            found.append(torch.rand(()).item())
+            return gradients.sum(0)
+
+        torch.manual_seed(3)
+        method = MultiTask(SPECS, surgery=surgery)
+        make(tmp_path, method, data(), max_steps=3).train()
+        return found, torch.rand(()).item()
+
+    (one, after), (again, _) = drawn(), drawn()
+    assert one == again and len(set(one)) == 3
+    make(tmp_path, MultiTask(SPECS), data(), max_steps=3).train()
+    assert torch.rand(()).item() == after
+
+
 @pytest.mark.parametrize("size, steps", CUTS)
 def test_surgery_by_hand(size: int, steps: int, tmp_path: Path) -> None:
     """The body gets the direction, each head its own gradient."""
     train = data()
-    method = MultiTask(SPECS, weighting={"spam": 3.0}, surgery=lambda g: pcgrad(g, seed=None))
+    method = MultiTask(SPECS, weighting={"spam": 3.0}, surgery=lambda g: pcgrad(g, seed=5))
     cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
     trainer, (found,) = gradients(tmp_path, method, train, **cut)
     losses = losses_by_hand(method, trainer.model, train)
@@ -387,7 +420,7 @@ def test_surgery_by_hand(size: int, steps: int, tmp_path: Path) -> None:
         apart.append(
             torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
         )
-    direction = pcgrad(torch.stack(apart), seed=None)
+    direction = pcgrad(torch.stack(apart), seed=5)
     assert not torch.allclose(direction, torch.stack(apart).sum(0), rtol=1e-2)
     start = 0
     for name, weight in body.items():
@@ -580,3 +613,23 @@ def test_beside_a_knowledge_graph(tmp_path: Path) -> None:
     assert entry["multitask/other"] > 0 and entry["knowledge/mentions_per_row"] > 0
     found = trainer.evaluate({"topic": toy.rows(6, 3), "other": toy.rows(6, 4)})
     assert found["eval_other_loss"] > 0
+
+
+@pytest.mark.parametrize("what", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (lambda: MultiTask(SPECS), "The heads of tags, spam run on the body"),
+        (
+            lambda: MultiTask({"topic": None, "spam": TaskSpec(head="shared")}, surgery=pcgrad),
+            "multitask works on whole gradients",
+        ),
+    ],
+)
+def test_what_shards_weights_is_refused(
+    method: Callable[[], MultiTask], message: str, what: str, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, method(), data())
+    setattr(trainer, f"is_{what}_enabled", True)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
