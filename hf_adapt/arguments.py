@@ -67,11 +67,16 @@ def _options(cls: type[Adaptation]) -> Iterator[tuple[str, str, Any, str]]:
     """The options of a method: name, argument, type and help."""
     bases = [each for each in reversed(cls.__mro__) if issubclass(each, Adaptation)]
     described = {k: v for each in bases for k, v in descriptions(each).items()}
-    for name, annotation in parameters(cls)[0].items():
-        kind = _plain_type(annotation)
+    for name, parameter in parameters(cls)[0].items():
+        kind = _plain_type(parameter.annotation)
         if kind is not None and name != "name":
-            sentence = re.split(r"(?<=[.:]) (?=[A-Z])", described[name])[0].rstrip(":")
-            yield f"{cls.name}_{name}", name, kind, f"{cls.__name__}: {sentence}"
+            text = re.split(r"(?<=[.:]) (?=[A-Z])", described[name])[0].rstrip(":")
+            default = parameter.default
+            if isinstance(default, list | tuple):
+                default = " ".join(map(str, default))
+            if isinstance(default, PLAIN):
+                text += f" (default: {default})"
+            yield f"{cls.name}_{name}", name, kind, f"{cls.__name__}: {text}"
 
 
 def adaptations_of(family: types.ModuleType) -> dict[str, type[Adaptation]]:
@@ -84,6 +89,13 @@ def adaptations_of(family: types.ModuleType) -> dict[str, type[Adaptation]]:
     }
 
 
+def _option(text: str, **metadata: Any) -> Any:
+    """A field that is None unless it is given."""
+    # Naming the default, without a character of it, keeps argparse from adding "default: None".
+    metadata["help"] = text.replace("%", "%%") + "%(default).0s"
+    return field(default=None, metadata=metadata)
+
+
 def _with_options(
     *families: types.ModuleType,
 ) -> Callable[[type[ArgumentsT]], type[ArgumentsT]]:
@@ -93,14 +105,14 @@ def _with_options(
     def decorate(made: type[ArgumentsT]) -> type[ArgumentsT]:
         def add(name: str, kind: Any, text: str, **metadata: Any) -> None:
             made.__annotations__[name] = Union[kind, None]  # noqa: UP007 - a type made here
-            help_text = text.replace("%", "%%")
-            setattr(made, name, field(default=None, metadata={"help": help_text, **metadata}))
+            setattr(made, name, _option(text, **metadata))
 
         text = "Methods to use, with their defaults where no option of theirs is given."
         add("adaptation", list[str], text, choices=sorted(methods))
         for cls in methods.values():
             for name, _, kind, text in _options(cls):
-                add(name, kind, text)
+                if not hasattr(made, name):  # else it is inherited, or has a text of its own
+                    add(name, kind, text)
         made.methods = methods
         return dataclass(made)
 
@@ -183,15 +195,10 @@ class AlignmentArguments(MethodArguments):
         (0.3, ['tweets.csv'])
     """
 
-    target_file: list[str] | None = field(
-        default=None, metadata={"help": f"Rows of the target, labels not needed: {FILES}."}
-    )
-    target_priors: dict[str, float] | str | None = field(
-        default=None,
-        metadata={
-            "help": "How frequent each class is in the target, for the methods that use it: "
-            "'{ham: 0.87, spam: 0.13}', uniform, predicted, source or estimate."
-        },
+    target_file: list[str] | None = _option(f"Rows of the target, labels not needed: {FILES}.")
+    target_priors: dict[str, float] | str | None = _option(
+        "How frequent each class is in the target, for the methods that use it: "
+        "'{ham: 0.87, spam: 0.13}', uniform, predicted, source or estimate."
     )
 
     def add_to(self, trainer: Trainer, prepare: Prepare | None = None) -> None:
@@ -232,12 +239,8 @@ class ContinualArguments(MethodArguments):
         {<class 'hf_adapt.continual.replay.Replay'>: {'ratio': 0.5}}
     """
 
-    memory_file: list[str] | None = field(
-        default=None, metadata={"help": f"Labelled rows of earlier tasks, to replay: {FILES}."}
-    )
-    memory_size: int | None = field(
-        default=None, metadata={"help": "How many of these rows to keep; by default all."}
-    )
+    memory_file: list[str] | None = _option(f"Labelled rows of earlier tasks, to replay: {FILES}.")
+    memory_size: int | None = _option("How many of these rows to keep; by default all.")
 
     def add_to(self, trainer: Trainer, prepare: Prepare | None = None) -> None:
         """Add the methods of this family: see [`MethodArguments`]."""
@@ -271,10 +274,18 @@ class UnfreezingArguments(MethodArguments):
         {<class 'hf_adapt.unfreezing.adaptation.GradualUnfreezing'>: {'layer_decay': 0.9}}
     """
 
+    unfreezing_schedule: str | None = _option(
+        "GradualUnfreezing: Which groups train when: the file of a plan, as `hf-adapt schedule "
+        "--output` writes it, or LPFT, Plateau or RandomLayers with their defaults; by default one "
+        "group more in each phase, from the head down."
+    )
+
     def add_to(self, trainer: Trainer, prepare: Prepare | None = None) -> None:
         """Add the methods of this family: see [`MethodArguments`]."""
         super().add_to(trainer, prepare)
         for cls, given in self.used(unfreezing).items():
+            if given.get("schedule") in ("LPFT", "Plateau", "RandomLayers"):
+                given["schedule"] = getattr(unfreezing, given["schedule"])()
             adapt(trainer, cls(**given))
 
 

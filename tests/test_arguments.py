@@ -110,10 +110,12 @@ def test_types_of_options() -> None:
 def test_help_is_that_of_the_docstrings(cls: type[MethodArguments]) -> None:
     text = " ".join(HfArgumentParser(cls).format_help().split())  # type: ignore[arg-type]
     assert "adaptation:" in text  # a group of its own
+    assert "default: None" not in text
     for method in cls.methods.values():
         assert method.__name__ in text
     if cls is AlignmentArguments:
         assert "DANN: Peak λ, or a schedule of it; a constant 0 turns the objective off." in text
+        assert "MMD: Factors of the median bandwidth, one kernel each. (default: 0.25 0.5" in text
         assert "{uniform,predicted,source,estimate}" in text
 
 
@@ -200,6 +202,13 @@ def test_defaults_that_are_said(
     assert {"loss/self_training", "loss/replay", "unfreezing/phase"} <= {*logs}
     assert "without objectives: using SelfTraining" in caplog.text
     assert "without a method that uses it: using Replay" in caplog.text
+
+
+def test_a_schedule_by_its_name(world: dict[str, Any], tmp_path: Path) -> None:
+    logs = run(world, tmp_path, unfreezing_schedule="LPFT")
+    assert logs["unfreezing/trainable_parameters"] == SIZE["hidden_size"] * 2 + 2  # the head
+    with pytest.raises((ValueError, OSError), match=r"missing\.yaml"):
+        run(world, tmp_path, unfreezing_schedule="missing.yaml")
 
 
 def test_without_options_nothing_is_changed(world: dict[str, Any], tmp_path: Path) -> None:

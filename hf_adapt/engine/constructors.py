@@ -8,20 +8,22 @@ import typing
 from typing import Any
 
 
-def parameters(called: Any) -> tuple[dict[str, Any], bool]:
-    """The arguments of a class or function with their annotations, and whether there may be others.
+def parameters(called: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The arguments of a class or function by name, and whether there may be others.
 
-    A class whose `**arguments` go to its base class takes those of the base class.
+    Their annotations are no strings: types, or None where only type checkers know. A class
+    whose `**arguments` go to its base class takes those of the base class.
 
     Example:
         >>> from hf_adapt.engine.adaptation import Objective
         >>> class Own(Objective):
         ...     def __init__(self, size: int = 3, **objective):
         ...         super().__init__(**objective)
-        >>> parameters(Own)
-        ({'size': <class 'int'>, 'weight': float | collections.abc.Callable[[float], float], ...
+        >>> known, _ = parameters(Own)
+        >>> list(known), known["size"].annotation
+        (['size', 'weight', 'feature_layer', 'pooling', 'name'], <class 'int'>)
     """
-    known: dict[str, Any] = {}
+    known: dict[str, inspect.Parameter] = {}
     steps = [called]
     if isinstance(called, type):
         steps = [vars(each)["__init__"] for each in called.__mro__ if "__init__" in vars(each)][:-1]
@@ -31,9 +33,10 @@ def parameters(called: Any) -> tuple[dict[str, Any], bool]:
         for each in found:
             kind = _evaluated(each.annotation, step)
             if each.kind is not each.VAR_KEYWORD:
-                known.setdefault(each.name, kind)
+                known.setdefault(each.name, each.replace(annotation=kind))
             elif typing.get_origin(kind) is typing.Unpack:
-                known |= typing.get_type_hints(typing.get_args(kind)[0])
+                for name, hint in typing.get_type_hints(typing.get_args(kind)[0]).items():
+                    known[name] = inspect.Parameter(name, each.KEYWORD_ONLY, annotation=hint)
             else:
                 others = each
         if others is None:
