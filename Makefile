@@ -71,6 +71,10 @@ demo-learn-on: $(EXAMPLES)  ## a classifier learns a new task and keeps the old 
 demo-learn-on-lm: $(EXAMPLES)  ## the same for a language model with LoRA; ARGS="--max_steps 100"
 	$(RUN) examples/learn_on_lm.py $(ARGS)
 
+.PHONY: demo-multi-task
+demo-multi-task: $(EXAMPLES)  ## one model for three tasks beside a model for each; ARGS="--seeds 3"
+	$(RUN) examples/multi_task.py $(ARGS)
+
 .PHONY: demo-distillation
 demo-distillation: $(EXAMPLES)  ## a small classifier learns from a larger one; options in ARGS="--seeds 5"
 	$(RUN) examples/distil_classifier.py $(ARGS)

@@ -31,7 +31,7 @@ from workload import WITHOUT_DROPOUT, bert, random_rows, stack, step_seconds
 from hf_adapt import AdaptationCallback
 from hf_adapt.multitask import DynamicWeightAverage, MultiTask, TaskSpec, Uncertainty, mix, pcgrad
 
-ROWS, TOKENS, STEPS, WARM_UP = 16, 64, 8, 3
+ROWS, TOKENS, STEPS, WARM_UP = 16, 64, 4, 2
 KINDS = {
     "sentiment": BertForSequenceClassification,
     "spam": BertForSequenceClassification,

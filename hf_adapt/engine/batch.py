@@ -49,10 +49,12 @@ class Rows:
     """
 
     def __init__(self, parts: list[Part], layout: Layout) -> None:
-        self.parts = [part for part in parts if not part.is_stand_in]
-        if not self.parts:  # of several tasks' rows there may be none of the model's own
-            first = parts[0]
-            self.parts = [first.select(torch.zeros_like(first.domain, dtype=torch.bool))]
+        self.parts = []
+        for part in parts:
+            if not part.is_stand_in:
+                self.parts.append(part)
+            elif part.stream == TRAINING:  # all rows are of other tasks than the model's own
+                self.parts.append(part.select(torch.zeros_like(part.domain, dtype=torch.bool)))
         self._stand_ins = [part for part in parts if part.is_stand_in]
         self.model = layout.model
         self.domain_streams = layout.table.names
@@ -259,6 +261,8 @@ class Batch(Rows):
         further = copy.copy(self)
         further.parts, further._is_further = [], True
         for part in [*self.parts, *self._stand_ins]:
+            if not len(part.domain):
+                continue  # its stand-in is run
             kept = torch.ones_like(part.domain, dtype=torch.bool)
             if streams is not None:
                 kept = self._is_in_any(part.domain, streams)

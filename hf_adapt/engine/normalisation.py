@@ -137,9 +137,16 @@ class StepCounts:
         return set() if self.layout.table.routing is None else {TRAINING}
 
     def has_items(self, stream: str) -> torch.Tensor | float:
-        """1 if this step has a row of a labelled stream, in any process, else 0."""
+        """1 if this step has a label of a stream, in any process, else 0."""
+        if stream == TRAINING and self.layout.table.routing is None:
+            return 1.0
         count = self._labels.get(stream)
         return 1.0 if count is None else (count > 0).to(torch.float32)
+
+    def has_component(self, name: str, component: str) -> torch.Tensor | float:
+        """1 if this step has an item of a component of an objective's term, else 0."""
+        total = self._item_total(name, component)
+        return 1.0 if total is None else (total > 0).to(torch.float32)
 
     def _counts_of(self, parts: list[Part]) -> dict[tuple[str, str], torch.Tensor | None]:
         counts: dict[tuple[str, str], torch.Tensor | None] = {}

@@ -203,7 +203,8 @@ class TrainingStep:
 
         nothing = torch.zeros((), device=self.trainer.args.device)
         if first.is_stand_in:  # the rows of this micro-batch are all of other tasks
-            outputs = self.forward.features(model, first).outputs
+            with torch.set_grad_enabled(counts.processes > 1):
+                outputs = self.forward.features(model, first).outputs
             loss = nothing if counts.processes == 1 else _nothing(outputs)
         else:
             loss = counts.task_loss(loss_of, first, num_items_in_batch)
@@ -226,7 +227,8 @@ class TrainingStep:
         }
         # What this micro-batch adds to the step's loss, so that sums over the step are exact.
         steps = counts.steps
-        self.metrics.add("loss/task", loss.detach() * (steps / divided), 1 / steps)
+        count = counts.has_items(TRAINING) / steps
+        self.metrics.add("loss/task", loss.detach() * (steps / divided), count)
         return TaskLosses(loss, self._base_weight, weighted, divided)
 
     def _fused_losses(
@@ -264,7 +266,9 @@ class TrainingStep:
         probe = Probe(
             self.trainer, self.adaptations, self.forward, self.counts, self.layout, self._batch
         )
-        self._fused = probe.run(model, self._parts(inputs), self._has_loss)
+        parts = self._parts(inputs)
+        parts[0].is_stand_in = False  # of several tasks' rows there may be none of the model's own
+        self._fused = probe.run(model, parts, self._has_loss)
 
     def count(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Count the labels and items of all micro-batches of a step, on all processes."""

@@ -133,10 +133,15 @@ class Terms:
 
     def _shares(self, objective: Objective, batch: Batch) -> dict[str, torch.Tensor]:
         """A micro-batch's shares of a term's components: those of a step add up to the term."""
-        shares, steps = {}, self.counts.steps
+        shares: dict[str, torch.Tensor] = {}
+        steps = self.counts.steps
+        # All rows may be of other tasks. Several processes must run the same further forwards.
+        if self.counts.processes == 1 and not any(len(part.domain) for part in batch.parts):
+            return shares
         for name, component in components(objective, objective.loss(batch)).items():
             shares[name] = self.counts.component(objective.name, name, component)
             if name:
                 shown = shares[name].detach() * steps
-                self.metrics.add(f"{objective.name}/{name}", shown, 1 / steps)
+                count = self.counts.has_component(objective.name, name) / steps
+                self.metrics.add(f"{objective.name}/{name}", shown, count)
         return shares

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 ALL = "all"
 """The name of the cosines over all shared weights."""
-FEW = 3
+FEW = 5
 """Measurements below which nothing is warned of."""
 LOWERED = 0.01
 """The share of its loss by which a step on a task is to lower it, to first order."""
@@ -34,18 +34,29 @@ class Mean:
 
     def __init__(self, size: int) -> None:
         self.sums = torch.zeros(size, size, dtype=torch.float64)
-        self.counts = torch.zeros(size, size, dtype=torch.float64)
+        self.squares, self.counts = self.sums.clone(), self.sums.clone()
 
     def add(self, matrix: torch.Tensor) -> None:
         """One more."""
         given = matrix.detach().double().cpu()
         self.sums += given.nan_to_num(0.0)
+        self.squares += given.nan_to_num(0.0).square()
         self.counts += ~given.isnan()
 
     @property
     def value(self) -> torch.Tensor:
         """(K, K); NaN where there was none."""
         return self.sums / self.counts
+
+    @property
+    def error(self) -> torch.Tensor:
+        """(K, K), the standard error of the mean."""
+        spread = self.squares / self.counts - self.value.square()
+        return (spread.clamp(min=0) / (self.counts - 1).clamp(min=1)).sqrt()
+
+    def state(self) -> list[torch.Tensor]:
+        """What it is made of."""
+        return [self.sums, self.squares, self.counts]
 
 
 class TaskDiagnosis:
@@ -124,14 +135,15 @@ class TaskDiagnosis:
 
     def harms(self) -> list[str]:
         """Which tasks do harm, in words."""
-        found, affinity, cosines = [], self.affinity, self.cosines[ALL].value
+        found, affinity, cosines = [], self.affinity, self.cosines[ALL]
+        surely = cosines.value + 2 * cosines.error  # so that chance alone does not warn
         for i, one in enumerate(self.tasks):
             for j, other in enumerate(self.tasks):
                 gain, harm, cosine = (
-                    float(x) for x in (affinity[i, i], -affinity[i, j], cosines[i, j])
+                    float(x) for x in (affinity[i, i], -affinity[i, j], cosines.value[i, j])
                 )
                 known = i != j and float(self._after.counts[i, j]) >= FEW
-                if known and cosine < 0 < gain and harm > HARM * gain:
+                if known and surely[i, j] < 0 < gain and harm > HARM * gain:
                     found.append(
                         f"a step that lowers the loss of {one!r} by {gain:.2%} raises that of "
                         f"{other!r} by {harm:.2%} (cosine of their gradients {cosine:.2f})"
@@ -172,9 +184,9 @@ class TaskDiagnosis:
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive in a checkpoint."""
-        return {name: [mean.sums, mean.counts] for name, mean in self._means.items()}
+        return {name: mean.state() for name, mean in self._means.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         for name, mean in self._means.items():
-            mean.sums, mean.counts = state[name]
+            mean.sums, mean.squares, mean.counts = state[name]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 
@@ -17,7 +18,7 @@ from hf_adapt.multitask.mixture import Mixture, StreamedMixture
 SEEN = 64
 """Rows of each task that are looked at."""
 SOUGHT = 10_000
-"""Rows among which a task's are looked for, where they cannot be had by its name."""
+"""Rows of a stream among which a task's are looked for."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,14 @@ class HeadOf:
         kind: The kind of the head.
         size: Its size; None where it is that of a vocabulary.
         problem: Its `problem_type`, if it was given.
+        reads_rows: Whether it learns the labels as the rows have them; a collator of the user's
+            may turn names into numbers.
     """
 
     kind: str | None
     size: int | None
     problem: str | None = None
+    reads_rows: bool = True
 
 
 def rows_of_tasks(data: Any, column: str, tasks: Sequence[str]) -> dict[str, list[Any]]:
@@ -48,17 +52,14 @@ def rows_of_tasks(data: Any, column: str, tasks: Sequence[str]) -> dict[str, lis
                 f"{data.column!r}, and MultiTask was given {', '.join(map(repr, tasks))} and the "
                 f"column {column!r}."
             )
-        if not any(data.quotas(0)[k] for k in range(len(tasks))):
-            raise ValueError("The mixture has no rows.")
+        if without := [n for n, rows in zip(data.names, data.quotas(0), strict=True) if not rows]:
+            raise ValueError(
+                f"The mixture has no row of {', '.join(map(repr, without))} in an epoch of "
+                f"{data.size}: give each task a share (sampling=), or leave it out."
+            )
         return {name: data.first_rows(name, SEEN) for name in data.names}
     found: dict[str, list[Any]] = {task: [] for task in tasks}
-    is_whole = True
-    if is_map_style(data):
-        size = min(len(data), SOUGHT)
-        rows, is_whole = iter(rows_at(data, range(size))), size == len(data)
-    else:
-        rows, is_whole = itertools.islice(iter(data), SOUGHT), False
-    for row in rows:
+    for row in _some_rows(data, column):
         given = row.get(column) if isinstance(row, Mapping) else None
         if given not in found:
             raise ValueError(
@@ -67,14 +68,27 @@ def rows_of_tasks(data: Any, column: str, tasks: Sequence[str]) -> dict[str, lis
             )
         if len(found[given]) < SEEN:
             found[given].append(row)
-        if not is_whole and all(found.values()):
+        if all(found.values()) and not isinstance(data, datasets.Dataset):
             break
-    if lacking := [task for task, own in found.items() if not own]:
+    lacking = [task for task, own in found.items() if not own]
+    if lacking and (is_map_style(data) or tasks[0] in lacking):
         raise ValueError(
             f"No row of the task{'s' * (len(lacking) > 1)} {', '.join(map(repr, lacking))} among "
-            f"the {'first ' * (not is_whole)}rows of train_dataset."
+            f"the {'' if is_map_style(data) else 'first '}rows of train_dataset."
         )
     return found
+
+
+def _some_rows(data: Any, column: str) -> Iterator[Any]:
+    """Some rows of each task of a dataset that knows its columns, else one after another."""
+    if isinstance(data, datasets.Dataset) and column in data.column_names:
+        names = np.asarray(data.with_format(None).select_columns(column)[column][:], dtype=object)
+        for name in dict.fromkeys(names.tolist()):
+            yield from rows_at(data, np.flatnonzero(names == name)[:SEEN].tolist())
+    elif is_map_style(data):
+        yield from (data[i] for i in range(len(data)))
+    else:
+        yield from itertools.islice(iter(data), SOUGHT)
 
 
 def check_labels(task: str, rows: Sequence[Mapping[str, Any]], head: HeadOf) -> None:
@@ -105,7 +119,7 @@ def _problem(label: Any, row: Mapping[str, Any], head: HeadOf) -> str | None:
     values = np.asarray(label.cpu() if isinstance(label, torch.Tensor) else label)
     shown = f"{values.tolist()!r:.60}"
     if values.dtype.kind not in "biuf":
-        return f"{shown}, which is no number"
+        return f"{shown}, which is no number" if head.reads_rows else None
     whole = values[values != IGNORED]
     if head.kind == "sequence_classification":
         several = head.problem == "multi_label_classification"

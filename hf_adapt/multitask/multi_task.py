@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from hf_adapt.engine.adaptation import Objective, Term
 from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.batch import Batch, Rows
+from hf_adapt.engine.checkpoint import WEIGHTS_FILE, load_weights
+from hf_adapt.engine.gradients import loss_scale
 from hf_adapt.engine.mixins import EvaluationView, GradientTransform, LossCombiner, RowRouting
 from hf_adapt.engine.normalisation import label_count
 from hf_adapt.engine.parts import Part
@@ -26,6 +29,7 @@ from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.state import preserved_random_state
 from hf_adapt.multitask.diagnosis import TaskDiagnosis
 from hf_adapt.multitask.loss_weights import FixedWeights, LossWeights
+from hf_adapt.multitask.mixture import Mixture, StreamedMixture
 from hf_adapt.multitask.task_gradients import Surgery, TaskGradients
 from hf_adapt.multitask.task_heads import TaskHeads
 from hf_adapt.multitask.task_models import TaskModel, TaskSpec
@@ -130,6 +134,7 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         self.column = column
         self._rate = learning_rate
         self.heads: TaskHeads | None = None
+        self._are_new = True
         self.diagnosis: TaskDiagnosis | None = None
         self._gradients: TaskGradients | None = None
         self._trainer: Trainer | None = None
@@ -139,14 +144,37 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
 
     def _prepare(self, trainer: Trainer) -> TaskHeads:
         """Make the heads of the further tasks, once for a model of the Trainer."""
-        self._trainer = trainer
+        self._trainer, args = trainer, trainer.args
         if self.heads is None or self.heads.model is not unwrapped_model(trainer):
-            args = trainer.args
             self.heads = TaskHeads(trainer, self.tasks, seed_for(self.name, args.seed))
-            self.module = None
-            self.learning_rate = args.learning_rate if self._rate is None else self._rate
-            self.weight_decay = args.weight_decay
+            self.module, self._are_new = None, not self._load_heads()
+        self.learning_rate = args.learning_rate if self._rate is None else self._rate
+        self.weight_decay = args.weight_decay
         return self.heads
+
+    def _load_heads(self) -> bool:
+        """Read the heads that were saved beside the model which the Trainer's was loaded from."""
+        assert self.heads is not None
+        self.module = self._modules()
+        if self.module is None:
+            return True
+        folder = str(getattr(self.heads.base, "name_or_path", None) or "")
+        path = os.path.join(folder, WEIGHTS_FILE)
+        if not folder or not os.path.isfile(path):
+            return False
+        with safe_open(path, "pt") as file:
+            if not any(key.startswith(f"{self.name}.") for key in file.keys()):
+                return False
+        try:
+            found = load_weights([self], folder)
+        except ValueError as error:
+            logger.warning(
+                "The heads in %s are those of other tasks, and are new here: %s", folder, error
+            )
+            return False
+        if found:
+            logger.info("The heads of %s are those in %s.", ", ".join(self.models), folder)
+        return found
 
     @property
     def models(self) -> Mapping[str, TaskModel]:
@@ -164,6 +192,10 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
 
     def build_modules(self, batch: Batch) -> nn.Module | None:
         """The heads."""
+        self._are_new = False
+        return self._modules()
+
+    def _modules(self) -> nn.Module | None:
         weights = {
             f"{task}/{name.replace('.', '/')}": parameter
             for task, model in self.models.items()
@@ -200,8 +232,10 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         }
         if self.diagnose_every:
             self.diagnosis = TaskDiagnosis(list(self.tasks), groups)
-        last = list(groups)[-1] if groups else ""
-        self._last_layer = groups.get(last, shared)
+        # Not a pooler above it, which heads of tokens do not read.
+        layers = [g.name for g in layer_groups(heads.model) if g.kind == "layer"]
+        last = [name for name in groups if name in layers][-1:]
+        self._last_layer = groups[last[0]] if last else shared
         only_norms = not self.diagnose_every and self.surgery is None
         self._gradients = TaskGradients(self._last_layer if only_norms else shared, len(self.tasks))
 
@@ -332,6 +366,10 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         trainer = self._trainer
         assert trainer is not None
         sums = None if self._gradients is None else self._gradients.averaged(trainer)
+        if sums is not None and loss_scale(trainer) is not None and not sums.isfinite().all():
+            if self.surgery is not None and self._gradients is not None:
+                self._gradients.write(sums.sum(0))  # the scaler finds the overflow
+            return
         if self.weighting.observes_losses:
             totals = trainer.accelerator.reduce(self._totals.clone(), reduction="mean")
             losses = torch.where(totals == 0, torch.nan, totals).cpu()
@@ -347,16 +385,23 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         if self._diagnoses and self.diagnosis is not None:
             self.diagnosis.add_cosines(self._gradients, sums)
         if self.surgery is not None:
-            # On each process the same orders, and others in each step.
-            seed = seed_for(f"{self.name}/{trainer.state.global_step}", trainer.args.seed)
-            with preserved_random_state(seed):
-                direction = self.surgery(sums)
-            if direction.shape != sums[0].shape:
-                raise ValueError(
-                    f"surgery= returned {tuple(direction.shape)} for gradients of shape "
-                    f"{tuple(sums.shape)}; expected {tuple(sums[0].shape)}."
-                )
-            self._gradients.write(direction)
+            present = sums[sums.any(1)]  # a task without rows in this step has no say in it
+            if len(present):
+                self._gradients.write(self._direction(trainer, present))
+
+    def _direction(self, trainer: Trainer, gradients: torch.Tensor) -> torch.Tensor:
+        """The direction that the surgery makes of the gradients of a step."""
+        assert self.surgery is not None
+        # On each process the same orders, and others in each step.
+        seed = seed_for(f"{self.name}/{trainer.state.global_step}", trainer.args.seed)
+        with preserved_random_state(seed):
+            direction = self.surgery(gradients)
+        if direction.shape != gradients[0].shape:
+            raise ValueError(
+                f"surgery= returned {tuple(direction.shape)} for gradients of shape "
+                f"{tuple(gradients.shape)}; expected {tuple(gradients[0].shape)}."
+            )
+        return direction
 
     def on_log(self, logs: dict[str, float], progress: float) -> None:
         """Add what the tasks do to each other."""
@@ -394,11 +439,19 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
     @contextmanager
     def around_evaluation(self, trainer: Trainer, prefix: str) -> Iterator[None]:
         """The Trainer's model, collator and metrics are those of the task that is evaluated."""
+        if isinstance(trainer.eval_dataset, Mixture | StreamedMixture):
+            raise ValueError(
+                "eval_dataset is a mixture, and each task has metrics of its own. Pass a dict of "
+                f"data sets by the tasks' names: {', '.join(map(repr, self.tasks))}."
+            )
         named = [task for task in self.tasks if prefix.endswith(f"_{task}")]
         if not named:
             yield
             return
-        changed = self._prepare(trainer).view(trainer, max(named, key=len))
+        task = max(named, key=len)
+        changed = self._prepare(trainer).view(trainer, task)
+        if task in self.models and self._are_new:
+            logger.warning("The head of the task %r is new, and has not been trained.", task)
         before = {name: vars(trainer).get(name) for name in changed}
         vars(trainer).update(changed)
         try:
@@ -449,8 +502,10 @@ def _described(tasks: Tasks) -> dict[str, TaskSpec]:
                 f"The description of the task {name!r} is a {type(spec).__name__}: expected a "
                 "TaskSpec."
             )
-        if not name or "/" in name or "." in name:
-            raise ValueError(f"The name of a task, {name!r}, must be without '/' and '.'.")
+        if not name or "/" in name or "." in name or name == TRAINING:
+            raise ValueError(
+                f"The name of a task, {name!r}, must be without '/' and '.', and not {TRAINING!r}."
+            )
     return {name: TaskSpec() if spec is None else spec for name, spec in pairs}
 
 

@@ -1,12 +1,15 @@
 """One direction of the gradients of several tasks, where they disagree.
 
-Each function takes the gradients (K, P) of K tasks and returns a direction (P,). All but the
-projections need the gradients' products alone: a direction is their weighted sum.
+Each function takes the gradients (K, P) of K tasks and returns a direction (P,): their sum with
+weights that follow from their products alone.
 """
 
 from __future__ import annotations
 
 import torch
+
+_COLUMNS = 2**18
+"""How many columns of gradients are in float64 at a time: they fit a cache."""
 
 
 def pcgrad(gradients: torch.Tensor, seed: int | None = None) -> torch.Tensor:
@@ -36,18 +39,25 @@ def pcgrad(gradients: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         >>> pcgrad(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
         tensor([0.5000, 1.5000])
     """
-    given = _checked(gradients)
-    norms = given.square().sum(1)
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    total = torch.zeros_like(given[0])
-    for task in range(len(given)):
-        own = given[task].clone()
-        for other in torch.randperm(len(given), generator=generator).tolist():
-            product = own @ given[other]
+    return _weighed(gradients, pcgrad_weights(_gram(gradients), generator))
+
+
+def pcgrad_weights(
+    products: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """The weights of [`pcgrad`] from the products of the gradients, (K, K) to (K,).
+
+    A projected gradient is a sum of the given ones, and so are its products with them.
+    """
+    number = len(products)
+    shares = torch.eye(number).to(products)
+    for task, own in enumerate(shares):
+        for other in torch.randperm(number, generator=generator).tolist():
+            product = own @ products[other]
             if other != task and product < 0:  # then the other's norm is not 0
-                own -= product / norms[other] * given[other]
-        total += own
-    return total.to(gradients.dtype)
+                own[other] -= product / products[other, other]
+    return shares.sum(0)
 
 
 def mgda(gradients: torch.Tensor) -> torch.Tensor:
@@ -270,27 +280,28 @@ def aligned_mtl_weights(gram: torch.Tensor) -> torch.Tensor:
 # ---- what they share ----
 
 
-def _checked(gradients: torch.Tensor) -> torch.Tensor:
-    """The gradients in float64."""
+def _gram(gradients: torch.Tensor) -> torch.Tensor:
+    """The products of gradients with each other in float64, (K, P) to (K, K) on the CPU.
+
+    Raises:
+        ValueError: If the gradients are no matrix of numbers.
+    """
     if gradients.ndim != 2 or not len(gradients):
         raise ValueError(
             f"gradients has the shape {tuple(gradients.shape)}; expected (K, P), one row for each "
             "task."
         )
-    given = gradients.detach().double()
-    if not bool(torch.isfinite(given).all()):
+    parts = torch.split(gradients.detach(), _COLUMNS, dim=1)
+    found = torch.stack([(own := part.double()) @ own.T for part in parts]).sum(0).cpu()
+    if not bool(torch.isfinite(found).all()):
         raise ValueError("gradients holds NaN or infinity: skip the step, or lower the loss scale.")
-    return given
-
-
-def _gram(gradients: torch.Tensor) -> torch.Tensor:
-    given = _checked(gradients)
-    return (given @ given.T).cpu()
+    return found
 
 
 def _weighed(gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    total = weights.to(gradients.device) @ gradients.detach().double()
-    return total.to(gradients.dtype)
+    weights = weights.to(gradients.device)
+    parts = torch.split(gradients.detach(), _COLUMNS, dim=1)
+    return torch.cat([(weights @ part.double()).to(gradients.dtype) for part in parts])
 
 
 def _equal_of_moving(norms: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import Any, cast
 
 from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
+from transformers import Trainer
 
 from hf_adapt.engine.streams import Routing
+from hf_adapt.engine.trainer import AdaptationMixin
 from hf_adapt.engine.trainer_kinds import is_sentence_trainer
 from hf_adapt.engine.training import unwrapped_model
 from hf_adapt.models.state import preserved_random_state
@@ -19,10 +23,6 @@ from hf_adapt.models.structure import unwrapped_base
 from hf_adapt.multitask.export import save_task_model
 from hf_adapt.multitask.label_checks import HeadOf, check_labels, rows_of_tasks
 from hf_adapt.multitask.task_models import TEXT_HEADS, TaskModel, TaskSpec, kind_of, shares_head
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,8 @@ class TaskHeads:
         for task, given in rows.items():
             collator, spec = collators.get(task), self.tasks[task]
             if collator is None:
-                check_labels(task, given, self.head(task))
+                if not _has_own_loss(trainer):
+                    check_labels(task, given, replace(self.head(task), reads_rows=False))
             elif spec.collator is None and spec.loss is None:
                 check_labels(task, [collator.row(row) for row in given], self.head(task))
         return Routing(column, self.own_task, collators, rows[self.own_task][0])
@@ -117,16 +118,18 @@ class TaskHeads:
             metrics = {"compute_metrics": spec.metrics}
         if model is None:
             return metrics
-        collator = model.collator(trainer)
+        collator = model.collator(trainer, needs_labels=False)
         if model.head != kind_of(self.base):
             metrics = {"compute_metrics": spec.metrics, "preprocess_logits_for_metrics": None}
-        own_column = [] if spec.labels_column is None else [spec.labels_column]
+        args = copy.copy(trainer.args)
+        args.remove_unused_columns = False  # the task's collator chooses
         return {
             "model": model.model,
             "data_collator": collator,
             "label_names": model.labels,
             "compute_loss_func": None if spec.loss is None else _as_loss_func(spec.loss),
-            "_signature_columns": [*collator.inputs, *own_column],
+            "label_smoother": None,
+            "args": args,
             **metrics,
         }
 
@@ -147,6 +150,13 @@ def _autocast(model: nn.Module, trainer: Trainer) -> None:
             return forward(*args, **kwargs)
 
     model.forward = convert_outputs_to_fp32(mixed)
+
+
+def _has_own_loss(trainer: Trainer) -> bool:
+    """Whether the user computes the loss of the Trainer's own task, by whatever labels."""
+    classes = [c for c in type(trainer).__mro__ if c is not AdaptationMixin]
+    own = next(c for c in classes if "compute_loss" in vars(c))
+    return trainer.compute_loss_func is not None or own is not Trainer
 
 
 def _as_loss_func(loss: Any) -> Any:

@@ -193,11 +193,23 @@ class TaskModel:
         given: Any = next(iter(labels.values())) if len(labels) == 1 else labels
         return self.spec.loss(self.model(**rest), given).float()
 
-    def collator(self, trainer: Trainer) -> TaskCollator:
-        """What makes a batch of the rows of this task."""
-        inputs = {*(named_inputs(self.model) or ()), *self.labels}
+    def collator(self, trainer: Trainer, needs_labels: bool = True) -> TaskCollator:
+        """What makes a batch of the rows of this task.
+
+        Args:
+            trainer: The Trainer.
+            needs_labels: Whether rows without labels are refused; a collator of the task's own may
+                make them.
+        """
+        own = self.spec.collator is not None
+        takes_all = own or not trainer.args.remove_unused_columns
         return TaskCollator(
-            self.name, self._collate(trainer), self.spec.labels_column, self.labels, inputs
+            self.name,
+            self._collate(trainer),
+            self.spec.labels_column,
+            self.labels,
+            None if takes_all else {*(named_inputs(self.model) or ()), *self.labels},
+            needs_labels and not own,
         )
 
     def _collate(self, trainer: Trainer) -> Collator:
@@ -231,7 +243,8 @@ class TaskCollator:
         collator: What is given the rows.
         labels_column: The column of their labels, if it is another than a collator knows.
         labels: The model's inputs that are labels.
-        inputs: The columns that the collator is given.
+        inputs: The columns that the collator is given, beside labels; None for all.
+        needs_labels: Whether rows without labels are refused.
 
     Raises:
         ValueError: If a row has no labels, or two columns of them.
@@ -243,10 +256,12 @@ class TaskCollator:
         collator: Collator,
         labels_column: str | None,
         labels: Sequence[str],
-        inputs: Collection[str],
+        inputs: Collection[str] | None,
+        needs_labels: bool,
     ) -> None:
         self.task, self.collator, self.labels_column = task, collator, labels_column
-        self.labels, self.inputs = list(labels), {*inputs, *LABELS}
+        self.labels, self.needs_labels = list(labels), needs_labels
+        self.inputs = None if inputs is None else {*inputs, *LABELS}
 
     def __call__(self, rows: list[Any]) -> Any:
         """Make a batch."""
@@ -255,7 +270,8 @@ class TaskCollator:
     def row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as the collator is given it."""
         row = {k: v for k, v in row.items() if v is not None}  # a column of another task
-        found = {k: v for k, v in row.items() if k in self.inputs and k != self.labels_column}
+        inputs = row if self.inputs is None else self.inputs
+        found = {k: v for k, v in row.items() if k in inputs and k != self.labels_column}
         if self.labels_column is not None and self.labels_column in row:
             if twice := sorted(set(LABELS) & found.keys()):
                 raise ValueError(
@@ -267,7 +283,7 @@ class TaskCollator:
         given = [name for name in (*LABELS, *self.labels) if name in found]
         if self.labels_column is not None and "labels" not in found:
             given = []
-        if not given or len({*LABELS} & {*given}) > 1:
+        if (not given and self.needs_labels) or len({*LABELS} & {*given}) > 1:
             what = f"the label columns {', '.join(given)}" if given else "no labels"
             raise ValueError(
                 f"A row of the task {self.task!r} has {what}; its columns are "

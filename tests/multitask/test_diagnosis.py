@@ -63,7 +63,7 @@ def test_tasks_that_conflict_are_pointed_out(
 ) -> None:
     """The same rows with opposite labels, learnt by one head."""
     rows = {"one": parity(40, 1), "other": parity(40, 1, flipped=True)}
-    shared = MultiTask({"one": None, "other": TaskSpec(head="shared")}, diagnose_every=5)
+    shared = MultiTask({"one": None, "other": TaskSpec(head="shared")}, diagnose_every=1)
     with caplog.at_level(logging.WARNING, "hf_adapt"):
         trainer = train(tmp_path, mix(rows), shared, per_device_train_batch_size=16)
     assert re.search(r"lowers the loss of 'one' by .* raises that of 'other'", caplog.text)

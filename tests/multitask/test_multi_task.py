@@ -14,10 +14,13 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DataCollatorForLanguageModeling,
     TrainerCallback,
 )
 
-from hf_adapt import AdaptationTrainer, adapt
+from hf_adapt import AdaptationTrainer, Distillation, adapt
+from hf_adapt.alignment import FGM, VAT, RDrop
+from hf_adapt.continual import KeepPredictions, Replay
 from hf_adapt.multitask import (
     FAMO,
     DynamicWeightAverage,
@@ -27,7 +30,11 @@ from hf_adapt.multitask import (
     RandomWeights,
     TaskSpec,
     Uncertainty,
+    cagrad,
+    imtl_g,
+    mgda,
     mix,
+    nash_mtl,
     pcgrad,
 )
 from hf_adapt.multitask.task_gradients import TaskGradients
@@ -35,7 +42,7 @@ from tests.helpers import injectors, toy
 from tests.helpers.data import collate, rows
 from tests.helpers.injectors import injection
 from tests.helpers.models import bert, llama, t5_config
-from tests.helpers.trainers import arguments
+from tests.helpers.trainers import ScaledTrainer, arguments
 
 TOPIC, SPAM = TaskSpec(), TaskSpec(num_labels=2)
 TAGS = TaskSpec("tags", 4, head="token_classification", collator=collate)
@@ -377,6 +384,31 @@ def test_surgery_is_on_the_gradients_of_the_whole_step(tmp_path: Path) -> None:
     assert apart.tolist() == [1.25, 1.25]
 
 
+class Overflowing(ScaledTrainer):
+    """A gradient of the body is infinite in the second step."""
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1 and not hasattr(self, "hooked"):
+            weight = model.bert.pooler.dense.weight
+            self.hooked = weight.register_hook(lambda g: g * float("inf"))
+        elif self.state.global_step == 2:
+            self.hooked.remove()
+        return super().training_step(model, *args, **kwargs)
+
+
+def test_a_step_of_surgery_that_overflows_is_left_to_the_scaler(tmp_path: Path) -> None:
+    trainer = Overflowing(
+        model=bert(), args=arguments(tmp_path, max_steps=3), train_dataset=data(),
+        data_collator=collate,
+    )  # fmt: skip
+    before = trainer.model.bert.pooler.dense.weight.detach().clone()
+    method = MultiTask(SPECS, surgery=pcgrad, weighting=Uncertainty())
+    adapt(trainer, method).train()
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
+    assert trainer.accelerator.scaler.get_scale() == 2.0**7  # found once
+    assert not trainer.model.bert.pooler.dense.weight.equal(before)
+
+
 def test_surgery_draws_other_orders_in_each_step_and_the_same_in_another_run(
     tmp_path: Path,
 ) -> None:
@@ -564,6 +596,14 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: two(TAGS, tags(9).add_column("labels", [1] * 9)),
         "a batch has one set of labels",
     ),
+    "a task without a share": (
+        lambda: (
+            MultiTask({"topic": None, "spam": SPAM}),
+            mix({"topic": ROWS, "spam": spam(9)}, sampling={"topic": 1.0}),
+        ),
+        "no row of 'spam' in an epoch",
+    ),
+    "a name": (lambda: MultiTask({"topic": None, "train": SPAM}), "not 'train'"),
     "no size": (lambda: two(TaskSpec(), ROWS), "size of its head"),
     "no such head": (
         lambda: two(TaskSpec(num_labels=2, head="audio_classification"), ROWS),
@@ -633,3 +673,148 @@ def test_what_shards_weights_is_refused(
     setattr(trainer, f"is_{what}_enabled", True)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+# ---- rows and collators of a user's own ----
+
+
+def test_a_collator_of_its_own_sees_all_columns_and_makes_the_labels(tmp_path: Path) -> None:
+    """Texts that it tokenises, tokens that it masks; the own task's classes by name."""
+    own = toy.tokenizer()
+    texts = [{"text": text, "mark": "w"} for text in toy.sentences(8, 1)]
+
+    def tokenize(given: list[dict[str, Any]]) -> Any:
+        batch = own([row["text"] for row in given], padding=True, return_tensors="pt")
+        return {**batch, "labels": torch.ones(len(given), dtype=torch.long)}
+
+    def numbered(given: list[dict[str, Any]]) -> Any:
+        classes = {"a": 0, "b": 1, -100: -100}
+        return collate([{**row, "labels": classes[row["labels"]]} for row in given])
+
+    named = [{**row, "labels": "ab"[i % 2]} for i, row in enumerate(rows(8, 1, None))]
+    masking = DataCollatorForLanguageModeling(own, mlm_probability=0.5)
+    method = MultiTask(
+        {
+            "topic": None,
+            "text": replace(SPAM, collator=tokenize),
+            "mask": TaskSpec(head="masked_lm", collator=masking),
+        }
+    )
+    train = mix({"topic": named, "text": texts, "mask": rows(8, 2, None)})
+    trainer = make(tmp_path, method, train, bert(), max_steps=6)
+    trainer.data_collator = numbered
+    trainer.train()
+    (masked,) = [e["multitask/mask"] for e in trainer.state.log_history[:1]]
+    assert 3 < masked < 6
+    found = trainer.evaluate({"text": datasets.Dataset.from_list(texts)})
+    assert found["eval_text_loss"] > 0
+
+
+def test_rows_without_labels_are_predicted(tmp_path: Path) -> None:
+    trainer = make(tmp_path, MultiTask(SPECS), data(), max_steps=1)
+    trainer.train()
+    found = trainer.predict(rows(7, 4, None), metric_key_prefix="test_spam")
+    assert found.predictions.shape == (7, 2) and found.label_ids is None
+
+
+def test_many_rows_of_one_task_before_those_of_another(tmp_path: Path) -> None:
+    """Nothing but the column of tasks is read to find them."""
+    one = {"input_ids": [5, 6], "attention_mask": [1, 1], "task": "topic", "labels": 1}
+    train = datasets.Dataset.from_list([one] * 10_010 + [{**one, "task": "spam"}] * 8)
+    method = MultiTask({"topic": None, "spam": SPAM})
+    make(tmp_path, method, train, max_steps=1).train()
+    with pytest.raises(ValueError, match="No row of the task 'ham'"):
+        make(tmp_path, MultiTask({"topic": None, "spam": SPAM, "ham": SPAM}), train).train()
+
+
+# ---- logs, options of the Trainer, a new process ----
+
+
+def test_a_rare_task_is_logged_as_it_is(tmp_path: Path) -> None:
+    """A mean over the steps that have its rows."""
+    train = mix({"topic": rows(36, 1, "row"), "spam": spam(4)})
+    method = MultiTask({"topic": None, "spam": SPAM})
+    settings = {"max_steps": 20, "per_device_train_batch_size": 2, "learning_rate": 0.0}
+    trainer = make(tmp_path, method, train, logging_steps=20, **settings)
+    trainer.train()
+    expected = losses_by_hand(method, trainer.model, train)
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["multitask/spam"] == pytest.approx(expected["spam"].item(), rel=0.02)
+    assert entry["loss/task"] == pytest.approx(expected["topic"].item(), rel=0.02)
+
+
+def test_label_smoothing_is_the_own_tasks(tmp_path: Path) -> None:
+    spec = TaskSpec(num_labels=1, problem_type="regression")
+    own = mix({"topic": ROWS, "other": with_labels(9, 4, numbers)})
+    trainer = make(
+        tmp_path, MultiTask({"topic": None, "other": spec}), own, label_smoothing_factor=0.1
+    )
+    trainer.train()
+    assert trainer.evaluate({"other": with_labels(9, 5, numbers)})["eval_other_loss"] > 0
+
+
+def test_saved_heads_are_found_beside_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a new process, for evaluation, export and further training."""
+    trainer = make(tmp_path, MultiTask(SPECS), data(), learning_rate=0.1)
+    with caplog.at_level("WARNING", "hf_adapt"):
+        untrained = trainer.evaluate({"tags": tags(6, 12)})
+        assert "The head of the task 'tags' is new" in caplog.text
+    trainer.train()
+    found = trainer.evaluate({"tags": tags(6, 12)})
+    assert found["eval_tags_loss"] != untrained["eval_tags_loss"]
+    trainer.save_model(str(tmp_path / "saved"))
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    caplog.clear()
+    other = make(tmp_path / "other", MultiTask(SPECS), data(), again)
+    with caplog.at_level("WARNING", "hf_adapt"):
+        assert other.evaluate({"tags": tags(6, 12)})["eval_tags_loss"] == found["eval_tags_loss"]
+    assert not caplog.text
+
+
+def test_a_further_trainer_has_rates_of_its_own(tmp_path: Path) -> None:
+    method, model = MultiTask(SPECS), bert()
+    for rate in (1e-3, 0.1):
+        trainer = make(tmp_path, method, data(), model, learning_rate=rate, max_steps=1)
+        trainer.train()
+        assert method.learning_rate == rate
+
+
+@pytest.mark.parametrize("surgery", [mgda, cagrad, imtl_g, nash_mtl])
+def test_surgery_is_among_the_tasks_of_the_step(surgery: Any, tmp_path: Path) -> None:
+    """Steps of one row: the only task gets its own direction, and the model moves."""
+    settings = {"per_device_train_batch_size": 1, "max_steps": 3}
+    found = gradients(tmp_path / "with", MultiTask(SPECS, surgery=surgery), data(), **settings)[1]
+    plain = gradients(tmp_path / "without", MultiTask(SPECS), data(), **settings)[1]
+    for one, other in zip(found, plain, strict=True):
+        norms = [
+            torch.cat([g.flatten() for n, g in each.items() if n.startswith("bert")]).norm()
+            for each in (one, other)
+        ]
+        assert norms[0] > 0
+        if surgery in (mgda, imtl_g):  # the direction of one task is its gradient
+            torch.testing.assert_close(*norms)
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "fgm": lambda: FGM(),
+    "vat": lambda: VAT(),
+    "rdrop": lambda: RDrop(),
+    "keep_predictions": lambda: KeepPredictions(0.5),
+    "distillation": lambda: Distillation(bert(seed=1)),
+    "replay": lambda: Replay(rows(9, 5, "row"), ratio=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_beside_a_method_on_the_own_rows(name: str, tmp_path: Path) -> None:
+    """In micro-batches of one row, of which most have no row of the own task."""
+    trainer = make(
+        tmp_path, MultiTask(SPECS), data(), max_steps=6, per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    adapt(trainer, OTHERS[name]()).train()
+    for entry in trainer.state.log_history:
+        assert all(v == v for v in entry.values() if isinstance(v, float)), entry
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
