@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import ProgressCallback, Trainer
-from transformers.integrations import MLflowCallback
+from transformers.integrations.integration_utils import MLflowCallback
 from transformers.training_args import ParallelMode
 
 from hf_adapt.engine.adaptation import Adaptation
