@@ -3,7 +3,9 @@
 Ratios of runs that alternate in one process, so that a slow machine slows both sides, on a BERT of
 MiniLM-L6's shape whose every weight trains:
 
-1. `Consolidation` (EWC with given importance), decoupled and as a gradient, against a plain step.
+1. `Consolidation` (EWC with given importance), decoupled and as a gradient, against a plain step,
+   of 16 and of 32 rows (what it adds does not depend on them), with an importance of 5,000 words'
+   embeddings, as of some hundred rows of the past, and of all.
 2. `KeepPredictions` under LoRA against a plain step under LoRA; a forward without gradients is
    measured beside it, since the aim is one further forward.
 3. `Replay` at several ratios against a plain step: the aim is (1 + ratio) × 1.05.
@@ -18,6 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import datasets
@@ -35,6 +38,7 @@ from hf_adapt.experiments.memory import peak, restarted_peak
 
 ROWS, TOKENS, STEPS, WARM_UP = 16, 64, 8, 3
 MEMORY_ROWS, OLD_ROWS = 100_000, 200_000
+WORDS, VOCABULARY = 5_000, 30_522  # that the rows of the past have, and all
 
 
 def make_model(lora: bool) -> Any:
@@ -46,13 +50,15 @@ def make_model(lora: bool) -> Any:
     return get_peft_model(model, config)
 
 
-def step(make: Callable[[Any], list[Adaptation]], device: str, lora: bool = False) -> float:
-    """Median seconds of a step of 16 rows."""
+def step(
+    make: Callable[[Any], list[Adaptation]], device: str, lora: bool = False, size: int = ROWS
+) -> float:
+    """Median seconds of a step of so many rows."""
     model = make_model(lora)
-    rows = random_rows((STEPS + WARM_UP + 1) * ROWS, TOKENS)
+    rows = random_rows((STEPS + WARM_UP + 1) * size, TOKENS)
     adaptations, clock = make(model), Clock(device)
     callbacks = [AdaptationCallback(*adaptations)] if adaptations else []
-    return step_seconds(model, rows, ROWS, STEPS, WARM_UP, clock=clock, callbacks=callbacks)
+    return step_seconds(model, rows, size, STEPS, WARM_UP, clock=clock, callbacks=callbacks)
 
 
 def forward(device: str) -> float:
@@ -69,14 +75,15 @@ def forward(device: str) -> float:
     return clock.median(WARM_UP)
 
 
-def consolidation(form: Any) -> Callable[[Any], list[Adaptation]]:
-    """EWC with an importance of every weight."""
+def consolidation(form: Any, words: int) -> Callable[[Any], list[Adaptation]]:
+    """EWC with an importance of every weight, but of the embeddings of so many words alone."""
 
     def make(model: Any) -> list[Adaptation]:
         generator = torch.Generator().manual_seed(0)
         importance = {
             name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()
         }
+        importance["bert.embeddings.word_embeddings.weight"][words:] = 0
         return [Consolidation(importance, form=form)]
 
     return make
@@ -108,21 +115,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only_consolidation", action="store_true")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     print_machine(options.device, "torch", "transformers", "accelerate", "peft", "datasets")
     device, lines = options.device, []
-    print_table([memory()])
+    if not options.only_consolidation:
+        print_table([memory()])
     old = random_rows(1000, TOKENS, seed=3)
-    sides: dict[str, Callable[[], float]] = {"plain": lambda: step(lambda _: [], device)}
-    for form in ("decoupled", "gradient"):
-        sides[form] = lambda form=form: step(consolidation(form), device)
+    for size in (ROWS, 2 * ROWS):
+        sides: dict[str, Callable[[], float]] = {
+            "plain": partial(step, lambda _: [], device, size=size)
+        }
+        for form in ("decoupled", "gradient"):
+            for words in (WORDS, VOCABULARY):
+                made = partial(step, consolidation(form, words), device, size=size)
+                sides[f"EWC, {form}, {words:,} words / plain, {size} rows"] = made
+        found = in_turns(sides, options.rounds)
+        plain = found.pop("plain")
+        lines += [ratio(name, seconds, plain) for name, seconds in found.items()]
+    if options.only_consolidation:
+        print_table(lines)
+        return
+    sides = {"plain": lambda: step(lambda _: [], device)}
     for share in (0.25, 1.0):
         sides[f"replay {share:g}"] = lambda share=share: step(
             lambda _: [Replay(old, ratio=share)], device
         )
     found = in_turns(sides, options.rounds)
-    lines = [ratio(f"{n} / plain", s, found["plain"]) for n, s in found.items() if n != "plain"]
+    lines += [ratio(f"{n} / plain", s, found["plain"]) for n, s in found.items() if n != "plain"]
     with_lora: dict[str, Callable[[], float]] = {
         "plain": lambda: step(lambda _: [], device, lora=True),
         "kl": lambda: step(lambda _: [KeepPredictions()], device, lora=True),

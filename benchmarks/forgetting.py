@@ -25,16 +25,8 @@ from domain_data import LICENCES, MINILM_LICENCE, minilm_path
 from experiment import changed, check_methods, fingerprint, kept, new_classifier, option, parse, run
 from matplotlib.figure import Figure
 from results import report, summarize
-from transformers import (
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from two_tasks import Task, accuracies, grown, load_tasks
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from two_tasks import Task, accuracies, grown, load_tasks, task_trainer
 
 from hf_adapt import Adaptation, adapt
 from hf_adapt.continual import (
@@ -50,7 +42,6 @@ from hf_adapt.continual import (
 )
 from hf_adapt.experiments.plots import GREY
 from hf_adapt.experiments.summary import percent
-from hf_adapt.experiments.training import first_groups, freeze
 
 MEMORY_SIZE = 100  # rows of the old task that are seen again
 
@@ -79,18 +70,8 @@ class Start:
 
     def train(self, model: PreTrainedModel, rows: Dataset, *adaptations: Adaptation) -> Trainer:
         """Train a model on some rows with some methods; return the Trainer."""
-        freeze(model, first_groups(model, self.freeze_layers))
-        trainer = Trainer(
-            model=model,
-            args=self.args,
-            train_dataset=rows,
-            processing_class=self.tokenizer,
-            data_collator=DataCollatorWithPadding(self.tokenizer),
-        )
-        trainer.remove_callback(PrinterCallback)
-        if adaptations:
-            adapt(trainer, *adaptations)
-        trainer.train()
+        trainer = task_trainer(model, self.tokenizer, self.args, rows, self.freeze_layers)
+        adapt(trainer, *adaptations).train()
         return trainer
 
     def between(self, alpha: float) -> Trainer:
@@ -200,20 +181,32 @@ def table_rows(summary: dict[str, dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def plot(results: list[dict[str, Any]], summary: dict[str, dict[str, Any]], title: str) -> Figure:
-    """Forgetting against learning accuracy: a large dot for each method, a small one for a run."""
+AXES = {
+    "forgetting": "forgetting: points of accuracy that the old task has lost",
+    "learning_accuracy": "learning accuracy, %",
+}
+
+
+def plot(
+    results: list[dict[str, Any]],
+    summary: dict[str, dict[str, Any]],
+    title: str,
+    labels: dict[str, str] = AXES,
+    scale: float = 100,
+) -> Figure:
+    """Forgetting against learning: a large dot for each method, a small one for a run."""
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.subplots()
-    keys = ("forgetting", "learning_accuracy")
     for number, (method, values) in enumerate(summary.items()):
         style = {"color": f"C{number % 10}", "marker": "os"[number // 10]}
         if method in REFERENCES:
             style = {"color": GREY, "marker": REFERENCES[method]}
-        runs = [[100 * run[key] for key in keys] for run in results if run["method"] == method]
+        runs = [[scale * run[key] for key in labels] for run in results if run["method"] == method]
         axes.scatter(*zip(*runs, strict=True), s=12, alpha=0.4, **style)
-        axes.scatter(*(100 * values[key]["mean"] for key in keys), s=48, label=method, **style)
-    axes.set_xlabel("forgetting: points of accuracy that the old task has lost")
-    axes.set_ylabel("learning accuracy, %")
+        axes.scatter(*(scale * values[key]["mean"] for key in labels), s=48, label=method, **style)
+    across, up = labels.values()
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)

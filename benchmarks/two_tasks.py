@@ -8,13 +8,21 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from domain_data import load_domain
-from experiment import new_classifier, tokenized
+from experiment import DOMAINS, new_classifier, tokenized
 from transformers import (
     AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
+    TrainingArguments,
 )
+
+from hf_adapt.experiments.training import first_groups, freeze
+
+TASKS = (*DOMAINS, "sms", "email")
+"""The domains whose texts have a class."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,26 @@ def grown(path: str | Path, labels: list[str]) -> PreTrainedModel:
         }
     )
     return model
+
+
+def task_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    rows: Dataset,
+    freeze_layers: int,
+) -> Trainer:
+    """A Trainer of a classifier whose first layers are frozen."""
+    freeze(model, first_groups(model, freeze_layers))
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def accuracies(trainer: Trainer, task: Task) -> tuple[float, float]:

@@ -32,7 +32,6 @@ import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,8 +47,9 @@ from hf_adapt import DistillationTrainer
 from hf_adapt.distillation import student_from_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
-from domain_data import LICENCES, load_domain
+from domain_data import LICENCES
 from experiment import DOMAINS, changed, option, parse, run
+from language_models import load_model, texts_of
 from model_weights import SMOLLM2_LICENCE, smollm2_path
 from results import grouped_bars, report
 
@@ -97,14 +97,6 @@ def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) 
     ]  # fmt: skip
     rows = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def texts_of(domain: str, split: str) -> list[str]:
-    return [text for text, _ in load_domain(domain)[split]]
-
-
-def load_model(path: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def make_trainer(

@@ -18,35 +18,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset
-from transformers import (
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    set_seed,
-)
+from transformers import AutoTokenizer, Trainer, set_seed
 
-from hf_adapt import Adaptation, AdaptationCallback
+from hf_adapt import AdaptationCallback
 from hf_adapt.continual import Replay, ReplayMemory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
 from domain_data import LICENCES, MINILM_LICENCE, minilm_path
-from experiment import DOMAINS, new_classifier, option, parse, run
+from experiment import new_classifier, option, parse, run
 from results import report
-from two_tasks import accuracies, grown, load_tasks
-
-from hf_adapt.experiments.training import first_groups, freeze
-
-TASKS = (*DOMAINS, "sms", "email")
+from two_tasks import TASKS, accuracies, grown, load_tasks, task_trainer
 
 
 @dataclass
 class ExampleArguments:
-    old: str = option(
-        "movies", f"The task that is learnt first. {LICENCES['vader4']}", choices=TASKS
-    )
+    old: str = option("movies", f"The first task. {LICENCES['vader4']}", choices=TASKS)
     new: str = option("sms", f"The task that is learnt next. {LICENCES['spam2']}", choices=TASKS)
     model_name_or_path: str | None = option(None, f"Folder or hub id. Default: {MINILM_LICENCE}")
     memory_size: int = option(200, "Rows of the old task that are kept")
@@ -67,22 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     old, new, labels = load_tasks(
         [script.old, script.new], tokenizer, script.num_train, script.num_test, script.max_length
     )
-
-    def train(model: PreTrainedModel, rows: Dataset, *adaptations: Adaptation) -> Trainer:
-        freeze(model, first_groups(model, script.freeze_layers))
-        trainer = Trainer(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
-        trainer.remove_callback(PrinterCallback)
-        if adaptations:
-            trainer.add_callback(AdaptationCallback(*adaptations))
-        trainer.train()
-        return trainer
-
     found: dict[str, list[float]] = {}
 
     def test(name: str, trainer: Trainer) -> None:
@@ -92,18 +62,23 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     set_seed(args.seed)
-    first = train(new_classifier(path, old.labels), old.train)
+    model = new_classifier(path, old.labels)
+    first = task_trainer(model, tokenizer, args, old.train, script.freeze_layers)
+    first.train()
     start = str(Path(args.output_dir) / "start")
     first.save_model(start)
     first.model = grown(start, labels)
     test(f"before {script.new}", first)
 
-    set_seed(args.seed)
-    test("plain", train(grown(start, labels), new.train))
-
-    set_seed(args.seed)
     memory = ReplayMemory.from_dataset(old.train, size=script.memory_size)
-    test("with replay", train(grown(start, labels), new.train, Replay(memory, script.ratio)))
+    for name in ("plain", "with replay"):
+        set_seed(args.seed)
+        model = grown(start, labels)
+        trainer = task_trainer(model, tokenizer, args, new.train, script.freeze_layers)
+        if name == "with replay":
+            trainer.add_callback(AdaptationCallback(Replay(memory, script.ratio)))
+        trainer.train()
+        test(name, trainer)
 
     if args.process_index != 0:
         return

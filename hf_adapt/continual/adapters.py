@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_adapt.models.groups import matches
+from hf_adapt.models.structure import has_adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,8 @@ def adapted_weights(model: nn.Module) -> list[AdaptedWeight]:
         ValueError: If the adapter is not LoRA, or not on linear layers alone, or a layer trains
             several.
     """
-    for config in getattr(model, "peft_config", {}).values():
+    configs = getattr(model, "peft_config", {}) if has_adapters(model) else {}
+    for config in configs.values():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
             raise ValueError(

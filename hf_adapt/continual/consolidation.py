@@ -184,7 +184,6 @@ class Consolidation(GradientTransform, WeightTransform):
             self._hold(self._importance_of(model, past), self._starts())
         elif isinstance(self.importance, (str, os.PathLike)):
             saved = self._read(self.importance, checks_weights=False)
-            assert isinstance(saved, SavedImportance)
             self._key = saved.key
             starts = self._starts()
             if self.start is None:
@@ -249,13 +248,11 @@ class Consolidation(GradientTransform, WeightTransform):
             return None
         if not isinstance(source, (Fisher, MAS, SI)):
             given = self._read(source)
-            self._key = given.key if isinstance(given, SavedImportance) else None
-            self._unit = given.unit if isinstance(given, SavedImportance) else 1.0
-            return dict(given.importance if isinstance(given, SavedImportance) else given)
+            self._key, self._unit = given.key, given.unit
+            return dict(given.importance)
         total = past
         if source.previous is not None and not past:
-            given = self._read(source.previous)
-            total = given.in_own_units if isinstance(given, SavedImportance) else dict(given)
+            total = self._read(source.previous).in_own_units
         if not isinstance(source, SI):
             found = source.compute(model, self._trainer)
             assert self._held is not None
@@ -273,20 +270,17 @@ class Consolidation(GradientTransform, WeightTransform):
         self._unit = unit_of(total, self.importance.normalize)
         return {name: value / self._unit for name, value in total.items()}
 
-    def _read(
-        self, given: Previous, checks_weights: bool = True
-    ) -> SavedImportance | Mapping[str, torch.Tensor]:
+    def _read(self, given: Previous, checks_weights: bool = True) -> SavedImportance:
         """An importance that is known, if it fits the model."""
         assert self._held is not None
-        saved, own = known_importance(given), self._held.weights
-        if isinstance(saved, SavedImportance):
-            saved = saved.named_as(own)
-        named = saved.importance if isinstance(saved, SavedImportance) else saved
-        held = {n: v for n, v in named.items() if not any(matches(p, n) for p in self.skip or ())}
-        what = str(saved.path) if isinstance(saved, SavedImportance) else "the given tensors"
-        check_shapes(held, own, what)
-        if not isinstance(saved, SavedImportance):
-            return held
+        own = self._held.weights
+        saved = known_importance(given).named_as(own)
+        held = {
+            name: value
+            for name, value in saved.importance.items()
+            if not any(matches(pattern, name) for pattern in self.skip or ())
+        }
+        check_shapes(held, own, saved.origin)
         saved = replace(saved, importance=held)
         if checks_weights:
             saved.check_weights({**self._held.plain, **self._held.factors})
@@ -393,17 +387,18 @@ class Consolidation(GradientTransform, WeightTransform):
             return {"key": self._key, **({"start": _on_cpu(start)} if start else {})}
         known = None if self._found is None else _on_cpu(self._found)
         state: dict[str, Any] = {"start": _on_cpu(self._start), "importance": known}
-        state["unit"] = self._unit
+        state |= {"unit": self._unit, "kind": type(self.importance).__name__}
         if isinstance(self.importance, SI):
             state["path"] = _on_cpu(self.importance.path)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
-        if state.get("key") != self._key:
+        kind = type(self.importance).__name__
+        if state.get("key") != self._key or (self._key is None and state["kind"] != kind):
             raise ValueError(
-                f"Training resumes with another importance than {self.importance!s:.80} holds, or "
-                "the folder has been written again since. Resume with the one that it began with."
+                f"Training resumes with another importance ({kind}) than it began with, or the "
+                "folder has been written again since. Resume with the one that it began with."
             )
         if self._key is not None:
             self._hold(self._found, {**self._start, **state.get("start", {})})

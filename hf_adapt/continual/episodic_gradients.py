@@ -14,7 +14,7 @@ from hf_adapt.engine.auxiliary import seed_for
 from hf_adapt.engine.collating import label_columns
 from hf_adapt.engine.columns import dataset_columns, inputs_of
 from hf_adapt.engine.gradients import loss_scale
-from hf_adapt.engine.mixins import GradientTransform
+from hf_adapt.engine.mixins import BatchTransform, GradientTransform
 from hf_adapt.engine.normalisation import count_labels
 from hf_adapt.engine.pairing import is_map_style, rows_at
 from hf_adapt.engine.trainer import AdaptationMixin
@@ -88,7 +88,8 @@ class AGEM(GradientTransform):
     Raises:
         TypeError: If the memory is none.
         ValueError: If the memory is empty, cannot be read by number, or has no labels or other
-            columns than the training rows; if `batch_size` is out of range.
+            columns than the training rows; if `batch_size` is out of range, or another adaptation
+            changes the batches.
 
     Example:
         ```python
@@ -122,6 +123,14 @@ class AGEM(GradientTransform):
             raise ValueError(
                 f"AGEM(batch_size={self.batch_size}) of {len(self.rows)} rows leaves some of the "
                 f"{processes} processes without any. Use a larger batch_size or memory."
+            )
+        assert isinstance(trainer, AdaptationMixin)
+        others = trainer._adaptation_active
+        if changing := [each.name for each in others if isinstance(each, BatchTransform)]:
+            raise ValueError(
+                f"AGEM takes the gradient on the memory's rows as the data collator makes them, "
+                f"without what {', '.join(changing)} adds to the batches of the training rows. "
+                "Use Replay(memory), whose rows go through the same batches."
             )
         labels = label_columns(trainer.label_names, trainer.data_collator)
         wanted, found = dataset_columns(trainer.train_dataset), dataset_columns(self.rows)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,20 +20,20 @@ FILE = "importance.safetensors"
 
 @dataclass(frozen=True)
 class SavedImportance:
-    """What a folder holds.
+    """What a folder holds, or an importance that was given as tensors.
 
     Attributes:
         importance: A float32 tensor for each weight's name.
         weights: The model's weights that it belongs to: the anchor of the next task.
-        key: What tells this file from any other.
+        key: What tells this file from any other; None without a file.
+        origin: Where it is from, for messages.
         unit: What the importance was divided by, so that those of several tasks can be added.
-        path: The file.
     """
 
     importance: Mapping[str, torch.Tensor]
-    weights: Mapping[str, torch.Tensor]
-    key: str
-    path: Path
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    key: str | None = None
+    origin: str = "the given tensors"
     unit: float = 1.0
 
     @property
@@ -56,17 +56,6 @@ class SavedImportance:
         )
         return replace(self, importance=importance, weights=weights)
 
-    def check_shapes(self, own: Mapping[str, torch.Tensor]) -> None:
-        """Refuse an importance of weights that a model has not.
-
-        Args:
-            own: The model's weights, by name.
-
-        Raises:
-            ValueError: Naming them.
-        """
-        check_shapes(self.importance, own, str(self.path))
-
     def check_weights(self, own: Mapping[str, torch.Tensor]) -> None:
         """Refuse the importance of another model than the one that training starts from.
 
@@ -88,7 +77,7 @@ class SavedImportance:
                 for n in others
             )
             raise ValueError(
-                f"{self.path} holds the importance of another model: {len(others)} of "
+                f"{self.origin} holds the importance of another model: {len(others)} of "
                 f"{len(there)} weights differ from those that training starts from (by up to "
                 f"{gap:.2g}), first {', '.join(others[:3])}. Load the model that was trained when "
                 "it was saved, or compute the importance for this one."
@@ -125,6 +114,7 @@ def load_importance(folder: str | Path) -> SavedImportance:
 
     Raises:
         FileNotFoundError: If the folder has no importance.
+        ValueError: If the file is something else.
     """
     path = Path(folder)
     path = path if path.is_file() else path / FILE
@@ -134,13 +124,19 @@ def load_importance(folder: str | Path) -> SavedImportance:
             "save_importance wrote."
         )
     found: dict[str, dict[str, torch.Tensor]] = {"importance": {}, "weights": {}}
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        for name in file.keys():
-            kind, _, weight = name.partition(".")
-            found[kind][weight] = file.get_tensor(name)
-    unit = float(about.get("unit", 1.0))
-    return SavedImportance(found["importance"], found["weights"], about.get("key", ""), path, unit)
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            for name in file.keys():
+                kind, _, weight = name.partition(".")
+                found[kind][weight] = file.get_tensor(name)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no importance ({error!r:.80}). Pass the folder that "
+            "Consolidation(save_to=...) or save_importance wrote, or let it be written again."
+        ) from error
+    key, unit = about.get("key", ""), float(about.get("unit", 1.0))
+    return SavedImportance(found["importance"], found["weights"], key, str(path), unit)
 
 
 def plain_name(name: str) -> str:

@@ -273,7 +273,7 @@ def fingerprint_of(weights: Mapping[str, torch.Tensor]) -> str:
     return sampled_fingerprint(holder)
 
 
-def known_importance(given: Any) -> SavedImportance | Mapping[str, torch.Tensor]:
+def known_importance(given: Any) -> SavedImportance:
     """What a folder holds, or the tensors themselves.
 
     Raises:
@@ -283,7 +283,7 @@ def known_importance(given: Any) -> SavedImportance | Mapping[str, torch.Tensor]
     if isinstance(given, (str, os.PathLike)):
         return load_importance(os.fspath(given))
     if isinstance(given, Mapping) and all(isinstance(v, torch.Tensor) for v in given.values()):
-        return given
+        return SavedImportance(given)
     raise TypeError(
         f"Expected an importance, got {type(given).__name__}: None (all weights alike), "
         "Fisher(rows), MAS(rows), SI(), the folder of one that was saved, or a dict with a tensor "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,6 +17,7 @@ from hf_adapt.models.averages import blend
 from hf_adapt.models.copies import copied
 from hf_adapt.models.hub_names import check_hub_name
 from hf_adapt.models.state import preserved
+from hf_adapt.models.structure import has_adapters
 
 Model = nn.Module | str | os.PathLike[str]
 
@@ -71,9 +71,9 @@ def interpolate(
                 own[name].copy_(value)
         return clone
 
-    if isinstance(alphas, Real):
+    if not isinstance(alphas, Iterable):
         return between(float(alphas))
-    given = [float(alpha) for alpha in alphas]  # type: ignore[union-attr]
+    given = [float(alpha) for alpha in alphas]
     for alpha in given:
         check_alpha(alpha)
     return [between(alpha) for alpha in given]
@@ -205,7 +205,7 @@ def loaded(model: Model) -> nn.Module:
 
 
 def _check(model: nn.Module) -> None:
-    if hasattr(model, "peft_config"):
+    if has_adapters(model):
         refuse_adapters(type(model).__name__)
     whole = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if whole:

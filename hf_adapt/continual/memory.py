@@ -287,13 +287,22 @@ class ReplayMemory:
 
         Raises:
             FileNotFoundError: If the folder has no memory.
-            ValueError: If rows are missing.
+            ValueError: If rows are missing, or the file is something else.
         """
         path = Path(folder) / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no {FILE}, which ReplayMemory.save() writes.")
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        options = {n: stored[n] for n in ("ranks", "tasks", "classes", "hashes", "policy", "seed")}
+            raise FileNotFoundError(
+                f"{folder} has no {FILE}, which ReplayMemory.save() writes; a Trainer with Replay "
+                "writes it in the folder replay_memory of each saved model."
+            )
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            names = ("ranks", "tasks", "classes", "hashes", "policy", "seed")
+            options = {name: stored[name] for name in names}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no memory ({error!r}). Make it again: ReplayMemory.from_dataset."
+            ) from error
         if dataset is not None:
             check_rows(dataset, "dataset")
             if not is_map_style(dataset):
@@ -317,7 +326,13 @@ class ReplayMemory:
                 f"The memory in {folder} was saved without its rows. Pass the data set that they "
                 "are from: ReplayMemory.load(folder, dataset)."
             )
-        return cls(datasets.Dataset.load_from_disk(str(Path(folder) / stored["rows"])), **options)
+        place = Path(folder) / stored["rows"]
+        if not place.is_dir():
+            raise FileNotFoundError(
+                f"{place}, the rows of the memory, is missing. Copy the whole folder, or pass the "
+                "data set that they are from: ReplayMemory.load(folder, dataset)."
+            )
+        return cls(datasets.Dataset.load_from_disk(str(place)), **options)
 
 
 def _without_overlap(memories: Sequence[ReplayMemory]) -> list[int]:

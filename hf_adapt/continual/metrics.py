@@ -13,6 +13,7 @@ def continual_metrics(
     matrix: Sequence[Sequence[float]] | npt.ArrayLike,
     baseline: Sequence[float] | npt.ArrayLike | None = None,
     joint: Sequence[float] | npt.ArrayLike | None = None,
+    trained: Sequence[int] | None = None,
 ) -> dict[str, float]:
     r"""Average accuracy, transfer between tasks and forgetting, from the scores after each task.
 
@@ -40,11 +41,15 @@ def continual_metrics(
         baseline: Score on each task before the first training; FWT needs it.
         joint: Score on each task k of a model trained on tasks 1 to k together; intransigence, its
             mean distance to the diagonal, needs it.
+        trained: The column of the task that each row has trained, where that is not simply the
+            first, the second and so on. A task may be trained several times: :math:`R_{jj}` is then
+            its score after the last of them, and BWT and forgetting are means over the tasks other
+            than the one trained last.
 
     Shape:
-        - matrix: (T, N), a row for each task trained and a column for each task, both in the order
-          of training. Columns of tasks that are not trained yet (N > T) are left out of account.
-        - baseline, joint: (N,) or (T,).
+        - matrix: (T, N), a row for each training and a column for each task, both in the order
+          of training. Columns of tasks that are not trained yet are left out of account.
+        - baseline, joint: (N,), or (T,) without `trained`.
 
     Returns:
         `average_accuracy`, `learning_accuracy`, `incremental_accuracy`; from two tasks on `bwt`,
@@ -65,39 +70,52 @@ def continual_metrics(
         scores = np.asarray(matrix, dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"The rows of the matrix must be equally long: {error}.") from error
-    if scores.ndim != 2 or scores.size == 0 or scores.shape[0] > scores.shape[1]:
+    if scores.ndim != 2 or scores.size == 0:
         raise ValueError(
-            f"Expected a matrix with a row for each task trained and a column for each task, got "
-            f"shape {scores.shape}. Training a task again replaces its row."
+            f"Expected a matrix with a row for each training and a column for each task, got shape "
+            f"{scores.shape}."
         )
-    tasks, columns = scores.shape
-    square = scores[:, :tasks]
-    learnt, last = np.diagonal(square), square[-1]
+    order = list(range(len(scores)) if trained is None else trained)
+    columns = scores.shape[1]
+    if len(order) != len(scores) or not {*order} <= {*range(columns)}:
+        raise ValueError(
+            f"{len(scores)} rows and {columns} columns need the column of the task that each row "
+            f"has trained, from 0 to {columns - 1}, got trained={trained}. A task that was trained "
+            "twice has two rows: trained=[0, 1, 0]."
+        )
+    tasks = list(dict.fromkeys(order))
+    learnt = np.array([scores[len(order) - 1 - order[::-1].index(j), j] for j in tasks])
+    last = scores[-1, tasks]
+    so_far = [list(dict.fromkeys(order[: t + 1])) for t in range(len(order))]
     found = {
         "average_accuracy": last.mean(),
         "learning_accuracy": learnt.mean(),
-        "incremental_accuracy": np.mean([square[t, : t + 1].mean() for t in range(tasks)]),
+        "incremental_accuracy": np.mean([scores[t, seen].mean() for t, seen in enumerate(so_far)]),
     }
-    before = _of_tasks("baseline", baseline, tasks, columns)
-    together = _of_tasks("joint", joint, tasks, columns)
-    if tasks > 1:
-        best = np.fmax.reduce(square[:-1, :-1])
-        found["bwt"] = (last - learnt)[:-1].mean()
-        found["forgetting"] = (best - last[:-1]).mean()
+    before = _of_tasks("baseline", baseline, tasks, len(order), columns)
+    together = _of_tasks("joint", joint, tasks, len(order), columns)
+    is_past = np.array(tasks) != order[-1]
+    if is_past.any():
+        best = np.fmax.reduce(scores[:-1, tasks])
+        found["bwt"] = (last - learnt)[is_past].mean()
+        found["forgetting"] = (best - last)[is_past].mean()
         if before is not None:
-            found["fwt"] = (np.diagonal(square, 1) - before[1:]).mean()
+            untrained = np.array([scores[order.index(j) - 1, j] for j in tasks[1:]])
+            found["fwt"] = (untrained - before[1:]).mean()
     if together is not None:
         found["intransigence"] = (together - learnt).mean()
     return {name: float(value) for name, value in found.items()}
 
 
-def _of_tasks(name: str, given: Any, tasks: int, columns: int) -> npt.NDArray[np.float64] | None:
+def _of_tasks(
+    name: str, given: Any, tasks: list[int], rows: int, columns: int
+) -> npt.NDArray[np.float64] | None:
     """The scores of the tasks trained."""
     if given is None:
         return None
     scores = np.asarray(given, dtype=np.float64)
-    if scores.shape not in ((tasks,), (columns,)):
+    if scores.shape not in ((rows,), (columns,)) or len(scores) <= max(tasks):
         raise ValueError(
             f"{name} must have a score for each of the {columns} tasks, got shape {scores.shape}."
         )
-    return scores[:tasks]
+    return scores[tasks]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import default_data_collator
 
+from hf_adapt.engine.collating import label_columns
 from hf_adapt.engine.columns import dataset_columns, named_inputs
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.pairing import is_map_style, rows_at
@@ -38,7 +39,7 @@ CLASS_COLUMNS = ("labels", "label")
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 """Makes a batch of rows."""
 
-LABELS = {"label", "labels", "label_ids", "start_positions", "end_positions"}
+LABELS = label_columns(("start_positions", "end_positions"), None)
 """Columns and inputs that hold labels."""
 
 
@@ -56,6 +57,12 @@ def rows_of(given: Any, name: str) -> Any:
     kinds = (datasets.Dataset, torch.utils.data.Dataset)  # a Subset has a `dataset` too
     rows = given if isinstance(given, kinds) else getattr(given, "dataset", given)
     check_rows(rows, name)
+    several = isinstance(rows, list | tuple) and any(isinstance(each, kinds) for each in rows)
+    if several or isinstance(rows, Mapping):
+        raise TypeError(
+            f"{name} is a {type(rows).__name__} of data sets: join them, "
+            "datasets.concatenate_datasets([...]), or ReplayMemory.merge([...]) of memories."
+        )
     if hasattr(rows, "__len__") and not len(rows):
         raise ValueError(f"{name} has no rows: pass prepared rows of the past.")
     return rows
@@ -161,6 +168,13 @@ def check_labels(trainer: Trainer, rows: Any) -> None:
             f"A label of train_dataset is {str(first)[:40]}, and one of the memory "
             f"{str(old)[:40]}: one of them is of rows and the other of tokens or of several "
             "classes. A memory holds rows of the same kind of task."
+        )
+    kinds = [np.asarray(label).dtype.kind for label in (first, old)]
+    if first is not None and sorted(kinds) == ["f", "i"]:
+        raise ValueError(
+            f"A label of train_dataset is {first!s:.40}, and one of the memory {old!s:.40}: a loss "
+            "takes numbers of classes or measured values. Cast the memory's: "
+            f"memory.cast_column({column!r}, train_dataset.features[{column!r}])."
         )
     model = unwrapped_model(trainer)
     classes = getattr(getattr(unwrapped_base(model), "config", None), "num_labels", None)

@@ -20,6 +20,9 @@ Rates = Mapping[nn.Parameter, float]
 class WeightPull:
     r"""Pulls parameters towards their starts: λ/2 · Σ F (θ - θ*)², computed in float32.
 
+    Where most rows of a weight have F = 0, as the embeddings of words that the old task lacks, only
+    the others are worked on.
+
     Args:
         weights: The parameters.
         starts: Their starts θ*, of the same shapes.
@@ -32,10 +35,27 @@ class WeightPull:
         starts: Sequence[torch.Tensor],
         importances: Sequence[torch.Tensor] | None,
     ) -> None:
-        self.weights, self.starts, self.importances = weights, starts, importances
+        self.weights = weights
         limit = max((float(f.max()) for f in importances or () if f.numel()), default=1.0)
         self._largest = limit or 1.0
+        self._rows: list[torch.Tensor | None] = [None] * len(weights)
+        if importances is not None:
+            self._rows = [_known_rows(each) for each in importances]
+        self.starts = [self._part(i, start) for i, start in enumerate(starts)]
+        self.importances = None
+        if importances is not None:
+            self.importances = [self._part(i, f) for i, f in enumerate(importances)]
         self._old: list[torch.Tensor] = []
+
+    def _part(self, i: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of a tensor, of the shape of weight i, that are worked on: itself or a copy."""
+        rows = self._rows[i]
+        return tensor if rows is None else tensor[rows]
+
+    def _write(self, i: int, tensor: torch.Tensor, part: torch.Tensor) -> None:
+        """Write what has become of these rows, if they are a copy."""
+        if (rows := self._rows[i]) is not None:
+            tensor.index_copy_(0, rows, part)
 
     def _fixed(self, chosen: Sequence[int]) -> list[list[torch.Tensor]]:
         """The starts and, if there are any, the importances of some of the weights."""
@@ -44,20 +64,23 @@ class WeightPull:
 
     def add_gradient(self, strength: float) -> None:
         """Write λ F (θ - θ*) onto the gradients; a weight without one takes no part in the step."""
-        chosen = [i for i, weight in enumerate(self.weights) if weight.grad is not None]
-        own = [self.weights[i].detach() for i in chosen]
-        gradients = [g for i in chosen if (g := self.weights[i].grad) is not None]
+        whole = {i: g for i, weight in enumerate(self.weights) if (g := weight.grad) is not None}
+        chosen = list(whole)
+        own = [self._part(i, self.weights[i].detach()) for i in chosen]
+        gradients = [self._part(i, g) for i, g in whole.items()]
         for gradient, given, start, *importance in _blocks(gradients, own, *self._fixed(chosen)):
             distance = torch._foreach_sub(given, start)
             for factor in importance:
                 torch._foreach_mul_(distance, factor)
             torch._foreach_add_(gradient, distance, alpha=strength)
+        for (i, g), part in zip(whole.items(), gradients, strict=True):
+            self._write(i, g, part)
 
     def move(self, strength: float, rates: Rates) -> None:
         r"""The proximal step θ ← θ + (θ* - θ) ηλF / (1 + ηλF), each at its own rate η."""
         for rate, chosen in _by_rate(self.weights, rates).items():
             factor = rate * strength
-            own = [self.weights[i].detach() for i in chosen]
+            own = [self._part(i, self.weights[i].detach()) for i in chosen]
             for moved, start, *importance in _blocks(own, *self._fixed(chosen)):
                 if not importance:
                     torch._foreach_lerp_(moved, start, factor / (1 + factor))
@@ -67,28 +90,32 @@ class WeightPull:
                 torch._foreach_mul_(distance, shares)
                 torch._foreach_add_(shares, 1.0)
                 torch._foreach_addcdiv_(moved, distance, shares)
+            for i, part in zip(chosen, own, strict=True):
+                self._write(i, self.weights[i].detach(), part)
 
     def remember(self) -> None:
         """Keep the weights before a step."""
+        own = [self._part(i, weight.detach()) for i, weight in enumerate(self.weights)]
         if not self._old:
-            self._old = [torch.empty_like(w) for w in self.weights]
-        for old, weight in zip(self._old, self.weights, strict=True):
-            old.copy_(weight.detach())
+            self._old = [torch.empty_like(w) for w in own]
+        torch._foreach_copy_(self._old, own)
 
     def shorten(self, strength: float) -> None:
         r"""Shorten the step to θ_old + (1 - λ F / max F) (θ_new - θ_old)."""
         assert self.importances is not None
-        own = [weight.detach() for weight in self.weights]
+        own = [self._part(i, weight.detach()) for i, weight in enumerate(self.weights)]
         for moved, old, importance in _blocks(own, self._old, self.importances):
             ratios = torch._foreach_mul(importance, -strength / self._largest)
             torch._foreach_add_(ratios, 1.0)
             for weight, before, ratio in zip(moved, old, ratios, strict=True):
                 weight.copy_(torch.lerp(before, weight, ratio))
+        for i, part in enumerate(own):
+            self._write(i, self.weights[i].detach(), part)
 
     def penalty(self) -> torch.Tensor:
         """Σ F (θ - θ*)² / 2."""
         total = torch.zeros((), dtype=torch.float32, device=self.starts[0].device)
-        own = [weight.detach() for weight in self.weights]
+        own = [self._part(i, weight.detach()) for i, weight in enumerate(self.weights)]
         for given, start, *importance in _blocks(own, *self._fixed(range(len(own))), write=False):
             distance = torch._foreach_sub(given, start)
             torch._foreach_mul_(distance, distance)
@@ -96,6 +123,14 @@ class WeightPull:
                 torch._foreach_mul_(distance, factor)
             total += torch.stack([each.sum() for each in distance]).sum()
         return total / 2
+
+
+def _known_rows(importance: torch.Tensor) -> torch.Tensor | None:
+    """The rows of a matrix with an F above 0, where they are less than half; None else."""
+    if importance.ndim < 2 or not importance.numel():
+        return None
+    rows = importance.flatten(1).any(1).nonzero().flatten()
+    return rows if 2 * len(rows) < len(importance) else None
 
 
 class LowRankPull:

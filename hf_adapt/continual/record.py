@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,8 @@ class Record:
     Args:
         metric: What the scores are.
         baseline: Scores before the first training, by task; None if they were not measured.
-        rows: Scores after each training, by the task that was trained, in the order of training.
+        rows: Scores after each training, by the task that was trained, in the order of training;
+            that of a task that is trained again is "task (2)".
     """
 
     metric: str
@@ -47,7 +48,27 @@ class Record:
     def tasks(self) -> list[str]:
         """All tasks: those that were trained in their order, then the others."""
         scored = [self.baseline or {}, *self.rows.values()]
-        return list(dict.fromkeys([*self.rows, *(task for scores in scored for task in scores)]))
+        return list(dict.fromkeys([*self.trained, *(task for scores in scored for task in scores)]))
+
+    @property
+    def trained(self) -> list[str]:
+        """The task that each row has trained."""
+        return [task_of(name, scores) for name, scores in self.rows.items()]
+
+    def row_of(self, task: str, tasks: Collection[str]) -> str:
+        """The row that a training of a task has: that of the last training, if it was of the task.
+
+        Args:
+            task: The task.
+            tasks: All tasks, whose names no further row may have.
+        """
+        if self.trained[-1:] == [task]:
+            return list(self.rows)[-1]
+        name, number = task, 1
+        while name in self.rows or (number > 1 and name in tasks):
+            number += 1
+            name = f"{task} ({number})"
+        return name
 
     def table(self, *rows: Scores) -> list[list[float]]:
         """Scores with a column for each task, NaN where there is none."""
@@ -63,9 +84,15 @@ class Record:
             [[sign * score for score in row] for row in self.table(*rows)]
             for rows in (self.rows.values(), [self.baseline or {}])
         )
-        found = continual_metrics(matrix, before[0])
+        trained = [self.tasks.index(task) for task in self.trained]
+        found = continual_metrics(matrix, before[0], trained=trained)
         signed = {n: sign * value if n in LEVELS else value for n, value in found.items()}
         return {name: value for name, value in signed.items() if math.isfinite(value)}
+
+
+def task_of(row: str, tasks: Collection[str]) -> str:
+    """The task that a row has trained."""
+    return row if row in tasks else row.rpartition(" (")[0]
 
 
 class ContinualMetrics(Adaptation):
@@ -82,19 +109,21 @@ class ContinualMetrics(Adaptation):
 
     Args:
         task: The task that is trained, a key of `eval_dataset`; by default the first of them that
-            has no row yet. Training the last task again replaces its row; one before it would
-            belong to another sequence, and is refused.
+            has no row yet. Training the last task again replaces its row; one before it has a
+            further row, if the model is the one that the last training has left.
         metric: What is read of each evaluation, `eval_{task}_{metric}`: a name that
             `compute_metrics` returns, for which higher is better; or `"loss"`, for which lower is.
-        path: The JSON file; by default `continual_metrics.json` in the folder that `output_dir`
-            lies in, so that `runs/movies` and `runs/tweets` share `runs/continual_metrics.json`.
-            Give each sequence of trainings (each seed) a file of its own.
+        path: The JSON file, or its folder; by default `continual_metrics.json` in the folder that
+            `output_dir` lies in, so that `runs/movies` and `runs/tweets` share
+            `runs/continual_metrics.json`. Give each sequence of trainings (each seed) a file of its
+            own.
         known: Tasks that the model knows already, in the order in which it has learnt them. Their
             rows are the scores before the first training of all, from which forgetting counts.
 
     Raises:
         ValueError: Before training, if `eval_dataset` is no dict or lacks a task, if the metric is
-            not among those of an evaluation, or if the file belongs to another metric.
+            not among those of an evaluation, if the file belongs to another metric, or if a task
+            is trained again by a model that has not gone through the trainings in the file.
 
     Example:
         ```python
@@ -116,12 +145,14 @@ class ContinualMetrics(Adaptation):
         self.task, self.metric, self.path = task, metric, path
         self.known = [known] if isinstance(known, str) else list(known)
         self.record = Record(metric)
-        self._file, self._trained, self._own = Path(), "", list[str]()
+        self._file, self._row, self._own = Path(), "", list[str]()
 
     def setup(self, trainer: Trainer) -> None:
         """Read the file, and check that all tasks can be evaluated."""
-        default = Path(trainer.args.output_dir or ".").absolute().parent / "continual_metrics.json"
-        self._file = default if self.path is None else Path(self.path)
+        beside = Path(trainer.args.output_dir or ".").absolute().parent
+        self._file = beside if self.path is None else Path(self.path)
+        if self.path is None or self._file.is_dir():
+            self._file /= "continual_metrics.json"
         if not isinstance(trainer.eval_dataset, Mapping) or not trainer.eval_dataset:
             raise ValueError(
                 "ContinualMetrics evaluates several tasks: eval_dataset must be a dict of data "
@@ -146,7 +177,7 @@ class ContinualMetrics(Adaptation):
                 f"known={self.known}: {', '.join(unknown)} is trained now, or none of the tasks of "
                 f"eval_dataset, which has {', '.join(tasks)}."
             )
-        self._trained = self._choose(tasks, saved_state(trainer, self).get("task"))
+        self._row = self._choose(tasks, saved_state(trainer, self).get("row"))
 
     def _read(self, trainer: Trainer) -> Record:
         """What the main process finds in the file; other machines may not see it."""
@@ -159,6 +190,7 @@ class ContinualMetrics(Adaptation):
         try:
             content = json.loads(text[0])
             record = Record(content["metric"], content["baseline"], content["rows"])
+            record.table(*record.rows.values(), record.baseline or {})  # are they scores by task?
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self._file} is no record of ContinualMetrics ({error!r}). Move it away, or pass "
@@ -172,37 +204,24 @@ class ContinualMetrics(Adaptation):
         return record
 
     def _choose(self, tasks: list[str], resumed: str | None) -> str:
-        """The task that is trained."""
-        named = self.task or resumed
-        if named is not None:
-            if named not in tasks:
-                raise ValueError(
-                    f"ContinualMetrics({named!r}): no such task in eval_dataset, which has "
-                    f"{', '.join(tasks)}."
-                )
-            rows = list(self.record.rows)
-            if named in rows[:-1] and resumed != named:
-                raise ValueError(
-                    f"{self._file} has rows of {', '.join(rows)}: {named} has been trained, and "
-                    f"{', '.join(rows[rows.index(named) + 1 :])} after it, so that a new row of it "
-                    "would belong to another sequence. Give each sequence of trainings a path of "
-                    "its own."
-                )
-            self._tell_of_others(named)
-            return named
-        left = [task for task in tasks if task not in (*self.record.rows, *self.known)]
-        if not left:
+        """The row of the task that is trained."""
+        task = self.task or (None if resumed is None else task_of(resumed, tasks))
+        if task is not None and task not in tasks:
             raise ValueError(
-                f"{self._file} has a row for each task of eval_dataset. To train the last one "
-                "again, name it (task=...), which replaces its row; to start anew, delete the file "
-                "or pass another path."
+                f"ContinualMetrics({task!r}): no such task in eval_dataset, which has "
+                f"{', '.join(tasks)}."
             )
-        self._tell_of_others(left[0])
-        return left[0]
-
-    def _tell_of_others(self, task: str) -> None:
-        """Say so where the file has rows that this object has not written."""
-        if found := [name for name in self.record.rows if name not in (*self._own, task)]:
+        if task is None:
+            left = [each for each in tasks if each not in (*self.record.trained, *self.known)]
+            if not left:
+                raise ValueError(
+                    f"{self._file} has a row for each task of eval_dataset. To train one again, "
+                    "name it (task=...); to start anew, delete the file or pass another path."
+                )
+            task = left[0]
+        is_resumed = resumed is not None and task_of(resumed, tasks) == task
+        row = resumed if is_resumed and resumed else self.record.row_of(task, tasks)
+        if found := [name for name in self.record.rows if name not in (*self._own, row)]:
             logger.warning(
                 "ContinualMetrics goes on with %s, which has rows for %s; the task trained now is "
                 "%s. Pass another path= (or task=) if that is not so.",
@@ -210,6 +229,7 @@ class ContinualMetrics(Adaptation):
                 ", ".join(found),
                 task,
             )
+        return row
 
     def begin(self, trainer: Trainer) -> None:
         """Evaluate all tasks before the first training of all."""
@@ -217,21 +237,31 @@ class ContinualMetrics(Adaptation):
             return
         scores, rows = self._evaluate(trainer), self.record.rows
         if self.record.baseline is not None or rows:
-            last = list(rows)[-1] if rows else None
-            before = self.record.baseline if last in (None, self._trained) else rows[last]
-            self._compare(scores, before or {}, last)
+            if rows and self._row not in rows:
+                self._compare(scores, list(rows.values())[-1])
             return
         self.record.baseline = scores
-        self.record.rows = {task: self.record.baseline for task in self.known}
+        self.record.rows = {task: scores for task in self.known}
         self._own += self.known
         self._write(trainer)
 
-    def _compare(self, scores: Scores, before: Scores, last: str | None) -> None:
-        """Say so if the model is not the one that the last training has left."""
-        known = [task for task in before if task in self.record.rows and task in scores]
+    def _compare(self, scores: Scores, before: Scores) -> None:
+        """Say so if the model is not the one that the last training has left.
+
+        Raises:
+            ValueError: If a task is trained again: this is most likely another sequence.
+        """
+        known = [task for task in self.record.trained if task in before and task in scores]
         other = {task for task in known if abs(scores[task] - before[task]) > 0.005}
-        if other and last != self._trained:
-            numbers = ", ".join(f"{t} {before[t]:.4f}, now {scores[t]:.4f}" for t in sorted(other))
+        numbers = ", ".join(f"{t} {before[t]:.4f}, now {scores[t]:.4f}" for t in sorted(other))
+        if other and self._row not in scores:
+            raise ValueError(
+                f"{self._file} has rows of {', '.join(self.record.rows)}, and {self._row} would be "
+                f"a further training of the same model; but this one scores otherwise ({numbers}), "
+                "so it is that of another sequence. Give each sequence of trainings (each seed) a "
+                "path of its own, or move the file away."
+            )
+        if other:
             logger.warning(
                 "The model scores otherwise than after the last training in %s (%s): if it is that "
                 "of another run (another seed), give ContinualMetrics a path= of its own, or what "
@@ -241,8 +271,8 @@ class ContinualMetrics(Adaptation):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The task, so that a resumed run does not take the next one."""
-        return {"task": self._trained}
+        """The row, so that a resumed run does not take the next one."""
+        return {"row": self._row}
 
     def finish(self, trainer: Trainer) -> None:
         """Evaluate all tasks, and write, print and log what came of it."""
@@ -251,15 +281,15 @@ class ContinualMetrics(Adaptation):
         except ValueError as error:  # the training is done, and must not be lost
             logger.error("ContinualMetrics has no row for this training. %s", error)
             return
-        self.record.rows[self._trained] = scores
-        self._own.append(self._trained)
+        self.record.rows[self._row] = scores
+        self._own.append(self._row)
         self._write(trainer)
         found = self.record.metrics()
         trainer.log({f"{self.name}/{name}": value for name, value in found.items()})
         if trainer.is_world_process_zero():
             words = {n: n.replace("accuracy", self.metric).replace("_", " ") for n in found}
             numbers = ", ".join(f"{words[n]} {value:.4f}" for n, value in found.items())
-            print(f"After {self._trained} ({len(self.record.rows)} trained): {numbers}")
+            print(f"After {self._row} ({len(self.record.rows)} trained): {numbers}")
 
     def _evaluate(self, trainer: Trainer) -> Scores:
         """The score of each task."""

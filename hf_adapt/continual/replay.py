@@ -90,6 +90,11 @@ class Replay(Adaptation):
             )
         self.memory = memory if isinstance(memory, ReplayMemory) else None
         rows = memory.dataset if isinstance(memory, ReplayMemory) else memory
+        if rows is None:
+            raise TypeError(
+                "Replay(None): expected a memory, ReplayMemory.from_dataset(old, size=500), or "
+                "prepared rows of the past."
+            )
         if hasattr(rows, "__len__") and len(rows) == 0:
             raise ValueError(
                 "The memory is empty, so nothing of the past would be seen. Make it of the old "

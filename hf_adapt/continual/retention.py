@@ -203,7 +203,7 @@ class KeepPredictions(Distillation):
         self.on = on
         self.streams = () if on == NEW else (on,)
         self.needs_streams = () if on in (NEW, TRAINING) else (on,)
-        self.classes = classes
+        self.classes = None if classes is None else list(dict.fromkeys(classes))
         self._old_classes: torch.Tensor | None = None
 
     def setup(self, trainer: Trainer) -> None:

@@ -19,6 +19,11 @@ def is_a(model: nn.Module, endings: tuple[str, ...]) -> bool:
     return any(cls.__name__.endswith(endings) for cls in type(unwrapped_base(model)).__mro__)
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT's layers are in it; some of its releases leave `peft_config` when they merge."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model has an encoder and a decoder."""
     return bool(

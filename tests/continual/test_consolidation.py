@@ -159,6 +159,34 @@ def test_pulls_of_weights_of_any_shape(dtype: torch.dtype, monkeypatch: Any) -> 
             assert c or torch.equal(new, old), "the optimizer has left it out"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_importance_are_left_out(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Of a matrix with few others; what is left is as if they had been worked on, by a bit."""
+    known, found = [torch.zeros(9, 3), torch.zeros(4, 2), torch.rand(3, 3)], []
+    known[0][[2, 7]] = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
+    for skips in (True, False):
+        if not skips:
+            monkeypatch.setattr(pulls, "_known_rows", lambda importance: None)
+        torch.manual_seed(0)
+        own = [torch.nn.Parameter(torch.randn(f.shape).to(dtype)) for f in known]
+        pull = WeightPull(own, [torch.randn(f.shape).to(dtype) for f in known], known)
+        assert [len(start) for start in pull.starts] == ([2, 0, 3] if skips else [9, 4, 3])
+        values = [pull.penalty()]
+        for weight in own:
+            weight.grad = torch.randn(weight.shape).to(dtype)
+        pull.add_gradient(2.0)
+        values += [weight.grad.clone() for weight in own if weight.grad is not None]
+        with torch.no_grad():
+            pull.move(3.0, dict.fromkeys(own, 0.1))
+            pull.remember()
+            for weight in own:
+                weight.add_(1.0)
+            pull.shorten(0.5)
+        found.append([*values, *(weight.detach() for weight in own)])
+    torch.testing.assert_close(found[0][0], found[1][0])  # a sum, in another order
+    assert all(map(torch.equal, found[0][1:], found[1][1:]))
+
+
 # ---- LoRA ----
 
 
@@ -353,6 +381,10 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
     trainer = trainer_of(bert(), tmp_path, known, **settings)
     with pytest.raises(ValueError, match="has been written again since"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "folder" / "checkpoint-2"))
+    trainer_of(bert(), tmp_path / "l2", Consolidation(), **settings).train()
+    trainer = trainer_of(bert(), tmp_path, Consolidation(Fisher(rows(3, 1))), **settings)
+    with pytest.raises(ValueError, match=r"another importance \(Fisher\) than it began with"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "l2" / "checkpoint-2"))
 
 
 # ---- bad input ----

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from hf_adapt import adapt
 from hf_adapt.continual import AGEM, ReplayMemory, agem_projection
+from hf_adapt.engine.mixins import BatchTransform
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert, llama
 from tests.helpers.trainers import (
@@ -161,6 +162,23 @@ def test_frozen_weights_tokens_and_a_memory_without_a_label(tmp_path: Path) -> N
         trainer.train()
         finals.append(weights(trainer.model))
     assert same_bits(*finals)
+
+
+class Marks(BatchTransform):
+    """Adds something to the batches."""
+
+    name = "marks"
+
+    def transform_batch(self, rows: Any, batch: Any) -> None:
+        batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
+
+
+def test_a_method_that_changes_the_batches_is_refused(tmp_path: Path) -> None:
+    """The memory's would be without what it adds."""
+    trainer = adapt(trainer_of(tmp_path, AGAINST), Marks())
+    with pytest.raises(ValueError, match="without what marks adds to the batches"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_bad_input(tmp_path: Path) -> None:

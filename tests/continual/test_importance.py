@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from transformers import Trainer
 
 from hf_adapt import adapt
@@ -256,6 +257,14 @@ def test_bad_input(tmp_path: Path) -> None:
         fisher_diagonal(model, 3)
     with pytest.raises(FileNotFoundError, match="Pass the folder that Consolidation"):
         load_importance(tmp_path)
+    file = tmp_path / "importance.safetensors"
+    for content in (b"{}", save({"bert.weight": torch.ones(2)})):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="is no importance"):
+            Consolidation(tmp_path)
+    for several in ({"a": rows(2, 1)}, [rows(2, 1), rows(2, 2)]):
+        with pytest.raises(TypeError, match="of data sets: join them"):
+            Fisher(several)
     trainer = trainer_of(bert("token"), tmp_path)
     trainer.train_dataset = rows(12, 1, "token")
     adapt(trainer, Consolidation(Fisher(rows(2, 1, None))))

@@ -161,6 +161,20 @@ def test_what_cannot_be_blended(start: Any, alpha: Any, expected: str) -> None:
         interpolate(start(), bert(), alpha)
 
 
+def test_merged_adapters_are_weights() -> None:
+    """Some releases of PEFT leave `peft_config` on the model."""
+    tuned = peft_model()
+    for name, factor in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.ones_(factor)
+    merged = tuned.merge_and_unload()
+    merged.peft_config = {"default": LoraConfig()}
+    half = interpolate(bert(), merged, 0.5)
+    query = [m.bert.encoder.layer[0].attention.self.query.weight for m in (bert(), half, merged)]
+    torch.testing.assert_close(query[1], (query[0] + query[2]) / 2)
+    assert not torch.equal(query[0], query[2])
+
+
 def test_no_names_in_common() -> None:
     with pytest.raises(ValueError, match="no module of the base model has the same name"):
         shared_weights({"a.weight": (1,)}, {"b.weight": (1,)})

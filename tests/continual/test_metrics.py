@@ -52,6 +52,28 @@ def test_one_task_has_nothing_to_forget() -> None:
     assert found == dict.fromkeys(levels, 0.9)
 
 
+def test_a_task_that_is_trained_again() -> None:
+    """First, second, first: forgotten is the second, and learnt the first's last score."""
+    matrix = [[0.7, 0.2], [0.4, 0.9], [0.8, 0.6]]
+    found = continual_metrics(matrix, [0.5, 0.1], trained=[0, 1, 0])
+    assert found == pytest.approx(
+        dict(
+            average_accuracy=(0.8 + 0.6) / 2,
+            learning_accuracy=(0.8 + 0.9) / 2,
+            incremental_accuracy=(0.7 + (0.4 + 0.9) / 2 + (0.8 + 0.6) / 2) / 3,
+            bwt=0.6 - 0.9,
+            forgetting=0.9 - 0.6,
+            fwt=0.2 - 0.1,
+        )
+    )
+    assert continual_metrics(MATRIX, [0.5, 0.1, 0.15], trained=[0, 1, 2]) == pytest.approx(
+        EXPECTED, abs=1e-6
+    )
+    backwards = [row[::-1] for row in MATRIX]
+    found = continual_metrics(backwards, [0.15, 0.1, 0.5], trained=[2, 1, 0])
+    assert found == pytest.approx(EXPECTED, abs=1e-6)
+
+
 def test_what_was_not_evaluated_is_not_made_up() -> None:
     found = continual_metrics(
         [[0.9, math.nan, 0.1], [math.nan, 0.8, 0.2], [0.6, 0.7, 0.8]], [0] * 3
@@ -65,7 +87,10 @@ def test_what_was_not_evaluated_is_not_made_up() -> None:
     [
         ([0.9], {}, r"shape \(1,\)"),
         ([], {}, r"shape \(0,\)"),
-        ([[0.9], [0.8]], {}, r"shape \(2, 1\).*replaces its row"),
+        ([[0.9], [0.8]], {}, r"2 rows and 1 columns .* trained=\[0, 1, 0\]"),
+        (MATRIX, {"trained": [0, 1]}, r"got trained=\[0, 1\]"),
+        (MATRIX, {"trained": [0, 1, 3]}, "from 0 to 2"),
+        (MATRIX, {"trained": [0, 2, 0], "joint": [0.5] * 2}, "joint must have"),
         ([[0.9, 0.1], [0.8]], {}, "equally long"),
         (MATRIX, {"baseline": [0.5]}, r"baseline must have a score for each of the 3 tasks"),
         (MATRIX, {"joint": [[0.5] * 3]}, "joint must have"),
@@ -188,8 +213,31 @@ def test_which_task_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert train("spam", tasks={**TASKS, "spam": rows(5, 9)}) == ["tweets", "movies", "spam"]
     with pytest.raises(ValueError, match="scores of spam, which eval_dataset lacks"):
         train("movies")
-    with pytest.raises(ValueError, match=r"tweets has been trained, and movies, spam after it"):
-        train("tweets", tasks={**TASKS, "spam": rows(5, 9)})
+
+
+def test_a_task_is_trained_again_after_another(tmp_path: Path) -> None:
+    file, model, seen = tmp_path / "continual_metrics.json", bert(), []
+    for number, task in enumerate(["movies", "tweets", "movies"]):
+        # The last is interrupted after its first step, and resumed.
+        settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.05}
+        if number == 2:
+            settings |= {"save_strategy": "steps", "save_steps": 1, "callbacks": [StopAt(1)]}
+        trainer = trainer_of(tmp_path / "a", model, number, **settings)
+        adapt(trainer, ContinualMetrics(task, "loss")).train()
+        seen.append(scores(trainer, "loss"))
+    assert list(json.loads(file.read_text())["rows"]) == ["movies", "tweets", "movies (2)"]
+    checkpoint = str(tmp_path / "a" / "checkpoint-1")
+    trainer = trainer_of(tmp_path / "a", bert(), 2, max_steps=2, learning_rate=0.05)
+    adapt(trainer, ContinualMetrics(metric="loss")).train(resume_from_checkpoint=checkpoint)
+    seen[-1] = scores(trainer, "loss")
+    record = json.loads(file.read_text())
+    assert list(record["rows"]) == ["movies", "tweets", "movies (2)"]
+    assert list(record["rows"].values()) == seen
+    lost = seen[2]["tweets"] - seen[1]["tweets"]
+    assert losses(trainer, "continual/bwt") == [pytest.approx(-lost)]
+    with pytest.raises(ValueError, match=r"tweets \(2\) would be a further training .* another"):
+        adapt(trainer_of(tmp_path / "b", bert(seed=5)), ContinualMetrics("tweets", "loss")).train()
+    assert file.read_text() == json.dumps(record, indent=1) + "\n"
 
 
 def test_another_model_than_the_last_training_left(tmp_path: Path, caplog: Any) -> None:
@@ -237,13 +285,14 @@ def test_refused_before_training(
     [
         ("{", "is no record of ContinualMetrics"),
         ("[]", "is no record of ContinualMetrics"),
+        ('{"metric": "accuracy", "baseline": null, "rows": {"a": 1}}', "is no record"),
         ('{"metric": "f1", "baseline": null, "rows": {}}', "records f1, not accuracy"),
     ],
 )
 def test_another_file(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "continual_metrics.json").write_text(text)
     with pytest.raises(ValueError, match=expected):
-        adapt(trainer_of(tmp_path / "a"), ContinualMetrics()).train()
+        adapt(trainer_of(tmp_path / "a"), ContinualMetrics(path=tmp_path)).train()
 
 
 def test_a_metric_that_is_missing_in_the_end_loses_no_training(

@@ -1,6 +1,7 @@
 """Replay: a loop written by hand, the memory's rows, and what is refused."""
 
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -463,8 +464,22 @@ def test_rows_that_cannot_be_remembered() -> None:
     memories = [ReplayMemory.from_dataset(numbered(5), 3, seed=seed) for seed in (0, 1)]
     with pytest.raises(TypeError, match="takes one memory"):
         Replay(memories)
+    with pytest.raises(TypeError, match="expected a memory"):
+        Replay(None)
     with pytest.raises(ValueError, match="different policies cannot be compared"):
         ReplayMemory.merge(memories)
+
+
+def test_folders_that_hold_no_memory(tmp_path: Path) -> None:
+    for text in ("{", "{}", "[]"):
+        (tmp_path / "memory.json").write_text(text)
+        with pytest.raises(ValueError, match=r"memory\.json is no memory"):
+            ReplayMemory.load(tmp_path)
+    ReplayMemory.from_dataset(numbered(5), 3).save(tmp_path)
+    shutil.rmtree(next(tmp_path.glob("rows-*")))
+    with pytest.raises(FileNotFoundError, match="the rows of the memory, is missing"):
+        ReplayMemory.load(tmp_path)
+    assert len(ReplayMemory.load(tmp_path, numbered(5))) == 3
 
 
 LABELS = datasets.ClassLabel(names=["bad", "good", "fair"])
@@ -485,6 +500,7 @@ def named(data: datasets.Dataset, kind: datasets.ClassLabel) -> datasets.Dataset
         (rows(8, 1), list(rows(5, 2).map(lambda r: {"labels": 7})), "has the label 7"),
         (rows(8, 1), rows(5, 2).map(lambda r: {"labels": -1}), "has the label -1"),
         (named(rows(8, 1), LABELS), named(rows(5, 2), OTHERS), "would mean another class"),
+        (rows(8, 1), rows(5, 2).cast_column("labels", datasets.Value("float32")), "measured value"),
     ],
 )
 def test_memories_that_do_not_fit(train: Any, memory: Any, message: str, tmp_path: Path) -> None:

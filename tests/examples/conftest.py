@@ -8,8 +8,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.helpers.models import llama_config
 from tests.helpers.word_classifier import WORDS
 
 ROOT = Path(__file__).parents[2]
@@ -35,16 +36,8 @@ def llama_dir(tmp_path):
         tokenizer_object=backend, unk_token="<unk>", eos_token="<end>"
     )
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=1,
+    config = llama_config(
+        vocab_size=len(words), num_hidden_layers=4, tie_word_embeddings=True, eos_token_id=1
     )
     folder = tmp_path / "llama"
     LlamaForCausalLM(config).save_pretrained(folder)

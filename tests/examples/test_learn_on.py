@@ -1,11 +1,14 @@
 """Learning on without forgetting, run as a person runs it: tiny models and data, no network."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import datasets
 import forgetting
+import forgetting_language_model
+import language_models
 import learn_on
 import learn_on_lm
 import pytest
@@ -73,22 +76,56 @@ def test_every_method_has_its_row_and_finished_runs_are_kept(command, tmp_path, 
     assert (folder / "table.md").read_text() == table
 
 
-def test_perplexity_in_the_new_domain_and_the_general_one(llama_dir, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
+@pytest.fixture
+def language_command(llama_dir, tmp_path, monkeypatch):
+    """Options for a tiny language model."""
     texts = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 15)) for i in range(1, 30)]
-    monkeypatch.setattr(learn_on_lm, "texts_of", lambda domain, split: texts)
+
+    def texts_of(domain, split):
+        start = ["sms", "nyt", "movies"].index(domain)
+        return texts[start:]
+
+    monkeypatch.setattr(language_models, "texts_of", texts_of)
     options = {
         "--model_name_or_path": str(llama_dir),
         "--output_dir": str(tmp_path / "out"),
         "--max_steps": "2",
         "--block_size": "8",
         "--memory_size": "4",
-        "--ratio": "0.5",
         "--learning_rate": "0.1",
         "--warmup_steps": "0",
         "--use_cpu": "true",
     }
-    learn_on_lm.main([part for option in options.items() for part in option])
+    return [part for option in options.items() for part in option]
+
+
+def test_perplexity_of_what_is_learnt_of_the_memory_and_of_other_texts(language_command, tmp_path):
+    pytest.importorskip("peft")
+    learn_on_lm.main(language_command)
     found = results(tmp_path / "out")["perplexity"]
-    assert list(found) == ["start", "plain", "kl", "replay", "replay kl"]
-    assert len({tuple(both.values()) for both in found.values()}) == len(found)
+    assert list(found) == ["start", "plain", "replay", "replay + KL"]
+    assert all(list(row) == ["sms", "nyt", "movies"] for row in found.values())
+    assert len({tuple(row.values()) for row in found.values()}) == len(found)
+
+
+def test_a_language_model_is_compared_over_seeds(language_command, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    forgetting_language_model.main([*language_command, "--seeds", "2", "--num_test", "8"])
+    folder = tmp_path / "out" / "sms-nyt-movies"
+    document = results(folder)
+    runs = {(run["method"], run["seed"]): run for run in document["runs"]}
+    assert len(runs) == 2 * len(forgetting_language_model.METHODS)
+    start, plain = document["start"], runs["plain", 42]
+    assert plain["forgotten"] == pytest.approx(math.log(plain["nyt"] / start["nyt"]))
+    assert plain["learnt"] == pytest.approx(math.log(start["sms"] / plain["sms"]))
+    half = runs["interpolation", 42]["sms"]
+    assert half not in (start["sms"], plain["sms"])
+    assert plain["sms"] != runs["plain", 43]["sms"]
+    table = (folder / "table.md").read_text()
+    assert all(f"| {method} |" in table for method in forgetting_language_model.METHODS)
+    assert (folder / "forgetting.png").stat().st_size > 10_000
+    monkeypatch.setattr(
+        forgetting_language_model, "cell", lambda *_: pytest.fail("a finished run runs again")
+    )
+    forgetting_language_model.main([*language_command, "--seeds", "2", "--num_test", "8"])
+    assert (folder / "table.md").read_text() == table

@@ -60,7 +60,7 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
 
 def llama_config(**settings: Any) -> LlamaConfig:
     """Two layers."""
-    return LlamaConfig(vocab_size=VOCABULARY, **{**SIZE, **TOKENS, **settings})
+    return LlamaConfig(**{"vocab_size": VOCABULARY, **SIZE, **TOKENS, **settings})
 
 
 def gpt2_config(**settings: Any) -> GPT2Config:

@@ -14,6 +14,7 @@ from hf_adapt.distillation.student.weights import check_alike, drop_absent, fill
 from hf_adapt.distillation.student.width import Widths, narrow
 from hf_adapt.models.layers import find_stacks
 from hf_adapt.models.state import preserved_random_state
+from hf_adapt.models.structure import has_adapters
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -98,8 +99,7 @@ def student_from_teacher(
 
 def _check_teacher(model: nn.Module) -> None:
     name = type(model).__name__
-    # Not `peft_config`: some releases of PEFT leave it on a merged model.
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    if has_adapters(model):
         raise TypeError(
             f"Expected a plain teacher, got {name} with PEFT adapters, whose weights lie beside "
             "the layers. Merge them first: `student_from_teacher(model.merge_and_unload(), ...)`."
