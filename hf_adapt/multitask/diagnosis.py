@@ -113,9 +113,11 @@ class TaskDiagnosis:
                 step = own * (LOWERED * share / square.clamp(min=1e-30))
                 for weight, given in zip(weights, gradients.split(step), strict=True):
                     weight.data.sub_(given.to(weight.dtype))
+                torch.clear_autocast_cache()  # it may hold the weights as they were, in bfloat16
                 after.append(torch.where(square > 0, losses(), torch.nan))
                 for weight, old in zip(weights, kept, strict=True):
                     weight.data.copy_(old)
+                torch.clear_autocast_cache()
         found = torch.stack(after)
         self._after.add(found)
         self._before.add(torch.where(found.isnan(), torch.nan, before.expand_as(found)))

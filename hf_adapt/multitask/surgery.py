@@ -299,9 +299,8 @@ def _gram(gradients: torch.Tensor) -> torch.Tensor:
 
 
 def _weighed(gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    weights = weights.to(gradients.device)
-    parts = torch.split(gradients.detach(), _COLUMNS, dim=1)
-    return torch.cat([(weights @ part.double()).to(gradients.dtype) for part in parts])
+    total: torch.Tensor = weights.to(gradients) @ gradients.detach()
+    return total
 
 
 def _equal_of_moving(norms: torch.Tensor) -> torch.Tensor:

@@ -75,9 +75,9 @@ class TaskGradients:
                 retain_graph=keeps_graph or k != trained[-1],
                 allow_unused=True,
             )
-            for (_, place), gradient in zip(shared, found, strict=False):
-                if gradient is not None:
-                    self.sums[k, place].add_(gradient.flatten().float(), alpha=1 / scale)
+            for (weight, place), gradient in zip(shared, found, strict=False):
+                if gradient is not None:  # it may be transposed: a view of the sum costs no copy
+                    self.sums[k, place].view_as(weight).add_(gradient, alpha=1 / scale)
             for weight, gradient in zip(others, found[len(shared) :], strict=True):
                 if gradient is not None:
                     surrogate = surrogate + (weight * (gradient / scale)).sum()

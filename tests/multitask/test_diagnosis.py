@@ -80,6 +80,17 @@ def test_tasks_that_conflict_are_pointed_out(
     assert last["multitask/affinity/one->other"] == pytest.approx(found["affinity"][0][1])
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_lowers_its_own_loss_by_a_hundredth(bf16: bool, tmp_path: Path) -> None:
+    """To first order, whatever the learning rate and the precision."""
+    method = MultiTask({"one": None, "other": TaskSpec(num_labels=2)}, diagnose_every=1)
+    rows = {"one": parity(40, 1), "other": parity(40, 2)}
+    train(tmp_path, mix(rows), method, max_steps=6, per_device_train_batch_size=16, bf16=bf16)
+    assert method.diagnosis is not None
+    own = method.diagnosis.affinity.diagonal().tolist()
+    assert own == pytest.approx([0.01, 0.01], rel=0.4)
+
+
 def test_looking_changes_no_weight(tmp_path: Path) -> None:
     rows = {"one": parity(40, 1), "other": parity(40, 2)}
     weights = []

@@ -818,3 +818,10 @@ def test_beside_a_method_on_the_own_rows(name: str, tmp_path: Path) -> None:
     for entry in trainer.state.log_history:
         assert all(v == v for v in entry.values() if isinstance(v, float)), entry
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_a_compiled_graph_is_refused_where_it_is_gone_through_twice(tmp_path: Path) -> None:
+    trainer = make(tmp_path, MultiTask(SPECS, surgery=pcgrad), data())
+    trainer.args.torch_compile = True
+    with pytest.raises(ValueError, match="Leave torch_compile out"):
+        trainer.train()
