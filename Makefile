@@ -113,6 +113,10 @@ format: $(DEV)  ## let ruff fix and format the code
 test-min: $(MIN)  ## the tests on the oldest supported versions (constraints-min.txt)
 	$(TEST_ENV) $(RUN_MIN) -m pytest $(PYTEST_ARGS) $(ARGS)
 
+.PHONY: test-package
+test-package:  ## build wheel and sdist, and use them in an empty environment; PYTHON=python3.13
+	@scripts/test_package.sh '$(PYTHON)' '$(TORCH)'
+
 .PHONY: test-cuda
 test-cuda: $(DEV)  ## the tests marked cuda, one at a time
 	$(TEST_ENV) $(RUN) -m pytest -m cuda tests $(ARGS)
@@ -147,7 +151,8 @@ suite-named:
 
 .PHONY: clean
 clean:  ## remove the environments and caches (not what runs wrote)
-	rm -rf $(VENV) $(VENV_MIN) build dist docs/_build docs/reference .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_MIN) .venv-package build dist docs/_build docs/reference
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(CORE): pyproject.toml constraints.txt

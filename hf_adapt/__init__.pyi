@@ -2,7 +2,9 @@ from hf_adapt.alignment import DANN as DANN
 from hf_adapt.alignment import MMD as MMD
 from hf_adapt.alignment import DomainAdversarialCallback as DomainAdversarialCallback
 from hf_adapt.alignment import InformationMaximization as InformationMaximization
+from hf_adapt.arguments import AdaptationArguments as AdaptationArguments
 from hf_adapt.distillation import Distillation as Distillation
+from hf_adapt.distillation import DistillationArguments as DistillationArguments
 from hf_adapt.distillation import DistillationTrainer as DistillationTrainer
 from hf_adapt.engine.adaptation import Adaptation as Adaptation
 from hf_adapt.engine.adaptation import Objective as Objective

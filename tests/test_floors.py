@@ -15,6 +15,7 @@ FLOORS = (
     ("alignment", "distillation", "knowledge", "unfreezing"),
     ("continual",),
     ("multitask",),
+    ("arguments",),
     ("evaluation",),
     ("experiments",),
     ("report",),

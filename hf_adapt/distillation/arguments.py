@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_adapt.distillation.cache import CachedTeacher
 from hf_adapt.distillation.divergences import DIVERGENCES, JensenShannon
+from hf_adapt.distillation.objective import Distillation
 from hf_adapt.distillation.teachers import ModelTeacher, Teacher
+from hf_adapt.engine.callback import adapt
 from hf_adapt.engine.texts import column_names
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 @dataclass
@@ -96,6 +101,28 @@ class DistillationArguments:
                     "contradict each other. Give it in one of them."
                 )
         return options
+
+    def add_to(self, trainer: Trainer, prepare: Any = None) -> None:
+        """Add [`Distillation`] to a Trainer of any class, where a teacher is named.
+
+        Args:
+            trainer: The Trainer; it is changed in place.
+            prepare: Not needed: the teacher sees the training rows.
+
+        Raises:
+            ValueError: If options are given without a teacher.
+        """
+        teacher = self.build_teacher()
+        if teacher is not None:
+            adapt(
+                trainer,
+                Distillation(teacher, evaluate=self.evaluate_distillation, **self.options()),
+            )
+        elif self != DistillationArguments():
+            raise ValueError(
+                "Options of a distillation were given without a teacher. Name its folder or hub id "
+                "with --teacher_name_or_path."
+            )
 
     def build_teacher(self) -> Teacher | None:
         """The teacher that the arguments name, or None.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import ProgressCallback, Trainer
+from transformers.integrations.integration_utils import MLflowCallback
 from transformers.training_args import ParallelMode
 
 from hf_adapt.engine.adaptation import Adaptation
@@ -546,7 +548,11 @@ class AdaptationMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's own; each term, its weight and its diagnostics join the training log."""
         if self._adaptation_run is not None and "loss" in logs:
-            logs.update(self._adaptation_run.drain_metrics())
+            found = self._adaptation_run.drain_metrics()
+            if any(isinstance(each, MLflowCallback) for each in self.callback_handler.callbacks):
+                # Its store of files has a file `loss`, so that a folder `loss` is not possible.
+                found = {re.sub("^loss/", "losses/", name): each for name, each in found.items()}
+            logs.update(found)
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,8 +14,10 @@ from torch import nn
 
 from hf_adapt import alignment, distillation, multitask, unfreezing
 from hf_adapt.alignment.priors import NamedPriors
+from hf_adapt.arguments import adaptations_of
 from hf_adapt.engine import progress
 from hf_adapt.engine.adaptation import Adaptation, Objective
+from hf_adapt.engine.constructors import parameters
 from hf_adapt.engine.streams import Stream
 from hf_adapt.experiments.settings import KeyPath, Settings, nearest
 from hf_adapt.multitask import LossWeights, MultiTask, TaskSpec
@@ -266,35 +268,15 @@ def _check_adaptation(settings: Settings, path: KeyPath, spec: Any) -> None:
 def _check_arguments(settings: Settings, path: KeyPath, name: str, arguments: Any) -> None:
     if not isinstance(arguments, Mapping):
         raise settings.error(path, f"{name} takes its arguments by name: {{{name}: {{weight: 1}}}}")
-    known, is_open = _parameters(callables()[name])
-    known = [each for each in known if name != MultiTask.__name__ or each not in SET_BY_THE_FILE]
+    known, is_open = parameters(callables()[name])
+    hidden = SET_BY_THE_FILE if name == MultiTask.__name__ else ()
+    known = {each: kind for each, kind in known.items() if each not in hidden}
     for argument, value in arguments.items():
         if argument not in known and not is_open:
             raise settings.unknown((*path, argument), known, f"{name}: the argument")
         if is_call(value):
             inner, its = _call(value)
             _check_arguments(settings, (*path, argument, inner), inner, its)
-
-
-def _parameters(called: Any) -> tuple[list[str], bool]:
-    """The arguments that a class or function takes, and whether there may be others.
-
-    A class whose `**arguments` go to its base class takes those of the base class.
-    """
-    known: list[str] = []
-    steps = (
-        [called]
-        if not isinstance(called, type)
-        else [
-            each.__dict__["__init__"] for each in called.__mro__[:-1] if "__init__" in each.__dict__
-        ]
-    )
-    for step in steps:
-        parameters = inspect.signature(step).parameters.values()
-        known += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return list(dict.fromkeys(known)), False
-    return list(dict.fromkeys(known)), True
 
 
 def built(
@@ -366,12 +348,8 @@ def _call(spec: Any) -> tuple[str, Any]:
 @cache
 def adaptation_classes() -> dict[str, Any]:
     """The adaptations by name."""
-    exported = {name: getattr(family, name) for family in FAMILIES for name in family.__all__}
-    return {
-        name: value
-        for name, value in sorted(exported.items())
-        if isinstance(value, type) and issubclass(value, Adaptation)
-    }
+    found = {k: v for family in FAMILIES for k, v in adaptations_of(family).items()}
+    return dict(sorted(found.items()))
 
 
 @cache
