@@ -293,7 +293,7 @@ class UnfreezingArguments(MethodArguments):
 class AdaptationArguments(AlignmentArguments, ContinualArguments, UnfreezingArguments):
     """The options of all three families, for a script that parses its own with `HfArgumentParser`.
 
-    Distillation has its own: [`hf_adapt.DistillationArguments`].
+    Distillation has its own: [`DistillationArguments`].
 
     Example:
         ```python
