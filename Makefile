@@ -72,6 +72,10 @@ demo-learn-on: $(EXAMPLES)  ## a classifier learns a new task and keeps the old 
 demo-learn-on-lm: $(EXAMPLES)  ## the same for a language model with LoRA; ARGS="--max_steps 100"
 	$(RUN) examples/learn_on_lm.py $(ARGS)
 
+.PHONY: demo-images
+demo-images: $(EXAMPLES)  ## digits of another kind, without and with one line; ARGS="--method MMD"
+	$(RUN) examples/adapt_images.py $(ARGS)
+
 .PHONY: demo-multi-task
 demo-multi-task: $(EXAMPLES)  ## one model for three tasks beside a model for each; ARGS="--seeds 3"
 	$(RUN) examples/multi_task.py $(ARGS)
