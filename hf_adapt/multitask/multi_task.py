@@ -24,7 +24,7 @@ from hf_adapt.engine.parts import Part
 from hf_adapt.engine.progress import Schedule
 from hf_adapt.engine.streams import TRAINING, Routing
 from hf_adapt.engine.sweep import evaluating
-from hf_adapt.engine.training import checkpoint_without_reentry, unwrapped_model
+from hf_adapt.engine.training import added_inputs, checkpoint_without_reentry, unwrapped_model
 from hf_adapt.models.groups import layer_groups
 from hf_adapt.models.state import preserved_random_state
 from hf_adapt.multitask.diagnosis import TaskDiagnosis
@@ -188,6 +188,13 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
     def setup(self, trainer: Trainer) -> None:
         """Learn of the tasks' sizes."""
         heads = self._prepare(trainer)
+        if self.models and (added := sorted(added_inputs(trainer))):
+            raise ValueError(
+                f"Another adaptation adds {', '.join(added)} to the inputs of the Trainer's model, "
+                f"and the heads of {', '.join(self.models)} run on its body alone, which knows "
+                "nothing of them. Leave one of the two out, or share the head "
+                "(TaskSpec(head='shared'))."
+            )
         if self._keeps_gradients and trainer.args.torch_compile:
             raise ValueError(
                 "surgery=, diagnose_every= and GradNorm go through a graph several times, which a "

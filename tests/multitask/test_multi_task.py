@@ -658,17 +658,20 @@ def test_kinds_of_datasets(kind: str, tmp_path: Path) -> None:
     assert sum(entry["loss/task"] > 0 for entry in entries) > 1
 
 
-def test_beside_a_knowledge_graph(tmp_path: Path) -> None:
-    """What it adds to the batches of one task is added to those of the others too."""
+@pytest.mark.parametrize("shares", [True, False])
+def test_beside_a_knowledge_graph(shares: bool, tmp_path: Path) -> None:
+    """One head for all learns with what it adds to batches; others are refused by name."""
     train = mix({"topic": toy.rows(12, 1), "other": toy.rows(12, 2)})
     trainer = injectors.trainer(tmp_path, data=train, max_steps=2)
-    method, knowledge = MultiTask({"topic": None, "other": TaskSpec(num_labels=3)}), injection()
-    trainer = adapt(trainer, method, knowledge)
+    other = TaskSpec(head="shared") if shares else TaskSpec(num_labels=3)
+    trainer = adapt(trainer, MultiTask({"topic": None, "other": other}), injection())
+    if not shares:
+        with pytest.raises(ValueError, match="the heads of other run on its body alone"):
+            trainer.train()
+        return
     trainer.train()
     entry = trainer.state.log_history[0]
-    assert entry["multitask/other"] > 0 and entry["knowledge/mentions_per_row"] > 0
-    found = trainer.evaluate({"topic": toy.rows(6, 3), "other": toy.rows(6, 4)})
-    assert found["eval_other_loss"] > 0
+    assert entry["loss/other"] > 0 and entry["knowledge/mentions_per_row"] > 0
 
 
 @pytest.mark.parametrize("what", ["fsdp", "deepspeed"])
