@@ -75,7 +75,7 @@ def train_together(
     specs = {first: TaskSpec()} | {
         task: TaskSpec(
             num_labels=pairs[task].labels,
-            head=experiment.kind_of(task).replace("-", "_"),  # type: ignore[arg-type]
+            head=experiment.kind_of(task).replace("-", "_"),  # type: ignore[arg-type]  # a HeadName
             collator=each.task.collator(each.processor),
         )
         for task, each in runs.items()

@@ -237,17 +237,17 @@ class MultiTask(Objective, LossCombiner, RowRouting, EvaluationView, GradientTra
         if not shared:
             raise ValueError("No weight of the model's body trains: the tasks share none.")
         self._undo = checkpoint_without_reentry(heads.model)  # a graph is gone through twice
+        found = layer_groups(heads.model)
         groups = {
             group.name: kept
-            for group in layer_groups(heads.model)
+            for group in found
             if (kept := [p for n in group.parameters if id(p := named[n]) in own])
         }
         if self.diagnose_every:
             self.diagnosis = TaskDiagnosis(list(self.tasks), groups)
         # Not a pooler above it, which heads of tokens do not read.
-        layers = [g.name for g in layer_groups(heads.model) if g.kind == "layer"]
-        last = [name for name in groups if name in layers][-1:]
-        self._last_layer = groups[last[0]] if last else shared
+        layers = [g.name for g in found if g.kind == "layer" and g.name in groups]
+        self._last_layer = groups[layers[-1]] if layers else shared
         only_norms = not self.diagnose_every and self.surgery is None
         self._gradients = TaskGradients(self._last_layer if only_norms else shared, len(self.tasks))
 

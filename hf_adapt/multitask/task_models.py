@@ -295,7 +295,7 @@ class TaskCollator:
 
 def labels_of(model: nn.Module) -> list[str]:
     """The inputs of a model that are its labels."""
-    return list(find_labels(type(model)))  # type: ignore[no-untyped-call]
+    return list(find_labels(type(model)))  # type: ignore[no-untyped-call]  # transformers' own
 
 
 def kind_of(model: nn.Module) -> HeadName | None:
@@ -329,9 +329,6 @@ def _body_of(model: nn.Module, name: str) -> PreTrainedModel:
 def _autocast(
     forward: Callable[..., Any], device: str, dtype: torch.dtype, *args: Any, **kwargs: Any
 ) -> Any:
-    with torch.autocast(device, dtype=dtype) if not _autocasts(device) else nullcontext():
+    runs_already = torch.is_autocast_enabled(device)
+    with nullcontext() if runs_already else torch.autocast(device, dtype=dtype):
         return forward(*args, **kwargs)
-
-
-def _autocasts(device: str) -> bool:
-    return torch.is_autocast_enabled(device)
