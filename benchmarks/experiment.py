@@ -55,10 +55,14 @@ def check_methods(chosen: Iterable[str], known: Iterable[str]) -> None:
 
 
 def parse(
-    kind: type, description: str | None, argv: Sequence[str] | None, **defaults: Any
-) -> tuple[Any, TrainingArguments, Console]:
+    kind: type,
+    description: str | None,
+    argv: Sequence[str] | None,
+    training: type[TrainingArguments] = TrainingArguments,
+    **defaults: Any,
+) -> tuple[Any, Any, Console]:
     """Read an example's options and TrainingArguments; the console is silent on other ranks."""
-    parser = HfArgumentParser((kind, TrainingArguments), description=description)
+    parser = HfArgumentParser((kind, training), description=description)
     parser.set_defaults(**TRAINING_DEFAULTS | defaults)
     script, args = parser.parse_args_into_dataclasses(argv)
     datasets.disable_progress_bars()
