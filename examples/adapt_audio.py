@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the ex
 from domain_data import LICENCES, SPEAKERS, write_domain
 from experiment import option, parse, run
 
-DEFAULTS = {"output_dir": "runs/adapt_audio", "num_train_epochs": 15, "learning_rate": 1e-3}
+DEFAULTS = {"output_dir": "runs/adapt_audio", "num_train_epochs": 8, "learning_rate": 1e-3}
 FRAMES, COEFFICIENTS = 32, 13
 
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the ex
 from domain_data import BROWN_GENRES, LICENCES, MINILM_LICENCE, minilm_path, write_domain
 from experiment import new_classifier, option, parse, run
 
+DEFAULTS = {"output_dir": "runs/adapt_tags", "num_train_epochs": 3}
 TAGS = ". ADJ ADP ADV CONJ DET NOUN NUM PRON PRT VERB".split()  # as in domain_parsing.py
 
 
@@ -63,9 +64,7 @@ def accuracy(given: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    script, args, console = parse(
-        ExampleArguments, __doc__, argv, output_dir="runs/adapt_tags", num_train_epochs=3
-    )
+    script, args, console = parse(ExampleArguments, __doc__, argv, **DEFAULTS)
     console.print(f"[dim]{LICENCES['brown']}\n{MINILM_LICENCE}[/dim]")
     path = script.model_name_or_path or str(minilm_path())
     tokenizer = AutoTokenizer.from_pretrained(path)

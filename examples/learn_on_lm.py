@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_adapt import AdaptationCallback
 from hf_adapt.continual import KeepPredictions, Replay, ReplayMemory
@@ -37,9 +37,8 @@ except ImportError as error:
 TRAINING_DEFAULTS = {
     "output_dir": "runs/learn_on_lm",
     "max_steps": 40,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 5e-3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
     "warmup_steps": 5,
     "max_length": 48,
     "gradient_checkpointing": False,
@@ -52,8 +51,8 @@ class ExampleArguments:
     general: str = option("nyt", f"Texts of the memory. {LICENCES['vader4']}", choices=TEXTS)
     other: str = option("movies", "Texts that are tested only", choices=TEXTS)
     model_name_or_path: str | None = option(None, f"Folder or hub id. Default: {SMOLLM2_LICENCE}")
-    num_test: int = option(96, "Test texts of each domain")
-    memory_size: int = option(128, "General texts that are kept")
+    num_test: int = option(48, "Test texts of each domain")
+    memory_size: int = option(64, "General texts that are kept")
     ratio: float = option(0.5, "Texts of the memory beside each new one")
     kl_weight: float = option(1.0, "Factor of the divergence from the starting model; 0: none")
 
@@ -78,7 +77,6 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=AutoTokenizer.from_pretrained(path),
             peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
-        trainer.remove_callback(PrinterCallback)
 
         def show(name: str, trainer: SFTTrainer = trainer) -> None:
             found = trainer.evaluate()
