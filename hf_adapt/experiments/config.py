@@ -142,6 +142,13 @@ class Experiment:
         return self.data[domain].group_column or self.group_column
 
     @property
+    def prefix_folder(self) -> str | None:
+        """The folder in which all runs keep what the frozen layers return, if they do."""
+        if not (self.cache_prefix and self.freeze_layers):
+            return None
+        return str(Path(self.output_dir, "frozen_prefix"))
+
+    @property
     def baseline(self) -> str | None:
         """The method that others are compared with: source only; each task alone in a mixture.
 

@@ -127,9 +127,7 @@ class Run:
     @property
     def store(self) -> str | None:
         """The folder in which all runs keep what the frozen layers return, if they do."""
-        if not (self.experiment.cache_prefix and self.frozen):
-            return None
-        return str(Path(self.experiment.output_dir, "frozen_prefix"))
+        return self.experiment.prefix_folder if self.frozen else None
 
     def rows(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """Rows as the model takes them."""
@@ -378,7 +376,7 @@ def _group_accuracies(run: Run, model: Any, groups: Sequence[str | None]) -> dic
 def _outputs(run: Run, trainer: Trainer) -> RunOutputs:
     """What the trained model gives for the rows of both domains."""
     pair = run.pair
-    with _frozen_prefix(run, trainer):
+    with _AdaptationWarnings(), _frozen_prefix(run, trainer):
         dev, test = (_collected(run, trainer, pair.source[split]) for split in ("dev", "test"))
         if pair.is_one:
             return RunOutputs(source_dev=dev, source_test=test, target_test=test)
