@@ -1,5 +1,7 @@
 """The example of retrieval, run as a person runs it: a tiny model and graphs, no network."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import adapt_retrieval
@@ -46,3 +48,9 @@ def test_three_models_are_tested_and_the_adapted_one_is_kept(
     assert all(f"{name}: " in printed for name in names)
     assert SentenceTransformer(str(tmp_path / "out"), device="cpu").encode("film").shape == (16,)
     assert len(adapt_retrieval.definitions(graph)) == 36  # and not the term without a definition
+
+
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(SystemExit, match='pip install "sentence-transformers>='):
+        runpy.run_path(adapt_retrieval.__file__)

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,12 @@ def test_perplexity_of_what_is_learnt_of_the_memory_and_of_other_texts(
     assert [row[0] for row in rows] == ["at the start", "plain", "with replay"]
     assert len({row[1:] for row in rows}) == 3
     PeftModel.from_pretrained(language_models.load_model(language_command[1]), tmp_path / "out")
+
+
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match='pip install "trl>='):
+        runpy.run_path(learn_on_lm.__file__)
 
 
 def test_a_language_model_is_compared_over_seeds(language_command, tmp_path, monkeypatch):
