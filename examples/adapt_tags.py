@@ -5,6 +5,11 @@ sentences of another genre without their tags, and tests both on the other genre
 
     python examples/adapt_tags.py
     python examples/adapt_tags.py --target learned --method MMD
+
+Two minutes on two CPU cores. The line does not help: 93.3 % of the words are right without it and
+93.4 % with it (seed 42). Nor did other methods with half of the layers frozen, over three seeds:
+docs/results.md. The adapted model is saved in --output_dir. Every option of TrainingArguments can
+be given as well.
 """
 
 import sys

@@ -5,9 +5,14 @@ forget: once as any script would (plain), and once with one line, which brings r
 text beside the new ones (replay), with the starting model as their teacher. The perplexity is
 measured on SMS, on newspaper text and on movie reviews, which nothing is trained on.
 
-    python examples/learn_on_lm.py
+    python examples/learn_on_lm.py --bf16 true --use_cpu true
     python examples/learn_on_lm.py --ratio 0.25 --kl_weight 0 --max_steps 200
     python examples/learn_on_lm.py --model_name_or_path FOLDER_OR_HUB_ID
+
+docs/results.md has what replay and the teacher keep over three seeds, and
+benchmarks/forgetting_language_model.py compares more methods. Needs the packages trl, peft and, for
+the default weights, gguf. The adapters are saved in --output_dir. Every option of SFTConfig can be
+given as well.
 """
 
 import math
@@ -38,7 +43,7 @@ TRAINING_DEFAULTS = {
     "output_dir": "runs/learn_on_lm",
     "max_steps": 40,
     "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
+    "learning_rate": 5e-3,
     "warmup_steps": 5,
     "max_length": 48,
     "gradient_checkpointing": False,
