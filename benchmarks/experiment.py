@@ -36,6 +36,7 @@ TRAINING_DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "learning_rate": 3e-4,
     "logging_steps": 20,
+    "disable_tqdm": False,
     "save_strategy": "no",
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),

@@ -22,9 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from domain_data import MINILM_LICENCE, minilm_path
+from experiment import changed, check_methods, fingerprint, kept, new_classifier, option, parse, run
+from results import report, summarize
+from three_tasks import ABOUT, NAMES, SCORED, SPLITS, LoadedTask, load_tasks
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_adapt import AdaptationCallback
+from hf_adapt.experiments.summary import percent
+from hf_adapt.experiments.training import first_groups, freeze
 from hf_adapt.multitask import (
     MultiTask,
     TaskSpec,
@@ -34,14 +40,6 @@ from hf_adapt.multitask import (
     pcgrad,
     relative_gain,
 )
-
-from domain_data import MINILM_LICENCE, minilm_path
-from experiment import changed, check_methods, fingerprint, kept, new_classifier, option, parse, run
-from results import report, summarize
-from three_tasks import ABOUT, NAMES, SCORED, SPLITS, LoadedTask, load_tasks
-
-from hf_adapt.experiments.summary import percent
-from hf_adapt.experiments.training import first_groups, freeze
 
 ALONE, MIXTURE, TUNED = "alone", "mixture", "tuned weights"
 METHODS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def show(name: str, trainer: Trainer) -> None:
         found = perplexities(trainer, tests)
-        scores = ", ".join(f"{domain} {value:,.0f}" for domain, value in found.items())
+        scores = ", ".join(f"{domain} {value:,.1f}" for domain, value in found.items())
         console.print(f"{name}: perplexity of {scores}", highlight=False)
 
     show("teacher", Trainer(teacher, **options))
