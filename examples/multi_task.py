@@ -7,10 +7,12 @@ many steps as the three together.
     python examples/multi_task.py
     python examples/multi_task.py --num_train 1000 --num_train_epochs 2
 
-Measured with the first command (seed 42): TODO. The
-three tasks of the one model are saved in --output_dir, each as a plain model. Every option of
-TrainingArguments can be given as well; benchmarks/task_mixtures.py compares weights and gradient
-surgery over seeds.
+Measured (seed 42; accuracy of sentiment / macro-F1 of spam / accuracy of tags, in %): 76.5 / 97.5
+/ 92.6 of the three models, 78.5 / 95.8 / 94.0 of the one. Its steps have a third of the rows of
+each task; with as many as the single runs, and so a third of the steps, it is worse in all three
+(docs/results.md). Two minutes on two CPU cores. Each task of the one model is saved in
+--output_dir, as a plain model. Every option of TrainingArguments can be given as well;
+benchmarks/task_mixtures.py compares weights and gradient surgery over seeds.
 """
 
 import sys
