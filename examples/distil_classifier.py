@@ -54,18 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = source.select(range(script.num_labels))
     rest = source.select(range(script.num_labels, len(source))).remove_columns("label")
     texts = concatenate_datasets([rest, target])
-    tests = {
-        domain: tokenized(dataset, tokenizer, script.max_length)
-        for domain, dataset in (
-            (script.source, pair.source["test"]),
-            (script.target, pair.target["test"]),
-        )
-    }
+    tests = {script.source: pair.source["test"], script.target: pair.target["test"]}
 
     def show(name: str, trainer: Trainer) -> None:
         scores = []
         for domain, test in tests.items():
-            truth, guesses = predict(trainer, test)
+            truth, guesses = predict(trainer, tokenized(test, tokenizer, script.max_length))
             scores.append(f"{domain} {100 * (truth == guesses).mean():.1f}")
         console.print(f"{name}: accuracy {', '.join(scores)} %", highlight=False)
 
@@ -81,8 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     alone.train()
     show("student alone", alone)
 
-    set_seed(args.seed)
-    pretrained = new_classifier(path, pair.labels)
     distilled = DistillationTrainer(
         student_from_teacher(pretrained, script.student_layers),
         teacher=teacher.model,
