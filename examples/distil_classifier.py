@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the ex
 from domain_data import LICENCES, MINILM_LICENCE, load_pair, minilm_path
 from experiment import DOMAINS, new_classifier, option, parse, predict, run, tokenized
 
-DEFAULTS = {"output_dir": "runs/distil_classifier", "num_train_epochs": 4}
+DEFAULTS = {"output_dir": "runs/distil_classifier", "learning_rate": 1e-4, "num_train_epochs": 4}
 
 
 @dataclass
