@@ -38,7 +38,7 @@ class ExampleArguments:
     student_layers: int = option(2, "Layers that the students keep")
     num_labels: int = option(500, "Rows with labels")
     num_test: int = option(500, "Test rows of each domain, at most")
-    max_length: int = option(64, "Tokens of a text that are read")
+    max_length: int = option(32, "Tokens of a text that are read")
 
 
 def main(argv: list[str] | None = None) -> None:
