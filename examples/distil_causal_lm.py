@@ -10,9 +10,9 @@ measured on movie reviews and on newspaper text, which nothing is trained on.
 
 Measured with the first command (seed 42; perplexity of movie reviews / newspaper text): the whole
 model 115 / 88, the student 841 / 1,620 with cross-entropy alone and 642 / 1,086 distilled. The same
-steps teach more, and 40 are far too few to reach the teacher. Four minutes of CPU time, which is
-less than three minutes on two quiet cores. Needs the package gguf for the default weights. The
-distilled student is saved in --output_dir. Every option of TrainingArguments can be given as well.
+steps teach more, and 40 are far too few to reach the teacher. Four minutes of CPU time. Needs the
+package gguf for the default weights. The distilled student is saved in --output_dir. Every option
+of TrainingArguments can be given as well.
 """
 
 import sys

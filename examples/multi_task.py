@@ -7,11 +7,11 @@ many steps as the three together.
     python examples/multi_task.py
     python examples/multi_task.py --num_train 1000 --num_train_epochs 2
 
-Measured (seed 42; accuracy of sentiment / macro-F1 of spam / accuracy of tags, in %): 76.5 / 97.5
-/ 92.6 of the three models, 78.5 / 95.8 / 94.0 of the one. Its steps have a third of the rows of
-each task; with as many as the single runs, and so a third of the steps, it is worse in all three
-(docs/results.md). Two minutes on two CPU cores. Each task of the one model is saved in
---output_dir, as a plain model. Every option of TrainingArguments can be given as well;
+Measured with the first command (seed 42; accuracy of sentiment / macro-F1 of spam / accuracy of
+tags, in %): 76.5 / 97.5 / 92.6 of the three models, 78.5 / 95.8 / 94.0 of the one. A step of it has
+a third as many rows of each task as one of the three; with as many, and so a third of the steps, it
+was worse (docs/results.md). Two and a half minutes of CPU time. Each task of the one model is saved
+in --output_dir, as a plain model. Every option of TrainingArguments can be given as well;
 benchmarks/task_mixtures.py compares weights and gradient surgery over seeds.
 """
 
