@@ -74,17 +74,13 @@ def check_methods(chosen: Iterable[str], known: Iterable[str]) -> None:
 def parse(
     kind: type, description: str | None, argv: Sequence[str] | None, **defaults: Any
 ) -> tuple[Any, TrainingArguments, Console]:
-    """Read an example's options and TrainingArguments; the console is silent on other ranks.
-
-    From here on, a Trainer shows a progress bar in place of its logs, and loading a model with a
-    new head says nothing.
-    """
+    """Read an example's options and TrainingArguments; the console is silent on other ranks."""
     parser = HfArgumentParser((kind, TrainingArguments), description=description)
     parser.set_defaults(**TRAINING_DEFAULTS | defaults)
     script, args = parser.parse_args_into_dataclasses(argv)
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # else it tells each time that a head is new
     transformers.trainer.DEFAULT_PROGRESS_CALLBACK = QuietProgress
     return script, args, Console(quiet=args.process_index != 0)
 
