@@ -89,11 +89,11 @@ demo-retrieval: $(EXAMPLES)  ## search among medical terms, without and with one
 	$(RUN) examples/adapt_retrieval.py $(ARGS)
 
 .PHONY: demo-multi-task
-demo-multi-task: $(EXAMPLES)  ## one model for three tasks beside a model for each; ARGS="--seeds 3"
+demo-multi-task: $(EXAMPLES)  ## one model for three tasks beside a model for each; ARGS="--num_train 1000"
 	$(RUN) examples/multi_task.py $(ARGS)
 
 .PHONY: demo-distillation
-demo-distillation: $(EXAMPLES)  ## a small classifier learns from a larger one; options in ARGS="--seeds 5"
+demo-distillation: $(EXAMPLES)  ## a small classifier learns from a larger one; ARGS="--student_layers 3"
 	$(RUN) examples/distil_classifier.py $(ARGS)
 
 .PHONY: demo-distillation-lm
