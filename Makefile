@@ -61,7 +61,7 @@ demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 5"
 	$(RUN) examples/domain_shift_text.py --jobs 2 $(ARGS)
 
 .PHONY: demo-unfreezing
-demo-unfreezing: $(EXAMPLES)  ## gradual unfreezing on real data; options in ARGS="--seeds 5"
+demo-unfreezing: $(EXAMPLES)  ## all layers, and the upper half with one line; ARGS="--frozen_layers 9"
 	$(RUN) examples/gradual_unfreezing.py $(ARGS)
 
 .PHONY: demo-learn-on
@@ -89,7 +89,7 @@ demo-distillation-lm: $(EXAMPLES)  ## half a language model learns from the whol
 	$(RUN) examples/distil_causal_lm.py $(ARGS)
 
 .PHONY: demo-knowledge
-demo-knowledge: $(EXAMPLES)  ## WordNet in a sentiment classifier, with controls; ARGS="--seeds 5"
+demo-knowledge: $(EXAMPLES)  ## rare words, without and with an ontology; ARGS="--num_labels 400"
 	$(RUN) examples/knowledge_injection.py $(ARGS)
 
 .PHONY: test
