@@ -1,14 +1,15 @@
 """Sentences about findings with rare names, and what the Human Phenotype Ontology says of these.
 
-`load_terms(tokenizer)` returns labelled sentences such as "No sign of nephroptosis, but melotia was
-found." and a graph of the names and definitions. The label is the organ system of what the patient
-has (here the ear), which is not in the graph: no organ system is, nor any edge that leads to one.
-The sentences are made from patterns; the names, definitions and organ systems are the ontology's.
+`load_terms(tokenizer)` returns labelled sentences such as "Examination showed nephroptosis." and a
+graph of the names and definitions. The label is the organ system of what the patient has (here the
+genitourinary system), which is not in the graph: no organ system is, nor any edge that leads to
+one. The sentences are made from patterns; names, definitions and systems are the ontology's.
 """
 
 import random
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,15 @@ HPO_LICENCE = (
     "Phenotype Ontology in 2024: phenotypes around the world, Nucleic Acids Research 2024."
 )
 
-PATTERNS = (  # {a} is what the patient has, {b} is not
+PATTERNS = (
+    "The patient presented with {a}.",
+    "Findings: {a}.",
+    "Examination showed {a}.",
+    "He was referred because of {a}.",
+    "{a} was noted at the age of three.",
+    "Follow-up for {a}.",
+)
+PATTERNS_OF_TWO = (  # {a} is what the patient has, {b} is not
     "No sign of {b}, but {a} was found.",
     "{a} was found; there was no {b}.",
     "The patient has {a}. His mother has {b}.",
@@ -68,11 +77,15 @@ class RareTerms:
     labels: list[str]
 
 
-def load_terms(tokenizer: PreTrainedTokenizerBase) -> RareTerms:
+def load_terms(tokenizer: PreTrainedTokenizerBase, patterns: Sequence[str] = PATTERNS) -> RareTerms:
     """Sentences of terms that the tokenizer has no word for.
 
     A term is used if it has a definition, belongs to one organ system, and has a name of one word
     that the tokenizer breaks into three pieces or more.
+
+    Args:
+        tokenizer: The model's.
+        patterns: Of sentences; in those of two findings the second is of another organ system.
     """
     ontology = KnowledgeGraph.from_obo(fetch(HPO) / "hp.obo")
     terms = []
@@ -90,9 +103,9 @@ def load_terms(tokenizer: PreTrainedTokenizerBase) -> RareTerms:
     test, dev = terms[:NUM_TEST], terms[NUM_TEST : NUM_TEST + NUM_DEV]
     return RareTerms(
         graph,
-        sentences(terms[NUM_TEST + NUM_DEV :], systems, labels, copies=1),
-        sentences(dev, systems, labels, copies=2),
-        sentences(test, systems, labels, copies=2),
+        sentences(terms[NUM_TEST + NUM_DEV :], systems, labels, patterns, copies=1),
+        sentences(dev, systems, labels, patterns, copies=2),
+        sentences(test, systems, labels, patterns, copies=2),
         labels,
     )
 
@@ -119,13 +132,15 @@ def organ_systems(ontology: KnowledgeGraph) -> dict[int, set[int]]:
     return found
 
 
-def sentences(terms: list[Term], systems: list[int], labels: list[str], copies: int) -> Dataset:
-    """Some sentences of each term, in each beside a term of another organ system."""
+def sentences(
+    terms: list[Term], systems: list[int], labels: list[str], patterns: Sequence[str], copies: int
+) -> Dataset:
+    """Some sentences of each term."""
     draw = random.Random(1)
     texts, classes = [], []
     for term in terms * copies:
         other = draw.choice([each for each in terms if each.system != term.system])
-        text = draw.choice(PATTERNS).format(a=term.name, b=other.name)
+        text = draw.choice(patterns).format(a=term.name, b=other.name)
         texts.append(text[0].upper() + text[1:])
         classes.append(systems.index(term.system))
     features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})

@@ -1,7 +1,7 @@
 """Which organ system is ill, when the encoder does not know the word for the illness?
 
-Trains MiniLM on 200 labelled sentences such as "No sign of nephroptosis, but melotia was found.",
-without and with one line that adds what the Human Phenotype Ontology says of the terms, and tests
+Trains MiniLM on 200 labelled sentences such as "Examination showed nephroptosis.", without and with
+one line that adds what the Human Phenotype Ontology says of the terms, and tests
 both on sentences about other terms. The graph has names and definitions; the organ systems, which
 are the labels, are not in it.
 
@@ -28,7 +28,7 @@ from domain_data import MINILM_LICENCE, minilm_path
 from experiment import new_classifier, option, parse, run
 from rare_terms import HPO_LICENCE, load_terms
 
-DEFAULTS = {"output_dir": "runs/knowledge_injection", "max_steps": 240, "warmup_steps": 24}
+DEFAULTS = {"output_dir": "runs/knowledge_injection", "max_steps": 120, "warmup_steps": 12}
 
 
 @dataclass

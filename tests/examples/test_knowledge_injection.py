@@ -73,13 +73,13 @@ def test_the_graph_does_not_have_the_label_and_no_term_is_in_two_splits() -> Non
     assert len(set.union(*split)) == 24
 
 
-def test_a_sentence_has_the_label_of_what_the_patient_has() -> None:
+def test_a_sentence_of_two_findings_has_the_label_of_the_one_that_the_patient_has() -> None:
     terms = [rare_terms.Term(0, "xosis", 7), rare_terms.Term(1, "yosis", 8)]
-    rows = rare_terms.sentences(terms, [7, 8], ["the eye", "the skin"], copies=20)
+    patterns = rare_terms.PATTERNS_OF_TWO
+    rows = rare_terms.sentences(terms, [7, 8], ["the eye", "the skin"], patterns, copies=20)
     for row in rows:
         own, other = ("xosis", "yosis") if row["label"] == 0 else ("yosis", "xosis")
-        made = {p.lower().format(a=own, b=other) for p in rare_terms.PATTERNS}
-        assert row["text"].lower() in made
+        assert row["text"].lower() in {p.lower().format(a=own, b=other) for p in patterns}
     assert len(set(rows["text"])) > 8
 
 
