@@ -1,7 +1,17 @@
 """Domain-adaptation plugins for the Hugging Face `Trainer`.
 
-The names of `__init__.pyi` are imported when they are first used, because torch and transformers
-take seconds to import, which `hf-adapt --help` does not need.
+`AdaptationCallback` adds them to a Trainer: alignment to an unlabelled target (`alignment`),
+gradual unfreezing (`unfreezing`), distillation (`distillation`), knowledge graphs (`knowledge`),
+learning on without forgetting (`continual`) and several tasks at once (`multitask`). `evaluation`
+and `report` say what came of it, also without target labels.
+
+Example:
+    ```python
+    from hf_adapt import AdaptationCallback
+
+    trainer.add_callback(AdaptationCallback(target_dataset=target))
+    trainer.train()
+    ```
 """
 
 import ast
@@ -12,6 +22,8 @@ from typing import Any
 
 __version__ = "0.2.0"
 
+# The names of __init__.pyi are imported when they are first used, because torch and transformers
+# take seconds to import, which `hf-adapt --help` does not need.
 _MODULES = {
     alias.name: str(node.module)
     for node in ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"").body

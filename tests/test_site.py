@@ -27,12 +27,13 @@ def test_papers_of_a_docstring() -> None:
             Deviation: unlike Nobody et al. 1999, arXiv:9999.99999.
         """
 
-    assert [tuple(paper) for paper in papers.cited(Method)] == [
+    found = papers.cited(Method)
+    assert [tuple(paper) for paper in found] == [
         ("Long & Wang 2015", '"Title of 2014; with a subtitle"', "TWS", "", "1502.02791"),
         ("Ben-David et al. 2006", "", "", "NeurIPS", ""),
         ("Brier 1950", "", "", "", ""),
     ]
-    assert str(papers.cited(Method)[0]).endswith(
+    assert papers.shown(found[0]).endswith(
         "(TWS), `arXiv:1502.02791 <https://arxiv.org/abs/1502.02791>`__"
     )
     assert papers.cited(Path) == []

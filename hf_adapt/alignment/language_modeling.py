@@ -23,6 +23,7 @@ from hf_adapt.models.language_model import (
     language_model_kind,
     load_language_model,
 )
+from hf_adapt.models.logits import lacks_logits, projected_logits
 from hf_adapt.models.structure import unwrapped_base
 
 if TYPE_CHECKING:
@@ -310,12 +311,14 @@ class TargetLanguageModeling(Objective):
             seen = batch.forward(self._masked_inputs, (TARGET,)) if self._is_masked else batch
             if not seen.parts:
                 return torch.zeros((), device=labels.device), chosen.sum()
-            if self._has_own_head:
+            # TRL runs language models without logits.
+            has_scores = self._has_own_head and not lacks_logits(seen.parts[0].outputs)
+            if has_scores:
                 values = self._own_scores(seen, found)
             else:
                 hidden, domain = seen.features()
                 values = hidden[seen.is_in(domain)][chosen]
-        scores = values if self._has_own_head else self._scores(values, batch, warms_up)
+        scores = values if has_scores else self._scores(values, batch, warms_up)
         return F.cross_entropy(scores.float(), labels[chosen], reduction="sum"), chosen.sum()
 
     def _own_scores(
@@ -331,6 +334,8 @@ class TargetLanguageModeling(Objective):
 
     def _scores(self, hidden: torch.Tensor, batch: Batch, warms_up: bool) -> torch.Tensor:
         """The head's scores of hidden states, (N, V)."""
+        if self._has_own_head:
+            return projected_logits(batch.model, hidden)
         weight = self._embeddings(batch).float()
         weight = weight.detach() if warms_up else weight
         if self.module is None:

@@ -106,11 +106,14 @@ def refuse_heads(model: Any, method: str, *heads: HeadName) -> None:
     Raises:
         ValueError: If it has one.
     """
-    if has_head(unwrapped_base(model), *heads):
+    base = unwrapped_base(model)
+    if has_head(base, *heads):
+        predicts_tokens = has_head(base, "masked_lm", "causal_lm")
+        fix = "TargetLanguageModeling, or an" if predicts_tokens else "an"
         raise ValueError(
             f"{method} needs a head that gives each row or token one of a few classes; "
-            f"{type(unwrapped_base(model)).__name__} predicts something else. Use an objective on "
-            "features (MMD, CORAL, DANN)."
+            f"{type(base).__name__} predicts something else. Use {fix} objective on features "
+            "(MMD, CORAL, DANN)."
         )
 
 

@@ -33,6 +33,10 @@ def run(
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the label.")] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(help="Column with the group of a row: accuracies by group, for the report."),
+    ] = None,
     target_priors: Annotated[
         str | None,
         typer.Option(

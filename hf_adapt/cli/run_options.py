@@ -21,6 +21,7 @@ PLAIN = (
     "max_length",
     "text_column",
     "label_column",
+    "group_column",
     "freeze_layers",
     "cache_prefix",
     "save_models",
@@ -169,7 +170,7 @@ def _choose_pairs(settings: Settings, flags: Mapping[str, Any]) -> None:
         for other in [other for other in data if other not in names]:
             del data[other]
         settings.set(("pairs",), [names], "--source")
-    for option in {"text_column", "label_column"} & flags.keys():
+    for option in {"text_column", "label_column", "group_column"} & flags.keys():
         for spec in data.values():
             if isinstance(spec, dict):
                 spec.pop(option, None)

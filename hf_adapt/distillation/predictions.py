@@ -14,16 +14,8 @@ from hf_adapt.distillation.signals import Signal, TopK, bucket_logits
 from hf_adapt.distillation.teachers import Teacher
 from hf_adapt.distillation.tokenizers import universal_logit_distance
 from hf_adapt.engine.parts import Part
-from hf_adapt.models.structure import find_feature_module, unwrapped_base
-
-LOGIT_SCALES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
-"""Settings of models that change their logits after the projection."""
+from hf_adapt.models.logits import lacks_logits, projected_logits
+from hf_adapt.models.structure import find_feature_module
 
 
 def student_outputs(hooks: TeacherHooks, part: Part) -> Any:
@@ -32,20 +24,10 @@ def student_outputs(hooks: TeacherHooks, part: Part) -> Any:
     Raises:
         ValueError: If the logits are not a plain projection of the last hidden state.
     """
-    outputs = part.outputs
-    if hooks.head.kind != "causal_lm" or getattr(outputs, "log_probs", None) is None:
-        return outputs
+    if hooks.head.kind != "causal_lm" or not lacks_logits(part.outputs):
+        return part.outputs
     hidden = part.hidden.get(id(find_feature_module(hooks.student, None)))
-    base: Any = unwrapped_base(hooks.student)
-    config = base.config.get_text_config()
-    scaling = [name for name in LOGIT_SCALES if getattr(config, name, None) not in (None, 1.0)]
-    if hidden is None or scaling:
-        raise ValueError(
-            f"{type(base).__name__} was run without logits, and they cannot be computed from its "
-            f"last hidden state ({', '.join(scaling) or 'which was not captured'}). Let the "
-            "Trainer compute its loss from logits, or use DistillationTrainer."
-        )
-    return {"logits": base.get_output_embeddings()(hidden)}
+    return {"logits": projected_logits(hooks.student, hidden)}
 
 
 def common_classes(

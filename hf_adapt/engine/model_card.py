@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 from hf_adapt.engine.adaptation import Adaptation
+from hf_adapt.engine.papers import cited
 from hf_adapt.engine.streams import TRAINING
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from hf_adapt.engine.stream_data import StreamData
 
 TITLE = "## Adaptation"
-_AUTHORS_AND_YEAR = re.compile(r"([A-Z][\w'-]+(?: et al\.| & [A-Z][\w'-]+)?),? (\d{4})\b")
 ESTIMATES = "eval_target_"
 """How the metrics begin that need no label of the target."""
 
@@ -57,7 +54,7 @@ def card_section(
     versions = {"hf_adapt": own, "Transformers": transformers.__version__}
     versions["PyTorch"] = torch.__version__
     lines += ["Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", ""]
-    entries = list(dict.fromkeys(e for a in adaptations for e in papers(type(a))))
+    entries = list(dict.fromkeys(paper.bibtex for a in adaptations for paper in cited(type(a))))
     if entries:
         lines += ["### Papers", "", "```bibtex", *entries, "```", ""]
     return "\n".join(lines)
@@ -85,23 +82,3 @@ def _rows(trainer: Trainer, data: StreamData | None) -> str:
             elif name != TRAINING:
                 found.append(f"those of other domains as the stream `{name}` {labels}")
     return ", ".join(found)
-
-
-def papers(cls: type) -> Iterator[str]:
-    """The papers that a method's docstring names, as BibTeX."""
-    found = re.search(r"Reference:\n((?: {4,}.+\n?)+)", inspect.cleandoc(cls.__doc__ or "") + "\n")
-    text = " ".join(found[1].split("Deviation")[0].split()) if found else ""
-    text = re.sub(r"`[^`]*`", "", text)
-    titles = re.findall(r"\"([^\"]+)\"", text)
-    text = re.sub(r"\"[^\"]+\"", "<title>", text)  # which may hold names and years
-    entries = list(_AUTHORS_AND_YEAR.finditer(text))
-    for entry, after in itertools.zip_longest(entries, entries[1:]):
-        own = text[entry.end() : len(text) if after is None else after.start()]
-        title = titles.pop(0) if "<title>" in own else None
-        number = re.search(r"arXiv:(\d+\.\d+)", own)
-        names = entry[1].replace(" et al.", " and others").replace(" & ", " and ")
-        fields = {"author": names, "title": title, "year": entry[2]}
-        if number is not None:
-            fields |= {"eprint": number[1], "archivePrefix": "arXiv"}
-        body = ", ".join(f"{k} = {{{v}}}" for k, v in fields.items() if v)
-        yield f"@misc{{{re.sub('[^a-z]', '', names.split()[0].lower())}{entry[2]}, {body}}}"

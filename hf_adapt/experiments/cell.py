@@ -59,6 +59,8 @@ def cell_folder(experiment: Experiment, cell: Cell) -> Path:
         "max_length": experiment.max_length,
         "versions": installed(),
     }
+    if pair.test_groups is not None:
+        described["groups"] = pair.test_groups
     if method.mixes:
         described["mixture"] = experiment.mixture
         described["tasks"] = {
@@ -167,7 +169,8 @@ def files_of(experiment: Experiment, cell: Cell) -> list[str]:
     """The names of the files that a finished run has."""
     saves = experiment.save_models or experiment.methods[cell.method].save
     names = [RESULT_FILE, OUTPUTS_FILE]
-    return [*names, *["config.json"] * saves, *[DIAGNOSTICS_FILE] * experiment.diagnose]
+    diagnoses = experiment.diagnose or experiment.group_column_of(cell.target) is not None
+    return [*names, *["config.json"] * saves, *[DIAGNOSTICS_FILE] * diagnoses]
 
 
 def finished_result(folder: Path, files: Iterable[str]) -> dict[str, Any] | None:

@@ -60,6 +60,7 @@ class DomainFiles:
         text_column: Column with the text, or whatever the task reads; by default the experiment's.
         label_column: Column with the label; by default the experiment's. One that is named here
             must be there.
+        group_column: Column with the group of a row; by default the experiment's.
         task: What is predicted, where the experiment is a mixture; by default the experiment's.
         num_train: Training rows, at most; by default the experiment's.
     """
@@ -69,6 +70,7 @@ class DomainFiles:
     test: str | None = None
     text_column: str | None = None
     label_column: str | None = None
+    group_column: str | None = None
     task: str | None = None
     num_train: int | None = None
 
@@ -90,6 +92,8 @@ class Experiment:
         max_length: Tokens of a text that are read.
         text_column: Column with the text in every domain; by default the task's.
         label_column: Column with the label in every domain; a target may lack it.
+        group_column: Column with the group that a row is in (a dialect, a hospital): the accuracy
+            on each group of the target's test rows is measured, for the report. None for none.
         num_train: Training rows of each domain, at most.
         num_test: Dev and test rows of each domain, at most.
         balanced: Keep as many rows of every label, in all splits; for study only, as it needs the
@@ -115,6 +119,7 @@ class Experiment:
     max_length: int = 128
     text_column: str | None = None
     label_column: str | None = None
+    group_column: str | None = None
     num_train: int | None = None
     num_test: int | None = None
     balanced: bool = False
@@ -131,6 +136,17 @@ class Experiment:
     def kind_of(self, domain: str) -> str:
         """The name of what is predicted on a domain."""
         return self.data[domain].task or self.task
+
+    def group_column_of(self, domain: str) -> str | None:
+        """The column with the group of a row in a domain, if it is named."""
+        return self.data[domain].group_column or self.group_column
+
+    @property
+    def prefix_folder(self) -> str | None:
+        """The folder in which all runs keep what the frozen layers return, if they do."""
+        if not (self.cache_prefix and self.freeze_layers):
+            return None
+        return str(Path(self.output_dir, "frozen_prefix"))
 
     @property
     def baseline(self) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 
 from hf_adapt.distillation.row_files import read_splits
+from hf_adapt.evaluation.groups import group_name
 from hf_adapt.experiments.config import DomainFiles, Experiment
 from hf_adapt.experiments.tasks import Task
 from hf_adapt.experiments.tasks.task import Row
@@ -123,6 +124,31 @@ def _rows_of(
 ) -> list[Row]:
     text_column, label_column = columns
     needed = {"text_column": text_column} | ({"label_column": label_column} if needs_labels else {})
+    check_columns(data, name, needed)
+    labels: list[Any] = [None] * len(data)
+    if label_column in data.column_names:
+        labels = _label_names(data, label_column)
+    rows = []
+    for number, (cell, label) in enumerate(zip(data[text_column], labels, strict=True), start=1):
+        if cell is not None:
+            try:
+                rows.append((cell, task.checked(cell, label)))
+            except ValueError as error:
+                raise DataError(f"{name!r}, row {number}: {error}") from error
+    return rows
+
+
+def check_columns(data: Dataset, name: str, needed: Mapping[str, str]) -> None:
+    """Refuse rows that lack a column.
+
+    Args:
+        data: The rows.
+        name: Where they are from.
+        needed: The columns, by the options that name them.
+
+    Raises:
+        DataError: With the nearest right name.
+    """
     for option, column in needed.items():
         if column not in data.column_names:
             only = data.column_names[0] if len(data.column_names) == 1 else ""
@@ -135,17 +161,6 @@ def _rows_of(
             raise DataError(
                 f"{name!r} has the columns {data.column_names}, and not {column!r}. {fix}"
             )
-    labels: list[Any] = [None] * len(data)
-    if label_column in data.column_names:
-        labels = _label_names(data, label_column)
-    rows = []
-    for number, (cell, label) in enumerate(zip(data[text_column], labels, strict=True), start=1):
-        if cell is not None:
-            try:
-                rows.append((cell, task.checked(cell, label)))
-            except ValueError as error:
-                raise DataError(f"{name!r}, row {number}: {error}") from error
-    return rows
 
 
 def _label_names(data: Dataset, column: str) -> list[Any]:
@@ -187,12 +202,15 @@ class Pair:
         target_unlabelled: All training rows of the target, without labels: all that adaptation may
             see of it.
         labels: The classes.
+        test_groups: The group that each test row of the target is in; None if they are not asked
+            for.
     """
 
     source: DatasetDict
     target: DatasetDict
     target_unlabelled: Dataset
     labels: list[str]
+    test_groups: list[str | None] | None = None
 
     @property
     def is_one(self) -> bool:
@@ -230,7 +248,25 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
         rows[source]["train"] = [row for row in rows[source]["train"] if row[1] is not None]
     own = {name: experiment.data[name].num_train for name in rows}
     num_train = {n: experiment.num_train if most is None else most for n, most in own.items()}
-    return paired(rows, task, num_train, experiment.num_test, balanced=experiment.balanced)
+    pair = paired(rows, task, num_train, experiment.num_test, balanced=experiment.balanced)
+    if experiment.group_column_of(target) is None:
+        return pair
+    groups = _groups(_named(experiment, target), task)
+    tested = pair.target["test"][task.input_column]
+    return replace(pair, test_groups=[groups.get(task.key(cell)) for cell in tested])
+
+
+def _groups(files: DomainFiles, task: Task) -> dict[str, str]:
+    """The groups of a domain's rows, by their keys."""
+    columns = (str(files.text_column), str(files.group_column))
+    groups: dict[str, str] = {}
+    for name in (files.test, files.train):  # a test row that is in both files counts as in its own
+        for data in _read(name, columns).values() if name is not None else ():
+            check_columns(data, str(name), {"text_column": columns[0], "group_column": columns[1]})
+            for cell, group in zip(data[columns[0]], data[columns[1]], strict=True):
+                if cell is not None and group is not None:
+                    groups.setdefault(task.key(task.clean(cell)), group_name(group))
+    return groups
 
 
 def _named(experiment: Experiment, name: str) -> DomainFiles:
@@ -240,6 +276,7 @@ def _named(experiment: Experiment, name: str) -> DomainFiles:
         files,
         text_column=files.text_column or experiment.text_column or task.input_column,
         label_column=files.label_column or experiment.label_column or task.label_column,
+        group_column=experiment.group_column_of(name),
     )
 
 

@@ -24,6 +24,8 @@ from hf_adapt.experiments.tables import Cells
 from hf_adapt.experiments.versions import installed
 from hf_adapt.storage.text_file import write_figure, write_text
 
+MOST_MODELS = 3
+"""Above this number of saved models their folders are in results.csv alone."""
 MOST_CLASSES = 12
 """Above this number of classes their shares are in results.csv alone."""
 
@@ -101,8 +103,8 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
         is_shares = cells is shares
         if not is_shares or not scored:
             _print_table(console, title, cells, legend if number == 0 else None)
-    for name in [*files, *(["accuracy.png"] if scored else [])]:
-        console.print(escape(f"wrote {folder / name}"), soft_wrap=True, highlight=False)
+    written = ", ".join([*files, *(["accuracy.png"] if scored else [])])
+    console.print(escape(f"wrote {written} to {folder}"), soft_wrap=True, highlight=False)
 
 
 def _document(shown: Sequence[tuple[str, Cells]], legend: str) -> str:
@@ -144,12 +146,12 @@ def _print_table(console: Console, title: str, cells: Cells, legend: str | None)
 def tell_models(experiment: Experiment, results: Results, console: Console) -> None:
     """Print where the models are, and how to try one."""
     saved: list[Any] = [run for run in results if run.get("model")]
-    for run in saved:
-        console.print(
-            escape(f"model of {_described(run)}: {run['model']}"),
-            soft_wrap=True,
-            highlight=False,
-        )
+    lines = [f"model of {_described(run)}: {run['model']}" for run in saved]
+    if len(lines) > MOST_MODELS:
+        folder = Path(experiment.output_dir, "results.csv")
+        lines = [f"{len(lines)} models are saved: see the column model of {folder}"]
+    for line in lines:
+        console.print(escape(line), soft_wrap=True, highlight=False)
     adapted = [run for run in saved if experiment.methods[run["method"]].adaptations]
     chosen = [run for run in saved if run["method"] == CHOSEN]
     if saved:

@@ -27,6 +27,8 @@ from hf_adapt.experiments.report import describe_pairs, publish, tell_models
 from hf_adapt.experiments.runner import cells_of, run_experiment
 from hf_adapt.experiments.training import check_model, check_priors
 
+FEW_RUNS = 6
+
 
 def execute(
     experiment: Experiment,
@@ -68,6 +70,8 @@ def execute(
     )
     running: list[Cell] = []
     kept = 0
+    # On a terminal the bar tells how far many runs are.
+    tells_all = not console.is_terminal or len(cells_of(experiment)) <= FEW_RUNS
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(cells_of(experiment)))
 
@@ -84,7 +88,8 @@ def execute(
                 # One training fills the cells of all tasks of a mixture, and warns once.
                 is_first = cell.source == experiment.pairs[0][0]
                 tells = is_first or not experiment.methods[cell.method].mixes
-                console.print(_line(cell, result, tells), soft_wrap=True, highlight=False)
+                if tells_all or "error" in result or result["warnings"]:
+                    console.print(_line(cell, result, tells), soft_wrap=True, highlight=False)
             more = f" and {len(running) - 1} more" if len(running) > 1 else ""
             now = f"{running[0]}{more}" if running else ""
             progress.update(bar, description=escape(now))
@@ -103,6 +108,12 @@ def execute(
         shown, rows = with_chosen(experiment, results, found)
     publish(shown, rows, console)
     tell_models(shown, rows, console)
+    if experiment.prefix_folder is not None:
+        console.print(
+            escape(f"{experiment.prefix_folder} keeps the output of the frozen layers for more."),
+            soft_wrap=True,
+            highlight=False,
+        )
     command = shlex.join(["hf-adapt", "report", experiment.output_dir])
     console.print(escape(f"{command} makes a page of it"), soft_wrap=True, highlight=False)
     return not any("error" in result for result in results)

@@ -38,6 +38,7 @@ from hf_adapt.alignment.priors import PriorObjective
 from hf_adapt.engine.callback import AdaptationCallback, adapt, collect_items
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.engine.streams import Stream
+from hf_adapt.evaluation.groups import WorstGroupAccuracy
 from hf_adapt.evaluation.layers import FEWEST_ROWS, layer_distances
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import DataError, Pair, cached_pair, label_name
@@ -59,6 +60,7 @@ from hf_adapt.unfreezing import FreezeOnly, GradualUnfreezing
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 
 PRETRAINING_EPOCHS = 10
+GROUP = "hf_adapt_group"
 NO_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False}
 """`TrainingArguments` of a stage without rows to evaluate on."""
 
@@ -125,9 +127,7 @@ class Run:
     @property
     def store(self) -> str | None:
         """The folder in which all runs keep what the frozen layers return, if they do."""
-        if not (self.experiment.cache_prefix and self.frozen):
-            return None
-        return str(Path(self.experiment.output_dir, "frozen_prefix"))
+        return self.experiment.prefix_folder if self.frozen else None
 
     def rows(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """Rows as the model takes them."""
@@ -160,8 +160,6 @@ def train_and_test(
     run = started(experiment, seed, pair, task, folder)
     trainer, cost = measured(run, lambda: _trained(run, method))
     result = {**cost, **tested(run, trainer, trainer.state.log_history)}
-    if experiment.diagnose:
-        write_text(folder / DIAGNOSTICS_FILE, json.dumps({"layers": _layers(run, trainer)}))
     shutil.rmtree(folder / "pretraining", ignore_errors=True)
     if experiment.save_models or method.save:
         trainer.save_model()
@@ -189,6 +187,13 @@ def tested(run: Run, trainer: Trainer, logs: Sequence[Mapping[str, float]]) -> d
     outputs = _outputs(run, trainer)
     outputs.save(run.folder)
     write_text(run.folder / LOGS_FILE, json.dumps(logs, indent=1))
+    diagnostics: dict[str, Any] = {}
+    if run.experiment.diagnose:
+        diagnostics["layers"] = _layers(run, trainer)
+    if run.pair.test_groups is not None:
+        diagnostics["groups"] = _group_accuracies(run, trainer.model, run.pair.test_groups)
+    if diagnostics:
+        write_text(run.folder / DIAGNOSTICS_FILE, json.dumps(diagnostics, ensure_ascii=False))
     result: dict[str, Any] = {}
     for name, found in (("source", outputs.source_test), ("target", outputs.target_test)):
         scores = _scores(found or outputs.target_unlabelled, run.pair.labels, found is not None)
@@ -354,10 +359,24 @@ def _layers(run: Run, trainer: Trainer) -> list[dict[str, Any]]:
     return [dataclasses.asdict(each) for each in layer_distances(trainer, *rows)]
 
 
+def _group_accuracies(run: Run, model: Any, groups: Sequence[str | None]) -> dict[str, Any]:
+    """The accuracy on each group of the target's test rows; none of rows without groups."""
+    if not any(group is not None for group in groups):
+        return {}
+    observer = WorstGroupAccuracy(GROUP)
+    trainer = tester(run, model)
+    trainer.add_callback(AdaptationCallback(observer))
+    rows = run.rows(run.pair.target["test"])
+    with _AdaptationWarnings():  # of small groups: the report has their intervals
+        trainer.evaluate(rows.add_column(GROUP, list(groups)))
+    found = () if observer.result is None else observer.result.groups
+    return {each.name: dataclasses.asdict(each) for each in found}
+
+
 def _outputs(run: Run, trainer: Trainer) -> RunOutputs:
     """What the trained model gives for the rows of both domains."""
     pair = run.pair
-    with _frozen_prefix(run, trainer):
+    with _AdaptationWarnings(), _frozen_prefix(run, trainer):
         dev, test = (_collected(run, trainer, pair.source[split]) for split in ("dev", "test"))
         if pair.is_one:
             return RunOutputs(source_dev=dev, source_test=test, target_test=test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ from hf_adapt.experiments.outputs import (
     RunOutputs,
 )
 from hf_adapt.experiments.summary import pair_name
+from hf_adapt.report.shapes import CHOICE, DIAGNOSTICS, LOG_ENTRY, RESULT, misfit
 
 ROLES = ("baseline", "adapted", "bound")
 """Of methods, as they are ordered: source only, and what trained on target labels, at the ends."""
 NAMED_ROLES = {"source only": "baseline", "bound": "bound"}
 """By the names that the built-in experiments give such methods."""
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged file of arrays raises."""
 
 
 class ReportError(ValueError):
@@ -77,7 +81,7 @@ class Run:
             return None, f"{OUTPUTS_FILE} is missing, so only the scores are shown."
         try:
             return RunOutputs.load(self.folder), None
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             return None, f"{OUTPUTS_FILE} cannot be read ({error}), so only the scores are shown."
 
 
@@ -124,8 +128,8 @@ def find_pairs(paths: Sequence[Path]) -> tuple[list[Pair], list[str]]:
         try:
             run = _read_run(file.parent)
             key = (run.pair, run.method, run.seed)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            notes.append(f"{file} is no result of a run and is left out: {error!r}.")
+        except (OSError, ValueError) as error:
+            notes.append(f"{file} is no result of a run and is left out: {error}.")
             continue
         if key in newest:
             notes.append(
@@ -158,38 +162,18 @@ def _result_files(path: Path) -> list[Path]:
 
 def _read_run(folder: Path) -> Run:
     result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    if not isinstance(result, dict):
-        raise ValueError("expected an object")
+    if wrong := misfit(result, RESULT):
+        raise ValueError(wrong)
     notes: list[str] = []
-    logs, diagnostics = (
-        _read_optional(folder / LOGS_FILE, list, notes),
-        _read_optional(folder / DIAGNOSTICS_FILE, dict, notes),
-    )
+    logs = _read_optional(folder / LOGS_FILE, [LOG_ENTRY], notes)
+    diagnostics = _read_optional(folder / DIAGNOSTICS_FILE, DIAGNOSTICS, notes)
     if logs is None and "error" not in result:
         notes.append(f"{LOGS_FILE} is missing, so there are no curves of this run.")
-    if diagnostics is not None and not _are_diagnostics(diagnostics):
-        notes.append(
-            f"{DIAGNOSTICS_FILE} is left out: expected layers, each with a name, and groups, each "
-            "with accuracy, low, high and count."
-        )
-        diagnostics = None
-    entries = [each for each in logs or () if isinstance(each, dict)]
-    return Run(folder, result, entries, diagnostics, tuple(dict.fromkeys(notes)))
+    return Run(folder, result, logs or (), diagnostics, tuple(dict.fromkeys(notes)))
 
 
-def _are_diagnostics(found: Mapping[str, Any]) -> bool:
-    layers, groups = found.get("layers") or [], found.get("groups") or {}
-    keys = ("accuracy", "low", "high", "count")
-    return (
-        isinstance(layers, list)
-        and all(isinstance(each, dict) and "name" in each for each in layers)
-        and isinstance(groups, dict)
-        and all(isinstance(g, dict) and all(k in g for k in keys) for g in groups.values())
-    )
-
-
-def _read_optional(file: Path, kind: type | tuple[type, ...], notes: list[str]) -> Any:
-    """A JSON file of that kind; None if it is missing, or is something else, with a note."""
+def _read_optional(file: Path, shape: Any, notes: list[str]) -> Any:
+    """A JSON file of that shape; None if it is missing, or is something else, with a note."""
     if not file.exists():
         return None
     try:
@@ -197,21 +181,20 @@ def _read_optional(file: Path, kind: type | tuple[type, ...], notes: list[str]) 
     except (OSError, ValueError) as error:
         notes.append(f"{file.name} cannot be read: {error}.")
         return None
-    if isinstance(value, kind):
-        return value
-    notes.append(f"{file.name} is left out: it holds {type(value).__name__}.")
-    return None
+    if wrong := misfit(value, shape):
+        notes.append(f"{file.name} is left out: {wrong}.")
+        return None
+    return value
 
 
 def _pair(names: tuple[str, str], runs: Iterable[Run]) -> Pair:
     ordered = sorted(runs, key=lambda run: (ROLES.index(run.role), run.method, run.seed))
     notes: list[str] = []
-    choices: list[Any] = []
+    choices: list[Mapping[str, Any]] = []
     for folder in dict.fromkeys(run.folder.parent for run in ordered):
-        found = _read_optional(folder / CHOICE_FILE, (dict, list), notes)
-        choices += [found] if isinstance(found, dict) else found or []
+        choices += _read_optional(folder / CHOICE_FILE, [CHOICE], notes) or []
     shown = {run.folder.name for run in ordered}
-    kept = [c for c in choices if isinstance(c, dict) and c.get("run", next(iter(shown))) in shown]
+    kept = [choice for choice in choices if choice.get("run", next(iter(shown))) in shown]
     if len(kept) < len(choices):
         notes.append(
             f"{len(choices) - len(kept)} of {len(choices)} choices in {CHOICE_FILE} are left out: "

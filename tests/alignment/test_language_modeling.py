@@ -29,11 +29,12 @@ from transformers import (
     Trainer,
     ViTForImageClassification,
 )
+from trl import SFTConfig, SFTTrainer
 
 from hf_adapt import MMD, Stream, adapt
 from hf_adapt.alignment import TargetLanguageModeling, adapt_pretrain, mask_tokens
 from hf_adapt.models.language_model import LanguageModelHead, language_model_of
-from tests.helpers.data import collate, rows
+from tests.helpers.data import collate, rows, words
 from tests.helpers.models import (
     MODELS,
     VOCABULARY,
@@ -53,6 +54,9 @@ from tests.helpers.trainers import (
     same_bits,
     weights,
 )
+from tests.scripts.trl_scripts import llama
+from tests.scripts.world import quiet
+from tests.scripts.world import tokenizer as script_tokenizer
 
 TOKENIZER = tokenizer()
 SPECIAL = TOKENIZER.all_special_ids
@@ -233,6 +237,32 @@ def test_a_decoder_gives_the_loss_of_hugging_faces_causal_language_model(own, tm
     expected = peer(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
     assert objective.count == int(mask.sum()) - len(ids)
     assert objective.mean == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_trl_runs_a_decoder_without_logits(has_lora, tmp_path):
+    """SFTTrainer computes its loss in tiles; the target's is that of the whole logits."""
+    model = llama()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    texts = [words(i, 0, 3 + i) for i in range(4)]
+    causal = script_tokenizer(causal=True)
+    rows = causal(texts, padding=True, return_tensors="pt")
+    labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+    expected = model(**rows, labels=labels).loss.item()
+    settings = quiet(tmp_path, max_steps=1, bf16=False, gradient_checkpointing=False)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**settings),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=causal,
+        peft_config=LoraConfig(target_modules=["q_proj"]) if has_lora else None,
+    )
+    target = datasets.Dataset.from_dict(dict(causal(texts)))
+    adapt(trainer, TargetLanguageModeling(), target_dataset=target).train()
+    found = trainer.state.log_history[0]["loss/target_language_modeling"]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_masked_language_model_uses_its_own_head(tmp_path):

@@ -9,7 +9,8 @@ from transformers import Trainer
 
 from hf_adapt import DANN, AdaptationCallback, InformationMaximization, Objective
 from hf_adapt.continual import Consolidation, Replay
-from hf_adapt.engine.model_card import TITLE, papers
+from hf_adapt.engine.model_card import TITLE
+from hf_adapt.engine.papers import cited
 from hf_adapt.evaluation import LabelFreeValidation
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
@@ -62,7 +63,7 @@ def test_without_adaptations_it_is_the_trainers(tmp_path: Path) -> None:
 )
 def test_each_paper_has_its_own_number(cls: type, expected: list[str | None]) -> None:
     """Not that of the next one in the docstring."""
-    found = list(papers(cls))
+    found = [paper.bibtex for paper in cited(cls)]
     assert len(found) == len(expected)
     for entry, number in zip(found, expected, strict=True):
         assert ("eprint" not in entry) if number is None else f"eprint = {{{number}}}" in entry

@@ -3,6 +3,7 @@
 import json
 import logging
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from transformers import Trainer, pipeline
 from hf_adapt.alignment import MMD
 from hf_adapt.cli.run_options import experiment
 from hf_adapt.engine.callback import AdaptationCallback
+from hf_adapt.engine.item_outputs import load_items
 from hf_adapt.experiments import report
 from hf_adapt.experiments.choice import candidates_of
+from hf_adapt.experiments.data import load_pair
 from hf_adapt.report import write_report
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
-from tests.helpers.finished_runs import page_of, without_oracle
+from tests.helpers.finished_runs import page_of, without_oracle, words
 
 Config = Callable[..., str]
 
@@ -57,7 +60,8 @@ def test_every_cell_is_a_line_and_a_table_is_written(write_config: Config, tmp_p
     assert table.count("| films → phones | ") == 5  # a column; true and three predicted shares
     assert "±" in table and "transformers" in table
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert "below source only" in table and str(tmp_path / "out" / "table.md") in printed
+    assert "below source only" in table
+    assert f"wrote table.md, results.csv, accuracy.png to {tmp_path / 'out'}" in printed
 
 
 def test_only_what_is_missing_is_run(
@@ -403,8 +407,8 @@ def test_a_mistyped_label_column_of_the_target(
     assert "and not 'lable'. Did you mean 'labels'? Name it with label_column" in printed
     assert not trained
     config = write_config(data={**data, "phones": other}, methods={"source only": []})
-    for words in ((), ("--label-column", "label")):
-        printed = run(config, *words)
+    for options in ((), ("--label-column", "label")):
+        printed = run(config, *options)
         hint = "no labels in a column 'label' (it has text, labels; did you mean 'labels'?)"
         assert hint in printed
     data["phones"] = {"train": other, "label_column": "labels"}
@@ -501,3 +505,32 @@ def test_no_candidate_has_seen_labels_or_trains_on_neighbours(write_config: Conf
 def test_a_choice_needs_a_method_without_adaptation(write_config: Config) -> None:
     printed = run(write_config(methods={"MMD": ["MMD"]}), "--choose", fails=True)
     assert "needs a method without adaptation to compare with" in printed
+
+
+def test_accuracy_by_group_of_target_rows(
+    write_config: Config, domains: dict[str, str], tmp_path: Path
+) -> None:
+    """A column of the target says the groups; its test rows are counted, and no other."""
+    lines = [
+        (text, label, ("north", "south", "")[i % 3])
+        for i, (text, label) in enumerate(rows("phone"))
+    ]
+    grouped = str(write_csv(tmp_path / "grouped.csv", lines, "text,label,place"))
+    data = {"films": domains["films"], "phones": {"train": grouped, "group_column": "place"}}
+    run(write_config(data=data), "--method", "source only")
+    (folder,) = (tmp_path / "out" / "films-phones").iterdir()
+    groups = json.loads((folder / "diagnostics.json").read_text())["groups"]
+    assert set(groups) == {"north", "south"}  # an empty cell is no group
+    items = load_items(folder / "outputs.npz")["target_test"]
+    right = (items.logits.argmax(1) == items.labels).sum().item()
+    counted = sum(group["count"] for group in groups.values())
+    assert 0 < counted < len(items) == 12
+    assert 0 <= sum(g["accuracy"] * g["count"] for g in groups.values()) <= right
+    place = {text: group for text, _, group in lines}
+    pair = load_pair(experiment(write_config(data=data), {}, {}), "films", "phones")
+    tested = [place[text] for text in pair.target["test"]["text"]]
+    assert {n: g["count"] for n, g in groups.items()} == Counter(filter(None, tested))
+    assert "accuracy by group" in words(page_of(write_report([tmp_path / "out"])))
+
+    printed = run(write_config(data=data), "--group-column", "plaec", fails=True)
+    assert "and not 'plaec'. Did you mean 'place'? Name it with group_column" in printed

@@ -161,6 +161,23 @@ def odd_diagnostics(folder: Path) -> None:
     (folder / "diagnostics.json").write_text('{"layers": ["a layer"]}')
 
 
+def odd_groups(folder: Path) -> None:
+    (folder / "diagnostics.json").write_text('{"groups": {"north": {"accuracy": 0.5}}}')
+
+
+def odd_choice(folder: Path) -> None:
+    (folder.parent / "choice.json").write_text('[{"chosen": "DANN", "candidates": ["DANN"]}]')
+
+
+def odd_logs(folder: Path) -> None:
+    (folder / "logs.json").write_text('[{"loss": 1.0, "step": "one"}]')
+
+
+def odd_result(folder: Path) -> None:
+    file = folder / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_f1": "high"}))
+
+
 @pytest.mark.parametrize(
     ("damage", "note"),
     [
@@ -172,7 +189,11 @@ def odd_diagnostics(folder: Path) -> None:
         (no_logs, "logs.json is missing, so there are no curves of this run."),
         (cut_choice, "choice.json cannot be read"),
         (old_choice, "1 of 1 choices in choice.json are left out: they were made among other runs"),
-        (odd_diagnostics, "diagnostics.json is left out: expected layers, each with a name, and"),
+        (odd_diagnostics, "diagnostics.json is left out: layers[0]: expected an object, got 'a"),
+        (odd_groups, "diagnostics.json is left out: groups.north: low is missing."),
+        (odd_choice, "choice.json is left out: [0].candidates[0]: expected an object, got 'DANN'."),
+        (odd_logs, "logs.json is left out: [0].step: expected a number, got 'one'."),
+        (odd_result, "is no result of a run and is left out: target_f1: expected a number, got"),
     ],
 )
 def test_copes_with_what_is_missing(
