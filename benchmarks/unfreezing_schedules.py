@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         output_dir="runs/unfreezing",
         num_train_epochs=2,
-        learning_rate=2e-4,
+        learning_rate=1e-4,
     )
     console.print(f"[dim]{LICENCES['vader4']}\n{MODELS[script.model][1]}[/dim]")
     if {"french", "dutch"} & {*script.tests}:

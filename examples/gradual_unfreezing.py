@@ -29,7 +29,7 @@ from model_weights import E5_LICENCE, E5_PREFIX, e5_small_path
 DEFAULTS = {
     "output_dir": "runs/gradual_unfreezing",
     "num_train_epochs": 2,
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-4,
 }
 
 

@@ -1,16 +1,16 @@
 """Which organ system is ill, when the encoder does not know the word for the illness?
 
 Trains MiniLM on 200 labelled sentences such as "Examination showed nephroptosis.", without and with
-one line that adds what the Human Phenotype Ontology says of the terms, and tests
-both on sentences about other terms. The graph has names and definitions; the organ systems, which
-are the labels, are not in it.
+one line that adds what the Human Phenotype Ontology says of the terms, and tests both on sentences
+about other terms. The graph has names and definitions; the organ systems, which are the labels, are
+not in it.
 
     python examples/knowledge_injection.py
     python examples/knowledge_injection.py --num_labels 400 --injection_layer cross_attention
 
-TIMES
-The model and what it knows are saved in --output_dir. Every option of TrainingArguments can be
-given as well.
+About a minute on two CPU cores; 52.9 % of the sentences are right without the line and 83.7 % with
+it (seed 42; three seeds, controls, and what is better still: docs/results.md). The model and what
+it knows are saved in --output_dir. Every option of TrainingArguments can be given as well.
 """
 
 import sys
