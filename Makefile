@@ -61,7 +61,7 @@ demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 5"
 	$(RUN) examples/domain_shift_text.py --jobs 2 $(ARGS)
 
 .PHONY: demo-unfreezing
-demo-unfreezing: $(EXAMPLES)  ## all layers, and the upper half with one line; ARGS="--frozen_layers 9"
+demo-unfreezing: $(EXAMPLES)  ## all layers at once, and gradually with one line; ARGS="--layer_decay 0.6"
 	$(RUN) examples/gradual_unfreezing.py $(ARGS)
 
 .PHONY: demo-learn-on
