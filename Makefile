@@ -61,7 +61,7 @@ demo: $(EXAMPLES)  ## the main job on real data; options in ARGS="--seeds 5"
 	$(RUN) examples/domain_shift_text.py --jobs 2 $(ARGS)
 
 .PHONY: demo-unfreezing
-demo-unfreezing: $(EXAMPLES)  ## gradual unfreezing on real data; options in ARGS="--seeds 5"
+demo-unfreezing: $(EXAMPLES)  ## all layers at once, and gradually with one line; ARGS="--layer_decay 0.6"
 	$(RUN) examples/gradual_unfreezing.py $(ARGS)
 
 .PHONY: demo-learn-on
@@ -101,7 +101,7 @@ demo-distillation-lm: $(EXAMPLES)  ## half a language model learns from the whol
 	$(RUN) examples/distil_causal_lm.py $(ARGS)
 
 .PHONY: demo-knowledge
-demo-knowledge: $(EXAMPLES)  ## WordNet in a sentiment classifier, with controls; ARGS="--seeds 5"
+demo-knowledge: $(EXAMPLES)  ## rare words, without and with an ontology; ARGS="--num_labels 400"
 	$(RUN) examples/knowledge_injection.py $(ARGS)
 
 .PHONY: notebooks
