@@ -11,7 +11,13 @@ import pytest
 import torch
 import trl
 from torch.utils.data import SequentialSampler
-from transformers import BertConfig, BertForMultipleChoice, Trainer
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
 from hf_adapt import (
@@ -23,6 +29,7 @@ from hf_adapt import (
     InformationMaximization,
     adapt,
 )
+from hf_adapt.continual import KeepPredictions, Replay, ReplayMemory
 from tests.helpers.data import sentence_pairs, words
 from tests.helpers.libraries import encoder
 from tests.helpers.models import bert_config
@@ -345,3 +352,47 @@ def test_trainers_that_compare_answers_are_refused_by_name(tmp_path: Path) -> No
     assert all(history(kto, "loss/distillation")) and one_sequence_a_row == bool(
         history(kto, "loss/distillation")
     )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sft_without_logits_trains_as_the_plain_trainer(accumulation: int, tmp_path: Path) -> None:
+    """TRL computes a language model's loss in tiles; the terms and the gradient are the same."""
+    from tests.scripts.trl_scripts import llama
+    from tests.scripts.world import quiet, tokenizer
+
+    causal = tokenizer(causal=True)
+    new, old = (
+        datasets.Dataset.from_list(
+            [
+                {**(row := dict(causal(words(i, low, 3 + i % 4)))), "labels": row["input_ids"]}
+                for i in range(8)
+            ]
+        )
+        for low in (0, 20)
+    )
+    settings = quiet(
+        tmp_path,
+        max_steps=2,
+        bf16=False,
+        gradient_checkpointing=False,
+        gradient_accumulation_steps=accumulation,
+    )
+    logs = []
+    for kind in (Trainer, trl.SFTTrainer):
+        model = llama()
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        given = TrainingArguments if kind is Trainer else trl.SFTConfig
+        pads = DataCollatorForSeq2Seq(causal)
+        collator = {"data_collator": pads} if kind is Trainer else {"processing_class": causal}
+        trainer = kind(model, given(**settings), train_dataset=new, **collator)
+        memory = ReplayMemory.from_dataset(old, size=8)
+        keep = KeepPredictions(1.0, on="replay")
+        trainer.add_callback(AdaptationCallback(Replay(memory, 0.5), keep))
+        trainer.train()
+        logs.append(trainer.state.log_history[:2])
+    for plain, tiled in zip(*logs, strict=True):
+        for key in ("loss", "loss/task", "loss/replay", "loss/keep_predictions", "grad_norm"):
+            assert tiled[key] == pytest.approx(plain[key], rel=1e-3, abs=1e-7), key
+    assert logs[0][1]["loss/keep_predictions"] > 0
