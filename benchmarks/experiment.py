@@ -19,6 +19,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
 )
@@ -35,7 +36,7 @@ TRAINING_DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "learning_rate": 3e-4,
     "logging_steps": 20,
-    "disable_tqdm": True,
+    "disable_tqdm": False,
     "save_strategy": "no",
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
@@ -43,6 +44,22 @@ TRAINING_DEFAULTS = {
 
 
 # ---------------------------------------------------------------- options
+class QuietProgress(ProgressCallback):
+    """The Trainer's progress bar with the loss beside it, of which nothing is left at the end."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.leave = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3g}", refresh=False)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Tests are short: no bar."""
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a dataclass that HfArgumentParser reads."""
     return field(default=default, metadata={"help": help, **metadata})
@@ -55,14 +72,20 @@ def check_methods(chosen: Iterable[str], known: Iterable[str]) -> None:
 
 
 def parse(
-    kind: type, description: str | None, argv: Sequence[str] | None, **defaults: Any
-) -> tuple[Any, TrainingArguments, Console]:
+    kind: type,
+    description: str | None,
+    argv: Sequence[str] | None,
+    training: type[TrainingArguments] = TrainingArguments,
+    **defaults: Any,
+) -> tuple[Any, Any, Console]:
     """Read an example's options and TrainingArguments; the console is silent on other ranks."""
-    parser = HfArgumentParser((kind, TrainingArguments), description=description)
+    parser = HfArgumentParser((kind, training), description=description)
     parser.set_defaults(**TRAINING_DEFAULTS | defaults)
     script, args = parser.parse_args_into_dataclasses(argv)
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # else it tells each time that a head is new
+    transformers.trainer.DEFAULT_PROGRESS_CALLBACK = QuietProgress
     return script, args, Console(quiet=args.process_index != 0)
 
 
@@ -108,10 +131,7 @@ def new_classifier(
     **options: Any,
 ) -> PreTrainedModel:
     """A pretrained encoder with a new head."""
-    transformers.logging.set_verbosity_error()  # else it tells each time that the head is new
-    model = kind.from_pretrained(path, **label_names(labels), **options)
-    transformers.logging.set_verbosity_warning()
-    return model
+    return kind.from_pretrained(path, **label_names(labels), **options)
 
 
 def tokenized(

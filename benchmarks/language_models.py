@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -48,14 +47,12 @@ def lora_trainer(path: str, rank: int, args: TrainingArguments, rows: Dataset) -
 
     set_seed(args.seed)
     config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = Trainer(
+    return Trainer(
         model=get_peft_model(load_model(path), config),
         args=args,
         train_dataset=rows,
         data_collator=default_data_collator,
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def perplexities(trainer: Trainer, tests: Mapping[str, Any]) -> dict[str, float]:

@@ -37,19 +37,19 @@ def grouped_bars(
     axes: Axes,
     ticks: Sequence[str],
     series: Mapping[str, Sequence[Score]],
-    colours: Sequence[str] = (GREY, BLUE),
-    scale: float = 100,
     **style: Any,
 ) -> list[Any]:
-    """Two bars side by side for each tick; return matplotlib's two containers of bars."""
+    """Two bars in % side by side for each tick; return matplotlib's two containers of bars."""
     containers = []
-    for offset, ((label, scores), colour) in enumerate(zip(series.items(), colours, strict=False)):
+    for offset, ((label, scores), colour) in enumerate(
+        zip(series.items(), (GREY, BLUE), strict=False)
+    ):
         repeated = any(score["sd"] is not None for score in scores)
         containers.append(
             axes.bar(
                 [i + 0.4 * offset for i in range(len(scores))],
-                [scale * score["mean"] for score in scores],
-                yerr=[scale * (score["sd"] or 0) for score in scores] if repeated else None,
+                [100 * score["mean"] for score in scores],
+                yerr=[100 * (score["sd"] or 0) for score in scores] if repeated else None,
                 width=0.38,
                 capsize=3,
                 color=colour,

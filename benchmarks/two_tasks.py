@@ -14,7 +14,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
@@ -84,15 +83,13 @@ def task_trainer(
 ) -> Trainer:
     """A Trainer of a classifier whose first layers are frozen."""
     freeze(model, first_groups(model, freeze_layers))
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def accuracies(trainer: Trainer, task: Task) -> tuple[float, float]:

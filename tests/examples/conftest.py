@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -24,6 +25,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process(monkeypatch):
+    """What an example sets for its whole process does not outlive its test."""
+    verbosity = transformers.logging.get_verbosity()
+    callback = transformers.trainer.DEFAULT_PROGRESS_CALLBACK
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", callback)
+    yield
+    transformers.logging.set_verbosity(verbosity)
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import learn_on_lm
 import pytest
 import torch
 import two_tasks
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from tests.helpers.word_classifier import WORDS, save_tiny_model
@@ -99,13 +103,23 @@ def language_command(llama_dir, tmp_path, monkeypatch):
     return [part for option in options.items() for part in option]
 
 
-def test_perplexity_of_what_is_learnt_of_the_memory_and_of_other_texts(language_command, tmp_path):
-    pytest.importorskip("peft")
-    learn_on_lm.main(language_command)
-    found = results(tmp_path / "out")["perplexity"]
-    assert list(found) == ["start", "plain", "replay", "replay + KL"]
-    assert all(list(row) == ["sms", "nyt", "movies"] for row in found.values())
-    assert len({tuple(row.values()) for row in found.values()}) == len(found)
+def test_perplexity_of_what_is_learnt_of_the_memory_and_of_other_texts(
+    language_command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(learn_on_lm, "texts_of", language_models.texts_of)
+    at = language_command.index("--block_size")
+    learn_on_lm.main([*language_command[:at], *language_command[at + 2 :], "--max_length", "8"])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"(.+): perplexity of sms (.+), nyt (.+), movies (.+)", printed)
+    assert [row[0] for row in rows] == ["at the start", "plain", "with replay"]
+    assert len({row[1:] for row in rows}) == 3
+    PeftModel.from_pretrained(language_models.load_model(language_command[1]), tmp_path / "out")
+
+
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match='pip install "trl>='):
+        runpy.run_path(learn_on_lm.__file__)
 
 
 def test_a_language_model_is_compared_over_seeds(language_command, tmp_path, monkeypatch):

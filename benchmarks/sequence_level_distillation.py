@@ -6,24 +6,16 @@ it wrote, on what people wrote after the same openings, and on what it wrote wit
 plain Trainer, and no common vocabulary. The test is how well each student predicts the teacher's
 and people's continuations of openings that it has not seen.
 
-Measured (96 openings, 30 steps; perplexity of the teacher's / people's continuations, share of
-tokens that it would choose as the teacher): not trained 271,000 / 582,000, 0.1 %; people's text
-706 / 1,968, 8.3 %; the teacher's text 145 / 3,141, 22.3 %; the teacher's text and its logits
-115 / 1,832, 26.4 %. Logits beside the text were best in all three; text of the teacher alone
-teaches to write as it does, and people's text less. About four minutes on two cores.
-
 Reference: Kim & Rush 2016, "Sequence-Level Knowledge Distillation", arXiv:1606.07947.
 Deviation: greedy decoding with a repetition penalty instead of a beam search.
 
-    python examples/sequence_level_distillation.py
-    python examples/sequence_level_distillation.py --num_prompts 1000 --max_steps 300
+    python benchmarks/sequence_level_distillation.py
 
-Writes results.json, table.md and perplexity.png to --output_dir. Every option of TrainingArguments
-can be given as well.
+About four minutes on two cores. Writes results.json and table.md to --output_dir; the results are
+in docs/distillation.md. Every option of TrainingArguments can be given as well.
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,31 +24,36 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from distil_causal_lm import TRAINING_DEFAULTS, load_model, make_trainer, texts_of
-from matplotlib.figure import Figure
+from domain_data import LICENCES
+from experiment import DOMAINS, option, parse, run
+from language_models import load_model, texts_of
+from model_weights import SMOLLM2_LICENCE, smollm2_path
+from results import report
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
     set_seed,
 )
 
+from hf_adapt import DistillationTrainer
 from hf_adapt.distillation import student_from_teacher
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
-from domain_data import LICENCES
-from experiment import DOMAINS, option, parse, run
-from model_weights import SMOLLM2_LICENCE, smollm2_path
-from results import grouped_bars, report
-
-from hf_adapt.experiments.plots import BLUE, GREY
-from hf_adapt.experiments.summary import score
 
 MODELS = {
     "before": "not trained",
     "people": "people's text",
     "teacher": "teacher's text",
     "both": "teacher's text and logits",
+}
+
+TRAINING_DEFAULTS = {
+    "output_dir": "runs/sequence_level_distillation",
+    "max_steps": 30,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "warmup_steps": 5,
 }
 
 
@@ -132,30 +129,8 @@ def agreement(model: PreTrainedModel, teacher: PreTrainedModel, rows: Dataset) -
     return same / total
 
 
-def plot(results: dict[str, dict]) -> Figure:
-    """Bars of both perplexities."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    series = {
-        f"on the {name}": [score([found[name]]) for found in results.values()]
-        for name in ("teacher's text", "people's text")
-    }
-    ticks = [MODELS[name] for name in results]
-    for bars in grouped_bars(axes, ticks, series, (BLUE, GREY), scale=1):
-        axes.bar_label(bars, fmt="%.3g", fontsize=8)
-    axes.set_yscale("log")
-    axes.set_ylabel("perplexity")
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
 def main(argv: list[str] | None = None) -> None:
-    defaults = TRAINING_DEFAULTS | {
-        "output_dir": "runs/sequence_level_distillation",
-        "max_steps": 30,
-        "per_device_train_batch_size": 8,
-    }
-    script, args, console = parse(ExampleArguments, __doc__, argv, **defaults)
+    script, args, console = parse(ExampleArguments, __doc__, argv, **TRAINING_DEFAULTS)
     console.print(f"[dim]{LICENCES['vader4']}[/dim]")
     if script.model_name_or_path is None:
         console.print(f"[dim]{SMOLLM2_LICENCE}[/dim]")
@@ -181,9 +156,14 @@ def main(argv: list[str] | None = None) -> None:
     for name in MODELS:
         set_seed(args.seed)  # the same order of the rows for all
         model = student_from_teacher(teacher, script.student_layers)
-        # With the logits it is word-level distillation too, on the same text.
-        distillation = {"teacher": teacher, "temperature": 1.0} if name == "both" else {}
-        trainer = make_trainer(model, args, train.get(name), **distillation)
+        options: dict[str, Any] = {
+            "train_dataset": train.get(name),
+            "data_collator": default_data_collator,
+        }
+        if name == "both":  # with the logits it is word-level distillation too, on the same text
+            trainer = DistillationTrainer(model, args, teacher=teacher, temperature=1.0, **options)
+        else:
+            trainer = Trainer(model, args, **options)
         start = time.perf_counter()
         if name != "before":
             trainer.train()
@@ -216,8 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.max_steps} steps. The teacher wrote for {writing:.0f} seconds."
     )
     document = {"models": results, "writing_seconds": writing}
-    figures = {"perplexity.png": plot(results)}
-    report(rows, legend, document, figures, Path(args.output_dir), console)
+    report(rows, legend, document, {}, Path(args.output_dir), console)
 
 
 if __name__ == "__main__":
