@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from domain_data import (
+    HPO_LICENCE,
     LICENCES,
     MINILM_LICENCE,
     WORDNET_LICENCE,
@@ -53,7 +54,7 @@ from experiment import (
     run,
 )
 from matplotlib.figure import Figure
-from rare_terms import HPO_LICENCE, PATTERNS, PATTERNS_OF_TWO, load_terms
+from rare_terms import PATTERNS, PATTERNS_OF_TWO, load_terms
 from results import report, summarize
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score

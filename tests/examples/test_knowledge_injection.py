@@ -38,7 +38,7 @@ def ontology(folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny ontology in place of the real one; the words of a tiny model have one piece."""
-    monkeypatch.setattr(rare_terms, "fetch", lambda archive: ontology(tmp_path))
+    monkeypatch.setattr(rare_terms, "hpo_path", lambda: ontology(tmp_path) / "hp.obo")
     monkeypatch.setattr(rare_terms, "is_rare", lambda name, tokenizer: " " not in name)
     monkeypatch.setattr(rare_terms, "NUM_TEST", 6)
     monkeypatch.setattr(rare_terms, "NUM_DEV", 6)
