@@ -10,7 +10,7 @@ gradual     the head first, then one layer group more per phase, from the top, a
 
 Nothing is chosen on the tests; the last model of each run is tested.
 
-    python benchmarks/unfreezing_schedules.py --bf16 true --use_cpu true
+    python benchmarks/unfreezing_schedules.py --bf16 true --use_cpu true --tests movies tweets dutch
     python benchmarks/unfreezing_schedules.py --model minilm --num_train 240 --num_train_epochs 4 \
         --max_length 64 --learning_rate 3e-4 --tests movies tweets products nyt \
         --methods full head lp-ft gradual
@@ -84,7 +84,7 @@ class BenchmarkArguments:
     model: str = option("e5", "minilm has six layers, e5 twelve", choices=list(MODELS))
     source: str = option("movies", f"Domain with labels. {LICENCES['vader4']}")
     tests: list[str] = field(
-        default_factory=lambda: ["movies", "tweets", "dutch"],
+        default_factory=lambda: ["movies", "tweets"],
         metadata={"help": f"Domains that are tested. Dutch: {LICENCES['multilingual']}"},
     )
     methods: list[str] = field(
