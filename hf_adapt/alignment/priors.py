@@ -280,7 +280,8 @@ def resolved_priors(given: Priors, names: Mapping[int, str]) -> torch.Tensor:
         if unknown or len(found) < classes or len(given) > classes:
             raise ValueError(
                 f"target_priors names the classes {', '.join(map(repr, given))}; the model has "
-                f"{shown}. Give the frequency of each one."
+                f"{shown}. Give the frequency of each one, by its name or its number (0, 1, …), or "
+                "load the model with names: from_pretrained(..., id2label={0: 'spam', 1: 'ham'})."
             )
         values = torch.tensor([found[i] for i in range(classes)])
     else:
@@ -291,9 +292,10 @@ def resolved_priors(given: Priors, names: Mapping[int, str]) -> torch.Tensor:
             f"each of the classes {shown}."
         )
     if abs(float(values.sum()) - 1) > 1e-3:
+        fix = ", so divide percentages by 100" if abs(float(values.sum()) - 100) < 1 else ""
         raise ValueError(
-            f"target_priors={values.tolist()} add up to {float(values.sum()):.3f}; frequencies "
-            "add up to 1."
+            f"target_priors: {', '.join(f'{v:g}' for v in values.tolist())} add up to "
+            f"{float(values.sum()):.4g}; frequencies add up to 1{fix}."
         )
     return values / values.sum()
 

@@ -9,8 +9,8 @@ from hf_adapt.alignment.self_training import SelfTraining
 from hf_adapt.engine.adaptation import Adaptation
 
 WHY = (
-    "see docs/results.md for what it gained and lost on pairs of domains, the most where the "
-    "target's class frequencies were given (target_priors=)"
+    "it gained most on pairs of domains where the target's class frequencies were given "
+    "(target_priors=), and not on all of them"
 )
 
 

@@ -46,7 +46,11 @@ def run(
         ),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Run this method of CONFIG alone; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Run this method of CONFIG, or this class of hf_adapt.alignment, alone; may be "
+            "repeated."
+        ),
     ] = None,
     pair: Annotated[
         list[str] | None,

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_adapt import alignment
 from hf_adapt.experiments.config import Experiment, built_in
 from hf_adapt.experiments.methods import read_method
 from hf_adapt.experiments.settings import ConfigError, Settings, nearest
@@ -125,8 +126,13 @@ def _choose_methods(settings: Settings, flags: Mapping[str, Any]) -> None:
         return
     if chosen := flags.get("method"):
         for name in chosen:
+            if name not in methods and name in alignment.__all__:
+                methods[name] = [name]
             if name not in methods:
-                raise ConfigError(f"--method {name!r} is unknown.{nearest(name, methods)}")
+                raise ConfigError(
+                    f"--method {name!r} is unknown.{nearest(name, methods)} Or the name of a class "
+                    "of hf_adapt.alignment, such as DANN."
+                )
         settings.values["methods"] = methods = {name: methods[name] for name in chosen}
     if "target_priors" in flags:
         priors = _value(flags["target_priors"])

@@ -101,6 +101,12 @@ class Plan:
             adaptations = recommended()
             names = ", ".join(type(each).__name__ for each in adaptations)
             logger.warning("A target was given without objectives: using %s: %s.", names, WHY)
+        if origin is not None and not adaptations and not found:
+            logger.warning(
+                "%s was given neither an adaptation nor a target: this is a plain run. Give it "
+                "target_dataset=, or an adaptation.",
+                type(origin).__name__,
+            )
         wanting = [a for a in adaptations if isinstance(a, Objective) or a.needs_streams]
         if not wanting and any(stream.labels == "hide" for stream in found.values()):
             raise ValueError(
@@ -131,6 +137,11 @@ def _not_an_adaptation(given: Any) -> str:
         return (
             f"Expected an Adaptation, got a {type(given).__name__} of them: pass them one by one, "
             f"as in AdaptationCallback({', '.join(f'{type(a).__name__}()' for a in given)})."
+        )
+    if isinstance(given, str):
+        return (
+            f"Expected an Adaptation or Objective, got the text {given!r}. Make one of its class, "
+            "as in: from hf_adapt.alignment import DANN; AdaptationCallback(DANN(), ...)."
         )
     shown = repr(given)
     return (

@@ -155,7 +155,10 @@ def check_columns(data: Dataset, name: str, needed: Mapping[str, str]) -> None:
             mark = next((mark for mark in (";", "\t", "|") if mark in only), None)
             near = difflib.get_close_matches(column, data.column_names, n=1)
             fix = f"Did you mean {near[0]!r}? " if near else ""
-            fix += f"Name it with {option}."
+            fix += (
+                f"Name it with {option} (of one file alone: data: {{NAME: {{train: FILE, {option}: "
+                "COLUMN}} in a configuration), or rename it."
+            )
             if mark is not None:
                 fix = f"Its cells are separated by {mark!r}: save it with commas, or as .tsv."
             raise DataError(

@@ -24,6 +24,8 @@ from hf_adapt.experiments.tables import Cells
 from hf_adapt.experiments.versions import installed
 from hf_adapt.storage.text_file import write_figure, write_text
 
+ONE_SIDED = 0.97
+"""Above this share of a single class a model's predictions are pointed out."""
 MOST_MODELS = 3
 """Above this number of saved models their folders are in results.csv alone."""
 MOST_CLASSES = 12
@@ -38,7 +40,8 @@ def describe_pairs(experiment: Experiment, console: Console) -> None:
         name = escape(pair_name((source, target)))
         text = (
             f"[bold]{name}[/bold]: {len(pair.source['train'])} training rows with "
-            f"labels, {len(pair.target_unlabelled)} of the target without; "
+            f"labels and {len(pair.source['dev'])} to watch them by, "
+            f"{len(pair.target_unlabelled)} of the target without; "
             f"{len(pair.source['test'])} and {len(pair.target['test'])} to test on."
         )
         if pair.is_one:
@@ -90,7 +93,7 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
     shares = [[]] if experiment.mixture else tables.shares_table(experiment, results)
     if 2 < len(shares[0]) <= MOST_CLASSES + 2 and len(shares) > 1:
         shown.append(("Predicted shares of the classes", shares))
-    legend = tables.legend(experiment)
+    legend = tables.legend(experiment, warned=any(run.get("warnings") for run in results))
     files = {
         "table.md": _document(shown, legend),
         "results.csv": tables.to_csv(results),
@@ -103,8 +106,28 @@ def publish(experiment: Experiment, results: Results, console: Console) -> None:
         is_shares = cells is shares
         if not is_shares or not scored:
             _print_table(console, title, cells, legend if number == 0 else None)
+    for line in one_sided(experiment, results):
+        console.print(f"[yellow]{escape(line)}[/yellow]", highlight=False)
     written = ", ".join([*files, *(["accuracy.png"] if scored else [])])
     console.print(escape(f"wrote {written} to {folder}"), soft_wrap=True, highlight=False)
+
+
+def one_sided(experiment: Experiment, results: Results) -> list[str]:
+    """Which runs give nearly all rows of the target one class, in sentences."""
+    found = []
+    for run in results if experiment.mixture is None else ():
+        shares = run.get("target_predicted_shares") or {}
+        name, share = max(shares.items(), key=lambda each: each[1], default=("", 0.0))
+        if share > ONE_SIDED:
+            found.append(
+                f"{pair_name((run['source'], run['target']))}, {_described(run)}: {share:.1%} of "
+                f"the rows are given the class {name!r}."
+            )
+    if found:
+        more = [f"and {len(found) - 3} more runs (results.csv)."] if len(found) > 3 else []
+        fix = "Unless that is right, these models are of no use. target_priors (--target-priors) "
+        found = [*found[:3], *more, f"{fix}says how frequent the classes are."]
+    return found
 
 
 def _document(shown: Sequence[tuple[str, Cells]], legend: str) -> str:

@@ -160,8 +160,13 @@ def shares_table(experiment: Experiment, results: Results) -> Cells:
     return cells
 
 
-def legend(experiment: Experiment) -> str:
-    """What the columns mean, for the methods that there are."""
+def legend(experiment: Experiment, warned: bool = True) -> str:
+    """What the columns mean, for the methods that there are.
+
+    Args:
+        experiment: Names them.
+        warned: Whether there is a column of warned runs.
+    """
     count = len(experiment.seeds)
     sentences = [
         f"In %, mean ± standard deviation over {count} seeds."
@@ -176,7 +181,8 @@ def legend(experiment: Experiment) -> str:
                 f"Δm: how much more accurate than {experiment.baseline} with the same seed, in "
                 "% of its accuracy, as a mean over the tasks."
             )
-        return " ".join([*sentences, "seconds: of training, all tasks together. " + WARNED])
+        sentences.append("seconds: of training, all tasks together.")
+        return " ".join([*sentences, *[WARNED] * warned])
     bounds = [name for name, method in methods if method.is_bound]
     if bounds:
         sentences.append(f"{bounds[0]}: trained on the target's labels.")
@@ -202,8 +208,7 @@ def legend(experiment: Experiment) -> str:
         f"{name}: with {100 * points:+.0f} points on the most frequent class."
         for name, points in wrong.items()
     ]
-    sentences.append(f"seconds: of training. {WARNED}")
-    return " ".join(sentences)
+    return " ".join([*sentences, "seconds: of training.", *[WARNED] * warned])
 
 
 def _without_empty_columns(cells: Cells) -> Cells:

@@ -29,4 +29,11 @@ def test_a_target_alone_gets_the_recommended_recipe(way: str, tmp_path: Path, ca
     names = [each.name for each in recommended()]
     assert names and all(f"loss/{name}" in trainer.state.log_history[0] for name in names)
     (record,) = [r for r in caplog.records if "without objectives" in r.message]
-    assert "SelfTraining" in record.message and "docs/results.md" in record.message
+    assert "SelfTraining" in record.message and "target_priors=" in record.message
+
+
+def test_a_callback_without_anything_says_so(caplog: Any) -> None:
+    AdaptationCallback()
+    assert "AdaptationCallback was given neither an adaptation nor a target" in caplog.text
+    with pytest.raises(TypeError, match="got the text 'DANN'. Make one of its class"):
+        AdaptationCallback("DANN")  # type: ignore[arg-type]
