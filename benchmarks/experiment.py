@@ -24,6 +24,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_adapt import Adaptation, alignment
+from hf_adapt.experiments.settings import nearest
 from hf_adapt.experiments.versions import installed
 from hf_adapt.storage.text_file import write_text
 
@@ -71,6 +73,18 @@ def check_methods(chosen: Iterable[str], known: Iterable[str]) -> None:
         raise ValueError(f"unknown --methods {sorted(unknown)}: choose from {list(known)}")
 
 
+def method_of(name: str) -> Adaptation:
+    """A method of `hf_adapt.alignment` with its defaults, by its class."""
+    found = {each: getattr(alignment, each) for each in alignment.__all__}
+    known = [
+        n for n, each in found.items() if isinstance(each, type) and issubclass(each, Adaptation)
+    ]
+    if name not in known:
+        raise DataError(f"--method {name!r} is unknown.{nearest(name, known)}")
+    made: Adaptation = found[name]()
+    return made
+
+
 def parse(
     kind: type,
     description: str | None,
@@ -81,7 +95,9 @@ def parse(
     """Read an example's options and TrainingArguments; the console is silent on other ranks."""
     parser = HfArgumentParser((kind, training), description=description)
     parser.set_defaults(**TRAINING_DEFAULTS | defaults)
-    script, args = parser.parse_args_into_dataclasses(argv)
+    script, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)} (--help lists what there is)")
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # else it tells each time that a head is new

@@ -28,11 +28,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import AdaptationCallback, alignment
+from hf_adapt import AdaptationCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
 from domain_data import LICENCES, SPEAKERS, write_domain
-from experiment import option, parse, run
+from experiment import method_of, option, parse, run
 
 DEFAULTS = {"output_dir": "runs/adapt_audio", "num_train_epochs": 8, "learning_rate": 1e-3}
 FRAMES, COEFFICIENTS = 32, 13
@@ -65,6 +65,7 @@ def accuracy(given: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     script, args, console = parse(ExampleArguments, __doc__, argv, **DEFAULTS)
+    method = method_of(script.method)
     console.print(f"[dim]{LICENCES['speech']}[/dim]")
     config = ASTConfig(
         num_labels=10,
@@ -79,8 +80,11 @@ def main(argv: list[str] | None = None) -> None:
         num_attention_heads=4,
     )
     source, target = recordings(script.source), recordings(script.target)
-    test, unlabelled = target.select(range(script.num_test)), target.remove_columns("labels")
-    unlabelled = unlabelled.select(range(script.num_test, len(target)))
+    test, unlabelled = (
+        target.select(range(len(target))[: script.num_test]),
+        target.remove_columns("labels"),
+    )
+    unlabelled = unlabelled.select(range(len(target))[script.num_test :])
     for adapted in (False, True):
         set_seed(args.seed)
         trainer = Trainer(
@@ -90,7 +94,6 @@ def main(argv: list[str] | None = None) -> None:
             compute_metrics=accuracy,
         )
         if adapted:
-            method = getattr(alignment, script.method)()
             trainer.add_callback(AdaptationCallback(method, target_dataset=unlabelled))
         trainer.train()
         right = trainer.evaluate(test)["eval_accuracy"]

@@ -24,11 +24,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import AdaptationCallback, alignment
+from hf_adapt import AdaptationCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
 from domain_data import write_domain
-from experiment import option, parse, run
+from experiment import method_of, option, parse, run
 from model_weights import digits_model_path
 
 DEFAULTS = {"output_dir": "runs/adapt_images", "num_train_epochs": 7, "learning_rate": 3e-3}
@@ -60,6 +60,7 @@ def accuracy(given: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     script, args, console = parse(ExampleArguments, __doc__, argv, **DEFAULTS)
+    method = method_of(script.method)
     args.remove_unused_columns = False  # the images are made into pixels as they are read
     source = images("mnist", slice(script.num_train))
     target = images("uci", slice(script.num_train))
@@ -73,7 +74,6 @@ def main(argv: list[str] | None = None) -> None:
             compute_metrics=accuracy,
         )
         if adapted:
-            method = getattr(alignment, script.method)()
             trainer.add_callback(AdaptationCallback(method, target_dataset=target))
         trainer.train()
         right = trainer.evaluate(test)["eval_accuracy"]

@@ -21,7 +21,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import set_seed
 
-from hf_adapt import AdaptationCallback, alignment
+from hf_adapt import AdaptationCallback
 from hf_adapt.knowledge import KnowledgeGraph
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
@@ -33,7 +33,7 @@ from domain_data import (
     minilm_path,
     wordnet_path,
 )
-from experiment import option, parse, run
+from experiment import method_of, option, parse, run
 
 try:
     from sentence_transformers import (
@@ -76,18 +76,19 @@ def main(argv: list[str] | None = None) -> None:
     script, args, console = parse(
         ExampleArguments, __doc__, argv, SentenceTransformerTrainingArguments, **DEFAULTS
     )
+    method = method_of(script.method)
     console.print(f"[dim]{WORDNET_LICENCE}\n{HPO_LICENCE}\n{MINILM_LICENCE}[/dim]")
     source = definitions(KnowledgeGraph.from_wordnet(wordnet_path()))
     target = definitions(KnowledgeGraph.from_obo(hpo_path()))
-    test = target.select(range(script.num_test))
+    test = target.select(range(len(target))[: script.num_test])
     keys = [str(i) for i in range(len(test))]
     evaluator = InformationRetrievalEvaluator(
         queries=dict(zip(keys, test["definition"], strict=True)),
         corpus=dict(zip(keys, test["term"], strict=True)),
         relevant_docs={key: {key} for key in keys},
     )
-    source = source.select(range(script.num_train))
-    target = target.select(range(len(target) - script.num_train, len(target)))
+    source = source.select(range(len(source))[: script.num_train])
+    target = target.select(range(len(target))[script.num_test :][-script.num_train :])
     # Its rows need the columns of the source's. The method reads the first one alone.
     unlabelled = target.map(lambda row: {"term": row["definition"]})
     for name in ("before", "without", f"with {script.method}"):
@@ -98,7 +99,6 @@ def main(argv: list[str] | None = None) -> None:
             model, args, train_dataset=source, loss=MultipleNegativesRankingLoss(model)
         )
         if name.startswith("with "):
-            method = getattr(alignment, script.method)()
             trainer.add_callback(AdaptationCallback(method, target_dataset=unlabelled))
         if name != "before":
             trainer.train()

@@ -27,11 +27,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_adapt import AdaptationCallback, alignment
+from hf_adapt import AdaptationCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # what the examples share
 from domain_data import BROWN_GENRES, LICENCES, MINILM_LICENCE, minilm_path, write_domain
-from experiment import new_classifier, option, parse, run
+from experiment import method_of, new_classifier, option, parse, run
 
 DEFAULTS = {"output_dir": "runs/adapt_tags", "num_train_epochs": 3}
 TAGS = ". ADJ ADP ADV CONJ DET NOUN NUM PRON PRT VERB".split()  # as in domain_parsing.py
@@ -70,6 +70,7 @@ def accuracy(given: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     script, args, console = parse(ExampleArguments, __doc__, argv, **DEFAULTS)
+    method = method_of(script.method)
     console.print(f"[dim]{LICENCES['brown']}\n{MINILM_LICENCE}[/dim]")
     path = script.model_name_or_path or str(minilm_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -98,7 +99,6 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=tokenizer,
         )
         if adapted:
-            method = getattr(alignment, script.method)()
             trainer.add_callback(AdaptationCallback(method, target_dataset=target))
         trainer.train()
         right = trainer.evaluate(test)["eval_accuracy"]

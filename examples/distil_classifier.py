@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenized(dataset, tokenizer, script.max_length).shuffle(seed=0)
         for dataset in (pair.source["train"], pair.target_unlabelled)
     )
-    rows = source.select(range(script.num_labels))
-    rest = source.select(range(script.num_labels, len(source))).remove_columns("label")
+    rows = source.select(range(len(source))[: script.num_labels])
+    rest = source.select(range(len(source))[script.num_labels :]).remove_columns("label")
     texts = concatenate_datasets([rest, target])
     tests = {script.source: pair.source["test"], script.target: pair.target["test"]}
 

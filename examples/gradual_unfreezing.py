@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     path = script.model_name_or_path or str(e5_small_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
     pair = load_pair(script.source, script.target, None, script.num_test)
-    few = pair.source["train"].shuffle(seed=args.seed).select(range(script.num_train))
+    rows = pair.source["train"].shuffle(seed=args.seed)
+    few = rows.select(range(len(rows))[: script.num_train])
     train, test, other = (
         tokenized(
             rows.map(lambda row: {"text": E5_PREFIX + row["text"]}), tokenizer, script.max_length

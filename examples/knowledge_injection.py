@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     path = script.model_name_or_path or str(minilm_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
     terms = load_terms(tokenizer)
-    train = terms.train.shuffle(seed=args.seed).select(range(script.num_labels))
+    train = terms.train.shuffle(seed=args.seed)
+    train = train.select(range(len(train))[: script.num_labels])
     train, test = (
         rows.map(lambda batch: tokenizer(batch["text"]), batched=True)
         for rows in (train, terms.test)

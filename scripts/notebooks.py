@@ -18,8 +18,8 @@ REPOSITORY = "https://github.com/OWNER/hf_adapt"  # to be set when hf_adapt is p
 SET_UP = f"""\
 # Leave this cell out in a clone of hf_adapt that is installed with its extra `examples`.
 # OWNER stands for the account that hf_adapt is published under.
-!git clone --depth 1 {REPOSITORY}
-%cd hf_adapt
+!test -d benchmarks || git clone --depth 1 {REPOSITORY} hf_adapt_clone
+%cd hf_adapt_clone
 %pip install --quiet ".[examples]"
 """
 PLACE = """\

@@ -59,8 +59,6 @@ def cell_folder(experiment: Experiment, cell: Cell) -> Path:
         "max_length": experiment.max_length,
         "versions": installed(),
     }
-    if pair.test_groups is not None:
-        described["groups"] = pair.test_groups
     if method.mixes:
         described["mixture"] = experiment.mixture
         described["tasks"] = {
@@ -173,16 +171,21 @@ def files_of(experiment: Experiment, cell: Cell) -> list[str]:
     return [*names, *["config.json"] * saves, *[DIAGNOSTICS_FILE] * diagnoses]
 
 
-def finished_result(folder: Path, files: Iterable[str]) -> dict[str, Any] | None:
+def finished_result(
+    folder: Path, files: Iterable[str], group_column: str | None = None
+) -> dict[str, Any] | None:
     """The result of an earlier run; None if there is none, or it failed, or a file is missing.
 
-    A result that is cut off or damaged is none.
+    A result that is cut off or damaged is none, and one without the accuracies of these groups.
     """
     if not all((folder / name).exists() for name in files):
         return None
-    file = folder / RESULT_FILE
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        if group_column is not None:
+            found = json.loads((folder / DIAGNOSTICS_FILE).read_text(encoding="utf-8"))
+            if found.get("group_column") != group_column:
+                return None
     except ValueError:  # no JSON, or no UTF-8
         return None
     is_whole = isinstance(result, dict) and "warnings" in result

@@ -14,7 +14,6 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 
 from hf_adapt.distillation.row_files import read_splits
-from hf_adapt.evaluation.groups import group_name
 from hf_adapt.experiments.config import DomainFiles, Experiment
 from hf_adapt.experiments.tasks import Task
 from hf_adapt.experiments.tasks.task import Row
@@ -205,15 +204,16 @@ class Pair:
         target_unlabelled: All training rows of the target, without labels: all that adaptation may
             see of it.
         labels: The classes.
-        test_groups: The group that each test row of the target is in; None if they are not asked
-            for.
+        group_column: The column with the groups of the target's rows, if they are asked for.
+        test_groups: The group that each test row of the target is in, or None.
     """
 
     source: DatasetDict
     target: DatasetDict
     target_unlabelled: Dataset
     labels: list[str]
-    test_groups: list[str | None] | None = None
+    group_column: str | None = None
+    test_groups: Sequence[str | None] = ()
 
     @property
     def is_one(self) -> bool:
@@ -252,23 +252,25 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
     own = {name: experiment.data[name].num_train for name in rows}
     num_train = {n: experiment.num_train if most is None else most for n, most in own.items()}
     pair = paired(rows, task, num_train, experiment.num_test, balanced=experiment.balanced)
-    if experiment.group_column_of(target) is None:
+    column = experiment.group_column_of(target)
+    if column is None:
         return pair
     groups = _groups(_named(experiment, target), task)
     tested = pair.target["test"][task.input_column]
-    return replace(pair, test_groups=[groups.get(task.key(cell)) for cell in tested])
+    found = [groups.get(task.key(cell)) for cell in tested]
+    return replace(pair, group_column=column, test_groups=found)
 
 
 def _groups(files: DomainFiles, task: Task) -> dict[str, str]:
-    """The groups of a domain's rows, by their keys."""
-    columns = (str(files.text_column), str(files.group_column))
+    """The groups of the rows that a domain is tested on, by their keys."""
+    name, text, group = files.test or files.train, str(files.text_column), str(files.group_column)
+    splits = list(_read(name, (text, group)).values())
     groups: dict[str, str] = {}
-    for name in (files.test, files.train):  # a test row that is in both files counts as in its own
-        for data in _read(name, columns).values() if name is not None else ():
-            check_columns(data, str(name), {"text_column": columns[0], "group_column": columns[1]})
-            for cell, group in zip(data[columns[0]], data[columns[1]], strict=True):
-                if cell is not None and group is not None:
-                    groups.setdefault(task.key(task.clean(cell)), group_name(group))
+    for data in [each for each in splits if group in each.column_names] or splits[:1]:
+        check_columns(data, name, {"text_column": text, "group_column": group})
+        for cell, found in zip(data[text], _label_names(data, group), strict=True):
+            if cell is not None and found is not None:
+                groups.setdefault(task.key(task.clean(cell)), found)
     return groups
 
 

@@ -169,7 +169,8 @@ def _print_table(console: Console, title: str, cells: Cells, legend: str | None)
 def tell_models(experiment: Experiment, results: Results, console: Console) -> None:
     """Print where the models are, and how to try one."""
     saved: list[Any] = [run for run in results if run.get("model")]
-    lines = [f"model of {_described(run)}: {run['model']}" for run in saved]
+    each = {run["model"]: run for run in saved}.values()  # what was chosen is there twice
+    lines = [f"model of {_described(run)}: {run['model']}" for run in each]
     if len(lines) > MOST_MODELS:
         folder = Path(experiment.output_dir, "results.csv")
         lines = [f"{len(lines)} models are saved: see the column model of {folder}"]

@@ -75,7 +75,12 @@ def run_experiment(
     results: dict[Cell, dict[str, Any]] = {}
     missing: list[list[Cell]] = []
     for group in trainings_of(experiment):
-        kept = {cell: finished_result(folders[cell], files_of(experiment, cell)) for cell in group}
+        kept = {
+            cell: finished_result(
+                folders[cell], files_of(experiment, cell), experiment.group_column_of(cell.target)
+            )
+            for cell in group
+        }
         if overwrite or not all(kept.values()):
             missing.append(group)
             continue

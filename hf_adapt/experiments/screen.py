@@ -88,7 +88,7 @@ def execute(
                 # One training fills the cells of all tasks of a mixture, and warns once.
                 is_first = cell.source == experiment.pairs[0][0]
                 tells = is_first or not experiment.methods[cell.method].mixes
-                if tells_all or "error" in result or result["warnings"]:
+                if tells_all or "error" in result or (tells and result["warnings"]):
                     console.print(_line(cell, result, tells), soft_wrap=True, highlight=False)
             more = f" and {len(running) - 1} more" if len(running) > 1 else ""
             now = f"{running[0]}{more}" if running else ""
@@ -110,7 +110,7 @@ def execute(
     tell_models(shown, rows, console)
     if experiment.prefix_folder is not None:
         console.print(
-            escape(f"{experiment.prefix_folder} keeps the output of the frozen layers for more."),
+            escape(f"{experiment.prefix_folder} keeps the frozen layers' output for further runs."),
             soft_wrap=True,
             highlight=False,
         )

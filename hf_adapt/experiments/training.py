@@ -190,7 +190,8 @@ def tested(run: Run, trainer: Trainer, logs: Sequence[Mapping[str, float]]) -> d
     diagnostics: dict[str, Any] = {}
     if run.experiment.diagnose:
         diagnostics["layers"] = _layers(run, trainer)
-    if run.pair.test_groups is not None:
+    if run.pair.group_column is not None:
+        diagnostics["group_column"] = run.pair.group_column
         diagnostics["groups"] = _group_accuracies(run, trainer.model, run.pair.test_groups)
     if diagnostics:
         write_text(run.folder / DIAGNOSTICS_FILE, json.dumps(diagnostics, ensure_ascii=False))

@@ -40,8 +40,8 @@ def projected_logits(model: nn.Module, hidden: torch.Tensor | None) -> torch.Ten
     if hidden is None or scaling:
         raise ValueError(
             f"{type(base).__name__} was run without logits, and they cannot be computed from its "
-            f"last hidden state ({', '.join(scaling) or 'which was not captured'}). Let the "
-            "Trainer compute its loss from logits."
+            f"last hidden state ({', '.join(scaling) or 'which was not captured'}). Use the "
+            "Trainer of transformers, or DistillationTrainer to distil."
         )
     head = base.get_output_embeddings()
     scores: torch.Tensor = head(hidden.to(head.weight.dtype))

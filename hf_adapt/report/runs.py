@@ -162,12 +162,14 @@ def _result_files(path: Path) -> list[Path]:
 
 def _read_run(folder: Path) -> Run:
     result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    if isinstance(result, dict):  # null and NaN are as good as missing
+        result = {k: each for k, each in result.items() if each is not None and each == each}
     if wrong := misfit(result, RESULT):
         raise ValueError(wrong)
     notes: list[str] = []
     logs = _read_optional(folder / LOGS_FILE, [LOG_ENTRY], notes)
     diagnostics = _read_optional(folder / DIAGNOSTICS_FILE, DIAGNOSTICS, notes)
-    if logs is None and "error" not in result:
+    if not (folder / LOGS_FILE).exists() and "error" not in result:
         notes.append(f"{LOGS_FILE} is missing, so there are no curves of this run.")
     return Run(folder, result, logs or (), diagnostics, tuple(dict.fromkeys(notes)))
 
@@ -194,7 +196,7 @@ def _pair(names: tuple[str, str], runs: Iterable[Run]) -> Pair:
     for folder in dict.fromkeys(run.folder.parent for run in ordered):
         choices += _read_optional(folder / CHOICE_FILE, [CHOICE], notes) or []
     shown = {run.folder.name for run in ordered}
-    kept = [choice for choice in choices if choice.get("run", next(iter(shown))) in shown]
+    kept = [choice for choice in choices if (choice.get("run") or next(iter(shown))) in shown]
     if len(kept) < len(choices):
         notes.append(
             f"{len(choices) - len(kept)} of {len(choices)} choices in {CHOICE_FILE} are left out: "

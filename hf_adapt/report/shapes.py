@@ -82,6 +82,8 @@ def misfit(value: Any, shape: Any, place: str = "") -> str | None:
             return _wrong(place, "a list", value)
         parts = [(f"[{number}]", each, shape[0]) for number, each in enumerate(value)]
     else:
+        if shape is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # as other tools write whole numbers
         fits = isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
         return None if fits else _wrong(place, _NAMES[shape], value)
     found = (misfit(each, own, f"{place}{key}".lstrip(".")) for key, each, own in parts)

@@ -35,5 +35,5 @@ def test_a_target_alone_gets_the_recommended_recipe(way: str, tmp_path: Path, ca
 def test_a_callback_without_anything_says_so(caplog: Any) -> None:
     AdaptationCallback()
     assert "AdaptationCallback was given neither an adaptation nor a target" in caplog.text
-    with pytest.raises(TypeError, match="got the text 'DANN'. Make one of its class"):
+    with pytest.raises(TypeError, match=r"got the text 'DANN'\. Make one of its class"):
         AdaptationCallback("DANN")  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_the_cells_of_its_notebook_run(
     monkeypatch.chdir(notebook.parent)
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     _, install, *code, call = ["".join(cell["source"]) for cell in cells]
-    assert "!git clone" in install and call.endswith("main([])")
+    assert "git clone" in install and call.endswith("main([])")
     space: dict[str, Any] = {"__name__": "__main__"}
     for cell in code:
         exec(cell, space)

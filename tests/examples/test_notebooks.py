@@ -14,7 +14,9 @@ SCRIPTS = sorted(notebooks.EXAMPLES.glob("*.py"))
 
 
 def test_every_example_has_its_notebook_and_no_other_is_there() -> None:
-    assert {path.stem for path in notebooks.FOLDER.iterdir()} == {path.stem for path in SCRIPTS}
+    assert {path.stem for path in notebooks.FOLDER.glob("*.ipynb")} == {
+        path.stem for path in SCRIPTS
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -27,8 +27,15 @@ def test_data_sets_and_a_model_are_taken_from_the_hub(tmp_path: Path) -> None:
                 *("--model", "people/tiny-bert", "--method", "recommended", "--seeds", "1"),
                 *("--output-dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "true"),
             ],
-            env=os.environ
-            | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
+            env={
+                **{
+                    k: v
+                    for k, v in os.environ.items()
+                    if not k.startswith(("HF_", "TRANSFORMERS_"))
+                },
+                **{"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"},
+            },
+            timeout=240,
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[2],

@@ -18,7 +18,9 @@ from hf_adapt.engine.callback import AdaptationCallback
 from hf_adapt.engine.item_outputs import load_items
 from hf_adapt.experiments import report
 from hf_adapt.experiments.choice import candidates_of
+from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import load_pair
+from hf_adapt.experiments.settings import Settings
 from hf_adapt.report import write_report
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
 from tests.experiments.conftest import results, rows, run, write_csv
@@ -39,6 +41,27 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Trainer, "train", counted)
     return calls
+
+
+def test_groups_are_those_of_the_rows_that_are_tested(tmp_path: Path) -> None:
+    """A training file without labels needs no groups; they are named as labels are."""
+    texts = write_csv(tmp_path / "texts.csv", [(text,) for text, _ in rows("phone")], "text")
+    lines = [
+        (f"{t} again", label, ("1", "1.0", "nan")[i % 3])
+        for i, (t, label) in enumerate(rows("film"))
+    ]
+    tested = write_csv(tmp_path / "tested.csv", lines, "text,label,place")
+    films = write_csv(tmp_path / "films.csv", rows("film"))
+    phones = {"train": str(texts), "test": str(tested), "group_column": "place"}
+    settings = Settings(
+        {
+            "data": {"films": str(films), "phones": phones},
+            "methods": {"a": []},
+            "pairs": [["films", "phones"]],
+        }
+    )
+    pair = load_pair(Experiment.read(settings), "films", "phones")
+    assert Counter(pair.test_groups) == {"1": 32, None: 16}
 
 
 def test_every_cell_is_a_line_and_a_table_is_written(write_config: Config, tmp_path: Path) -> None:
@@ -547,6 +570,10 @@ def test_accuracy_by_group_of_target_rows(
     tested = [place[text] for text in pair.target["test"]["text"]]
     assert {n: g["count"] for n, g in groups.items()} == Counter(filter(None, tested))
     assert "accuracy by group" in words(page_of(write_report([tmp_path / "out"])))
+
+    run(write_config(data=data), "--method", "source only", "--group-column", "label")
+    (folder,) = (tmp_path / "out" / "films-phones").iterdir()  # measured again, in its place
+    assert set(json.loads((folder / "diagnostics.json").read_text())["groups"]) == {"pos", "neg"}
 
     printed = run(write_config(data=data), "--group-column", "plaec", fails=True)
     assert "and not 'plaec'. Did you mean 'place'? Name it with group_column" in printed

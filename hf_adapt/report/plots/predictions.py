@@ -9,6 +9,7 @@ import numpy as np
 from hf_adapt.report.drawing import (
     GREY,
     MOST_CLASSES,
+    MOST_GROUPS,
     WIDTH,
     Column,
     Plot,
@@ -113,9 +114,12 @@ def calibration_plot(key: str, run: Numbers) -> Plot | None:
 
 def groups_plot(key: str, run: Numbers) -> Plot | None:
     """Accuracy on each group of target rows, with intervals."""
-    groups = run["oracle"]["groups"]
-    if not groups:
+    given = run["oracle"]["groups"]
+    if not given:
         return None
+    largest = sorted(given, key=lambda name: -given[name]["count"])[:MOST_GROUPS]
+    groups = {name: given[name] for name in largest}
+    which = "each group" if len(groups) == len(given) else f"the {MOST_GROUPS} largest groups"
     worst = min(groups, key=lambda name: groups[name]["accuracy"])
 
     def draw(axes: Any) -> None:
@@ -135,11 +139,11 @@ def groups_plot(key: str, run: Numbers) -> Plot | None:
         ]
         for name, group in groups.items()
     ]
-    heads = ("accuracy, %", "low", "high", "rows")
+    heads = ("accuracy, %", "low", "high", "items")
     return Plot(
         f"{key}-groups",
         f"{run['method']}: accuracy by group",
-        "Accuracy on each group of rows, with its interval.",
+        f"Accuracy on {which} of target rows, with its interval; {len(given)} in all.",
         (WIDTH, 0.28 * len(groups) + 0.8),
         draw,
         Table("Accuracy by group", [Column("group", numeric=False), *map(Column, heads)], rows),
