@@ -40,7 +40,7 @@ def describe_pairs(experiment: Experiment, console: Console) -> None:
         name = escape(pair_name((source, target)))
         text = (
             f"[bold]{name}[/bold]: {len(pair.source['train'])} training rows with "
-            f"labels and {len(pair.source['dev'])} to watch them by, "
+            f"labels (and {len(pair.source['dev'])} dev rows), "
             f"{len(pair.target_unlabelled)} of the target without; "
             f"{len(pair.source['test'])} and {len(pair.target['test'])} to test on."
         )
