@@ -55,7 +55,7 @@ from experiment import (
 )
 from matplotlib.figure import Figure
 from rare_terms import PATTERNS, PATTERNS_OF_TWO, load_terms
-from results import report, summarize
+from results import points, report, summarize
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
@@ -64,7 +64,6 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -233,7 +232,6 @@ def train_and_test(
         )
 
     trainer = Trainer(model, args, train_dataset=prepared(train), processing_class=task.tokenizer)
-    trainer.remove_callback(PrinterCallback)
     if method in ("boundaries alone", "shuffled", "knowledge"):
         knowledge = KnowledgeCallback(
             task.linker.graph,
@@ -299,15 +297,10 @@ def plot(runs: list[dict[str, Any]], methods: Sequence[str], names: Sequence[str
     figure = Figure(figsize=(1 + 3.4 * len(panels), 2.8), layout="constrained")
     every = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (labels, name) in zip(every, panels, strict=True):
-        for place, method in enumerate(methods):
-            own = [run for run in runs if (run["labels"], run["method"]) == (labels, method)]
-            scores = [100 * run[name] for run in own]
-            axes.scatter(scores, [place] * len(scores), s=22, alpha=0.7, color=f"C{place}")
+        own = [run for run in runs if run["labels"] == labels]
+        points(axes, {m: [run[name] for run in own if run["method"] == m] for m in methods})
         axes.set_title(f"{labels} labels", fontsize=10)
         axes.set_xlabel(f"{name}, %")
-        axes.set_yticks(range(len(methods)), methods)
-        axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     every[0].invert_yaxis()
     return figure
 

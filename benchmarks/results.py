@@ -61,6 +61,16 @@ def grouped_bars(
 
 
 # ---------------------------------------------------------------- files
+def points(axes: Axes, scores: Mapping[str, Sequence[float]]) -> None:
+    """A point in % for each run, and a line of them for each method."""
+    for place, values in enumerate(scores.values()):
+        percents = [100 * value for value in values]
+        axes.scatter(percents, [place] * len(percents), s=22, alpha=0.7, color=f"C{place}")
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def report(
     rows: Sequence[Sequence[str]],
     legend: str,

@@ -42,9 +42,9 @@ from experiment import (
 )
 from matplotlib.figure import Figure
 from model_weights import E5_LICENCE, E5_PREFIX, e5_small_path
-from results import report, summarize
+from results import points, report, summarize
 from sklearn.metrics import accuracy_score
-from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_adapt import GradualUnfreezingCallback
 from hf_adapt.engine.progress import slanted_triangular
@@ -136,7 +136,6 @@ def cell(method: str, data: Data, num_train: int, args: TrainingArguments) -> di
         train_dataset=data.train.shuffle(seed=args.seed).select(range(num_train)),
         processing_class=data.tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)
     make_callback = METHODS[method]
     if make_callback is not None:
         trainer.add_callback(make_callback(model.config.num_hidden_layers))
@@ -154,14 +153,9 @@ def plot(runs: list[dict[str, Any]], names: Sequence[str]) -> Figure:
     figure = Figure(figsize=(1 + 2.6 * len(names), 2.6), layout="constrained")
     every = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(every, names, strict=True):
-        for place, method in enumerate(methods):
-            scores = [100 * run[name] for run in runs if run["method"] == method]
-            axes.scatter(scores, [place] * len(scores), s=22, alpha=0.7, color=f"C{place}")
+        points(axes, {m: [run[name] for run in runs if run["method"] == m] for m in methods})
         axes.set_xlabel(f"accuracy on {name}, %")
-        axes.set_yticks(range(len(methods)), methods)
         axes.margins(0.1, 0.2)
-        axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     every[0].invert_yaxis()
     return figure
 
