@@ -147,3 +147,14 @@ class AdversarialObjective(Objective):
         if scale == 0:
             batch.log("gradient_ratio", 0.0)
         return reverse_gradient(features, scale)
+
+
+def stop_gradient(features: torch.Tensor, lost: torch.Tensor) -> None:
+    """Let no gradient flow back through `features` (N, D) for the items `lost` (N,).
+
+    These are the ones at which the auxiliary network is at or past the value that it has where both
+    domains look alike: the paper's game would go on beyond it, away from the classes.
+    """
+    if features.requires_grad:
+        mask = lost.unsqueeze(1)
+        features.register_hook(lambda grad: grad.masked_fill(mask, 0.0))  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_adapt.alignment.adversarial import AdversarialObjective
+from hf_adapt.alignment.adversarial import AdversarialObjective, stop_gradient
 from hf_adapt.alignment.discriminator import DiscriminatorWatch, DomainDiscriminator
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.callback import AdaptationCallback
@@ -186,9 +186,8 @@ class DANN(AdversarialObjective):
         reversed_ = self.reversed(features, batch)
         logits = self.module(reversed_)
         losses = dann_loss(logits, domain, reduction="none")
-        if self.bounded and reversed_.requires_grad:
-            wrong = (losses.detach() > math.log(logits.shape[1])).unsqueeze(1)
-            reversed_.register_hook(lambda grad: grad.masked_fill(wrong, 0.0))  # type: ignore[no-untyped-call]
+        if self.bounded:
+            stop_gradient(reversed_, losses.detach() > math.log(logits.shape[1]))
         with torch.no_grad():
             source_share = (domain == 0).float().mean()
             accuracy = (logits.argmax(1) == domain).float().mean()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_adapt.alignment.adversarial import AdversarialObjective, perceptron
+from hf_adapt.alignment.adversarial import AdversarialObjective, perceptron, stop_gradient
 from hf_adapt.alignment.predictions import predicted_features, refuse_other_problems
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.progress import Schedule
@@ -121,11 +121,16 @@ class MDD(AdversarialObjective):
     Reference:
         Zhang et al. 2019, "Bridging Theory and Algorithm for Domain Adaptation", arXiv:1904.05801.
         Deviations: the model's own head takes the place of the first classifier, and the second is
-        a perceptron on the pooled feature; they have optimizers of their own.
+        a perceptron on the pooled feature; they have optimizers of their own. The peak of λ is
+        0.03, not 0.1, and with `bounded` the game ends where the domains look alike (film reviews →
+        tweets: 40 % with 0.1 and without the bound, 69 % with both, as from source only).
 
     Args:
         weight: Peak λ, or a schedule of it; a constant 0 turns the objective off.
         margin: γ, the factor of the agreement on the source.
+        bounded: Reverse no gradient for source rows on which the second classifier gives the
+            model's class less than γ / (1 + γ), nor for target rows on which it gives it more: that
+            is its probability where both domains look alike. False is the paper's game.
         **adversary: Further arguments: `ramp`, `feature_layer`, `pooling`, `hidden_sizes`,
             `dropout`, `learning_rate`, `weight_decay`, `name`, as [`DANN`] has them.
 
@@ -145,12 +150,18 @@ class MDD(AdversarialObjective):
     name = "mdd"
 
     def __init__(
-        self, weight: float | Schedule = 0.1, *, margin: float = 4.0, **adversary: Any
+        self,
+        weight: float | Schedule = 0.03,
+        *,
+        margin: float = 4.0,
+        bounded: bool = True,
+        **adversary: Any,
     ) -> None:
         super().__init__(weight, **adversary)
         if not margin > 0:
             raise ValueError(f"margin={margin} must be positive. The published values are 2 to 4.")
         self.margin = margin
+        self.bounded = bounded
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse a model without classes."""
@@ -171,7 +182,8 @@ class MDD(AdversarialObjective):
         assert self.module is not None
         features, logits, domain = predicted_features(batch, "MDD")
         is_target = domain > 0
-        adversary = self.module(self.reversed(features, batch))
+        reversed_ = self.reversed(features, batch)
+        adversary = self.module(reversed_)
         disagrees = (adversary.argmax(1) != logits.argmax(1))[is_target].float()
         batch.log("disagreement", disagrees.mean(), len(disagrees))
         source, target = _disparities(
@@ -181,7 +193,18 @@ class MDD(AdversarialObjective):
             adversary[is_target],
             self.margin,
         )
+        if self.bounded:
+            stop_gradient(reversed_, self._lost(logits, adversary, is_target))
         return {
             name: (each.sum(), torch.as_tensor(len(each), device=each.device))
             for name, each in (("source", source), ("target", target))
         }
+
+    def _lost(
+        self, logits: torch.Tensor, adversary: torch.Tensor, is_target: torch.Tensor
+    ) -> torch.Tensor:
+        """Where the second classifier has lost: source below γ / (1 + γ), target above; (N,)."""
+        agreement = adversary.detach().float().softmax(1)
+        agreement = agreement.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
+        alike = self.margin / (1 + self.margin)
+        return torch.where(is_target, agreement > alike, agreement < alike)

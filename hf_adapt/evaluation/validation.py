@@ -122,6 +122,11 @@ class LabelFreeValidation(EvaluationObserver):
         """Refuse a model without classes; forget the evaluations of an earlier run."""
         self._check(trainer)
         self._ensemble, self._reference, self._warned = None, {}, set()
+        if trainer.args.eval_strategy == "no":
+            logger.warning(
+                "LabelFreeValidation adds to evaluations, and this run makes none: pass "
+                'eval_strategy="epoch" and an eval_dataset, or call trainer.evaluate() afterwards.'
+            )
 
     def begin(self, trainer: Trainer) -> None:
         """Note which target rows are alike before anything is trained."""

@@ -56,7 +56,7 @@ def test_objective_is_the_loss_with_a_reversed_gradient():
     features, logits = torch.randn(12, 4, requires_grad=True), torch.randn(12, 2)
     domain = torch.arange(12) // 6
     batch = FakeBatch(features, domain, logits)
-    mdd = MDD(weight=0.5, ramp=None, margin=1.5, hidden_sizes=())
+    mdd = MDD(weight=0.5, ramp=None, margin=1.5, hidden_sizes=(), bounded=False)
     mdd.module = mdd.build_modules(batch)
     terms = mdd.loss(batch)
     sum(total for total, _ in terms.values()).backward()
@@ -68,6 +68,26 @@ def test_objective_is_the_loss_with_a_reversed_gradient():
     torch.testing.assert_close(sum(total / 6 for total, _ in terms.values()), expected)
     assert [int(count) for _, count in terms.values()] == [6, 6]
     torch.testing.assert_close(features.grad, -0.5 * own.grad)
+
+
+def test_no_gradient_is_reversed_where_the_second_classifier_is_past_its_value_for_like_domains():
+    torch.manual_seed(0)
+    features, logits, domain = torch.randn(20, 4), torch.randn(20, 2), torch.arange(20) // 10
+    gradients = {}
+    for bounded in (True, False):
+        own = features.clone().requires_grad_()
+        mdd = MDD(weight=0.5, margin=1.5, hidden_sizes=(6,), bounded=bounded)
+        torch.manual_seed(1)
+        mdd.module = mdd.build_modules(FakeBatch(own, domain, logits))
+        for total, _ in mdd.loss(FakeBatch(own, domain, logits)).values():
+            total.backward(retain_graph=True)
+        gradients[bounded] = own.grad, mdd.module[0].weight.grad
+    agreement = probabilities(mdd.module(features))[np.arange(20), logits.argmax(1)]
+    past = torch.from_numpy(np.where(domain == 0, agreement < 0.6, agreement > 0.6))
+    assert 0 < past[:10].sum() < 10 and 0 < past[10:].sum() < 10
+    assert (gradients[True][0][past] == 0).all()
+    assert torch.equal(gradients[True][0][~past], gradients[False][0][~past])
+    assert torch.equal(gradients[True][1], gradients[False][1])
 
 
 def test_refuses_arguments():

@@ -59,7 +59,7 @@ METHODS: dict[str, Callable[[], Any] | None] = {
     "source only": None,
     "dann": lambda: DANN(1.0),
     "cdan": lambda: CDAN(1.0),
-    "mdd": lambda: MDD(0.3),
+    "mdd": lambda: MDD(0.3, bounded=False),  # the paper's game: the bound aligns less
     "mcd": lambda: MCD(1.0),
 }
 

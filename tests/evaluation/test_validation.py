@@ -365,6 +365,14 @@ def test_the_first_checkpoint_is_not_chosen_for_agreeing_with_itself(tmp_path: P
         made.evaluate()
 
 
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_run_without_evaluations_says_so(
+    strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, LabelFreeValidation(target()), eval_strategy=strategy, max_steps=1).train()
+    assert ("this run makes none" in caplog.text) == (strategy == "no")
+
+
 def test_rows_are_limited_before_they_are_run(tmp_path: Path) -> None:
     made, rows_run = trainer(tmp_path, LabelFreeValidation(target(), max_items=5)), []
     made.model.register_forward_pre_hook(
