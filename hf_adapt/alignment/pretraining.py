@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +17,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_adapt.alignment.language_modeling import mask_tokens, step_seed
 from hf_adapt.models.language_model import (
@@ -27,6 +25,7 @@ from hf_adapt.models.language_model import (
     language_model_of,
 )
 from hf_adapt.models.structure import unwrapped_base
+from hf_adapt.storage.checkpoints import last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +128,8 @@ def adapt_pretrain(
         trainer.new_head = _outside(language_model)
         trainer.add_callback(_HeadFirst(language_model.base_model, warmup))
     checkpoint = args.resume_from_checkpoint
-    if checkpoint is None and os.path.isdir(str(args.output_dir)):
-        checkpoint = get_last_checkpoint(str(args.output_dir))  # type: ignore[no-untyped-call]
+    if checkpoint is None:
+        checkpoint = last_whole_checkpoint(str(args.output_dir))
         if checkpoint is not None:
             logger.warning("adapt_pretrain resumes from %s.", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)

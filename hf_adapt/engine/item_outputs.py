@@ -128,6 +128,13 @@ def load_items(path: str | Path) -> dict[str, ItemOutputs]:
             value = torch.from_numpy(stored[key])
             value = value.float() if value.is_floating_point() else value
             found.setdefault(name, {})[column] = value
+    for name, columns in found.items():
+        shapes = {column: tuple(value.shape) for column, value in columns.items()}
+        dimensions = {"features": 2, "logits": 2, "labels": 1, "keys": 1}
+        if {c: len(s) for c, s in shapes.items()} != dimensions or len(
+            {shape[0] for shape in shapes.values()}
+        ) > 1:
+            raise ValueError(f"the arrays of {name} do not belong together: {shapes}")
     return {name: ItemOutputs(**columns) for name, columns in found.items()}
 
 

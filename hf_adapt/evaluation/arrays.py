@@ -74,9 +74,14 @@ def as_logits(logits: Array, name: str = "logits") -> Floats:
     return array
 
 
-def as_features(features: Array, name: str = "features") -> NDArray[np.float32]:
-    """Features, (N, D) in float32."""
-    return as_array(features, name, 2).astype(np.float32)
+def as_features(
+    features: Array, name: str = "features", count: int | None = None
+) -> NDArray[np.float32]:
+    """Features, (N, D) in float32; of so many items N, where that is known."""
+    array = as_array(features, name, 2).astype(np.float32)
+    if count is not None and len(array) != count:
+        raise ValueError(f"Expected {name} of {count} items, got {len(array)}.")
+    return array
 
 
 def as_classes(labels: Array, name: str, count: int, classes: int | None = None) -> NDArray[Any]:
@@ -98,8 +103,8 @@ def as_classes(labels: Array, name: str, count: int, classes: int | None = None)
         array = array.astype(np.int64)
     if array.dtype.kind not in "iub" or array.min() < 0:
         raise ValueError(
-            f"Expected {name} as numbers of classes from 0, got {array.dtype} from {array.min()}. "
-            "Leave out the items without a label (-100)."
+            f"Expected {name} as numbers of classes from 0, got {array[:3].tolist()} … as "
+            f"{array.dtype}. Leave out the items without a label (-100)."
         )
     if classes is not None and array.max() >= classes:
         raise ValueError(

@@ -6,7 +6,6 @@ import numpy as np
 
 from hf_adapt.evaluation.arrays import (
     Array,
-    Floats,
     as_classes,
     as_logits,
     extra,
@@ -98,8 +97,3 @@ def fitted_temperature(logits: Array, labels: Array) -> float:
         loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-9}
     )
     return float(np.exp(found.x))
-
-
-def calibrated(logits: Array, held_out_logits: Array, held_out_labels: Array) -> Floats:
-    """Logits divided by the [`fitted_temperature`] of held-out items."""
-    return np.asarray(as_logits(logits) / fitted_temperature(held_out_logits, held_out_labels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_adapt.evaluation.arrays import Array, as_features, as_logits
+from hf_adapt.evaluation.arrays import Array, as_features, as_logits, as_prior
 
 ONE_CLASS = 0.99
 """Share of one predicted class from which the others count as lost."""
@@ -35,14 +35,14 @@ def collapse(
     logits = as_logits(target_logits, "target_logits")
     shares = np.bincount(logits.argmax(1), minlength=logits.shape[1]) / len(logits)
     largest = int(shares.argmax())
-    expected = 0.0 if prior is None else float(np.asarray(prior)[largest])
+    expected = 0.0 if prior is None else float(as_prior(prior, logits.shape[1])[largest])
     if shares[largest] > max(ONE_CLASS, expected + (1 - expected) / 2):
         share = (
             "every target item" if shares[largest] == 1 else f"{shares[largest]:.1%} of the target"
         )
         return f"{share} is given class {largest}"
     if target_features is not None:
-        features = as_features(target_features, "target_features").astype(np.float64)
+        features = as_features(target_features, "target_features", len(logits)).astype(np.float64)
         square = float(np.square(features).sum(1).mean())
         if square == 0 or float(features.var(0).sum()) < SPREAD * square:
             return "all target features lie at one point"

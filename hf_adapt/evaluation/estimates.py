@@ -12,11 +12,13 @@ from hf_adapt.evaluation.arrays import (
     Array,
     Floats,
     as_classes,
+    as_features,
     as_logits,
     log_softmax,
     softmax,
 )
 from hf_adapt.evaluation.calibration import fitted_temperature
+from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.importance_weights import DomainWeights
 
 Method = Literal["atc", "doc", "iwv"]
@@ -91,7 +93,8 @@ def estimate_accuracy(
         target_logits: Scores for target items.
         method: `"atc"`, `"doc"` or `"iwv"`.
         source_features: Features of the source items, for `"iwv"`.
-        target_features: Features of the target items, for `"iwv"`.
+        target_features: Features of the target items, for `"iwv"`; for the others they show whether
+            the model has collapsed to a point.
         source_classes: The names of the source's classes.
         target_classes: The names of the classes that the target is known to have.
         confidence: Of the interval.
@@ -122,7 +125,15 @@ def estimate_accuracy(
             "estimate needs one model, with the same classes, for both."
         )
     labels = as_classes(source_labels, "source_labels", len(source), classes)
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} must be at least 1.")
+    if source_features is not None:
+        source_features = as_features(source_features, "source_features", len(source))
+    if target_features is not None:
+        target_features = as_features(target_features, "target_features", len(target))
     warnings = _warnings(source, labels, target, source_classes, target_classes)
+    if (reason := collapse(target, target_features)) is not None:
+        warnings.append(f"The model has collapsed: {reason}.")
     size = None
     right = (source.argmax(1) == labels).astype(np.float64)
     if method == "iwv":
@@ -173,8 +184,6 @@ def _warnings(
     absent = [n for n in range(source.shape[1]) if not (labels == n).any()]
     if absent:
         found.append(f"The source has no held-out item of the classes {absent}.")
-    if len(set(target.argmax(1).tolist())) == 1:
-        found.append("The model gives every target item the same class: it has collapsed.")
     return found
 
 
@@ -191,8 +200,13 @@ def _threshold_share(items: Floats, others: Floats) -> float:
     """ATC, of (score, right) of source items and the scores of target items."""
     scores, right = items[:, 0], items[:, 1]
     wrong = round((1 - right.mean()) * len(right))
-    threshold = np.append(np.sort(scores), np.inf)[wrong]
-    return float((others >= threshold).mean())
+    if wrong == len(scores):
+        return 0.0
+    threshold = np.sort(scores)[wrong]
+    # Of source items at the threshold itself some count as wrong: of target items the same share.
+    tied = (scores == threshold).sum()
+    kept = (tied - (wrong - (scores < threshold).sum())) / tied
+    return float((others > threshold).mean() + kept * (others == threshold).mean())
 
 
 def _less_the_drop(items: Floats, others: Floats) -> float:

@@ -17,7 +17,7 @@ from hf_adapt.alignment.predictions import LANGUAGE_MODELS, refuse_heads, refuse
 from hf_adapt.engine.columns import dataset_columns
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.mixins import EvaluationObserver
-from hf_adapt.evaluation.arrays import Array, extra
+from hf_adapt.evaluation.arrays import Array, as_array, extra
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -119,7 +119,7 @@ def group_accuracy(
     Args:
         predictions_or_logits: Predicted classes, or scores of each class.
         labels: The right classes; items with -100 do not count.
-        groups: The group of each item: names or numbers.
+        groups: The group of each item: names or numbers, or None for an item that is in no group.
 
     Shape:
         - predictions_or_logits: (N,) or (N, C); labels, groups: (N,).
@@ -135,21 +135,24 @@ def group_accuracy(
         worst: south (may not be the worst: it has few items)
     """
     guess, truth = (
-        np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x)
-        for x in (predictions_or_logits, labels)
+        as_array(values, name, min(max(np.ndim(values), 1), 2))
+        for name, values in (("predictions", predictions_or_logits), ("labels", labels))
     )
     guess = guess.argmax(-1) if guess.ndim == 2 else guess
-    names = [group_name(group) for group in groups]  # type: ignore[union-attr]
+    names = [None if each is None else group_name(each) for each in groups]  # type: ignore[union-attr]
     if guess.ndim != 1 or not guess.shape == truth.shape == (len(names),):
         raise ValueError(
             "Expected predictions (N,) or logits (N, C), and a label and a group of each; got "
             f"{guess.shape}, {truth.shape} and {len(names)} groups."
         )
     counted = truth != IGNORED
-    if not counted.any():
-        raise ValueError(f"Expected labels, got {IGNORED} (no label) for all {len(truth)} items.")
+    if not any(label and name is not None for label, name in zip(counted, names, strict=True)):
+        raise ValueError(
+            f"Expected labels and groups, got {IGNORED} (no label) or None (no group) for all "
+            f"{len(truth)} items."
+        )
     tally = GroupTally()
-    tally.add(zip(names, guess == truth, counted, strict=True))
+    tally.add(row for row in zip(names, guess == truth, counted, strict=True) if row[0] is not None)
     return tally.result
 
 
@@ -230,6 +233,7 @@ class WorstGroupAccuracy(EvaluationObserver):
                 raise ValueError(self._missing(known))
 
     def _check(self, trainer: Trainer) -> None:
+        extra("scipy.stats")  # rather than at the first evaluation
         refuse_other_problems(trainer.model, type(self).__name__)
         refuse_heads(trainer.model, type(self).__name__, *LANGUAGE_MODELS, "question_answering")
 
@@ -258,7 +262,8 @@ class WorstGroupAccuracy(EvaluationObserver):
         if logits is None or labels is None or labels.shape != logits.shape[:-1]:
             counts = [(0, 0)] * len(names)  # rows of `predict` have no labels
         else:
-            pairs = torch.stack([logits.argmax(-1) == labels, labels != IGNORED], -1)
+            right = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
+            pairs = torch.stack([right, labels != IGNORED], -1)
             counts = pairs.reshape(len(labels), -1, 2).sum(1).tolist()
         rows = [(name, *count) for name, count in zip(names, counts, strict=True)]
         if (accelerator := self._trainer.accelerator).num_processes > 1:

@@ -161,6 +161,8 @@ def effective_sample_size(weights: Array) -> float:
         (4.0, 1.0)
     """
     array: NDArray[np.float64] = as_array(weights, "weights", 1).astype(np.float64)
+    if (array < 0).any() or not array.any():
+        raise ValueError("Expected weights of 0 or more that are not all 0.")
     return float(array.sum() ** 2 / np.square(array).sum())
 
 

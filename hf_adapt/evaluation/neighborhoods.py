@@ -97,7 +97,7 @@ def neighbor_agreement(
     predictions: Array,
     reference_features: Array,
     num_neighbors: int | None = None,
-    num_classes: int = 2,
+    num_classes: int | None = None,
 ) -> float:
     """Whether target items that were alike before training are given the same class.
 
@@ -109,7 +109,7 @@ def neighbor_agreement(
         predictions: Predicted classes of target items, or logits.
         reference_features: Their features before training.
         num_neighbors: K, by default a quarter of the items that a class has on average.
-        num_classes: C, for the default.
+        num_classes: C, for the default; that of the logits, or of the predictions, if not given.
 
     Shape:
         - predictions: (N,) or (N, C); reference_features: (N, D).
@@ -117,4 +117,7 @@ def neighbor_agreement(
     Returns:
         1 for perfect agreement, 0 for chance.
     """
+    if num_classes is None:
+        shape = np.shape(predictions)
+        num_classes = shape[1] if len(shape) == 2 else max(2, 1 + int(max(predictions)))
     return Neighborhoods(reference_features, num_neighbors, num_classes).agreement(predictions)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hf_adapt.engine.item_outputs import ItemOutputs
+from hf_adapt.engine.labels import IGNORED
 from hf_adapt.evaluation.arrays import Array, Floats, as_logits, as_prior, softmax
 from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.neighborhoods import Neighborhoods
@@ -62,16 +63,28 @@ class Candidate:
 
 def _items(features: Array | None, logits: Array, labels: Array | None) -> ItemOutputs:
     scores = _tensor(logits, "logits", 2).float()
-    count = len(scores)
-    found = torch.full((count,), -100) if labels is None else _tensor(labels, "labels", 1)
-    pooled = torch.zeros(count, 0) if features is None else _tensor(features, "features", 2)
-    return ItemOutputs(pooled.float(), scores, found.long(), torch.arange(count))
+    count, classes = scores.shape
+    found = torch.full((count,), IGNORED)
+    if labels is not None:
+        given = _tensor(labels, "labels", 1, count)
+        found = given.nan_to_num(float("nan")).long() if given.is_floating_point() else given.long()
+        if not ((found == given) & ((found == IGNORED) | (found >= 0) & (found < classes))).all():
+            raise ValueError(
+                f"Expected labels from 0 to {classes - 1}, one for each row of the logits "
+                f"({IGNORED} for none), got {sorted(set(given.tolist()))[:5]} …"
+            )
+    pooled = torch.zeros(count, 0)
+    if features is not None:
+        pooled = _tensor(features, "features", 2, count).float()
+    return ItemOutputs(pooled, scores, found, torch.arange(count))
 
 
-def _tensor(values: Array, name: str, ndim: int) -> torch.Tensor:
+def _tensor(values: Array, name: str, ndim: int, count: int | None = None) -> torch.Tensor:
     found = torch.as_tensor(values).detach().cpu()
     if found.ndim != ndim:
         raise ValueError(f"Expected {name} with {ndim} dimensions, got {tuple(found.shape)}.")
+    if count is not None and len(found) != count:
+        raise ValueError(f"Expected {name} of the {count} rows of the logits, got {len(found)}.")
     return found
 
 
@@ -269,6 +282,12 @@ def _check(candidates: Sequence[Candidate], names: Sequence[str], baseline: str 
             "be: to keep the model without adaptation is always one of the choices."
         )
     for each in candidates:
+        counts = {each.source.logits.shape[1], *(c.target.logits.shape[1] for c in candidates)}
+        if len(counts) > 1:
+            raise ValueError(
+                f"Candidates have different numbers of classes ({sorted(counts)}): compare models "
+                "of the same classes."
+            )
         if not torch.equal(each.target.keys, candidates[0].target.keys):
             raise ValueError(
                 f"{each.name} and {names[0]} were run on other target items. Run every candidate "
@@ -290,14 +309,12 @@ def _problem(
 ) -> str | None:
     """Why a candidate cannot be chosen, if it cannot."""
     max_source_loss, max_shift = limits
-    if not (
-        torch.isfinite(candidate.target.logits).all()
-        and torch.isfinite(candidate.source.logits).all()
-    ):
+    source, target = candidate.source, candidate.target
+    outputs = (source.logits, source.features, target.logits, target.features)
+    if not all(bool(torch.isfinite(each).all()) for each in outputs):
         return "dropped: its predictions are not finite"
-    if (
-        collapsed := collapse(candidate.target.logits, candidate.target.features, prior)
-    ) is not None:
+    features = target.features if target.features.shape[1] else None
+    if (collapsed := collapse(target.logits, features, prior)) is not None:
         return f"dropped: it has collapsed: {collapsed}"
     lost = base.source_accuracy - score.source_accuracy
     if lost > max_source_loss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 import re
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_adapt.alignment.priors import class_names, resolved_priors
 from hf_adapt.alignment.recommended import candidates as recommended_candidates
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import adapt, collect_items, load_weights
-from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
+from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items, some_rows
 from hf_adapt.engine.streams import Stream
 from hf_adapt.evaluation.selection import Candidate, Choice, Verdict, choose
 from hf_adapt.models.state import preserved_random_state
+from hf_adapt.storage.checkpoints import last_whole_checkpoint
 from hf_adapt.storage.text_file import write_text
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,13 @@ BASELINE = "source only"
 CHOICE_FILE, ITEMS_FILE, SETTINGS_FILE = "choice.json", "items.npz", "candidate.json"
 UNTRAINED_FILE = "untrained.npz"
 MakeAdaptations = Callable[[], Sequence[Adaptation]]
+
+UNRELATED = re.compile(
+    r".*_dir|local_rank|disable_tqdm|run_name|project|trackio_.*|report_to|log_.*|logging_(?!nan).*"
+    r"|hub_.*|push_to_hub.*|skip_memory_metrics|eval_accumulation_steps"
+    r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
+)
+"""Training arguments that change no weight."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +115,11 @@ def train_and_choose(
                 raise ValueError("make_trainer() must return a new Trainer and model each time.")
             trainer.args = copy.copy(trainer.args)  # it may be the same object each time
             trainer.args.output_dir = str(_folder(root, name))
+            adaptations = make()
+            _refuse_other_settings(name, trainer, adaptations, target_priors)
             try:
-                found.append(_candidate(name, trainer, make(), target_dataset, target_priors))
-            except (ArithmeticError, RuntimeError) as error:  # gone NaN, out of memory
+                found.append(_candidate(name, trainer, adaptations, target_dataset, target_priors))
+            except Exception as error:  # gone NaN, out of memory, not for this model
                 if name == BASELINE:
                     raise
                 logger.exception("%s failed.", name)
@@ -149,6 +159,14 @@ def _folder(root: Path, name: str) -> Path:
 
 def _untrained(trainer: Trainer, root: Path, target_dataset: Any) -> dict[str, ItemOutputs]:
     """What the model gives for both domains before any training; kept, as candidates are."""
+    for rows in Stream.of(target_dataset).domains:
+        few = [collect_items(trainer, some_rows(rows, 8), hides_labels=True) for _ in range(2)]
+        if not few[0].keys.equal(few[1].keys):
+            raise ValueError(
+                "The target rows are others each time they are read (a random transform, or a "
+                "collator that draws random numbers), and candidates are compared on the same "
+                "rows. Pass rows that stay as they are."
+            )
     found = {
         "source": collect_items(trainer, trainer.eval_dataset),
         "target": _target_items(trainer, target_dataset),
@@ -159,10 +177,9 @@ def _untrained(trainer: Trainer, root: Path, target_dataset: Any) -> dict[str, I
             "source rows with labels."
         )
     file = root / UNTRAINED_FILE
-    if not file.exists():
-        if trainer.args.should_save:
-            save_items(file, found)
-        trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save and not file.exists():
+        save_items(file, found)
+    trainer.accelerator.wait_for_everyone()
     kept = load_items(file)
     if not all(kept[name].keys.equal(each.keys) for name, each in found.items()):
         raise ValueError(
@@ -179,7 +196,7 @@ def _target_items(trainer: Trainer, target_dataset: Any) -> ItemOutputs:
 
 def _known(trainer: Trainer, priors: Any, classes: int) -> Any:
     """The class frequencies as numbers, if they are known."""
-    if priors is None or isinstance(priors, str):
+    if priors is None or (isinstance(priors, str) and priors != "uniform"):
         return None
     return resolved_priors(priors, class_names(trainer, classes))
 
@@ -193,27 +210,19 @@ def _candidate(
 ) -> Candidate:
     """Train a candidate, unless an earlier call has, and run it on both domains."""
     folder = Path(str(trainer.args.output_dir))
-    items, settings = folder / ITEMS_FILE, folder / SETTINGS_FILE
-    described = _described(trainer, adaptations, target_priors)
-    known = settings.read_text(encoding="utf-8") if settings.exists() else described
-    if known != described:
-        raise ValueError(
-            f"{folder} holds {name!r} as it was trained with other settings or adaptations. Take "
-            "another output_dir, or remove the folder."
-        )
+    items = folder / ITEMS_FILE
     if items.exists():
         logger.warning("%s is kept from an earlier call, in %s.", name, folder)
     else:
         logger.warning("Training %s, in %s.", name, folder)
+        last = last_whole_checkpoint(folder)
         if trainer.args.should_save:
-            write_text(settings, described)
+            settings = _described(trainer, adaptations, target_priors)
+            write_text(folder / SETTINGS_FILE, settings)
         if adaptations:
             used = any(each.uses_priors for each in adaptations)
             priors = target_priors if used else None
             adapt(trainer, *adaptations, target_dataset=target_dataset, target_priors=priors)
-        last = None
-        if folder.is_dir():
-            last = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
         trainer.train(resume_from_checkpoint=last)
         trainer.save_model()
         source = collect_items(trainer, trainer.eval_dataset).labelled
@@ -224,18 +233,52 @@ def _candidate(
     return Candidate(name, **load_items(items))
 
 
+def _refuse_other_settings(
+    name: str, trainer: Trainer, adaptations: Sequence[Adaptation], priors: Any
+) -> None:
+    """Refuse to go on with what was trained in another way."""
+    folder = Path(str(trainer.args.output_dir))
+    settings = folder / SETTINGS_FILE
+    trained = (folder / ITEMS_FILE).exists() or last_whole_checkpoint(folder) is not None
+    if not (trained and settings.exists()):
+        return
+    if settings.read_text(encoding="utf-8") != _described(trainer, adaptations, priors):
+        raise ValueError(
+            f"{folder} holds {name!r} as it was trained with another model, other rows, settings "
+            "or adaptations. Take another output_dir, or remove the folder."
+        )
+
+
 def _described(trainer: Trainer, adaptations: Sequence[Adaptation], priors: Any) -> str:
     """A hash of how a candidate is trained, as far as it can be told from outside."""
-    plain = (int, float, str, bool, type(None), tuple)
     arguments = {
-        key: value
-        for key, value in vars(trainer.args).items()
-        if isinstance(value, plain) and not key.endswith("_dir")
+        key: value for key, value in trainer.args.to_dict().items() if not UNRELATED.fullmatch(key)
     }
     methods = [
-        (type(each).__name__, {k: v for k, v in vars(each).items() if isinstance(v, plain)})
+        (type(each).__name__, {key: _told(value) for key, value in vars(each).items()})
         for each in adaptations
     ]
-    rows = getattr(trainer.train_dataset, "_fingerprint", None)
-    text = json.dumps([arguments, methods, rows, repr(priors)], sort_keys=True, default=str)
+    config = getattr(trainer.model, "config", None)
+    model = {} if config is None else {**config.to_dict(), "from": config.name_or_path}
+    model.pop("transformers_version", None)
+    rows: Any = trainer.train_dataset
+    known = getattr(rows, "_fingerprint", None) or (len(rows) if hasattr(rows, "__len__") else None)
+    found = [arguments, methods, type(trainer.model).__name__, model, known, repr(priors)]
+    text = json.dumps(found, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _told(value: Any) -> Any:
+    """A setting as plain data; a schedule by its values; None for all that is more."""
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_told(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): _told(each) for key, each in value.items()}
+    if inspect.isfunction(value):
+        try:
+            return [round(float(value(step / 10)), 6) for step in range(11)]
+        except Exception:  # another kind of function
+            return value.__qualname__
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from hf_adapt.alignment.priors import Priors, class_names, resolved_priors
 from hf_adapt.engine.item_outputs import ItemOutputs, OutputCollector, halved, some_rows
 from hf_adapt.engine.mixins import EvaluationObserver
 from hf_adapt.engine.streams import TARGET, Stream
+from hf_adapt.evaluation.arrays import extra
 from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.neighborhoods import neighbor_agreement
 from hf_adapt.evaluation.scores import NEED_SOURCE, VALIDATORS, TargetScores, strided
@@ -67,7 +69,8 @@ class LabelFreeValidation(EvaluationObserver):
         Beside the validators `effective_sample_size` (of the weights), `a_distance`,
         `accuracy_estimate` (ATC, for reading, not for choosing) and `collapsed` (0 or 1). A value
         that cannot be trusted, below an effective sample size of 30, between domains that do not
-        overlap, of too few rows or of a model gone NaN, is -inf, so that it is never chosen.
+        overlap, of too few rows or of a model gone NaN, is -inf, so that it is never chosen, as are
+        all of a model that has collapsed.
 
     Raises:
         ValueError: If a validator is unknown, the model predicts no exclusive classes, or there is
@@ -136,16 +139,19 @@ class LabelFreeValidation(EvaluationObserver):
             self._reference = {"features": halved(items.features), "keys": items.keys}
 
     def _check(self, trainer: Trainer) -> None:
+        extra("sklearn")  # rather than at the first evaluation
         refuse_other_problems(trainer.model, "LabelFreeValidation")
         heads = (*LANGUAGE_MODELS, "question_answering", "multiple_choice")
         refuse_heads(trainer.model, "LabelFreeValidation", *heads)
         best = str(trainer.args.metric_for_best_model or "").removeprefix("eval_")
-        if best == f"{self.name}_{ENSEMBLE}":
+        # With a dict of eval datasets the name of one stands before.
+        if re.fullmatch(rf"(.*_)?{re.escape(self.name)}_{ENSEMBLE}", best):
             raise ValueError(
                 f"metric_for_best_model={best!r} always takes the first checkpoint: the first "
                 f"evaluation agrees with itself. Use {self.name}_{NEIGHBORS}."
             )
-        if best.removeprefix(f"{self.name}_") in (*VALIDATORS, *OF_A_RUN):
+        own = "|".join((*VALIDATORS, *OF_A_RUN))
+        if re.fullmatch(rf"((.*_)?{re.escape(self.name)}_)?({own})", best):
             if trainer.args.greater_is_better is False:
                 raise ValueError(
                     f"metric_for_best_model={best!r} is better when it is higher, and "
@@ -224,9 +230,10 @@ class LabelFreeValidation(EvaluationObserver):
         for problem, name in scores.problems.items():
             self._warn(f"{name} is -inf: {problem}")
         reason = collapse(target.logits, target.features, prior)
-        found["collapsed"] = float(reason is not None)
-        if reason is not None:
+        if reason is not None:  # some validators value it more than any sound model
+            found |= dict.fromkeys({*self.validators} & found.keys(), -math.inf)
             logger.warning("%s: the model has collapsed: %s.", self.name, reason)
+        found["collapsed"] = float(reason is not None)
         return found
 
     def _neighbors(self, target: ItemOutputs) -> dict[str, float]:

@@ -366,9 +366,16 @@ def ensemble_agreement(
         )
     ensemble = np.sum([softmax(each) for each in scores], axis=0).argmax(1)
     if isinstance(candidate, (int, np.integer)):
+        if not 0 <= candidate < len(scores):
+            raise ValueError(f"candidate={candidate} is none of 0 to {len(scores) - 1}.")
         scores = [scores[candidate]]
     elif candidate is not None:
-        scores = [as_logits(candidate)]
+        other = as_logits(candidate)
+        if other.shape != scores[0].shape:
+            raise ValueError(
+                f"Expected a candidate's logits of shape {scores[0].shape}, got {other.shape}."
+            )
+        scores = [other]
     return float(np.mean([(each.argmax(1) == ensemble).mean() for each in scores]))
 
 

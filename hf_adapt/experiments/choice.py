@@ -15,6 +15,7 @@ from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
 from hf_adapt.evaluation.selection import Candidate, Choice, choose
 from hf_adapt.experiments.cell import Cell, cell_folder, reference_file
 from hf_adapt.experiments.config import Experiment
+from hf_adapt.experiments.data import label_name
 from hf_adapt.experiments.methods import CHOSEN, GIVEN, Method, is_shifted
 from hf_adapt.experiments.outputs import CHOICE_FILE, RunOutputs
 from hf_adapt.experiments.summary import Results
@@ -99,7 +100,10 @@ def reference_items(experiment: Experiment, source: str, target: str) -> ItemOut
 def _known_priors(experiment: Experiment, names: Sequence[str], classes: Sequence[str]) -> Any:
     """The class frequencies that methods were told, as numbers; None if none was, or several."""
     told = [experiment.methods[name].target_priors for name in names]
-    known = [each for each in told if isinstance(each, Mapping)]
+    known: list[Any] = ["uniform" for each in told if isinstance(each, str) and each == "uniform"]
+    for each in told:
+        if isinstance(each, Mapping):
+            known.append({str(label_name(key)): value for key, value in each.items()})
     if not known or any(each != known[0] for each in known):  # several are a grid, not knowledge
         return None
     return resolved_priors(known[0], dict(enumerate(classes)))
@@ -115,6 +119,15 @@ def with_chosen(
     return replace(experiment, methods=methods), [*results, *chosen]
 
 
+def _readable(file: Path) -> list[dict[str, Any]]:
+    """What an earlier call has written; nothing where the file is damaged."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return [each for each in kept if isinstance(each["seed"], int)]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
 def write_choices(
     experiment: Experiment, found: Mapping[tuple[str, str, int], Choice]
 ) -> list[Path]:
@@ -127,7 +140,7 @@ def write_choices(
     for folder, made in by_folder.items():
         file = folder / CHOICE_FILE
         seeds = {each["seed"] for each in made}
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        kept = _readable(file)
         both = [*(each for each in kept if each["seed"] not in seeds), *made]
         both.sort(key=lambda each: int(each["seed"]))
         write_text(file, json.dumps(both, indent=1, ensure_ascii=False))

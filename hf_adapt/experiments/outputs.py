@@ -41,5 +41,12 @@ class RunOutputs:
 
     @classmethod
     def load(cls, folder: Path) -> RunOutputs:
-        """Read what `save` has written."""
-        return cls(**load_items(folder / OUTPUTS_FILE))
+        """Read what `save` has written.
+
+        Raises:
+            ValueError: If its parts do not belong together.
+        """
+        found = load_items(folder / OUTPUTS_FILE)
+        if len(classes := {items.logits.shape[1] for items in found.values()}) > 1:
+            raise ValueError(f"its parts have different numbers of classes, {sorted(classes)}")
+        return cls(**found)

@@ -24,8 +24,10 @@ COLOURS = ("#2a78c2", "#d9622b", "#2e9e6b", "#a259c4", "#c0392b", "#8a6d3b", "#d
 LINES = ("-", "--", "-.", ":")
 GREY = "#8b95a1"
 MOST_CLASSES = 12
-MOST_GROUPS = 30
 """Up to this number of classes a plot names them and colours each."""
+MOST_CONFUSIONS = 50
+"""Where there are more classes, a table has so many of their confusions."""
+MOST_GROUPS = 30
 WIDTH = 4.6
 """Of a plot, in inches; a smaller one is given where it is drawn."""
 

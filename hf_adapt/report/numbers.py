@@ -94,6 +94,9 @@ def _without_labels(outputs: RunOutputs, so_far: Numbers) -> Numbers:
         return found
     target = strided(target, MOST_ITEMS)
     names = so_far["classes"] = _names(so_far["classes"], target)
+    if not target.logits.isfinite().all():
+        notes.append("The predictions are not finite: the model has diverged.")
+        return Numbers(found, collapsed="its predictions are not finite")
     reason = _attempt(notes, collapse, target.logits, target.features)
     found["collapsed"] = re.sub(
         r"(?<=class )\d+$", lambda number: names[int(number[0])], reason or ""

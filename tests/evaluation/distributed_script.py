@@ -1,15 +1,49 @@
 """What evaluations give; test_distributed.py starts it in two processes and in one."""
 
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer
 
 from hf_adapt import adapt
+from hf_adapt.engine.callback import collect_items
 from hf_adapt.evaluation import LabelFreeValidation, WorstGroupAccuracy, layer_distances
 from tests.helpers.data import collate, rows
 from tests.helpers.distributed import quiet_arguments
 from tests.helpers.models import bert, enlarged
+
+module: Any = sys.modules["hf_adapt.evaluation.train_and_choose"]
+
+
+def choice(folder: Path, args: Any, source: Any, target: Any) -> dict[str, float]:
+    """What `train_and_choose` finds of a model that is trained for a step; the last rank is late.
+
+    Every rank has to wait for the others, whether or not it finds the first one's files already.
+    """
+
+    def late(*given: Any, **options: Any) -> Any:
+        items = collect_items(*given, **options)
+        time.sleep(0.3 * args.process_index)
+        return items
+
+    module.collect_items = late  # type: ignore[attr-defined]
+    args = replace(args, output_dir=str(folder / "chosen"), max_steps=1)
+
+    def make_trainer() -> Trainer:
+        return Trainer(
+            enlarged(bert(), 5),
+            args,
+            train_dataset=source.remove_columns("place"),
+            eval_dataset=source.remove_columns("place"),
+            data_collator=collate,
+        )
+
+    chosen = module.train_and_choose(make_trainer, target, {})
+    return dict(chosen.choice.candidates[0].scores)
 
 
 def main(folder: Path, per_device: int, steps: int, head: str = "sequence") -> None:
@@ -40,6 +74,8 @@ def main(folder: Path, per_device: int, steps: int, head: str = "sequence") -> N
     found = trainer.evaluate()
     for layer in layer_distances(trainer, source, target):
         found[f"{layer.name}/a_distance"], found[f"{layer.name}/mmd"] = layer.a_distance, layer.mmd
+    if head == "sequence":
+        found |= choice(folder, args, source, target)
     speed = ("runtime", "per_second", "preparation_time", "loss")
     kept = {k: torch.tensor(v) for k, v in found.items() if not k.endswith(speed)}
     torch.save(kept, folder / f"rank{args.process_index}.pt")

@@ -1,5 +1,6 @@
 """The choice among candidates, which may be to keep the model without adaptation."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_adapt.alignment import CORAL, MMD
+from hf_adapt.engine.progress import linear_ramp
 from hf_adapt.evaluation import Candidate, Neighborhoods, choose, neighbor_agreement
 from hf_adapt.evaluation.selection import _decide
 from hf_adapt.evaluation.train_and_choose import train_and_choose
+from hf_adapt.storage.checkpoints import last_whole_checkpoint
 from tests.helpers.data import collate, rows
 from tests.helpers.models import bert
 from tests.helpers.trainers import arguments, same_bits, weights
@@ -137,6 +140,32 @@ def test_without_a_reference_the_candidates_judge_each_other() -> None:
     assert set(scores) == {"ensv", "source_accuracy"}
 
 
+def test_candidates_need_no_features() -> None:
+    """As in the documentation's example."""
+    world, candidates, _ = grid(0)
+    plain = [
+        Candidate.of(each.name, each.source.logits, each.source.labels, each.target.logits)
+        for each in (candidates["source only"], candidates["good"])
+    ]
+    assert choose(plain, reference_features=world.reference).chosen == "good"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [0, 1, 2]}, "labels from 0 to 1"),
+        ({"labels": [0.0, float("nan"), 1.0]}, "labels from 0 to 1"),
+        ({"labels": [0, 1]}, "labels of the 3 rows"),
+        ({"features": [[1.0]] * 2}, "features of the 3 rows"),
+    ],
+)
+def test_arrays_of_a_candidate_must_belong_together(change: dict[str, Any], message: str) -> None:
+    given = {"labels": [0, 1, -100], "features": [[1.0], [2.0], [3.0]], **change}
+    logits = [[1.0, 0.0]] * 3
+    with pytest.raises(ValueError, match=message):
+        Candidate.of("a", logits, given["labels"], logits, given["features"])
+
+
 def test_outputs_that_are_not_finite_are_dropped() -> None:
     world, candidates, _ = grid(0)
     broken = candidates["good"].target.logits.clone()
@@ -210,12 +239,12 @@ def test_one_class_and_chance_earn_nothing() -> None:
 # ---- training and choosing
 
 
-def make(folder: Path, **settings: Any) -> Any:
+def make(folder: Path, model: Any = None, **settings: Any) -> Any:
     args = arguments(folder, **settings)
 
     def make_trainer() -> Trainer:
         return Trainer(
-            bert(seed=1),
+            bert(seed=1) if model is None else copy.deepcopy(model),
             args,
             train_dataset=rows(24, 1),
             eval_dataset=rows(20, 3),
@@ -257,10 +286,73 @@ def test_a_candidate_that_fails_is_left_out_and_one_of_other_settings_is_refused
     chosen = train_and_choose(make(tmp_path), target, candidates)
     verdict = chosen.choice.candidates[-1]
     assert verdict.name == "broken" and not verdict.kept and "NaN" in verdict.reason
-    with pytest.raises(ValueError, match="trained with other settings"):
+    with pytest.raises(ValueError, match="trained with another model"):
         train_and_choose(make(tmp_path, learning_rate=0.5), target, candidates)
     with pytest.raises(ValueError, match="compared on other rows"):
         train_and_choose(make(tmp_path), rows(30, 9, None), candidates)
+
+
+def test_what_changes_no_weight_may_change_and_what_does_may_not(tmp_path: Path) -> None:
+    target = rows(30, 2, None, low=20)
+
+    def candidates(end: float) -> Any:
+        return {"MMD": lambda: [MMD(weight=linear_ramp(end_progress=end))]}
+
+    made = train_and_choose(make(tmp_path), target, candidates(0.5))
+    quiet = {"disable_tqdm": True, "logging_steps": 7, "dataloader_num_workers": 1}
+    assert train_and_choose(make(tmp_path, **quiet), target, candidates(0.5)).choice == made.choice
+    with pytest.raises(ValueError, match="settings or adaptations"):
+        train_and_choose(make(tmp_path), target, candidates(0.1))
+    with pytest.raises(ValueError, match="another model"):
+        train_and_choose(make(tmp_path, model=bert(num_hidden_layers=1)), target, candidates(0.5))
+
+
+def test_an_interrupted_candidate_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
+    class Killed(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    target = rows(30, 2, None, low=20)
+    whole = train_and_choose(make(tmp_path / "a", **settings), target, {})
+
+    def killed() -> Trainer:
+        trainer = make(tmp_path / "b", **settings)()
+        trainer.add_callback(Killed())
+        return trainer
+
+    with pytest.raises(KeyboardInterrupt):
+        train_and_choose(killed, target, {})
+    cut = tmp_path / "b" / "source_only" / "checkpoint-9"  # while it was written
+    cut.mkdir()
+    (cut / "config.json").write_text("{}")
+    assert last_whole_checkpoint(cut.parent) == str(cut.parent / "checkpoint-2")
+    again = train_and_choose(make(tmp_path / "b", **settings), target, {})
+    assert same_bits(weights(again.trainer.model), weights(whole.trainer.model))
+    for file in cut.parent.rglob("scheduler.pt"):  # as with save_only_model
+        file.unlink()
+    assert last_whole_checkpoint(cut.parent) is None
+
+
+def test_a_candidate_that_does_not_fit_is_left_out_and_may_be_mended(tmp_path: Path) -> None:
+    target = rows(30, 2, None, low=20)
+    candidates = {"MMD": lambda: [MMD(feature_layer="nope")], "CORAL": lambda: [CORAL()]}
+    chosen = train_and_choose(make(tmp_path), target, candidates)
+    assert [each.name for each in chosen.choice.candidates] == ["source only", "CORAL", "MMD"]
+    assert "nope" in chosen.choice.candidates[-1].reason
+    mended = train_and_choose(make(tmp_path), target, {**candidates, "MMD": lambda: [MMD()]})
+    assert all("failed" not in each.reason for each in mended.choice.candidates)
+
+
+def test_target_rows_that_change_are_refused_before_any_training(tmp_path: Path) -> None:
+    def drawn(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        ids = batch["input_ids"]
+        return {**batch, "input_ids": [list(np.random.randint(20, 30, len(x))) for x in ids]}
+
+    with pytest.raises(ValueError, match="others each time they are read"):
+        train_and_choose(make(tmp_path), rows(30, 2, None).with_transform(drawn), {})
+    assert not list(tmp_path.rglob("model.safetensors"))
 
 
 @pytest.mark.parametrize(

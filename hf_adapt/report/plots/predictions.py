@@ -9,6 +9,7 @@ import numpy as np
 from hf_adapt.report.drawing import (
     GREY,
     MOST_CLASSES,
+    MOST_CONFUSIONS,
     MOST_GROUPS,
     WIDTH,
     Column,
@@ -27,12 +28,30 @@ def confusion_plot(key: str, run: Numbers) -> Plot | None:
         return None
     classes, matrix = run["classes"], np.array(counts)
     shares = matrix / matrix.sum(1, keepdims=True).clip(1)
+    named = len(classes) <= MOST_CLASSES
+    table = Table(
+        "Target rows by true class (rows) and predicted class (columns)",
+        [Column("true", numeric=False), *map(Column, classes)],
+        [[name, *map(str, row)] for name, row in zip(classes, counts, strict=True)],
+    )
+    if not named:
+        errors = matrix * (1 - np.eye(len(matrix), dtype=int))
+        most = [divmod(int(cell), len(matrix)) for cell in np.argsort(-errors, axis=None)]
+        table = Table(
+            f"The {MOST_CONFUSIONS} most frequent confusions",
+            [Column("true", numeric=False), Column("predicted", numeric=False), Column("rows")],
+            [
+                [classes[true], classes[guess], str(errors[true, guess])]
+                for true, guess in most[:MOST_CONFUSIONS]
+                if errors[true, guess]
+            ],
+        )
 
     def draw(axes: Any) -> None:
         span = range(len(classes))
         edges = np.arange(len(classes) + 1) - 0.5
-        axes.pcolormesh(edges, edges, np.ones_like(shares), alpha=0.75 * shares, **_blue())
-        named = len(classes) <= MOST_CLASSES
+        look = {**_blue(), "rasterized": not named}  # thousands of cells would make a huge drawing
+        axes.pcolormesh(edges, edges, np.ones_like(shares), alpha=0.75 * shares, **look)
         for true in span if named else ():
             for guess in span:
                 text = f"{100 * shares[true, guess]:.0f}"
@@ -52,11 +71,7 @@ def confusion_plot(key: str, run: Numbers) -> Plot | None:
         "Share of the rows of each true class that is predicted as each class, in %.",
         (side, side * 0.9),
         draw,
-        Table(
-            "Target rows by true class (rows) and predicted class (columns)",
-            [Column("true", numeric=False), *map(Column, classes)],
-            [[name, *map(str, row)] for name, row in zip(classes, counts, strict=True)],
-        ),
+        table,
         oracle=True,
     )
 
@@ -117,10 +132,13 @@ def groups_plot(key: str, run: Numbers) -> Plot | None:
     given = run["oracle"]["groups"]
     if not given:
         return None
-    largest = sorted(given, key=lambda name: -given[name]["count"])[:MOST_GROUPS]
-    groups = {name: given[name] for name in largest}
-    which = "each group" if len(groups) == len(given) else f"the {MOST_GROUPS} largest groups"
-    worst = min(groups, key=lambda name: groups[name]["accuracy"])
+    largest = sorted(given, key=lambda name: -given[name]["count"])
+    worst = min(largest, key=lambda name: given[name]["accuracy"])
+    shown = largest[:MOST_GROUPS]
+    groups = {name: given[name] for name in dict.fromkeys([*shown, worst])}
+    which = "each group"
+    if len(shown) < len(given):
+        which = f"the {MOST_GROUPS} largest groups and the worst"
 
     def draw(axes: Any) -> None:
         for line, (name, group) in enumerate(groups.items()):
