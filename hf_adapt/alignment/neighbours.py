@@ -121,16 +121,17 @@ class ATDOC(NeighbourObjective):
         \hat q_i = \frac{1}{K} \sum_{j \in \mathrm{NN}_K(i)} q_j, \quad
         \hat y_i = \arg\max_c \hat q_{ic}, \quad
         L = \frac{\sum_i \hat q_{i \hat y_i} \, (-\log p_{i \hat y_i})}{\sum_i \hat q_{i \hat y_i}},
-        \quad q_{jc} = C \pi_c \frac{p_{jc}^2}{\sum_{j'} p_{j'c}^2}
+        \quad q_{jc} = \pi_c \frac{p_{jc}^2}{\sum_{j'} p_{j'c}^2}
 
-    The sum over j' runs over a micro-batch, so that each class has its share. [`SelfTraining`] is
+    The sum over j' runs over the memory, so that each class has its share. [`SelfTraining`] is
     stronger where the class frequencies are known; this needs no threshold.
 
     Reference:
         Liang et al. 2021, "Domain Adaptation with Auxiliary Target Domain-Oriented Classifier",
         Eq. 7-9, arXiv:2007.04171.
-        Deviation: the memory starts with the model's predictions rather than uniform ones; π is
-        uniform in the paper, whose factor of all rows cancels.
+        Deviations: the memory starts with the model's predictions rather than uniform ones; the
+        sum over j' runs over it, not over a micro-batch, whose size would decide how much a row
+        counts beside those of others; π is uniform in the paper.
 
     Args:
         weight: Factor of the term, or a schedule of it; the paper's rises linearly to 0.2.
@@ -169,10 +170,8 @@ class ATDOC(NeighbourObjective):
         self._check_neighbours()
 
     def remembered(self, logits: torch.Tensor) -> torch.Tensor:
-        """The squared predictions, shared out among the classes."""
-        squared = logits.float().softmax(1).square()
-        priors = self.target_priors(squared.shape[1]).to(squared)
-        return squared / squared.sum(0).clamp_min(1e-12) * priors * len(priors)
+        """The squared predictions."""
+        return logits.float().softmax(1).square()
 
     def loss(self, batch: Batch) -> Term:
         """The weighted cross-entropy with the neighbours' labels."""
@@ -183,7 +182,10 @@ class ATDOC(NeighbourObjective):
         logits, keys = logits[target], keys[target]
         with torch.no_grad():
             features = F.normalize(features[target])
-            near = self.bank.values["predictions"][self.neighbours(features, keys)].mean(1)
+            squared = self.bank.values["predictions"]
+            factors = self.target_priors(squared.shape[1]).to(squared)
+            factors = factors / squared.sum(0).clamp_min(1e-12)
+            near = squared[self.neighbours(features, keys)].mean(1) * factors
             confidence, labels = near.max(1) if len(near) else (near.sum(1), keys)
             self.remember(keys, features, logits)
         if not len(logits):

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+MOST_TOKENS = 10**6
+"""A tokenizer without a limit names a far higher number."""
 
 
 def adapt_pretrain(
@@ -194,17 +196,25 @@ def _outside(language_model: PreTrainedModel) -> list[nn.Parameter]:
     return [p for p in language_model.parameters() if id(p) not in shared]
 
 
-def _longest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+def _longest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that the model takes; None where nothing limits them."""
     config: Any = unwrapped_base(model).config
-    positions: int = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-    return min(positions, tokenizer.model_max_length)
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [tokenizer.model_max_length]
+    if positions is not None:
+        # RoBERTa's positions begin after that of padding.
+        embeddings = getattr(unwrapped_base(model).base_model, "embeddings", None)
+        table = getattr(embeddings, "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        limits.append(positions if padding is None else positions - padding - 1)
+    return None if min(limits) > MOST_TOKENS else min(limits)
 
 
 def _tokenized(
     target: datasets.Dataset | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     text_column: str,
-    max_length: int,
+    max_length: int | None,
 ) -> datasets.Dataset:
     """Rows of tokens without labels."""
     if not isinstance(target, datasets.Dataset):
@@ -233,7 +243,7 @@ def _tokenized(
 
     def tokens(batch: Mapping[str, list[str]]) -> Mapping[str, Any]:
         made: Mapping[str, Any] = tokenizer(
-            batch[text_column], truncation=True, max_length=max_length
+            batch[text_column], truncation=max_length is not None, max_length=max_length
         )
         return made
 

@@ -20,6 +20,7 @@ from hf_adapt.alignment.source_weights import (
 from hf_adapt.engine.adaptation import Term
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.streams import TARGET, TRAINING
+from hf_adapt.engine.training import resumed_from
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -90,7 +91,13 @@ class PriorCorrection(PriorObjective):
         bias = head_bias(trainer.accelerator.unwrap_model(trainer.model))
         self._trainer.check_sweep(TRAINING)
         self._source = None
-        if self._corrected is not None and self._corrected[0] is bias:  # trained once more
+        if not bias.requires_grad and hasattr(trainer.model, "peft_config"):
+            raise ValueError(
+                "PriorCorrection corrects the head's bias, which is not saved with these adapters. "
+                "Name the head in modules_to_save of the LoraConfig (task_type does)."
+            )
+        again = self._corrected is not None and self._corrected[0] is bias
+        if again and resumed_from(trainer) is None:  # trained once more
             with torch.no_grad():
                 bias -= self._corrected[1].to(bias)
         self._corrected = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,10 @@ def read_splits(source: str, columns: Sequence[str] = ()) -> dict[str, datasets.
             options["converters"] = dict.fromkeys(columns, _cell)
         if path.exists() and not path.stat().st_size:
             raise ValueError(f"{source} has no rows: it is empty.")
+        # A name may hold brackets, which would be a pattern.
+        file = glob.escape(source) if path.exists() else source
         try:
-            found = datasets.load_dataset(kind, data_files={"train": source}, **options)
+            found = datasets.load_dataset(kind, data_files={"train": file}, **options)
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
             reason = str(error.__cause__ or error).strip()
             raise ValueError(
@@ -76,6 +79,8 @@ def read_splits(source: str, columns: Sequence[str] = ()) -> dict[str, datasets.
             if "corresponds to no data" not in str(error):
                 raise
             raise ValueError(f"{source} has no rows.") from error
+        if kind == "csv":
+            _check_cells(source, found["train"], suffix)
     elif path.exists():
         raise ValueError(
             f"{source} is no file of rows: expected .csv, .tsv, .json, .jsonl or .parquet, or a "
@@ -89,6 +94,24 @@ def read_splits(source: str, columns: Sequence[str] = ()) -> dict[str, datasets.
         return {str(split): rows for split, rows in found.items()}
     assert isinstance(found, datasets.Dataset)
     return {"train": found}
+
+
+def _check_cells(source: str, rows: datasets.Dataset, suffix: str) -> None:
+    """Refuse a file that pandas reads without an error, but not as it was meant."""
+    if any(name.startswith("__index_level_") for name in rows.column_names):
+        raise ValueError(
+            f"{source}: its rows have more cells than its first line names. Put texts that hold a "
+            "comma in quotation marks, and no comma at the end of a line; or save it as jsonl."
+        )
+    kinds = (datasets.Value("string"), datasets.Value("large_string"))
+    texts = [name for name, each in rows.features.items() if each in kinds]
+    for name in texts if suffix == "tsv" else ():
+        for number, cell in enumerate(rows[name], start=1):
+            if cell is not None and "\n" in cell and "\t" in cell:
+                raise ValueError(
+                    f"{source}: row {number} holds several lines in one cell of {name!r}, from one "
+                    f"that begins with a quotation mark on{_fix('EOF inside string')}"
+                )
 
 
 def _fix(reason: str) -> str:

@@ -27,6 +27,7 @@ from hf_adapt.engine.rates import DividedGroups
 from hf_adapt.engine.step import TrainingStep
 from hf_adapt.engine.training import forget_compiled
 from hf_adapt.engine.weights import SwappedWeights
+from hf_adapt.models.state import preserved_random_state
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -123,10 +124,20 @@ class AdaptationRun:
 
     def finish(self) -> None:
         """The run has ended well."""
+        if self._resumes and not self.step.is_ready:
+            self._restore_without_training()
         self.step.guard.check()
         self.weights.replace_final()
         for adaptation in self.adaptations:
             adaptation.finish(self.trainer)
+
+    def _restore_without_training(self) -> None:
+        """The checkpoint was that of the last step: what reads it has seen no batch."""
+        with preserved_random_state():
+            batch = next(iter(self.trainer.get_train_dataloader()), None)
+        if isinstance(batch, Mapping):
+            first = self.trainer._prepare_inputs(dict(self.step.first_labelled([batch])))
+            self.ensure_ready(self.trainer.model_wrapped, first)
 
     def close(self) -> None:
         """Remove all hooks and restore what was changed."""

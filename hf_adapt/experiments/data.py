@@ -82,7 +82,8 @@ def load_domain(files: DomainFiles, task: Task, needs_labels: bool = False) -> d
     for split, name in (("dev", files.dev), ("test", files.test)):
         if name is not None:
             own = _read(name, columns)
-            own_rows = own.get(split) or next(iter(own.values()))
+            named = next((each for each in (split, "validation") if each in own), next(iter(own)))
+            own_rows = own[named]
             found = _rows_of(own_rows, name, columns, task, needs_labels=True)
             given[split] = [row for row in found if row[1] is not None]
             if not given[split]:
@@ -184,11 +185,11 @@ def label_name(label: Any) -> str | None:
     """The name of a class, the same in all formats; None where there is no label.
 
     Example:
-        >>> [label_name(label) for label in (1, 1.0, "1.0", " ", float("nan"), "spam")]
+        >>> [label_name(label) for label in (1, 1.0, "1.0", " ", float("nan"), "spam ")]
         ['1', '1', '1', None, None, 'spam']
     """
-    name = "" if label is None else str(label)
-    if not name.strip() or name.lower() == "nan":
+    name = "" if label is None else str(label).strip()
+    if not name or name.lower() == "nan":
         return None
     return re.sub(r"^(-?\d+)\.0+$", r"\1", name)
 
@@ -247,6 +248,11 @@ def load_pair(experiment: Experiment, source: str, target: str) -> Pair:
         )
         for name in (source, target)
     }
+    if not rows[target]["train"] and rows[target]["test"]:
+        raise DataError(
+            f"{target!r} has no training rows: all of them are test rows. Name other files for "
+            "train and test, or train alone, of which a quarter is tested on."
+        )
     if source == target:
         rows[source]["train"] = [row for row in rows[source]["train"] if row[1] is not None]
     own = {name: experiment.data[name].num_train for name in rows}

@@ -196,8 +196,12 @@ def tested(run: Run, trainer: Trainer, logs: Sequence[Mapping[str, float]]) -> d
     if diagnostics:
         write_text(run.folder / DIAGNOSTICS_FILE, json.dumps(diagnostics, ensure_ascii=False))
     result: dict[str, Any] = {}
-    for name, found in (("source", outputs.source_test), ("target", outputs.target_test)):
-        scores = _scores(found or outputs.target_unlabelled, run.pair.labels, found is not None)
+    target = outputs.target_test or outputs.target_unlabelled  # one of them is there
+    for name, found, tests in (
+        ("source", outputs.source_test, True),
+        ("target", target, outputs.target_test is not None),
+    ):
+        scores = {} if found is None else _scores(found, run.pair.labels, tests)
         result |= {f"{name}_{key}": value for key, value in scores.items()}
     return result
 
@@ -429,9 +433,8 @@ def tester(run: Run, model: PreTrainedModel) -> Trainer:
     return trainer
 
 
-def _scores(items: ItemOutputs | None, labels: Sequence[str], is_scored: bool) -> dict[str, Any]:
+def _scores(items: ItemOutputs, labels: Sequence[str], is_scored: bool) -> dict[str, Any]:
     """Accuracy, macro-F1 and class shares; without labels only the shares that are predicted."""
-    assert items is not None
     guess, truth = items.logits.argmax(1).numpy(), items.labels.numpy()
     scores: dict[str, Any] = {"predicted_shares": _shares(guess, labels)}
     if is_scored:

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,12 +20,15 @@ from transformers import (
     BartForConditionalGeneration,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     ModernBertForMaskedLM,
+    RobertaConfig,
     RobertaForMaskedLM,
     Trainer,
     ViTForImageClassification,
@@ -33,6 +37,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_adapt import MMD, Stream, adapt
 from hf_adapt.alignment import TargetLanguageModeling, adapt_pretrain, mask_tokens
+from hf_adapt.alignment.pretraining import _longest
 from hf_adapt.models.language_model import LanguageModelHead, language_model_of
 from tests.helpers.data import collate, rows, words
 from tests.helpers.models import (
@@ -608,6 +613,18 @@ def test_pretraining_resumes_bit_for_bit(tmp_path):
     resumed = adapt_pretrain(model(), TOKENIZER, texts(32), args)
     body = {k: v for k, v in weights(whole).items() if k.startswith("bert")}
     assert same_bits(body, {k: v for k, v in weights(resumed).items() if k.startswith("bert")})
+
+
+def test_texts_are_cut_at_what_the_model_takes():
+    endless = SimpleNamespace(model_max_length=int(1e30))
+    config = RobertaConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=34,
+    )  # fmt: skip
+    assert _longest(RobertaForMaskedLM(config), endless) == 32  # positions 0 and 1 are not used
+    bloom = BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1)
+    assert _longest(BloomForCausalLM(bloom), endless) is None
+    assert _longest(bert(), SimpleNamespace(model_max_length=7)) == 7
 
 
 def test_a_new_head_is_trained_first_and_faster(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sklearn.linear_model import LogisticRegression
 from transformers import BertForMultipleChoice, Trainer
 
@@ -352,6 +353,31 @@ def test_a_model_that_is_trained_again_is_corrected_once(tmp_path: Path) -> None
         run.train()
         found.append(run.model.classifier.bias.detach().clone())  # type: ignore[union-attr]
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("prior", [(0.8, 0.1, 0.1), None])
+@pytest.mark.parametrize("start", [2, 4])
+def test_a_run_that_resumes_is_corrected_as_the_whole_one(
+    start: int, prior: Any, tmp_path: Path
+) -> None:
+    """In the same Trainer, and where no step is left and no batch is seen."""
+    run = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    adapt(run, PriorCorrection(prior=prior), target_dataset=rows(12, 2, None))
+    run.train()
+    whole = run.model.classifier.bias.detach().clone()  # type: ignore[union-attr]
+    fresh = trainer(tmp_path, max_steps=4, save_strategy="no")
+    adapt(fresh, PriorCorrection(prior=prior), target_dataset=rows(12, 2, None))
+    for each in (run, fresh):
+        each.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}"))
+        assert torch.equal(each.model.classifier.bias, whole)  # type: ignore[union-attr]
+
+
+def test_a_head_that_adapters_do_not_save_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"]))
+    run = Trainer(model, arguments(tmp_path), train_dataset=rows(8, 1), data_collator=collate)
+    adapt(run, PriorCorrection(), target_dataset=rows(8, 2, None))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        run.train()
 
 
 def test_a_head_without_a_bias_is_refused() -> None:

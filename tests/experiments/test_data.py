@@ -5,8 +5,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_adapt.experiments import data
-from hf_adapt.experiments.config import DomainFiles
-from hf_adapt.experiments.data import DataError, Pair, load_domain, paired, split_rows
+from hf_adapt.experiments.config import DomainFiles, Experiment
+from hf_adapt.experiments.data import DataError, Pair, load_domain, load_pair, paired, split_rows
 from hf_adapt.experiments.methods import Method
 from hf_adapt.experiments.tasks import SequenceClassification
 from hf_adapt.experiments.training import resolved_priors
@@ -148,6 +148,52 @@ def test_numbers_and_missing_words_in_a_csv_file_stay_as_they_are(tmp_path):
     split = load_domain(DomainFiles(str(write_csv(tmp_path / "a.csv", rows))), TASK)
     found = sorted(row for rows in split.values() for row in rows if row[1] is not None)
     assert found == [("3", "1"), ("NA", "007"), ("null", "1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "text\nHello, world\nfine\n", "more cells than its first line names"),
+        ("a.csv", "text,label\ngood,1,\n", "no comma at the end of a line"),
+        ("a.tsv", 'text\tlabel\na\t1\n"b\t1\nc\t0\n"d\t1\n', "row 2 holds several lines"),
+    ],
+)
+def test_files_that_pandas_reads_wrong_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_domain(DomainFiles(str(tmp_path / name)), TASK)
+
+
+def test_a_file_name_is_no_pattern(tmp_path):
+    (tmp_path / "tweets 2.csv").write_text("text,label\nwrong,odd\n")
+    path = tmp_path / "tweets [2].csv"
+    path.write_text("text,label\nright,even\n")
+    assert load_domain(DomainFiles(str(path)), TASK)["train"] == [("right", "even")]
+
+
+def test_words_keep_their_vowel_signs():
+    words = "की का के को कु कै กา กี".split()
+    assert len({TASK.key(word) for word in words}) == len(words)
+    assert TASK.key("Good, good!") == "good good"
+
+
+def test_named_splits_of_a_folder_are_those(tmp_path):
+    def part(word, count):
+        rows = [(f"{word} {i}", str(i % 2)) for i in range(count)]
+        return Dataset.from_dict(dict(zip(("text", "label"), zip(*rows, strict=True), strict=True)))
+
+    parts = {"train": part("a", 30), "validation": part("b", 8), "test": part("c", 6)}
+    DatasetDict(parts).save_to_disk(str(tmp_path))
+    folder = str(tmp_path)
+    split = load_domain(DomainFiles(folder, dev=folder, test=folder), TASK)
+    assert [len(split[name]) for name in ("train", "dev", "test")] == [30, 8, 6]
+
+
+def test_a_target_without_rows_to_adapt_to_is_refused(tmp_path):
+    file = str(write_csv(tmp_path / "a.csv", ROWS))
+    domains = {"a": DomainFiles(file), "b": DomainFiles(file, test=file)}
+    with pytest.raises(DataError, match="'b' has no training rows: all of them are test rows"):
+        load_pair(Experiment(data=domains, model="-"), "a", "b")
 
 
 def test_named_test_file_is_kept_and_not_trained_on(tmp_path):

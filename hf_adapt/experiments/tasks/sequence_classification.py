@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ from transformers import (
 )
 
 from hf_adapt.experiments.tasks.task import Task
+
+# Vowel signs are marks to Unicode, which \w leaves out; here texts would lose their vowels.
+INDIC_AND_SOUTH_EAST_ASIAN = range(0x900, 0x1D00)
+VOWEL_SIGNS = (c for c in map(chr, INDIC_AND_SOUTH_EAST_ASIAN) if unicodedata.category(c)[0] == "M")
+WORD = re.compile(rf"[\w{''.join(VOWEL_SIGNS)}]+")
 
 
 class SequenceClassification(Task):
@@ -32,7 +38,7 @@ class SequenceClassification(Task):
 
     def key(self, cell: Any) -> str:
         """Its words, in lower case."""
-        return " ".join(re.findall(r"\w+", cell.casefold())) or str(cell)
+        return " ".join(WORD.findall(cell.casefold())) or str(cell)
 
     def features(self, labels: Sequence[str]) -> Features:
         """A text and a class."""
