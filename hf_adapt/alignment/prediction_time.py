@@ -1,9 +1,11 @@
 """Test-time adaptation: a saved model and the rows to predict, without any training set.
 
+```python
 model = AutoModelForSequenceClassification.from_pretrained("trained-on-movies")
 predict = T3A(model)  # or Tent(model)
 for batch in DataLoader(tweets, collate_fn=collator, batch_size=64):
-labels = predict(**batch).argmax(1)
+    labels = predict(**batch).argmax(1)
+```
 """
 
 from __future__ import annotations
@@ -129,7 +131,8 @@ class Tent:
         Wang et al. 2021, "Tent: Fully Test-Time Adaptation by Entropy Minimization",
         arXiv:2006.10726; Niu et al. 2023, "Towards Stable Test-Time Adaptation in Dynamic Wild
         World" (SAR), arXiv:2302.12400.
-        Deviation: the reset's threshold of 0.2, for 1,000 classes, is scaled by ln C / ln 1000.
+        Deviations: the reset's threshold of 0.2, for 1,000 classes, is scaled by ln C / ln 1000;
+        batch norm keeps the source's running statistics, where Tent takes those of the batch.
 
     Args:
         model: A trained classifier; changed in place, see `restore`.

@@ -41,8 +41,8 @@ def run(
         str | None,
         typer.Option(
             help="The target's class frequencies, for the methods that use them: "
-            "'{spam: 0.13, ham: 0.87}', uniform, source, estimate, or given (counted on the "
-            "target's labels)."
+            "'{spam: 0.13, ham: 0.87}', uniform, predicted, source, estimate, or given (counted on "
+            "the target's labels)."
         ),
     ] = None,
     method: Annotated[

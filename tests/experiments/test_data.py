@@ -193,7 +193,7 @@ def test_a_target_without_rows_to_adapt_to_is_refused(tmp_path):
     file = str(write_csv(tmp_path / "a.csv", ROWS))
     domains = {"a": DomainFiles(file), "b": DomainFiles(file, test=file)}
     with pytest.raises(DataError, match="'b' has no training rows: all of them are test rows"):
-        load_pair(Experiment(data=domains, model="-"), "a", "b")
+        load_pair(Experiment(domains, "-", {}, [("a", "b")]), "a", "b")
 
 
 def test_named_test_file_is_kept_and_not_trained_on(tmp_path):
