@@ -96,10 +96,10 @@ class PriorCorrection(PriorObjective):
                 "PriorCorrection corrects the head's bias, which is not saved with these adapters. "
                 "Name the head in modules_to_save of the LoraConfig (task_type does)."
             )
-        again = self._corrected is not None and self._corrected[0] is bias
-        if again and resumed_from(trainer) is None:  # trained once more
-            with torch.no_grad():
-                bias -= self._corrected[1].to(bias)
+        corrected, shift = self._corrected or (None, None)
+        if shift is not None and corrected is bias and resumed_from(trainer) is None:
+            with torch.no_grad():  # trained once more
+                bias -= shift.to(bias)
         self._corrected = None
 
     def before_step(self, step: int) -> None:

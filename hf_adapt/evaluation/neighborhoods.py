@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_adapt.evaluation.arrays import Array, Floats, as_classes, as_features, as_logits
+from hf_adapt.evaluation.arrays import Array, Floats, as_array, as_classes, as_features, as_logits
 
 
 class Neighborhoods:
@@ -118,6 +118,7 @@ def neighbor_agreement(
         1 for perfect agreement, 0 for chance.
     """
     if num_classes is None:
-        shape = np.shape(predictions)
-        num_classes = shape[1] if len(shape) == 2 else max(2, 1 + int(max(predictions)))
+        ndim = min(max(np.ndim(predictions), 1), 2)
+        given = as_array(predictions, "predictions", ndim)
+        num_classes = given.shape[1] if ndim == 2 else max(2, 1 + int(given.max()))
     return Neighborhoods(reference_features, num_neighbors, num_classes).agreement(predictions)

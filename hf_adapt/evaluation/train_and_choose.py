@@ -251,9 +251,8 @@ def _refuse_other_settings(
 
 def _described(trainer: Trainer, adaptations: Sequence[Adaptation], priors: Any) -> str:
     """A hash of how a candidate is trained, as far as it can be told from outside."""
-    arguments = {
-        key: value for key, value in trainer.args.to_dict().items() if not UNRELATED.fullmatch(key)
-    }
+    given = trainer.args.to_dict()  # type: ignore[no-untyped-call]
+    arguments = {key: value for key, value in given.items() if not UNRELATED.fullmatch(key)}
     methods = [
         (type(each).__name__, {key: _told(value) for key, value in vars(each).items()})
         for each in adaptations
