@@ -230,8 +230,9 @@ class LabelFreeValidation(EvaluationObserver):
         for problem, name in scores.problems.items():
             self._warn(f"{name} is -inf: {problem}")
         reason = collapse(target.logits, target.features, prior)
-        if reason is not None:  # some validators value it more than any sound model
-            found |= dict.fromkeys({*self.validators} & found.keys(), -math.inf)
+        if reason is not None:
+            if len(target) > 1:  # some validators value it more than any sound model
+                found |= dict.fromkeys({*self.validators} & found.keys(), -math.inf)
             logger.warning("%s: the model has collapsed: %s.", self.name, reason)
         found["collapsed"] = float(reason is not None)
         return found

@@ -68,7 +68,7 @@ def test_a_group_is_not_called_worst_without_a_reason(
 def test_wrong_shapes() -> None:
     with pytest.raises(ValueError, match=r"a label and a group of each; got \(2,\), \(3,\)"):
         group_accuracy([0, 1], [0, 1, 1], ["a", "b"])
-    with pytest.raises(ValueError, match=r"no label. for all 2 items"):
+    with pytest.raises(ValueError, match=r"no label. or None .no group. for all 2 items"):
         group_accuracy([0, 1], [-100, -100], ["a", "b"])
 
 

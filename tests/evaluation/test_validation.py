@@ -176,7 +176,8 @@ def test_a_metric_chooses_the_checkpoint_and_stops_early(tmp_path: Path) -> None
         eval_steps=1,
         save_steps=1,
         max_steps=8,
-        learning_rate=0.05,
+        learning_rate=0.002,
+        model=undecided(),
         load_best_model_at_end=True,
         metric_for_best_model="eval_target_nuclear_norm",
     )
@@ -201,7 +202,7 @@ def test_neighbours_are_those_before_training(tmp_path: Path) -> None:
         model=undecided(),
         eval_strategy="steps",
         eval_steps=3,
-        learning_rate=0.005,
+        learning_rate=0.0005,
     )
     features, _ = by_hand(copy.deepcopy(made.model), target())
     made.train()
@@ -269,6 +270,7 @@ def test_a_collapsed_model_is_flagged(tmp_path: Path, caplog: pytest.LogCaptureF
     model.classifier.bias.data[1] = 50
     found = values(trainer(tmp_path, LabelFreeValidation(target()), model=model).evaluate())
     assert found["eval_target_collapsed"] == 1
+    assert {found[f"eval_target_{name}"] for name in ("entropy", "snd", "class_ami")} == {-np.inf}
     assert "the model has collapsed: every target item is given class 1" in caplog.text
 
 
