@@ -1,5 +1,6 @@
 """The page about finished runs: right numbers, nothing from target labels but what says so."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -17,7 +18,9 @@ from hf_adapt.cli import app
 from hf_adapt.evaluation import calibration_error
 from hf_adapt.experiments.outputs import RunOutputs
 from hf_adapt.report import ReportError, write_report
+from hf_adapt.report.drawing import MOST_CONFUSIONS, MOST_GROUPS, style, svg
 from hf_adapt.report.embedding import projected
+from hf_adapt.report.plots.predictions import confusion_plot, groups_plot
 from hf_adapt.report.runs import find_pairs
 from tests.helpers.finished_runs import (
     page_of,
@@ -139,6 +142,18 @@ def only_target(folder: Path) -> None:
     RunOutputs(None, None, RunOutputs.load(folder).target_unlabelled, None).save(folder)
 
 
+def other_lengths(folder: Path) -> None:
+    found = RunOutputs.load(folder)
+    test = replaced(found.target_test, labels=found.target_test.labels[:-1])
+    dataclasses.replace(found, target_test=test).save(folder)
+
+
+def other_classes(folder: Path) -> None:
+    found = RunOutputs.load(folder)
+    test = replaced(found.target_test, logits=torch.zeros(60, 7))
+    dataclasses.replace(found, target_test=test).save(folder)
+
+
 def no_target(folder: Path) -> None:
     RunOutputs(RunOutputs.load(folder).source_dev, None, None, None).save(folder)
 
@@ -183,7 +198,10 @@ def odd_result(folder: Path) -> None:
     [
         (no_outputs, "outputs.npz is missing, so only the scores are shown."),
         (cut_outputs, "outputs.npz cannot be read"),
-        (not_finite, "estimate: Expected finite target_logits, got NaN or infinity in 60 of 60"),
+        (not_finite, "The predictions are not finite: the model has diverged."),
+        (not_finite, "1 run collapsed"),
+        (other_lengths, "outputs.npz cannot be read (the arrays of target_test do not belong"),
+        (other_classes, "outputs.npz cannot be read (its parts have different numbers of classes"),
         (only_target, "DANN"),
         (no_target, "There are no outputs for unlabelled target rows, so nothing is estimated."),
         (no_logs, "logs.json is missing, so there are no curves of this run."),
@@ -205,6 +223,31 @@ def test_copes_with_what_is_missing(
     shown = words(page_of(write_report([tmp_path])))
     assert note in shown
     assert "source only" in shown
+
+
+def test_the_worst_of_many_groups_is_that_of_all() -> None:
+    count = MOST_GROUPS + 9
+    groups = {
+        f"g{i}": {"accuracy": 0.9 - 0.2 * (i == count - 1), "low": 0.1, "high": 1, "count": 99 - i}
+        for i in range(count)
+    }
+    plot = groups_plot("a", {"method": "DANN", "oracle": {"groups": groups}})
+    assert plot is not None and plot.table is not None
+    assert len(plot.table.rows) == MOST_GROUPS + 1
+    assert plot.table.rows[-1][:2] == [f"g{count - 1} (worst)", "70.0"]
+
+
+def test_many_classes_make_a_small_page() -> None:
+    count = 200
+    confusion = np.ones((count, count), int)
+    confusion[3, 7] = 9
+    names = [f"c{i}" for i in range(count)]
+    run = {"method": "DANN", "classes": names, "oracle": {"confusion": confusion.tolist()}}
+    plot = confusion_plot("a", run)
+    assert plot is not None and plot.table is not None
+    assert plot.table.rows[0] == ["c3", "c7", "9"] and len(plot.table.rows) == MOST_CONFUSIONS
+    with style():
+        assert len(svg(plot.figure(), "a", "b", "c")) < 200_000
 
 
 def test_without_target_labels_nothing_is_the_oracles(tmp_path: Path) -> None:
