@@ -117,7 +117,10 @@ def outcome(name: str, capability: str, folder: Path) -> str:
         assert refusal is None, f"{advice} was advised, and is refused: {refusal}"
     _check(whole, logged, folder)
     resumed = resume(build, line, options, folder)
-    assert math.isfinite(sum(whole.trainer.evaluate().values()))
+    scores = whole.trainer.evaluate()
+    # A tiny model may give all pairs the same similarity, which correlates with nothing.
+    undefined = ("pearson_cosine", "spearman_cosine")
+    assert all(math.isfinite(v) for k, v in scores.items() if not k.endswith(undefined))
     if not same(resumed.model.state_dict(), whole.trainer.model.state_dict()):
         assert not plain_is_exact(name), "the resumed run differs"
         said += " ¹"
