@@ -67,7 +67,7 @@ def _items(features: Array | None, logits: Array, labels: Array | None) -> ItemO
     found = torch.full((count,), IGNORED)
     if labels is not None:
         given = _tensor(labels, "labels", 1, count)
-        found = given.nan_to_num(float("nan")).long() if given.is_floating_point() else given.long()
+        found = given.long()
         if not ((found == given) & ((found == IGNORED) | (found >= 0) & (found < classes))).all():
             raise ValueError(
                 f"Expected labels from 0 to {classes - 1}, one for each row of the logits "
@@ -281,13 +281,13 @@ def _check(candidates: Sequence[Candidate], names: Sequence[str], baseline: str 
             f"The baseline {baseline!r} is not among the candidates {', '.join(names)}. It must "
             "be: to keep the model without adaptation is always one of the choices."
         )
+    classes = {side.logits.shape[1] for each in candidates for side in (each.source, each.target)}
+    if len(classes) > 1:
+        raise ValueError(
+            f"Candidates have different numbers of classes ({sorted(classes)}): compare models of "
+            "the same classes."
+        )
     for each in candidates:
-        counts = {each.source.logits.shape[1], *(c.target.logits.shape[1] for c in candidates)}
-        if len(counts) > 1:
-            raise ValueError(
-                f"Candidates have different numbers of classes ({sorted(counts)}): compare models "
-                "of the same classes."
-            )
         if not torch.equal(each.target.keys, candidates[0].target.keys):
             raise ValueError(
                 f"{each.name} and {names[0]} were run on other target items. Run every candidate "

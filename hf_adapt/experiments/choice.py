@@ -15,7 +15,7 @@ from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
 from hf_adapt.evaluation.selection import Candidate, Choice, choose
 from hf_adapt.experiments.cell import Cell, cell_folder, reference_file
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.data import label_name
+from hf_adapt.experiments.data import named_frequencies
 from hf_adapt.experiments.methods import CHOSEN, GIVEN, Method, is_shifted
 from hf_adapt.experiments.outputs import CHOICE_FILE, RunOutputs
 from hf_adapt.experiments.summary import Results
@@ -103,7 +103,7 @@ def _known_priors(experiment: Experiment, names: Sequence[str], classes: Sequenc
     known: list[Any] = ["uniform" for each in told if isinstance(each, str) and each == "uniform"]
     for each in told:
         if isinstance(each, Mapping):
-            known.append({str(label_name(key)): value for key, value in each.items()})
+            known.append(named_frequencies(each))
     if not known or any(each != known[0] for each in known):  # several are a grid, not knowledge
         return None
     return resolved_priors(known[0], dict(enumerate(classes)))

@@ -194,6 +194,11 @@ def label_name(label: Any) -> str | None:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", name)
 
 
+def named_frequencies(priors: Mapping[Any, float]) -> dict[str, float]:
+    """Class frequencies by the names that the classes have in a run."""
+    return {str(label_name(key)): value for key, value in priors.items()}
+
+
 # ---------------------------------------------------------------- pairs
 @dataclass(frozen=True, eq=False)
 class Pair:

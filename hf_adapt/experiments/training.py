@@ -41,7 +41,7 @@ from hf_adapt.engine.streams import Stream
 from hf_adapt.evaluation.groups import WorstGroupAccuracy
 from hf_adapt.evaluation.layers import FEWEST_ROWS, layer_distances
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.data import DataError, Pair, cached_pair, label_name
+from hf_adapt.experiments.data import DataError, Pair, cached_pair, named_frequencies
 from hf_adapt.experiments.memory import peak, restarted_peak
 from hf_adapt.experiments.methods import (
     GIVEN,
@@ -287,7 +287,7 @@ def resolved_priors(method: Method, pair: Pair, task: Task) -> Any:
     if is_shifted(priors):
         points, priors = float(priors[GIVEN]), GIVEN
     if isinstance(priors, Mapping):
-        names = {str(label_name(key)): value for key, value in priors.items()}
+        names = named_frequencies(priors)
         try:
             alignment_priors.resolved_priors(names, dict(enumerate(pair.labels)))
         except ValueError as error:
