@@ -5,7 +5,8 @@
 
 The candidates of a pair and seed are all methods but the bound and those that were given the
 target's class frequencies. Regret is what the choice loses against the best candidate, in points of
-accuracy on the target's test rows; those labels are used for nothing else.
+accuracy on the target's test rows; those labels are used for nothing else. The rows with fifty
+labels choose by labels of the target's training rows, of texts alone, drawn ten times.
 """
 
 import argparse
@@ -15,23 +16,27 @@ import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from domain_data import cache_folder
 from measure import print_machine, progress
+from numpy.typing import NDArray
 
 from hf_adapt.cli.run_options import experiment
 from hf_adapt.engine.item_outputs import ItemOutputs
+from hf_adapt.engine.labels import IGNORED
 from hf_adapt.evaluation import Candidate, Neighborhoods, choose
 from hf_adapt.evaluation.estimates import Method
 from hf_adapt.evaluation.scores import VALIDATORS, TargetScores
 from hf_adapt.evaluation.validators import ensemble_agreement
 from hf_adapt.experiments.choice import reference_items
 from hf_adapt.experiments.config import Experiment
+from hf_adapt.experiments.label_file import LabelFile
 from hf_adapt.experiments.outputs import RunOutputs
 from hf_adapt.experiments.tables import markdown
 
@@ -42,6 +47,7 @@ NEIGHBOURS = ("ATDOC", "AaD")
 SEEN = ("movies", "tweets", "products", "nyt", "mnist", "uci", "sms", "email")
 """Domains whose runs with seeds 42 and 43 had been seen when the rule of `choose` was made."""
 WIDE = 0.1
+LABELS = 50
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Group:
     runs: dict[str, Run]
     bound: float | None
     reference: ItemOutputs
+    labels: NDArray[np.int64] | None
 
     @property
     def was_seen(self) -> bool:
@@ -114,16 +121,34 @@ class Group:
 
         return max(self.judged.values(), key=agreement).accuracy
 
+    def with_labels(self, draw: int, where_they_disagree: bool) -> float:
+        """The accuracy of what is chosen by fifty labels of the target's training rows."""
+        assert self.labels is not None
+        candidates = self._candidates(self.runs)
+        numbers: Sequence[int] = range(len(self.labels))
+        if where_they_disagree:
+            numbers = choose(candidates, "source only").to_label
+        asked = np.random.default_rng(draw).permutation(numbers)[:LABELS]
+        known = np.full(len(self.labels), IGNORED)
+        known[asked] = self.labels[asked]
+        reference = self.reference.features
+        made = choose(candidates, "source only", reference_features=reference, target_labels=known)
+        return self.runs[made.chosen].accuracy
+
+    @staticmethod
+    def _candidates(runs: dict[str, Run]) -> list[Candidate]:
+        return [
+            Candidate(name, run.outputs.source_dev, run.outputs.target_unlabelled)
+            for name, run in runs.items()
+        ]
+
     @property
     def judged(self) -> dict[str, Run]:
         return {name: run for name, run in self.runs.items() if name not in NEIGHBOURS}
 
     @cached_property
     def choice(self) -> float:
-        candidates = [
-            Candidate(name, run.outputs.source_dev, run.outputs.target_unlabelled)
-            for name, run in self.judged.items()
-        ]
+        candidates = self._candidates(self.judged)
         made = choose(candidates, "source only", reference_features=self.reference.features)
         pair = " → ".join(self.pair)
         progress({"pair": pair, "seed": self.seed, "chosen": made.chosen, "why": made.reason})
@@ -146,12 +171,30 @@ def groups(experiment: Experiment, least: int, methods: list[str] | None) -> Ite
             kept = {n: r for n, r in kept.items() if n in methods}
         if "source only" in kept and len(kept) >= least:
             reference = reference_items(experiment, *pair)
-            yield Group(pair, seed, kept, None if bound is None else bound.accuracy, reference)
+            accuracy = None if bound is None else bound.accuracy
+            labels = labels_of(experiment, pair, reference)
+            yield Group(pair, seed, kept, accuracy, reference, labels)
 
 
-def row(name: str, found: list[Group], accuracy: Callable[[Group], float]) -> list[str]:
+def labels_of(
+    experiment: Experiment, pair: tuple[str, str], items: ItemOutputs
+) -> NDArray[np.int64] | None:
+    """The labels of the target's training rows, in the order of their items; None but for texts."""
+    file = LabelFile(experiment, *pair)
+    if not file.is_possible:
+        return None
+    rows = file.pair.target["train"]
+    texts, labels = (rows[column] for column in (file.task.input_column, file.task.label_column))
+    known = dict(zip(file.keys(texts).tolist(), labels, strict=True))
+    return np.array([known[key] for key in items.keys.tolist()])
+
+
+def row(
+    name: str, groups: list[Group], accuracy: Callable[[Group, int], float], draws: int = 1
+) -> list[str]:
     """Regret, how often it is below source only, and the share of wide gaps that is closed."""
-    values = [accuracy(group) for group in found]
+    found = [group for group in groups for _ in range(draws)]
+    values = [accuracy(group, draw) for group in groups for draw in range(draws)]
     regret = [100 * (group.best - value) for group, value in zip(found, values, strict=True)]
     gains = [100 * (v - group.source_only) for group, v in zip(found, values, strict=True)]
     closed = [
@@ -181,17 +224,22 @@ def table(found: list[Group]) -> str:
         "closed",
     ]
     rows = [
-        row("labels (the best)", found, lambda group: group.best),
-        row("choose", found, lambda group: group.choice),
-        row("nothing: source only", found, lambda group: group.source_only),
+        row("labels (the best)", found, lambda group, _: group.best),
+        row("choose", found, lambda group, _: group.choice),
+        row("nothing: source only", found, lambda group, _: group.source_only),
     ]
+    if all(group.labels is not None for group in found):
+        for name, apart in (("of any rows", False), ("where they disagree", True)):
+            rows.append(
+                row(f"fifty labels {name}", found, lambda g, n, a=apart: g.with_labels(n, a), 10)
+            )
     for method in ("recommended", "ATDOC", "MCC", "DANN"):
         if all(method in group.runs for group in found):
-            rows.append(row(f"always {method}", found, lambda g, m=method: g.runs[m].accuracy))
-    rows.append(row("neighbors", found, lambda group: group.neighbors))
-    rows.append(row("ensv", found, lambda group: group.ensemble))
+            rows.append(row(f"always {method}", found, lambda g, _, m=method: g.runs[m].accuracy))
+    rows.append(row("neighbors", found, lambda group, _: group.neighbors))
+    rows.append(row("ensv", found, lambda group, _: group.ensemble))
     for name in [*VALIDATORS, "estimate (atc)", "estimate (doc)", "estimate (iwv)"]:
-        rows.append(row(name, found, lambda group, n=name: group.highest(n)))
+        rows.append(row(name, found, lambda group, _, n=name: group.highest(n)))
     return markdown([head, *rows])
 
 

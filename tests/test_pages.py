@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 
+from hf_adapt.evaluation import Candidate
 from tests.helpers.models import bert
 from tests.helpers.toy import rows, sentences, tokenizer
 from tests.helpers.trainers import arguments
@@ -70,6 +71,8 @@ def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )
 
     random = np.random.default_rng(0)
+    scores = random.normal(size=(3, 50, 3))
+    dev = random.normal(size=(60, 3))
     given = {
         "trainer": trainer,
         "target": target,
@@ -91,6 +94,11 @@ def test_a_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "tagged": tagged(24, 3),
         "few_target_labels": labelled(6, 9),
         "dev_labels": np.arange(60) % 3,
+        "candidates": [
+            Candidate.of(f"model {number}", dev, np.arange(60) % 3, each)
+            for number, each in enumerate(scores)
+        ],
+        "ask_a_person": lambda row: row % 3,
         **{n: random.normal(size=(60, 3)) for n in ("dev_logits", "my_dev_logits")},
         **{n: random.normal(size=(50, 3)) for n in ("target_logits", "my_target_logits")},
         "features_before_training": random.normal(size=(50, 8)),

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.engine.labels import IGNORED
-from hf_adapt.evaluation.arrays import Array, Floats, as_logits, as_prior, softmax
+from hf_adapt.evaluation.arrays import Array, Floats, as_array, as_logits, as_prior, softmax
 from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.neighborhoods import Neighborhoods
 from hf_adapt.evaluation.scores import TargetScores
@@ -22,6 +23,8 @@ MAX_SHIFT = 0.15
 """How far its predicted classes' shares may be from known frequencies (total variation)."""
 CREDIBLE = 2 / 3
 """In which share of bootstrap samples a candidate must beat the baseline: two to one."""
+LEAST_LABELS = 5
+"""Fewer labels of items on which the candidates disagree do not decide."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +117,17 @@ class Choice:
         baseline: The name of the model without adaptation.
         reason: Why, in a sentence.
         candidates: All of them, in the order that they were given.
+        labels_used: How many labels of target items have decided; 0 where none has.
+        to_label: The numbers of the target items on which the candidates disagree, in random order:
+            label the first fifty, and hand the labels to [`choose`] as `target_labels`.
     """
 
     chosen: str
     baseline: str
     reason: str
     candidates: Sequence[Verdict] = field(default_factory=tuple)
+    labels_used: int = 0
+    to_label: Sequence[int] = ()
 
     @property
     def adapts(self) -> bool:
@@ -127,16 +135,23 @@ class Choice:
         return self.chosen != self.baseline
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+        """Plain data, for JSON; without `to_label`, which numbers items in memory."""
+        return {key: value for key, value in asdict(self).items() if key != "to_label"}
 
     def __str__(self) -> str:
         width = max(len(each.name) for each in self.candidates)
-        lines = [f"Chosen without target labels: {self.chosen}. {self.reason}"]
+        lines = [f"{chosen_by(self.labels_used)}: {self.chosen}. {self.reason}"]
         for each in self.candidates:
             mark = "*" if each.name == self.chosen else " "
             lines.append(f"{mark} {each.name:{width}}  {each.reason}")
         return "\n".join(lines)
+
+
+def chosen_by(labels_used: int) -> str:
+    """How a choice is told of that so many labels of target items have decided."""
+    if labels_used:
+        return f"Chosen by {labels_used} labels of target items"
+    return "Chosen without target labels"
 
 
 def choose(
@@ -145,6 +160,7 @@ def choose(
     *,
     reference_features: Array | None = None,
     prior: Array | None = None,
+    target_labels: Array | None = None,
     max_source_loss: float = MAX_SOURCE_LOSS,
     max_shift: float = MAX_SHIFT,
 ) -> Choice:
@@ -160,18 +176,33 @@ def choose(
     what it has trained. Without `reference_features`, agreement with the mean of all candidates
     ([`ensemble_agreement`]) takes the place of the neighbours', which is much weaker.
 
+    Labels of a few target items decide better than either. Only items on which the candidates
+    disagree tell them apart: [`Choice`] names these as `to_label`. With `target_labels` the
+    candidates are ranked by how many of them they have right. Such items are no random sample:
+    neither an accuracy nor class frequencies can be read off their labels.
+
+    Reference:
+        Okanovic et al. 2025, "All models are wrong, some are useful: Model Selection with Limited
+        Labels", arXiv:2410.13609 (labels where candidates disagree).
+        Deviation: items are drawn at random from those on which any two disagree.
+
     Args:
         candidates: The models, the baseline among them.
         baseline: The name of the one that was trained on the source only; the first by default.
         reference_features: Features of the target items before any training, in the order of the
             candidates' items.
         prior: The target's class frequencies, if they are known.
+        target_labels: The classes of some target items, -100 for all others. Take the items at
+            random, or from the start of `to_label`.
         max_source_loss: How much accuracy on held-out source items a candidate may lose.
         max_shift: How far predicted shares may be from `prior` (total variation).
 
     Raises:
-        ValueError: If names are given twice, the baseline is missing, or candidates have other
-            target items.
+        ValueError: If names are given twice, the baseline is missing, candidates have other target
+            items, or labels are not those of the items.
+
+    Shape:
+        - reference_features: (M, D); prior: (C,); target_labels: (M,).
     """
     names = [each.name for each in candidates]
     _check(candidates, names, baseline)
@@ -191,8 +222,17 @@ def choose(
             f"There is nothing to compare with: of {first} the outputs are not finite."
         )
     kept = [each for each in candidates if problems.get(each.name) is None]
-    evidence = _evidence(kept, reference_features)
-    criterion = "ensv" if reference_features is None else "neighbors"
+    labels = _as_labels(target_labels, base.target)
+    classified = np.stack([each.target.logits.argmax(1).numpy() for each in kept])
+    apart = (classified != classified[0]).any(0)
+    decides = apart & (labels != IGNORED)
+    used = int(decides.sum())
+    if used >= min(LEAST_LABELS, max(1, int(apart.sum()))):
+        criterion, right = "labels", classified[:, decides] == labels[decides]
+        evidence = {each.name: own.astype(float) for each, own in zip(kept, right, strict=True)}
+    else:
+        criterion = "ensv" if reference_features is None else "neighbors"
+        evidence = _evidence(kept, reference_features)
     found = {
         each.name: {
             criterion: float(evidence[each.name].mean()),
@@ -201,7 +241,9 @@ def choose(
         for each in kept
     }
     order = sorted(found, key=lambda n: (found[n][criterion], n == first), reverse=True)
-    chosen, reason = _decide(order, first, evidence, criterion)
+    chosen, reason = _decide(order, first, evidence, criterion, float(apart.mean()))
+    if criterion != "labels" and (labels != IGNORED).any():
+        reason += f" Labels of {used} items on which candidates disagree are too few to decide."
     if flaw is not None:
         reason += f" Beware of {first}: {flaw.removeprefix('dropped: ')}."
     verdicts = [
@@ -213,7 +255,28 @@ def choose(
         )
         for each in names
     ]
-    return Choice(chosen, first, reason, tuple(verdicts))
+    unknown = np.flatnonzero(apart & (labels == IGNORED)).tolist()
+    np.random.default_rng(0).shuffle(unknown)
+    return Choice(
+        chosen, first, reason, tuple(verdicts), used * (criterion == "labels"), tuple(unknown)
+    )
+
+
+def _as_labels(given: Array | None, items: ItemOutputs) -> NDArray[np.int64]:
+    """The labels of target items that may decide; -100 for all where none are given."""
+    count, classes = items.logits.shape
+    if given is None:
+        return np.full(count, IGNORED)
+    labels = as_array(given, "target_labels", 1)
+    whole = labels.astype(np.int64)
+    fits = (whole == labels) & ((whole == IGNORED) | (whole >= 0) & (whole < classes))
+    if len(labels) != count or not fits.all():
+        raise ValueError(
+            f"Expected target_labels from 0 to {classes - 1} for the candidates' {count} target "
+            f"items, in their order, and {IGNORED} where there is none; got {len(labels)}, of "
+            f"{np.unique(labels)[:5].tolist()} …"
+        )
+    return whole
 
 
 def _evidence(kept: Sequence[Candidate], reference: Array | None) -> dict[str, Floats]:
@@ -233,34 +296,47 @@ def _evidence(kept: Sequence[Candidate], reference: Array | None) -> dict[str, F
 
 
 def _decide(
-    order: Sequence[str], first: str, evidence: Mapping[str, Floats], criterion: str
+    order: Sequence[str],
+    first: str,
+    evidence: Mapping[str, Floats],
+    criterion: str,
+    apart: float = 1.0,
 ) -> tuple[str, str]:
-    """The name of what is taken, and why."""
+    """The name of what is taken, and why; candidates disagree on a share `apart` of the items."""
     best = order[0]
     if best == first:
         why = "No adapted model ranks higher." if len(order) > 1 else "Nothing else is left."
         return first, why
     differences = evidence[best] - evidence[first]
-    share = _share_above(differences)
-    what = "neighbour agreement" if criterion == "neighbors" else "agreement with all candidates"
+    means = _resampled(differences)
+    share = float((means > 0).mean())
+    what = {
+        "neighbors": "neighbour agreement",
+        "ensv": "agreement with all candidates",
+        "labels": f"accuracy on {len(differences)} labelled items where candidates disagree",
+    }[criterion]
     text = (
         f"{what} {differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap "
         "samples"
     )
+    if criterion == "labels":
+        low, high = 100 * apart * np.quantile(means, [0.025, 0.975])
+        text += f"; on the whole target {low:+.1f} to {high:+.1f} points"
     if share >= CREDIBLE:
         return best, f"It ranks highest: {text}."
+    number = "more" if criterion == "labels" else "fifty"
     return first, (
-        f"Nothing is credibly better: {best} ranks highest, with {text}. To decide, label fifty "
+        f"Nothing is credibly better: {best} ranks highest, with {text}. To decide, label {number} "
         f"target rows on which {best} and {first} disagree."
     )
 
 
-def _share_above(differences: Floats, resamples: int = 1000) -> float:
-    """In which share of bootstrap samples the mean is above 0."""
+def _resampled(differences: Floats, resamples: int = 1000) -> Floats:
+    """The means of bootstrap samples."""
     random = np.random.default_rng(0)
     size = len(differences)
     means = [differences[random.integers(size, size=size)].mean() for _ in range(resamples)]
-    return float(np.mean(np.array(means) > 0))
+    return np.array(means)
 
 
 def _standing(rank: int, scores: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from hf_adapt.alignment.priors import class_names, resolved_priors
@@ -20,8 +21,11 @@ from hf_adapt.alignment.recommended import candidates as recommended_candidates
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import adapt, collect_items, load_weights
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items, some_rows
+from hf_adapt.engine.labels import IGNORED
+from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.streams import Stream
 from hf_adapt.evaluation.selection import Candidate, Choice, Verdict, choose
+from hf_adapt.models.hashing import row_keys
 from hf_adapt.models.state import preserved_random_state
 from hf_adapt.storage.checkpoints import last_whole_checkpoint
 from hf_adapt.storage.text_file import write_text
@@ -49,11 +53,15 @@ class Chosen:
         trainer: A Trainer whose model has the weights that were chosen.
         choice: Which, and why, candidate by candidate.
         folder: Where the chosen model is saved, a plain Hugging Face folder.
+        to_label: The numbers of the rows of `target_dataset` on which the candidates disagree, in
+            random order: label the first fifty, and choose again with `labelled_target`. Empty
+            where rows have no number (streams, several data sets) or no single label (tokens).
     """
 
     trainer: Trainer
     choice: Choice
     folder: str
+    to_label: Sequence[int] = ()
 
 
 def train_and_choose(
@@ -62,6 +70,7 @@ def train_and_choose(
     candidates: Mapping[str, MakeAdaptations] | None = None,
     *,
     target_priors: Any = None,
+    labelled_target: Any = None,
 ) -> Chosen:
     """Train without adaptation and with each of several, and choose without target labels.
 
@@ -77,12 +86,15 @@ def train_and_choose(
         candidates: Functions that return new adaptations, by name;
             [`hf_adapt.alignment.candidates`] by default. Source only is always among them.
         target_priors: The target's class frequencies, as `AdaptationCallback` takes them.
+        labelled_target: A few of the target's rows, prepared like `train_dataset`, whose labels
+            decide (see [`choose`]); they change no training. Call it once without, label the rows
+            that are [`Chosen`]'s `to_label`, and call it again: nothing is trained anew.
 
     Raises:
         TypeError: If a candidate is no function.
         ValueError: If there is no labelled `eval_dataset`, two names have one folder, the
-            frequencies are not those of the classes, or a folder holds a candidate that was
-            trained in another way.
+            frequencies are not those of the classes, a labelled row is not one of the target's,
+            or a folder holds a candidate that was trained in another way.
 
     Example:
         ```python
@@ -104,7 +116,9 @@ def train_and_choose(
     _check(first, given, root)
     with preserved_random_state():
         untrained = _untrained(first, root, target_dataset)
+    keys = untrained["target"].keys
     prior = _known(first, target_priors, untrained["target"].logits.shape[1])
+    labels = _labels(first, labelled_target, keys)
     logger.warning("Training %d models: %s.", len(given), ", ".join(given))
     found: list[Candidate] = []
     failed: list[Verdict] = []
@@ -125,14 +139,17 @@ def train_and_choose(
                 logger.exception("%s failed.", name)
                 failed.append(Verdict(name, False, f"dropped: it failed: {error}", {}))
     reference = untrained["target"].features
-    choice = choose(found, BASELINE, prior=prior, reference_features=reference)
+    choice = choose(
+        found, BASELINE, prior=prior, reference_features=reference, target_labels=labels
+    )
     choice = replace(choice, candidates=(*choice.candidates, *failed))
     logger.warning("%s", choice)
     folder = _folder(root, choice.chosen)
     load_weights(first, str(folder))
     if first.args.should_save:
         write_text(root / CHOICE_FILE, json.dumps(choice.as_dict(), indent=1))
-    return Chosen(first, choice, str(folder))
+    to_label = _row_numbers(first, target_dataset, keys[list(choice.to_label)])
+    return Chosen(first, choice, str(folder), to_label)
 
 
 def _check(trainer: Trainer, given: Mapping[str, Any], root: Path) -> None:
@@ -192,6 +209,34 @@ def _untrained(trainer: Trainer, root: Path, target_dataset: Any) -> dict[str, I
 def _target_items(trainer: Trainer, target_dataset: Any) -> ItemOutputs:
     streams = Stream.of(target_dataset).domains
     return ItemOutputs.joined([collect_items(trainer, rows, hides_labels=True) for rows in streams])
+
+
+def _labels(trainer: Trainer, rows: Any, keys: torch.Tensor) -> torch.Tensor | None:
+    """The labels of the items with these keys, -100 where there is none; None without rows."""
+    if rows is None or (hasattr(rows, "__len__") and not len(rows)):
+        return None
+    with preserved_random_state():
+        found = collect_items(trainer, rows).labelled
+    if not len(found):
+        raise ValueError("The rows of labelled_target have no labels. Leave it out, or add them.")
+    if strange := int((~torch.isin(found.keys, keys)).sum()):
+        raise ValueError(
+            f"Of the {len(found)} items of labelled_target {strange} are not among those of "
+            "target_dataset. Prepare its rows in the same way, and leave them among the target's."
+        )
+    known = dict(zip(found.keys.tolist(), found.labels.tolist(), strict=True))
+    return torch.tensor([known.get(key, IGNORED) for key in keys.tolist()])
+
+
+def _row_numbers(trainer: Trainer, target_dataset: Any, keys: torch.Tensor) -> tuple[int, ...]:
+    """The numbers of the target's rows with these keys; none where rows are not the items."""
+    domains = Stream.of(target_dataset).domains
+    if len(domains) > 1 or not is_map_style(domains[0]) or not len(keys):
+        return ()
+    gather = trainer.accelerator.gather_for_metrics
+    found = [gather(row_keys(batch)).cpu() for batch in trainer.get_eval_dataloader(domains[0])]
+    number_of = {key: number for number, key in enumerate(torch.cat(found).tolist())}
+    return tuple(number_of[key] for key in keys.tolist() if key in number_of)
 
 
 def _known(trainer: Trainer, priors: Any, classes: int) -> Any:
@@ -262,6 +307,8 @@ def _described(trainer: Trainer, adaptations: Sequence[Adaptation], priors: Any)
     model.pop("transformers_version", None)
     rows: Any = trainer.train_dataset
     known = getattr(rows, "_fingerprint", None) or (len(rows) if hasattr(rows, "__len__") else None)
+    if isinstance(rows, (list, tuple)):
+        known = [len(rows), *map(_told, some_rows(rows, 16))]
     found = [arguments, methods, type(trainer.model).__name__, model, known, repr(priors)]
     text = json.dumps(found, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_adapt.alignment.neighbours import NeighbourObjective
 from hf_adapt.alignment.priors import resolved_priors
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
@@ -16,6 +18,7 @@ from hf_adapt.evaluation.selection import Candidate, Choice, choose
 from hf_adapt.experiments.cell import Cell, cell_folder, reference_file
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import named_frequencies
+from hf_adapt.experiments.label_file import LabelFile
 from hf_adapt.experiments.methods import CHOSEN, GIVEN, Method, is_shifted
 from hf_adapt.experiments.outputs import CHOICE_FILE, RunOutputs
 from hf_adapt.experiments.summary import Results
@@ -54,6 +57,7 @@ def choices(
     names = candidates_of(experiment)
     found = {}
     for source, target in experiment.pairs:
+        given = LabelFile(experiment, source, target)
         for seed in experiment.seeds:
             runs = {
                 run["method"]: run
@@ -63,16 +67,15 @@ def choices(
                 and "error" not in run
             }
             try:
-                found[source, target, seed] = _choice(experiment, source, target, seed, runs)
+                found[source, target, seed] = _choice(experiment, given, seed, runs)
             except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
                 tell(f"{source} → {target}, seed {seed}: no choice: {error}")
     return found
 
 
-def _choice(
-    experiment: Experiment, source: str, target: str, seed: int, runs: Mapping[str, Any]
-) -> Choice:
+def _choice(experiment: Experiment, given: LabelFile, seed: int, runs: Mapping[str, Any]) -> Choice:
     """The choice among the runs of one pair and seed."""
+    source, target = given.domains
     names = candidates_of(experiment)
     baseline = next(name for name in names if experiment.methods[name].is_baseline)
     if baseline not in runs:
@@ -85,8 +88,14 @@ def _choice(
         assert outputs.target_unlabelled is not None
         made.append(Candidate(name, outputs.source_dev, outputs.target_unlabelled))
     prior = _known_priors(experiment, names, list(runs[baseline]["target_predicted_shares"]))
-    reference = reference_items(experiment, source, target).features
-    return choose(made, baseline, prior=prior, reference_features=reference)
+    reference = reference_items(experiment, source, target)
+    return choose(
+        made,
+        baseline,
+        prior=prior,
+        reference_features=reference.features,
+        target_labels=given.labels(made[0].target.keys),
+    )
 
 
 def reference_items(experiment: Experiment, source: str, target: str) -> ItemOutputs:
@@ -126,6 +135,20 @@ def _readable(file: Path) -> list[dict[str, Any]]:
         return [each for each in kept if isinstance(each["seed"], int)]
     except (OSError, ValueError, TypeError, KeyError):
         return []
+
+
+def write_to_label(
+    experiment: Experiment, found: Mapping[tuple[str, str, int], Choice]
+) -> list[Path]:
+    """Write the texts of each pair whose labels would decide, where none has been given."""
+    written = []
+    for source, target in dict.fromkeys(key[:2] for key in found):
+        asked = {n for key, c in found.items() if key[:2] == (source, target) for n in c.to_label}
+        mixed = np.random.default_rng(0).permutation(np.array(sorted(asked), dtype=np.int64))
+        file = LabelFile(experiment, source, target)
+        if file.write(reference_items(experiment, source, target).keys[mixed.tolist()]):
+            written.append(file.path)
+    return written
 
 
 def write_choices(

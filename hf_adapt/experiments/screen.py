@@ -20,7 +20,7 @@ from rich.progress import (
 
 from hf_adapt.alignment import recommended
 from hf_adapt.experiments.cell import Cell
-from hf_adapt.experiments.choice import choices, with_chosen, write_choices
+from hf_adapt.experiments.choice import choices, with_chosen, write_choices, write_to_label
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.report import describe_pairs, publish, tell_models
@@ -105,6 +105,15 @@ def execute(
             console.print(escape(str(choice)), soft_wrap=True, highlight=False)
         for file in write_choices(experiment, found):
             console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
+        if files := write_to_label(experiment, found):
+            for file in files:
+                console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
+            console.print(
+                "The candidates disagree on these rows. Fill in labels, and the same command "
+                "chooses by them.",
+                soft_wrap=True,
+                highlight=False,
+            )
         shown, rows = with_chosen(experiment, results, found)
     publish(shown, rows, console)
     tell_models(shown, rows, console)

@@ -193,7 +193,7 @@ def legend(experiment: Experiment, warned: bool = True) -> str:
             f"{bounds[0]}{over if len(experiment.pairs) > 1 else ''}."
         )
     if CHOSEN in experiment.methods:
-        sentences.append(f"{CHOSEN}: the run that was chosen, without target labels.")
+        sentences.append(f"{CHOSEN}: the run that was chosen.")
     if len(experiment.pairs) > 1:
         sentences.append("below source only: pairs that are more than a point below it.")
     priors = {name: method.target_priors for name, method in methods}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_adapt.evaluation.selection import chosen_by
 from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.summary import BELOW, Score, percent, score, scores_of
 from hf_adapt.report.methods import Runs, mean_estimate, methods_of
@@ -20,7 +21,7 @@ Choices = Sequence[Mapping[str, Any]]
 
 # ---------------------------------------------------------------- without target labels
 def chosen(choices: Choices) -> Sentence:
-    """What was chosen without target labels."""
+    """What was chosen, without target labels if none was given for it."""
     if not choices:
         return Sentence(
             "No choice is recorded.",
@@ -31,12 +32,18 @@ def chosen(choices: Choices) -> Sentence:
     )
     if len(choices) == 1:
         reason = str(choices[0].get("reason") or "")
-        return Sentence(f"Chosen without target labels: {next(iter(names))}.", reason)
+        return Sentence(f"{_by(choices)}: {next(iter(names))}.", reason)
     if len(names) == 1:
         lead = f"{next(iter(names))}, with each of {len(choices)} seeds"
     else:
         lead = listed([f"{name} with {counted(n, 'seed')}" for name, n in names.most_common()])
-    return Sentence(f"Chosen without target labels: {lead}.", "Why: see the choice, seed by seed.")
+    return Sentence(f"{_by(choices)}: {lead}.", "Why: see the choice, seed by seed.")
+
+
+def _by(choices: Choices) -> str:
+    given = [each.get("labels_used") for each in choices]
+    used = {number if isinstance(number, int) else 0 for number in given}
+    return chosen_by(used.pop()) if len(used) == 1 else "Chosen by labels of target items"
 
 
 def _keeps(choice: Mapping[str, Any]) -> bool:
@@ -170,7 +177,7 @@ def overall(pairs: Sequence[Numbers]) -> list[Sentence]:
         adapts = sum(not _keeps(each) for each in choices)
         found.append(
             Sentence(
-                "Chosen without target labels:",
+                f"{_by(choices)}:",
                 f"an adapted model in {adapts} of {counted(len(choices), 'choice')}, one for each "
                 f"pair and seed{'; source only in the others' * (adapts < len(choices))}.",
             )

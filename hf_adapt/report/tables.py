@@ -106,7 +106,7 @@ def candidates(choices: Sequence[Mapping[str, Any]]) -> list[Table]:
         )
     heads = [Column("candidate", numeric=False), Column("seed")]
     heads += [Column(text, numeric=False) for text in ("verdict", "why")]
-    return [Table("The choice without target labels", [*heads, *map(Column, names)], rows)]
+    return [Table("The choice, candidate by candidate", [*heads, *map(Column, names)], rows)]
 
 
 def flagged(pairs: Sequence[Numbers]) -> Table | None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt.alignment import CORAL, MMD
+from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.progress import linear_ramp
 from hf_adapt.evaluation import Candidate, Neighborhoods, choose, neighbor_agreement
 from hf_adapt.evaluation.selection import _decide
@@ -140,6 +142,59 @@ def test_without_a_reference_the_candidates_judge_each_other() -> None:
     assert set(scores) == {"ensv", "source_accuracy"}
 
 
+def some_labels(world: World, numbers: Any) -> Any:
+    """The true labels of these target items, -100 for the others."""
+    labels = np.full(ROWS, IGNORED)
+    labels[numbers] = world.labels[numbers]
+    return labels
+
+
+def test_labels_of_items_on_which_candidates_disagree_decide() -> None:
+    inside = 0
+    for seed in range(8):
+        world, grid_of, accuracy = grid(seed)
+        given = [grid_of[n] for n in ("source only", "good", "mediocre", "worse")]
+        before = choose(given)  # no reference: it has little to go by
+        classes = np.stack([each.target.logits.argmax(1) for each in given])
+        apart = np.flatnonzero((classes != classes[0]).any(0))
+        assert sorted(before.to_label) == apart.tolist() and before.labels_used == 0
+        assert "to_label" not in before.as_dict()
+        labels = some_labels(world, list(before.to_label[:100]))
+        after = choose(given, target_labels=labels)
+        best = max(accuracy[each.name] for each in given)
+        assert accuracy[after.chosen] > best - 0.03 and after.labels_used == 100
+        assert f"Chosen by 100 labels of target items: {after.chosen}" in str(after)
+        assert set(after.to_label) == set(before.to_label[100:])
+        good = after.candidates[1].scores["labels"]
+        assert good == np.mean((classes[1] == labels)[labels != IGNORED])
+        low, high = map(float, re.findall(r"([+-][\d.]+) to ([+-][\d.]+) points", after.reason)[0])
+        inside += low < 100 * (accuracy[after.chosen] - accuracy["source only"]) < high
+    assert inside >= 6  # of intervals of 95 %
+
+
+def test_labels_of_items_on_which_all_agree_decide_nothing() -> None:
+    world, candidates, _ = grid(0)
+    given = [candidates["source only"], candidates["good"]]
+    options = {"reference_features": world.reference}
+    plain = choose(given, **options)
+    agreed = sorted(set(range(ROWS)) - set(plain.to_label))
+    again = choose(given, **options, target_labels=some_labels(world, agreed))
+    assert (again.chosen, again.to_label, again.labels_used) == (plain.chosen, plain.to_label, 0)
+    few = choose(given, **options, target_labels=some_labels(world, list(plain.to_label[:4])))
+    assert few.labels_used == 0 and "Labels of 4 items on which candidates disagree" in few.reason
+
+
+def test_labels_may_leave_source_only_in_place() -> None:
+    world = World(0)
+    base, other = world.candidate("source only", 1.0)[0], world.candidate("other", 0.4)[0]
+    labels = some_labels(world, list(choose([base, other]).to_label[:40]))
+    assert choose([base, other], target_labels=labels).chosen == "source only"
+    found = {"source only": np.tile([0.0, 1.0], 50), "other": np.tile([1.0, 0.0], 50)}
+    found["other"][1] = 1.0  # one item more
+    chosen, reason = _decide(["other", "source only"], "source only", found, "labels", 0.5)
+    assert chosen == "source only" and "label more target rows on which other and" in reason
+
+
 def test_candidates_need_no_features() -> None:
     """As in the documentation's example."""
     world, candidates, _ = grid(0)
@@ -185,6 +240,8 @@ def test_outputs_that_are_not_finite_are_dropped() -> None:
         ("other rows", "good and source only were run on other target items"),
         ("no labels", "source only has no held-out source items with labels"),
         ("reference", "Expected reference_features of the candidates' 600 target items"),
+        ("labels", "Expected target_labels from 0 to 1 for the candidates' 600 target items"),
+        ("classes", "and -100 where there is none; got 600, of \\[2\\]"),
     ],
 )
 def test_what_cannot_be_compared_is_named(change: str, message: str) -> None:
@@ -201,6 +258,8 @@ def test_what_cannot_be_compared_is_named(change: str, message: str) -> None:
         given[1] = Candidate("good", given[1].source, given[1].target.select(torch.arange(99)))
     elif change == "no labels":
         given[0] = Candidate("source only", given[0].source.without_labels, given[0].target)
+    elif change in ("labels", "classes"):
+        options["target_labels"] = [0, 1] if change == "labels" else np.full(ROWS, 2)
     else:
         options["reference_features"] = world.reference[:99]
     with pytest.raises(ValueError, match=message):
@@ -272,6 +331,37 @@ def test_train_and_choose_leaves_the_chosen_weights_in_a_plain_folder(tmp_path: 
     assert again.choice == chosen.choice
     now = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in candidates}
     assert now["CORAL"] == saved["CORAL"] and now["MMD"] > saved["MMD"]
+
+
+def test_labels_of_some_rows_decide_among_what_is_trained(tmp_path: Path) -> None:
+    target = rows(240, 2, None, low=20)
+    candidates = {"MMD": lambda: [MMD(weight=30.0)]}
+    fast = {"learning_rate": 0.005, "max_steps": 6}
+    first = train_and_choose(make(tmp_path, **fast), target, candidates)
+    classes = []
+    for name in ("source_only", "MMD"):
+        model = type(first.trainer.model).from_pretrained(tmp_path / name)
+        first.trainer.model = model
+        classes.append(first.trainer.predict(target).predictions.argmax(1))
+    apart = np.flatnonzero(classes[0] != classes[1])
+    assert "dropped" not in str(first.choice)
+    assert len(apart) >= 5 and sorted(first.to_label) == apart.tolist()
+
+    asked = list(first.to_label)
+    labelled = target.select(asked).add_column("labels", classes[1][asked].tolist())
+    saved = [file.stat().st_mtime_ns for file in sorted(tmp_path.rglob("model.safetensors"))]
+    second = train_and_choose(make(tmp_path, **fast), target, candidates, labelled_target=labelled)
+    assert second.choice.chosen == "MMD" and second.choice.labels_used == len(asked)
+    assert json.loads((tmp_path / "choice.json").read_text())["labels_used"] == len(asked)
+    assert not second.to_label  # all are labelled
+    now = [file.stat().st_mtime_ns for file in sorted(tmp_path.rglob("model.safetensors"))]
+    assert now == saved
+    for wrong, message in (
+        (rows(7, 9, None).add_column("labels", [0] * 7), "Of the 7 items of labelled_target 7 are"),
+        (target.select(asked), "rows of labelled_target have no labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_and_choose(make(tmp_path, **fast), target, candidates, labelled_target=wrong)
 
 
 def test_a_candidate_that_fails_is_left_out_and_one_of_other_settings_is_refused(

@@ -1,14 +1,17 @@
 """`hf-adapt run`, as a person runs it: what it trains, keeps, prints and writes."""
 
+import csv
 import json
 import logging
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import Trainer, pipeline
 
@@ -20,6 +23,8 @@ from hf_adapt.experiments import report
 from hf_adapt.experiments.choice import candidates_of
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import load_pair
+from hf_adapt.experiments.label_file import LabelFile
+from hf_adapt.experiments.outputs import RunOutputs
 from hf_adapt.experiments.settings import Settings
 from hf_adapt.report import write_report
 from hf_adapt.unfreezing.prefix.cache import FrozenPrefix
@@ -501,6 +506,56 @@ def test_one_of_the_methods_is_chosen_without_target_labels(
     for each in (*others, *found):
         each.pop("run")  # its name is made of the data too
     assert others == found
+
+
+def test_labels_that_a_person_fills_in_decide(
+    write_config: Config, domains: dict[str, str], tmp_path: Path, trained: list[int]
+) -> None:
+    """Two methods that disagree on a third of the rows, on which one is said to be right."""
+    config = write_config(methods={"source only": [], "MMD": ["MMD"]})
+    run(config)
+    folder = tmp_path / "out" / "films-phones"
+    for each in folder.glob("*-seed42-*"):  # as if these models had not collapsed
+        outputs = RunOutputs.load(each)
+        assert outputs.target_unlabelled is not None and outputs.source_dev is not None
+        keys = outputs.target_unlabelled.keys
+        classes = torch.arange(len(keys)) % 2
+        if each.name.startswith("mmd"):
+            classes[::3] = 1 - classes[::3]
+        logits = torch.nn.functional.one_hot(classes, 2).float()
+        RunOutputs(
+            source_dev=outputs.source_dev,
+            target_unlabelled=replace(outputs.target_unlabelled, logits=logits),
+        ).save(each)
+    count = len(trained)
+    printed = run(config, "--choose")
+    file = folder / "to_label.csv"
+    assert f"wrote {file}" in printed and "the same command chooses by them" in printed
+    with file.open(newline="") as opened:
+        asked = list(csv.DictReader(opened))
+    assert len(asked) == len(classes[::3]) and all(each["label"] == "" for each in asked)
+    assert {each["text"] for each in asked} <= set(dict(rows("phone")))
+    mine = LabelFile(experiment(config, {}, {}), "films", "phones")
+    apart = mine.keys([each["text"] for each in asked])
+    assert sorted(apart.tolist()) == sorted(keys[::3].tolist())
+
+    of = dict(zip(keys.tolist(), (torch.arange(len(keys)) + 1).remainder(2).tolist(), strict=True))
+    labelled = [
+        (each["text"], ("neg", "pos")[of[key]])
+        for each, key in zip(asked, apart.tolist(), strict=True)
+    ]
+    write_csv(file, labelled)  # MMD is right on all of them
+    printed = run(config, "--choose")
+    assert f"Chosen by {len(asked)} labels of target items: MMD." in printed
+    assert f"wrote {file}" not in printed
+    (choice,) = json.loads((folder / "choice.json").read_text())
+    assert choice["labels_used"] == len(asked) and choice["candidates"][1]["scores"]["labels"] == 1
+    write_csv(file, [(labelled[0][0], "Pos"), *labelled[1:]])
+    assert "has the labels ['Pos']. Expected neg, pos, or nothing." in run(config, "--choose")
+    write_csv(file, [("not one of them", "pos"), *labelled])
+    assert "1 texts in" in run(config, "--choose")
+    assert "not one of them" in file.read_text()  # it is never written over
+    assert len(trained) == count
 
 
 def test_the_domains_are_compared_in_every_layer(
