@@ -71,7 +71,8 @@ def execute(
     running: list[Cell] = []
     kept = 0
     # On a terminal the bar tells how far many runs are.
-    tells_all = not console.is_terminal or len(cells_of(experiment)) <= FEW_RUNS
+    is_short = len(cells_of(experiment)) <= FEW_RUNS
+    tells_all = not console.is_terminal or is_short
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(cells_of(experiment)))
 
@@ -79,6 +80,8 @@ def execute(
             nonlocal kept
             if result is None:
                 running.append(cell)
+                if is_short and not console.is_terminal:
+                    console.print(escape(f"{cell}: started"), soft_wrap=True, highlight=False)
             elif was_kept:
                 kept += 1
                 progress.advance(bar)
