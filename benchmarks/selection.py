@@ -6,7 +6,8 @@
 The candidates of a pair and seed are all methods but the bound and those that were given the
 target's class frequencies. Regret is what the choice loses against the best candidate, in points of
 accuracy on the target's test rows; those labels are used for nothing else. The rows with fifty
-labels choose by labels of the target's training rows, of texts alone, drawn ten times.
+labels choose by labels of the target's training rows, of texts alone, drawn ten times: there, worst
+and lowest are over ten times as many choices.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from hf_adapt.engine.labels import IGNORED
 from hf_adapt.evaluation import Candidate, Neighborhoods, choose
 from hf_adapt.evaluation.estimates import Method
 from hf_adapt.evaluation.scores import VALIDATORS, TargetScores
+from hf_adapt.evaluation.selection import aligned_labels
 from hf_adapt.evaluation.validators import ensemble_agreement
 from hf_adapt.experiments.choice import reference_items
 from hf_adapt.experiments.config import Experiment
@@ -121,18 +123,24 @@ class Group:
 
         return max(self.judged.values(), key=agreement).accuracy
 
+    @cached_property
+    def apart(self) -> Sequence[int]:
+        """The items on which the candidates disagree."""
+        return choose(self._candidates(self.judged), "source only").to_label
+
     def with_labels(self, draw: int, where_they_disagree: bool) -> float:
         """The accuracy of what is chosen by fifty labels of the target's training rows."""
         assert self.labels is not None
-        candidates = self._candidates(self.runs)
-        numbers: Sequence[int] = range(len(self.labels))
-        if where_they_disagree:
-            numbers = choose(candidates, "source only").to_label
+        numbers = self.apart if where_they_disagree else range(len(self.labels))
         asked = np.random.default_rng(draw).permutation(numbers)[:LABELS]
         known = np.full(len(self.labels), IGNORED)
         known[asked] = self.labels[asked]
-        reference = self.reference.features
-        made = choose(candidates, "source only", reference_features=reference, target_labels=known)
+        made = choose(
+            self._candidates(self.judged),
+            "source only",
+            reference_features=self.reference.features,
+            target_labels=known,
+        )
         return self.runs[made.chosen].accuracy
 
     @staticmethod
@@ -185,8 +193,7 @@ def labels_of(
         return None
     rows = file.pair.target["train"]
     texts, labels = (rows[column] for column in (file.task.input_column, file.task.label_column))
-    known = dict(zip(file.keys(texts).tolist(), labels, strict=True))
-    return np.array([known[key] for key in items.keys.tolist()])
+    return aligned_labels(dict(zip(file.keys(texts).tolist(), labels, strict=True)), items.keys)
 
 
 def row(

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_adapt.engine.adaptation import Adaptation
@@ -87,6 +88,21 @@ def collect_items(
     trainer.__class__ = adapted_class(type(trainer))
     assert isinstance(trainer, AdaptationMixin)
     return trainer.collect(dataset, collector or OutputCollector(**options))
+
+
+def keys_of_rows(trainer: Trainer, dataset: Any) -> torch.Tensor:
+    """The keys of a data set's rows in their order, as [`collect_items`] has them: no model runs.
+
+    Args:
+        trainer: Any Trainer; it is changed in place, as by [`adapt`].
+        dataset: Rows that can be read by number.
+
+    Shape:
+        - output: (N,) long.
+    """
+    trainer.__class__ = adapted_class(type(trainer))
+    assert isinstance(trainer, AdaptationMixin)
+    return trainer.row_keys(dataset)
 
 
 def load_weights(trainer: Trainer, folder: str) -> None:

@@ -39,6 +39,7 @@ from hf_adapt.engine.run_callback import RunCallback
 from hf_adapt.engine.selection import as_if_alone
 from hf_adapt.engine.stream_data import StreamData
 from hf_adapt.engine.sweep import Read, Sweep
+from hf_adapt.models.hashing import row_keys
 from hf_adapt.models.state import preserved_random_state
 from hf_adapt.storage.text_file import write_text
 
@@ -486,23 +487,45 @@ class AdaptationMixin(_Base):
             dataset: Rows, prepared like `train_dataset`; of any kind that `predict` takes.
             collector: Says what is kept.
         """
-        before, collate = self.callback_handler.eval_dataloader, self.data_collator
+        before = self.callback_handler.eval_dataloader
         self._adaptation_collector = collector
         try:
-            if collector.hides_labels:
-                known: list[Any] = [self.train_dataset, self.eval_dataset]
-                sized = [d for d in known if is_map_style(d) and not isinstance(d, dict) and len(d)]
-                like = sized[0][0] if sized else None
-                self.data_collator = UnlabelledCollator(collate, self.label_names, like)
-            with self._evaluating(), self._bar_of_its_own():
-                self.evaluation_loop(
-                    self.get_test_dataloader(dataset), "Collecting", prediction_loss_only=True
-                )
+            with self._labels_hidden(collector.hides_labels):
+                loader = self.get_test_dataloader(dataset)
+                with self._evaluating(), self._bar_of_its_own():
+                    self.evaluation_loop(loader, "Collecting", prediction_loss_only=True)
         finally:
             self._adaptation_collector = None
-            self.callback_handler.eval_dataloader, self.data_collator = before, collate
+            self.callback_handler.eval_dataloader = before
             collector.close()
         return collector.items
+
+    def row_keys(self, dataset: Any) -> torch.Tensor:
+        """The keys of rows by their content, in their order, in every process; no model runs.
+
+        Args:
+            dataset: Rows that can be read by number; their labels are hidden.
+        """
+        with self._labels_hidden(), preserved_random_state():
+            loader = self.get_test_dataloader(dataset)
+            rows = torch.utils.data.DataLoader(  # the Trainer's own may sort the rows
+                loader.dataset, self.args.eval_batch_size, collate_fn=loader.collate_fn
+            )
+            return torch.cat([row_keys(batch) for batch in rows])
+
+    @contextmanager
+    def _labels_hidden(self, hides: bool = True) -> Iterator[None]:
+        """The collator sees no labels meanwhile."""
+        collate = self.data_collator
+        if hides:
+            known: list[Any] = [self.train_dataset, self.eval_dataset]
+            sized = [d for d in known if is_map_style(d) and not isinstance(d, dict) and len(d)]
+            like = sized[0][0] if sized else None
+            self.data_collator = UnlabelledCollator(collate, self.label_names, like)
+        try:
+            yield
+        finally:
+            self.data_collator = collate
 
     @contextmanager
     def _bar_of_its_own(self) -> Iterator[None]:

@@ -1,9 +1,14 @@
-"""A choice among models without target labels, which may be to keep the one without adaptation."""
+"""A choice among models without target labels, or by a few that were asked for.
+
+It may be to keep the model without adaptation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,7 @@ from numpy.typing import NDArray
 
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.engine.labels import IGNORED
-from hf_adapt.evaluation.arrays import Array, Floats, as_array, as_logits, as_prior, softmax
+from hf_adapt.evaluation.arrays import Array, Floats, as_logits, as_prior, extra, softmax
 from hf_adapt.evaluation.collapsed import collapse
 from hf_adapt.evaluation.neighborhoods import Neighborhoods
 from hf_adapt.evaluation.scores import TargetScores
@@ -24,7 +29,9 @@ MAX_SHIFT = 0.15
 CREDIBLE = 2 / 3
 """In which share of bootstrap samples a candidate must beat the baseline: two to one."""
 LEAST_LABELS = 5
-"""Fewer labels of items on which the candidates disagree do not decide."""
+"""Fewer labels do not decide, unless the candidates disagree on fewer items."""
+UNLIKELY = 0.001
+"""How improbable labels must be as a random sample not to be taken for one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +41,7 @@ class Candidate:
     Args:
         name: What it is called.
         source: Held-out source items with labels.
-        target: Target items, the same for all candidates; their labels are not looked at.
+        target: Target items, the same for all candidates; the labels in it are not looked at.
     """
 
     name: str
@@ -118,8 +125,11 @@ class Choice:
         reason: Why, in a sentence.
         candidates: All of them, in the order that they were given.
         labels_used: How many labels of target items have decided; 0 where none has.
-        to_label: The numbers of the target items on which the candidates disagree, in random order:
-            label the first fifty, and hand the labels to [`choose`] as `target_labels`.
+        needs_labels: Whether the choice is open: an adapted model ranks highest, but not credibly,
+            or the labels that were given could not decide.
+        to_label: The numbers of the target items on which the candidates disagree and that have no
+            label, in random order: label the first fifty, leaving none out, and hand the labels to
+            [`choose`] as `target_labels`.
     """
 
     chosen: str
@@ -127,6 +137,7 @@ class Choice:
     reason: str
     candidates: Sequence[Verdict] = field(default_factory=tuple)
     labels_used: int = 0
+    needs_labels: bool = False
     to_label: Sequence[int] = ()
 
     @property
@@ -178,8 +189,10 @@ def choose(
 
     Labels of a few target items decide better than either. Only items on which the candidates
     disagree tell them apart: [`Choice`] names these as `to_label`. With `target_labels` the
-    candidates are ranked by how many of them they have right. Such items are no random sample:
-    neither an accuracy nor class frequencies can be read off their labels.
+    candidates are ranked by how many of them they have right. After a change of the candidates, ask
+    for labels of the new `to_label` too: those that were drawn for others decide nothing. Such
+    items are no random sample of the target: neither an accuracy nor class frequencies can be read
+    off their labels.
 
     Reference:
         Okanovic et al. 2025, "All models are wrong, some are useful: Model Selection with Limited
@@ -223,13 +236,15 @@ def choose(
         )
     kept = [each for each in candidates if problems.get(each.name) is None]
     labels = _as_labels(target_labels, base.target)
-    classified = np.stack([each.target.logits.argmax(1).numpy() for each in kept])
-    apart = (classified != classified[0]).any(0)
-    decides = apart & (labels != IGNORED)
-    used = int(decides.sum())
-    if used >= min(LEAST_LABELS, max(1, int(apart.sum()))):
-        criterion, right = "labels", classified[:, decides] == labels[decides]
-        evidence = {each.name: own.astype(float) for each, own in zip(kept, right, strict=True)}
+    apart = _apart(kept, base.target.keys)
+    sample = _sample(kept, apart, labels)
+    by_labels = len(sample) >= min(LEAST_LABELS, max(1, len(apart)))
+    if by_labels:
+        criterion = "labelled_accuracy"
+        evidence = {
+            name: (classes[sample] == labels[sample]).astype(float)
+            for name, classes in _classes(kept).items()
+        }
     else:
         criterion = "ensv" if reference_features is None else "neighbors"
         evidence = _evidence(kept, reference_features)
@@ -241,9 +256,14 @@ def choose(
         for each in kept
     }
     order = sorted(found, key=lambda n: (found[n][criterion], n == first), reverse=True)
-    chosen, reason = _decide(order, first, evidence, criterion, float(apart.mean()))
-    if criterion != "labels" and (labels != IGNORED).any():
-        reason += f" Labels of {used} items on which candidates disagree are too few to decide."
+    chosen, reason = _decide(order, first, evidence, criterion, (len(apart), len(labels)))
+    needs_labels = chosen != order[0]
+    if not by_labels and (labels != IGNORED).any():
+        needs_labels = len(apart) > 0
+        reason += (
+            f" The {(labels != IGNORED).sum()} labels decide nothing: they are too few, or not of "
+            "items drawn from those on which these candidates disagree (to_label)."
+        )
     if flaw is not None:
         reason += f" Beware of {first}: {flaw.removeprefix('dropped: ')}."
     verdicts = [
@@ -255,11 +275,39 @@ def choose(
         )
         for each in names
     ]
-    unknown = np.flatnonzero(apart & (labels == IGNORED)).tolist()
-    np.random.default_rng(0).shuffle(unknown)
-    return Choice(
-        chosen, first, reason, tuple(verdicts), used * (criterion == "labels"), tuple(unknown)
-    )
+    to_label = tuple(apart[labels[apart] == IGNORED].tolist())
+    used = len(sample) * by_labels
+    return Choice(chosen, first, reason, tuple(verdicts), used, needs_labels, to_label)
+
+
+# ---------------------------------------------------------------- labels
+def label_order(count: int) -> NDArray[np.int64]:
+    """The order in which so many target items are labelled, whoever the candidates are.
+
+    The items on which some candidates disagree are a random sample as far as all of them are
+    labelled, in this order, and stay one for any others once what these add is labelled too.
+    """
+    return np.random.default_rng(0).permutation(count)
+
+
+def agreed_labels(labels: Iterable[tuple[int, int]]) -> tuple[dict[int, int], set[int]]:
+    """The labels of keys by the keys, and the keys that have been given several.
+
+    Example:
+        >>> agreed_labels([(7, 0), (8, 1), (7, 0), (8, 0)])
+        ({7: 0}, {8})
+    """
+    known: dict[int, int] = {}
+    disputed = set()
+    for key, label in labels:
+        if known.setdefault(key, label) != label:
+            disputed.add(key)
+    return {key: label for key, label in known.items() if key not in disputed}, disputed
+
+
+def aligned_labels(known: Mapping[int, int], keys: torch.Tensor) -> NDArray[np.int64]:
+    """Labels in the order of items with these keys, -100 where there is none."""
+    return np.array([known.get(key, IGNORED) for key in keys.tolist()], dtype=np.int64)
 
 
 def _as_labels(given: Array | None, items: ItemOutputs) -> NDArray[np.int64]:
@@ -267,18 +315,75 @@ def _as_labels(given: Array | None, items: ItemOutputs) -> NDArray[np.int64]:
     count, classes = items.logits.shape
     if given is None:
         return np.full(count, IGNORED)
-    labels = as_array(given, "target_labels", 1)
-    whole = labels.astype(np.int64)
-    fits = (whole == labels) & ((whole == IGNORED) | (whole >= 0) & (whole < classes))
-    if len(labels) != count or not fits.all():
+    labels = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
+    whole = np.full(0, IGNORED)
+    if labels.ndim == 1 and labels.dtype.kind in "iufb" and np.isfinite(labels).all():
+        whole = labels.astype(np.int64)
+    fits = len(whole) == count and ((whole == labels) & (whole < classes)).all()
+    if not (fits and ((whole >= 0) | (whole == IGNORED)).all()):
         raise ValueError(
             f"Expected target_labels from 0 to {classes - 1} for the candidates' {count} target "
-            f"items, in their order, and {IGNORED} where there is none; got {len(labels)}, of "
-            f"{np.unique(labels)[:5].tolist()} …"
+            f"items, in their order, and {IGNORED} where there is none; got an array of shape "
+            f"{labels.shape}, {str(labels.ravel()[:5])[:80]} …"
         )
     return whole
 
 
+def _classes(kept: Sequence[Candidate]) -> dict[str, NDArray[np.int64]]:
+    return {each.name: each.target.logits.argmax(1).numpy() for each in kept}
+
+
+def _apart(kept: Sequence[Candidate], keys: torch.Tensor) -> NDArray[np.int64]:
+    """The numbers of the items on which candidates disagree, equal ones once, to be labelled."""
+    classes = np.stack([*_classes(kept).values()])
+    is_first = np.zeros(len(keys), dtype=bool)
+    is_first[np.unique(keys.numpy(), return_index=True)[1]] = True
+    order = label_order(len(keys))
+    return np.asarray(order[(is_first & (classes != classes[0]).any(0))[order]])
+
+
+def _sample(
+    kept: Sequence[Candidate], apart: NDArray[np.int64], labels: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The labelled items that are a random sample of those on which candidates disagree.
+
+    Labels that were asked for other candidates are none: where two disagree each is often wrong,
+    and a third would seem better than both.
+    """
+    known: NDArray[np.bool_] = labels[apart] != IGNORED
+    if not known.any():
+        return apart[:0]
+    stats = extra("scipy.stats")
+    first, *others = (classes[apart] for classes in _classes(kept).values())
+    for other in others:
+        differs = other != first
+        share = stats.hypergeom(len(apart), differs.sum(), known.sum())
+        hits = (differs & known).sum()
+        if 2 * min(share.cdf(hits), share.sf(hits - 1)) < UNLIKELY / len(others):
+            whole = len(known) if known.all() else int(known.argmin())
+            return apart[:whole]
+    return apart[known]
+
+
+def _gain(differences: Floats, apart: int, others: int) -> tuple[float, float]:
+    """An interval of 95 % for the mean of all differences where candidates disagree.
+
+    That of Agresti & Min 2005 for matched pairs, "Simple improved confidence intervals for
+    comparing matched proportions", with the correction for a finite population, and Bonferroni's
+    for the best of several.
+    """
+    count = len(differences)
+    if count == apart:
+        return float(differences.mean()), float(differences.mean())
+    wins, losses = ((sign * differences > 0).sum() + 0.5 for sign in (1, -1))
+    size = count + 2
+    middle = (wins - losses) / size
+    error = math.sqrt((wins + losses - (wins - losses) ** 2 / size) * (1 - count / apart)) / size
+    z = NormalDist().inv_cdf(1 - 0.025 / others)
+    return max(-1.0, middle - z * error), min(1.0, middle + z * error)
+
+
+# ---------------------------------------------------------------- deciding
 def _evidence(kept: Sequence[Candidate], reference: Array | None) -> dict[str, Floats]:
     """What speaks for each candidate, item by item."""
     logits = {each.name: each.target.logits for each in kept}
@@ -300,31 +405,42 @@ def _decide(
     first: str,
     evidence: Mapping[str, Floats],
     criterion: str,
-    apart: float = 1.0,
+    counts: tuple[int, int] = (1, 1),
 ) -> tuple[str, str]:
-    """The name of what is taken, and why; candidates disagree on a share `apart` of the items."""
+    """The name of what is taken, and why.
+
+    Args:
+        order: The candidates' names, from best to worst.
+        first: That of the baseline.
+        evidence: What speaks for each, item by item.
+        criterion: What that is.
+        counts: On how many items the candidates disagree, and how many there are.
+    """
     best = order[0]
     if best == first:
         why = "No adapted model ranks higher." if len(order) > 1 else "Nothing else is left."
         return first, why
     differences = evidence[best] - evidence[first]
-    means = _resampled(differences)
-    share = float((means > 0).mean())
+    share = float((_resampled(differences) > 0).mean())
     what = {
         "neighbors": "neighbour agreement",
         "ensv": "agreement with all candidates",
-        "labels": f"accuracy on {len(differences)} labelled items where candidates disagree",
+        "labelled_accuracy": f"accuracy on {len(differences)} labelled items where candidates "
+        "disagree",
     }[criterion]
     text = (
         f"{what} {differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap "
         "samples"
     )
-    if criterion == "labels":
-        low, high = 100 * apart * np.quantile(means, [0.025, 0.975])
-        text += f"; on the whole target {low:+.1f} to {high:+.1f} points"
+    number = "fifty"
+    if criterion == "labelled_accuracy":
+        number = "more"
+        apart, items = counts
+        ends = (100 * apart / items * e for e in _gain(differences, apart, len(order) - 1))
+        low, high = (f"{end:+.1f}" for end in ends)
+        text += f"; on the whole target {low if low == high else f'{low} to {high}'} points"
     if share >= CREDIBLE:
         return best, f"It ranks highest: {text}."
-    number = "more" if criterion == "labels" else "fifty"
     return first, (
         f"Nothing is credibly better: {best} ranks highest, with {text}. To decide, label {number} "
         f"target rows on which {best} and {first} disagree."

@@ -9,23 +9,31 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import Trainer
 
 from hf_adapt.alignment.priors import class_names, resolved_priors
 from hf_adapt.alignment.recommended import candidates as recommended_candidates
 from hf_adapt.engine.adaptation import Adaptation
-from hf_adapt.engine.callback import adapt, collect_items, load_weights
+from hf_adapt.engine.callback import adapt, collect_items, keys_of_rows, load_weights
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items, some_rows
-from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.streams import Stream
-from hf_adapt.evaluation.selection import Candidate, Choice, Verdict, choose
-from hf_adapt.models.hashing import row_keys
+from hf_adapt.evaluation.selection import (
+    Candidate,
+    Choice,
+    Verdict,
+    agreed_labels,
+    aligned_labels,
+    choose,
+)
 from hf_adapt.models.state import preserved_random_state
 from hf_adapt.storage.checkpoints import last_whole_checkpoint
 from hf_adapt.storage.text_file import write_text
@@ -53,15 +61,31 @@ class Chosen:
         trainer: A Trainer whose model has the weights that were chosen.
         choice: Which, and why, candidate by candidate.
         folder: Where the chosen model is saved, a plain Hugging Face folder.
-        to_label: The numbers of the rows of `target_dataset` on which the candidates disagree, in
-            random order: label the first fifty, and choose again with `labelled_target`. Empty
-            where rows have no number (streams, several data sets) or no single label (tokens).
+        target_dataset: The rows that the candidates were compared on.
+        keys: Those of the items that [`Choice`] numbers.
     """
 
     trainer: Trainer
     choice: Choice
     folder: str
-    to_label: Sequence[int] = ()
+    target_dataset: Any = field(repr=False)
+    keys: torch.Tensor = field(repr=False)
+
+    @cached_property
+    def to_label(self) -> tuple[int, ...]:
+        """The numbers of the target's rows on which the candidates disagree, in random order.
+
+        Label the first fifty, leaving none out, and choose again with `labelled_target`. Empty
+        where rows have no number (streams, several data sets) or no single label (tokens). All rows
+        are read for it.
+        """
+        domains = Stream.of(self.target_dataset).domains
+        if len(domains) > 1 or not is_map_style(domains[0]) or not self.choice.to_label:
+            return ()
+        found = keys_of_rows(self.trainer, domains[0]).tolist()
+        number_of = {key: number for number, key in enumerate(found)}
+        asked = self.keys[list(self.choice.to_label)].tolist()
+        return tuple(number_of[key] for key in asked if key in number_of)
 
 
 def train_and_choose(
@@ -88,13 +112,13 @@ def train_and_choose(
         target_priors: The target's class frequencies, as `AdaptationCallback` takes them.
         labelled_target: A few of the target's rows, prepared like `train_dataset`, whose labels
             decide (see [`choose`]); they change no training. Call it once without, label the rows
-            that are [`Chosen`]'s `to_label`, and call it again: nothing is trained anew.
+            that are [`Chosen`]'s `to_label`, and call it again: what is trained is kept.
 
     Raises:
         TypeError: If a candidate is no function.
         ValueError: If there is no labelled `eval_dataset`, two names have one folder, the
-            frequencies are not those of the classes, a labelled row is not one of the target's,
-            or a folder holds a candidate that was trained in another way.
+            frequencies are not those of the classes, a labelled row is not one of the target's or
+            has two labels, or a folder holds a candidate that was trained in another way.
 
     Example:
         ```python
@@ -148,8 +172,7 @@ def train_and_choose(
     load_weights(first, str(folder))
     if first.args.should_save:
         write_text(root / CHOICE_FILE, json.dumps(choice.as_dict(), indent=1))
-    to_label = _row_numbers(first, target_dataset, keys[list(choice.to_label)])
-    return Chosen(first, choice, str(folder), to_label)
+    return Chosen(first, choice, str(folder), target_dataset, keys)
 
 
 def _check(trainer: Trainer, given: Mapping[str, Any], root: Path) -> None:
@@ -211,32 +234,33 @@ def _target_items(trainer: Trainer, target_dataset: Any) -> ItemOutputs:
     return ItemOutputs.joined([collect_items(trainer, rows, hides_labels=True) for rows in streams])
 
 
-def _labels(trainer: Trainer, rows: Any, keys: torch.Tensor) -> torch.Tensor | None:
+def _labels(trainer: Trainer, rows: Any, keys: torch.Tensor) -> NDArray[np.int64] | None:
     """The labels of the items with these keys, -100 where there is none; None without rows."""
-    if rows is None or (hasattr(rows, "__len__") and not len(rows)):
+    if rows is None or (is_map_style(rows) and not len(rows)):
         return None
     with preserved_random_state():
-        found = collect_items(trainer, rows).labelled
+        found = collect_items(trainer, rows)
+    if is_map_style(rows) and len(found) > len(rows):
+        raise ValueError(
+            "labelled_target decides among classifiers of rows. This model classifies tokens, and "
+            "those of one row are no random sample. Leave it out."
+        )
+    found = found.labelled
     if not len(found):
         raise ValueError("The rows of labelled_target have no labels. Leave it out, or add them.")
     if strange := int((~torch.isin(found.keys, keys)).sum()):
         raise ValueError(
-            f"Of the {len(found)} items of labelled_target {strange} are not among those of "
+            f"{strange} of the {len(found)} rows of labelled_target are not among those of "
             "target_dataset. Prepare its rows in the same way, and leave them among the target's."
         )
-    known = dict(zip(found.keys.tolist(), found.labels.tolist(), strict=True))
-    return torch.tensor([known.get(key, IGNORED) for key in keys.tolist()])
-
-
-def _row_numbers(trainer: Trainer, target_dataset: Any, keys: torch.Tensor) -> tuple[int, ...]:
-    """The numbers of the target's rows with these keys; none where rows are not the items."""
-    domains = Stream.of(target_dataset).domains
-    if len(domains) > 1 or not is_map_style(domains[0]) or not len(keys):
-        return ()
-    gather = trainer.accelerator.gather_for_metrics
-    found = [gather(row_keys(batch)).cpu() for batch in trainer.get_eval_dataloader(domains[0])]
-    number_of = {key: number for number, key in enumerate(torch.cat(found).tolist())}
-    return tuple(number_of[key] for key in keys.tolist() if key in number_of)
+    labels = zip(found.keys.tolist(), found.labels.tolist(), strict=True)
+    known, disputed = agreed_labels(labels)
+    if disputed:
+        raise ValueError(
+            f"labelled_target has {len(disputed)} rows with two labels each: to the model they are "
+            "equal. Decide on one."
+        )
+    return aligned_labels(known, keys)
 
 
 def _known(trainer: Trainer, priors: Any, classes: int) -> Any:
@@ -320,6 +344,10 @@ def _told(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [_told(each) for each in value]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufSU":
+        return hashlib.sha256(value.tobytes()).hexdigest()
     if isinstance(value, Mapping):
         return {str(key): _told(each) for key, each in value.items()}
     if inspect.isfunction(value):

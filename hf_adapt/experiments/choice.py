@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hf_adapt.alignment.neighbours import NeighbourObjective
 from hf_adapt.alignment.priors import resolved_priors
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
-from hf_adapt.evaluation.selection import Candidate, Choice, choose
+from hf_adapt.evaluation.selection import Candidate, Choice, choose, label_order
 from hf_adapt.experiments.cell import Cell, cell_folder, reference_file
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import named_frequencies
@@ -45,19 +43,22 @@ def _knows_labels(method: Method) -> bool:
 
 
 def choices(
-    experiment: Experiment, results: Results, tell: Callable[[str], None]
+    experiment: Experiment,
+    results: Results,
+    files: Mapping[tuple[str, str], LabelFile],
+    tell: Callable[[str], None],
 ) -> dict[tuple[str, str, int], Choice]:
     """The choice for each pair and seed; where there can be none, it is told why.
 
     Args:
         experiment: What was run.
         results: What came out.
+        files: The labels that a person has given, for each pair.
         tell: Called with a sentence for a pair and seed without a choice.
     """
     names = candidates_of(experiment)
     found = {}
     for source, target in experiment.pairs:
-        given = LabelFile(experiment, source, target)
         for seed in experiment.seeds:
             runs = {
                 run["method"]: run
@@ -67,6 +68,7 @@ def choices(
                 and "error" not in run
             }
             try:
+                given = files[source, target]
                 found[source, target, seed] = _choice(experiment, given, seed, runs)
             except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
                 tell(f"{source} → {target}, seed {seed}: no choice: {error}")
@@ -89,12 +91,14 @@ def _choice(experiment: Experiment, given: LabelFile, seed: int, runs: Mapping[s
         made.append(Candidate(name, outputs.source_dev, outputs.target_unlabelled))
     prior = _known_priors(experiment, names, list(runs[baseline]["target_predicted_shares"]))
     reference = reference_items(experiment, source, target)
+    if not reference.keys.equal(made[0].target.keys):
+        raise ValueError("The rows of the target are others than the runs had: use --overwrite.")
     return choose(
         made,
         baseline,
         prior=prior,
         reference_features=reference.features,
-        target_labels=given.labels(made[0].target.keys),
+        target_labels=given.labels(reference.keys),
     )
 
 
@@ -138,16 +142,26 @@ def _readable(file: Path) -> list[dict[str, Any]]:
 
 
 def write_to_label(
-    experiment: Experiment, found: Mapping[tuple[str, str, int], Choice]
+    experiment: Experiment,
+    found: Mapping[tuple[str, str, int], Choice],
+    files: Mapping[tuple[str, str], LabelFile],
+    tell: Callable[[str], None],
 ) -> list[Path]:
-    """Write the texts of each pair whose labels would decide, where none has been given."""
+    """Write the texts of each pair whose labels would decide, where none or too few are given."""
     written = []
-    for source, target in dict.fromkeys(key[:2] for key in found):
-        asked = {n for key, c in found.items() if key[:2] == (source, target) for n in c.to_label}
-        mixed = np.random.default_rng(0).permutation(np.array(sorted(asked), dtype=np.int64))
-        file = LabelFile(experiment, source, target)
-        if file.write(reference_items(experiment, source, target).keys[mixed.tolist()]):
-            written.append(file.path)
+    for pair in dict.fromkeys(key[:2] for key in found):
+        made = [choice for key, choice in found.items() if key[:2] == pair]
+        keys = reference_items(experiment, *pair).keys
+        asked = {number for choice in made for number in choice.to_label}
+        try:
+            if files[pair].known and not any(choice.needs_labels for choice in made):
+                continue
+            file = files[pair].write(keys[[n for n in label_order(len(keys)) if n in asked]])
+        except OSError as error:  # open in a spreadsheet
+            tell(f"No texts to label are written for {' → '.join(pair)}: {error}")
+            continue
+        if file is not None:
+            written.append(file)
     return written
 
 

@@ -138,18 +138,6 @@ def _rows_of(
     return rows
 
 
-def labelled_rows(name: str, task: Task) -> list[Row]:
-    """The rows of a file that have a label, in the columns that a task reads by default.
-
-    Raises:
-        DataError: If it cannot be read, or a column is missing.
-    """
-    columns = (task.input_column, task.label_column)
-    splits = _read(name, columns)
-    rows = _rows_of(next(iter(splits.values())), name, columns, task, needs_labels=True)
-    return [row for row in rows if row[1] is not None]
-
-
 def check_columns(data: Dataset, name: str, needed: Mapping[str, str]) -> None:
     """Refuse rows that lack a column.
 

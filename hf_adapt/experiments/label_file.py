@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from hf_adapt.engine.labels import IGNORED
+from hf_adapt.evaluation.selection import agreed_labels, aligned_labels
 from hf_adapt.experiments.cell import reference_file
 from hf_adapt.experiments.config import Experiment
-from hf_adapt.experiments.data import DataError, cached_pair, labelled_rows
+from hf_adapt.experiments.data import cached_pair, label_name
 from hf_adapt.experiments.tasks import SequenceClassification
 from hf_adapt.models.hashing import row_keys
-from hf_adapt.storage.text_file import whole_file
+from hf_adapt.storage.text_file import write_text
 
-NAME = "to_label.csv"
+STEM = "to_label"
 MOST = 50
+MOST_CHARACTERS = 30_000
+"""More do not fit into a cell of a spreadsheet."""
+FORMULA = ("=", "+", "-", "@")
+"""What a spreadsheet takes for the beginning of one."""
+
+
+class Row(NamedTuple):
+    """A row of a file: the key of its item, its text and its label, if there are any."""
+
+    key: int | None
+    text: str
+    label: str | None
 
 
 class LabelFile:
-    """The file beside the runs of a pair with texts on which its candidates disagree.
+    """Files beside the runs of a pair with texts on which its candidates disagree.
+
+    The first is `to_label.csv`. A file with a label is not written again: further texts are asked
+    for in `to_label_2.csv`, and so on.
 
     Args:
         experiment: What was run.
         source: The source domain.
         target: The target domain, whose texts they are.
+        tell: Called with a sentence for what cannot be used.
     """
 
-    def __init__(self, experiment: Experiment, source: str, target: str) -> None:
-        self.experiment, self.domains = experiment, (source, target)
+    def __init__(
+        self, experiment: Experiment, source: str, target: str, tell: Callable[[str], None] = print
+    ) -> None:
+        self.experiment, self.domains, self.tell = experiment, (source, target), tell
         self.task = experiment.task_of(source)
         self.pair = cached_pair(experiment, source, target)
-        self.path = Path(reference_file(experiment, source, target)).with_name(NAME)
+        self.folder = Path(reference_file(experiment, source, target)).parent
 
     @property
     def is_possible(self) -> bool:
@@ -44,65 +66,138 @@ class LabelFile:
         return isinstance(self.task, SequenceClassification)
 
     @cached_property
-    def given(self) -> list[tuple[str, str]]:
-        """The texts that have a label in the file, and their labels.
-
-        Raises:
-            DataError: If the file cannot be read, or a label is none of the classes.
-        """
-        if not self.is_possible or not self.path.exists():
-            return []
-        rows = labelled_rows(str(self.path), self.task)
-        if wrong := sorted({label for _, label in rows} - {*self.pair.labels}):
-            raise DataError(
-                f"{self.path} has the labels {wrong}. Expected {', '.join(self.pair.labels)}, or "
-                "nothing."
+    def known(self) -> Mapping[int, int]:
+        """The classes of the texts that have a label, by the keys of their items."""
+        known, disputed = agreed_labels(self._labelled())
+        if disputed:
+            self.tell(
+                f"{self.folder}: {len(disputed)} texts have two labels each (to the model they are "
+                "equal), which are left out."
             )
-        return [(self.task.clean(text), label) for text, label in rows]
+        return known
 
     def labels(self, keys: torch.Tensor) -> NDArray[np.int64] | None:
-        """The classes of the target's items with these keys, -100 where there is none.
+        """The classes of items with these keys, -100 where there is none; None without any."""
+        return aligned_labels(self.known, keys) if self.known else None
 
-        None without any label.
+    def write(self, keys: torch.Tensor) -> Path | None:
+        """Ask for the labels of the first fifty texts with these keys that are not asked for yet.
 
-        Raises:
-            DataError: If a text is not one of the target's.
+        Returns:
+            The file, or None if nothing is asked.
         """
-        if not self.given:
+        if not self.is_possible:
             return None
-        texts, names = zip(*self.given, strict=True)
-        classes = map(self.pair.labels.index, names)
-        known = dict(zip(self.keys(texts).tolist(), classes, strict=True))
-        if strange := len({*known} - {*keys.tolist()}):
-            raise DataError(
-                f"{strange} texts in {self.path} are not among the target's. Leave the texts as "
-                "they are, or remove the file: the next run writes it anew."
-            )
-        return np.array([known.get(key, IGNORED) for key in keys.tolist()])
+        numbers = itertools.count(2)
+        path = self.folder / f"{STEM}.csv"
+        asked: set[int | None] = set()
+        while (rows := self._files.get(path, [])) is None or any(row.label for row in rows):
+            asked |= {row.key for row in rows or ()}
+            path = self.folder / f"{STEM}_{next(numbers)}.csv"
+        wanted = [key for key in keys.tolist() if key not in asked][:MOST]
+        if not wanted:
+            return None
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["key", self.task.input_column, self.task.label_column])
+        for key in wanted:
+            shown = self._texts[key][:MOST_CHARACTERS]
+            writer.writerow([_name(key), "'" * shown.startswith(FORMULA) + shown, ""])
+        write_text(path, "\ufeff" + text.getvalue())  # a spreadsheet wants the mark
+        return path
 
-    def write(self, keys: torch.Tensor) -> bool:
-        """Write the texts with these keys, unless there are none, or labels in the file.
+    def _labelled(self) -> Iterator[tuple[int, int]]:
+        """The keys and classes of all rows with a label; the others are told."""
+        for path, rows in self._files.items():
+            strange: list[str] = []
+            wrong: set[str] = set()
+            for row in rows or ():
+                if row.label is None:
+                    continue
+                key = row.key
+                if key not in self._texts:
+                    key = self._keys_of_texts.get(row.text.removeprefix("'"))
+                if key is None:
+                    strange.append(row.text)
+                elif row.label not in self.pair.labels:
+                    wrong.add(row.label)
+                else:
+                    yield key, self.pair.labels.index(row.label)
+            if strange:
+                self.tell(
+                    f"{path}: {len(strange)} of its texts are not among the target's and are left "
+                    f"out, the first is {strange[0][:60]!r}."
+                )
+            if wrong:
+                self.tell(
+                    f"{path}: the labels {', '.join(map(repr, sorted(wrong)))} are left out. "
+                    f"Expected {' or '.join(map(repr, self.pair.labels))}, or nothing."
+                )
 
-        Args:
-            keys: The first 50 are asked for.
-        """
-        if not self.is_possible or self.given or not len(keys):
-            return False
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        """The target's texts by the keys of their items."""
         texts = self.pair.target_unlabelled[self.task.input_column]
-        text_of = dict(zip(self.keys(texts).tolist(), texts, strict=True))
-        asked = [text_of[key] for key in keys[:MOST].tolist()]
-        columns = {self.task.input_column: asked, self.task.label_column: [""] * len(asked)}
-        with whole_file(self.path) as part:
-            Dataset.from_dict(columns).to_csv(str(part), index=False)
-        return True
+        return dict(zip(self.keys(texts).tolist(), texts, strict=True))
+
+    @cached_property
+    def _keys_of_texts(self) -> dict[str, int]:
+        return {text.removeprefix("'"): key for key, text in self._texts.items()}
 
     def keys(self, texts: Sequence[str]) -> torch.Tensor:
         """The keys that items of these texts have, (N,)."""
         processor = self.task.processor(self.experiment.model)
         rows = Dataset.from_dict({self.task.input_column: list(texts)})
-        loader = torch.utils.data.DataLoader(
+        loader: Any = torch.utils.data.DataLoader(
             self.task.prepared(rows, processor, self.experiment.max_length),
             batch_size=64,
             collate_fn=self.task.collator(processor),
         )
         return torch.cat([row_keys(batch) for batch in loader])
+
+    @cached_property
+    def _files(self) -> dict[Path, list[Row] | None]:
+        """The rows of each file, however a spreadsheet has saved them; None of one that is odd."""
+        paths = sorted(self.folder.glob(f"{STEM}*.csv")) if self.is_possible else []
+        return {path: self._rows(path) for path in paths}
+
+    def _rows(self, path: Path) -> list[Row] | None:
+        data = path.read_bytes()
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+            text = data.decode("utf-16" if is_wide else "cp1252", "replace")
+        head = text.partition("\n")[0]
+        try:
+            lines = list(csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count)))
+        except csv.Error as error:
+            self.tell(f"{path} cannot be read: {error}. Its labels are not used.")
+            return None
+        names = [name.strip().lower() for name in lines[0]] if lines else []
+        label, content = self.task.label_column, self.task.input_column
+        if lines and (label not in names or not {"key", content} & {*names}):
+            self.tell(
+                f"{path}: expected the columns key, {content} and {label}, got {', '.join(names)}. "
+                "Its labels are not used."
+            )
+            return None
+        cells = [dict(zip(names, line, strict=False)) for line in lines[1:]]
+        return [
+            Row(_number(row.get("key", "")), row.get(content, ""), label_name(row.get(label)))
+            for row in cells
+        ]
+
+
+def _name(key: int) -> str:
+    """A key as a text that no spreadsheet takes for a number."""
+    return f"k{key % 2**64:016x}"
+
+
+def _number(name: str) -> int | None:
+    """The key of such a text; None of any other."""
+    try:
+        number = int(name.strip().removeprefix("k"), 16)
+    except ValueError:
+        return None
+    return number - 2**64 if number >= 2**63 else number

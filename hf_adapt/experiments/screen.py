@@ -22,6 +22,7 @@ from hf_adapt.alignment import recommended
 from hf_adapt.experiments.cell import Cell
 from hf_adapt.experiments.choice import choices, with_chosen, write_choices, write_to_label
 from hf_adapt.experiments.config import Experiment
+from hf_adapt.experiments.label_file import LabelFile
 from hf_adapt.experiments.methods import RECOMMENDED
 from hf_adapt.experiments.report import describe_pairs, publish, tell_models
 from hf_adapt.experiments.runner import cells_of, run_experiment
@@ -102,18 +103,23 @@ def execute(
         console.print(f"{kept} of {len(results)} runs are kept from earlier.", highlight=False)
     shown, rows = experiment, list[Mapping[str, Any]](results)
     if experiment.choose:
-        found = choices(experiment, results, lambda text: console.print(escape(text)))
+
+        def tell(text: str) -> None:
+            console.print(escape(text), soft_wrap=True, highlight=False)
+
+        files = {pair: LabelFile(experiment, *pair, tell) for pair in experiment.pairs}
+        found = choices(experiment, results, files, tell)
         for (source, target, seed), choice in found.items():
             console.print(escape(f"\n{source} → {target}, seed {seed}"), highlight=False)
             console.print(escape(str(choice)), soft_wrap=True, highlight=False)
         for file in write_choices(experiment, found):
             console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
-        if files := write_to_label(experiment, found):
-            for file in files:
+        if asked := write_to_label(experiment, found, files, tell):
+            for file in asked:
                 console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
             console.print(
-                "The candidates disagree on these rows. Fill in labels, and the same command "
-                "chooses by them.",
+                "The candidates disagree on these rows. Fill in their labels, from the top, and "
+                "the same command chooses by them.",
                 soft_wrap=True,
                 highlight=False,
             )

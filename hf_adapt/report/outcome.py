@@ -41,9 +41,12 @@ def chosen(choices: Choices) -> Sentence:
 
 
 def _by(choices: Choices) -> str:
+    """Whether they were made without target labels."""
     given = [each.get("labels_used") for each in choices]
-    used = {number if isinstance(number, int) else 0 for number in given}
-    return chosen_by(used.pop()) if len(used) == 1 else "Chosen by labels of target items"
+    used = [number for number in given if isinstance(number, int) and number > 0]
+    if not used or len(choices) == 1:
+        return chosen_by(sum(used))
+    return f"Chosen, in {len(used)} of {len(choices)} by labels of target items"
 
 
 def _keeps(choice: Mapping[str, Any]) -> bool:

@@ -531,31 +531,78 @@ def test_labels_that_a_person_fills_in_decide(
     printed = run(config, "--choose")
     file = folder / "to_label.csv"
     assert f"wrote {file}" in printed and "the same command chooses by them" in printed
-    with file.open(newline="") as opened:
+    with file.open(newline="", encoding="utf-8-sig") as opened:
         asked = list(csv.DictReader(opened))
-    assert len(asked) == len(classes[::3]) and all(each["label"] == "" for each in asked)
-    assert {each["text"] for each in asked} <= set(dict(rows("phone")))
-    mine = LabelFile(experiment(config, {}, {}), "films", "phones")
-    apart = mine.keys([each["text"] for each in asked])
-    assert sorted(apart.tolist()) == sorted(keys[::3].tolist())
+    assert len(asked) == len(classes[::3]) and all(row["label"] == "" for row in asked)
+    assert {row["text"] for row in asked} <= set(dict(rows("phone")))
+    numbers = {f"k{key % 2**64:016x}": n for n, key in enumerate(keys.tolist())}
+    assert sorted(numbers[row["key"]] for row in asked) == list(range(len(keys)))[::3]
 
-    of = dict(zip(keys.tolist(), (torch.arange(len(keys)) + 1).remainder(2).tolist(), strict=True))
-    labelled = [
-        (each["text"], ("neg", "pos")[of[key]])
-        for each, key in zip(asked, apart.tolist(), strict=True)
-    ]
-    write_csv(file, labelled)  # MMD is right on all of them
+    right = [(row["key"], row["text"], ("pos", "neg")[numbers[row["key"]] % 2]) for row in asked]
+    write_csv(file, right, "key,text,label")  # MMD is right on all of them
     printed = run(config, "--choose")
     assert f"Chosen by {len(asked)} labels of target items: MMD." in printed
     assert f"wrote {file}" not in printed
     (choice,) = json.loads((folder / "choice.json").read_text())
-    assert choice["labels_used"] == len(asked) and choice["candidates"][1]["scores"]["labels"] == 1
-    write_csv(file, [(labelled[0][0], "Pos"), *labelled[1:]])
-    assert "has the labels ['Pos']. Expected neg, pos, or nothing." in run(config, "--choose")
-    write_csv(file, [("not one of them", "pos"), *labelled])
-    assert "1 texts in" in run(config, "--choose")
-    assert "not one of them" in file.read_text()  # it is never written over
+    assert choice["labels_used"] == len(asked)
+    assert choice["candidates"][1]["scores"]["labelled_accuracy"] == 1
+
+    # As a spreadsheet may have saved it, with a label that is none, a text that is no row's, and
+    # one that has lost its key.
+    odd = [("", right[0][1], right[0][2]), ("k1", "=2", "pos"), (*right[1][:2], "Pos"), *right[2:]]
+    text = "\r\n".join(";".join(line) for line in [("Key", "Text", "Label"), *odd])
+    file.write_bytes(text.encode("utf-16"))
+    printed = run(config, "--choose")
+    assert f"Chosen by {len(asked) - 1} labels of target items: MMD." in printed
+    assert (
+        "1 of its texts are not among the target's and are left out, the first is '=2'" in printed
+    )
+    assert "the labels 'Pos' are left out. Expected 'neg' or 'pos', or nothing." in printed
+    assert file.read_bytes() == text.encode("utf-16")
+
+    # A few labels do not decide, and the others are asked for in a file of their own.
+    write_csv(file, right[:3], "key,text,label")
+    printed = run(config, "--choose")
+    assert "The 3 labels decide nothing" in printed and "Chosen without target labels" in printed
+    more = folder / "to_label_2.csv"
+    assert f"wrote {more}" in printed and f"wrote {file}" not in printed
+    with more.open(newline="", encoding="utf-8-sig") as opened:
+        assert [row["key"] for row in csv.DictReader(opened)] == [row["key"] for row in asked[3:]]
+    write_csv(more, right[3:], "key,text,label")
+    both = [*right[:3], (*right[3][:2], "neg" if right[3][2] == "pos" else "pos")]
+    write_csv(file, both, "key,text,label")
+    printed = run(config, "--choose")
+    assert f"Chosen by {len(asked) - 1} labels" in printed
+    assert "1 texts have two labels each" in printed
+    write_csv(file, both, "key,words,label")
+    shown = "expected the columns key, text and label, got words"
+    write_csv(file, [row[1:] for row in both], "words,label")
+    assert shown in run(config, "--choose") and file.read_text().startswith("words")
     assert len(trained) == count
+
+
+def test_texts_to_label_are_asked_for_as_a_spreadsheet_reads_them(
+    write_config: Config, tmp_path: Path
+) -> None:
+    texts = ["=1+1 good", "good &amp;lt;b plot", "long " * 9000, 'said "no", twice']
+    theirs = write_csv(tmp_path / "theirs.csv", [(text, "pos") for text in texts])
+    ours = write_csv(tmp_path / "ours.csv", rows("film"))
+    tests = write_csv(tmp_path / "tests.csv", rows("phone"))
+    data = {"films": str(ours), "phones": {"train": str(theirs), "test": str(tests)}}
+    made = LabelFile(experiment(write_config(data=data), {}, {}), "films", "phones")
+    rows_of = made.pair.target_unlabelled["text"]
+    file = made.write(made.keys(rows_of))
+    assert file is not None
+    with file.open(newline="", encoding="utf-8-sig") as opened:
+        asked = list(csv.DictReader(opened))
+    shown = {row["text"] for row in asked}
+    assert "'=1+1 good" in shown and 'said "no", twice' in shown
+    assert max(map(len, shown)) == 30_000
+    lines = [(row["key"], row["text"].upper(), "neg") for row in asked]
+    write_csv(file, lines, "key,text,label")
+    again = LabelFile(made.experiment, *made.domains)
+    labels = again.labels(made.keys(rows_of))
+    assert labels is not None and set(labels) == {0}
 
 
 def test_the_domains_are_compared_in_every_layer(
