@@ -438,7 +438,7 @@ def _decide(
         apart, items = counts
         ends = (100 * apart / items * e for e in _gain(differences, apart, len(order) - 1))
         low, high = (f"{end:+.1f}" for end in ends)
-        text += f"; on the whole target {low if low == high else f'{low} to {high}'} points"
+        text += f"; on all {items} items {low if low == high else f'{low} to {high}'} points"
     if share >= CREDIBLE:
         return best, f"It ranks highest: {text}."
     return first, (

@@ -180,7 +180,7 @@ def test_labels_of_items_on_which_candidates_disagree_decide() -> None:
         whole = choose(given, target_labels=some_labels(world, list(before.to_label)))
         if whole.adapts:  # all is known
             gain = 100 * (accuracy[whole.chosen] - accuracy["source only"])
-            assert f"on the whole target {gain:+.1f} points" in whole.reason
+            assert f"on all 600 items {gain:+.1f} points" in whole.reason
     assert inside >= adapted - 1 >= 4  # of intervals of 95 %
 
 
