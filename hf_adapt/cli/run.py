@@ -76,7 +76,11 @@ def run(
     save_models: Annotated[bool | None, typer.Option(help="Save every model.")] = None,
     choose: Annotated[
         bool | None,
-        typer.Option("--choose", help="Choose one of the methods, without target labels."),
+        typer.Option(
+            "--choose",
+            help="Choose one of the methods, without target labels, or by those that you have "
+            "filled into to_label.csv.",
+        ),
     ] = None,
     diagnose: Annotated[
         bool | None,

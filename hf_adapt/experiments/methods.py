@@ -28,7 +28,7 @@ TARGET = "target"
 UNLABELLED = "unlabelled"
 GIVEN = "given"
 CHOSEN = "chosen"
-"""The row of the tables with the runs that were chosen without target labels."""
+"""The row of the tables with the runs that were chosen."""
 SURGERIES = {
     each.__name__: each
     for each in (

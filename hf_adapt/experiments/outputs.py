@@ -16,7 +16,7 @@ LOGS_FILE = "logs.json"
 DIAGNOSTICS_FILE = "diagnostics.json"
 """In the folder of a run: distances of the domains per layer, accuracy per group."""
 CHOICE_FILE = "choice.json"
-"""In the folder of a pair: which method was chosen without target labels, and why."""
+"""In the folder of a pair: which method was chosen, and why."""
 
 
 @dataclass(frozen=True)
