@@ -73,6 +73,19 @@ def test_a_pair(choices: list[dict[str, Any]], said: str, accuracy: str) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("used", "said"),
+    [
+        ((40,), "Chosen by 40 labels of target items: A."),
+        ((0, 40), "Chosen, in 1 of 2 by labels of target items: A, with each of 2 seeds."),
+        ((None, "many"), "Chosen without target labels: A, with each of 2 seeds."),
+    ],
+)
+def test_labels_that_decided_are_told(used: tuple[Any, ...], said: str) -> None:
+    made = [{**choice("A", seed), "labels_used": each} for seed, each in enumerate(used)]
+    assert outcome.chosen(made).lead == said
+
+
 def test_all_pairs() -> None:
     pairs = [
         {"runs": RUNS, "choices": [choice("A", 1), choice("plain", 2)]},
