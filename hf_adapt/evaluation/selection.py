@@ -258,6 +258,13 @@ def choose(
     order = sorted(found, key=lambda n: (found[n][criterion], n == first), reverse=True)
     chosen, reason = _decide(order, first, evidence, criterion, (len(apart), len(labels)))
     needs_labels = chosen != order[0]
+    if not by_labels and chosen != first:
+        classes = _classes(kept)
+        differs = (classes[chosen] != classes[first]).mean()
+        reason += (
+            f" It gives {differs:.0%} of the items another class than {first}, and can neither win "
+            "nor lose more."
+        )
     if not by_labels and (labels != IGNORED).any():
         needs_labels = len(apart) > 0
         reason += (

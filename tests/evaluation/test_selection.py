@@ -97,6 +97,9 @@ def test_regret_is_bounded_and_a_collapsed_model_is_never_chosen() -> None:
         eligible = [a for n, a in accuracy.items() if n != "lost the source"]
         regrets.append(max(eligible) - accuracy[choice.chosen])
         assert accuracy[choice.chosen] > accuracy["source only"] - 0.02
+        classes = candidates[choice.chosen].target.logits.argmax(1)
+        differs = (classes != candidates["source only"].target.logits.argmax(1)).double().mean()
+        assert not choice.adapts or f"It gives {differs:.0%} of the items another" in choice.reason
         text = str(choice)
         assert "every target item is given class" in text
         assert "points on held-out source items" in text
