@@ -42,8 +42,12 @@ def choice(folder: Path, args: Any, source: Any, target: Any) -> dict[str, float
             data_collator=collate,
         )
 
-    chosen = module.train_and_choose(make_trainer, target, {})
-    return dict(chosen.choice.candidates[0].scores)
+    few = target.select(range(5)).add_column("labels", [0, 1, 2, 0, 1])
+    chosen = module.train_and_choose(make_trainer, target, {}, labelled_target=few)
+    asked = replace(chosen, choice=replace(chosen.choice, to_label=range(0, 40, 3)))
+    rows_asked = {f"asked {n}": float(row) for n, row in enumerate(asked.to_label)}
+    assert len(rows_asked) == 14
+    return {**chosen.choice.candidates[0].scores, **rows_asked}
 
 
 def main(folder: Path, per_device: int, steps: int, head: str = "sequence") -> None:
