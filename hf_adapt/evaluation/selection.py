@@ -259,8 +259,8 @@ def choose(
     chosen, reason = _decide(order, first, evidence, criterion, (len(apart), len(labels)))
     needs_labels = chosen != order[0]
     if not by_labels and chosen != first:
-        classes = _classes(kept)
-        differs = (classes[chosen] != classes[first]).mean()
+        given = _classes(kept)
+        differs = (given[chosen] != given[first]).mean()
         reason += (
             f" It gives {differs:.0%} of the items another class than {first}, and can neither win "
             "nor lose more."
