@@ -32,9 +32,9 @@ from hf_adapt.cli.run_options import experiment
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.evaluation import Candidate, Neighborhoods, choose
+from hf_adapt.evaluation.contest import aligned_labels
 from hf_adapt.evaluation.estimates import Method
 from hf_adapt.evaluation.scores import VALIDATORS, TargetScores
-from hf_adapt.evaluation.selection import aligned_labels
 from hf_adapt.evaluation.validators import ensemble_agreement
 from hf_adapt.experiments.choice import reference_items
 from hf_adapt.experiments.config import Experiment
@@ -140,6 +140,7 @@ class Group:
             "source only",
             reference_features=self.reference.features,
             target_labels=known,
+            labels_are_random=True,
         )
         return self.runs[made.chosen].accuracy
 

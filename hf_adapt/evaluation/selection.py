@@ -5,20 +5,18 @@ It may be to keep the model without adaptation.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hf_adapt.engine.item_outputs import ItemOutputs
 from hf_adapt.engine.labels import IGNORED
-from hf_adapt.evaluation.arrays import Array, Floats, as_logits, as_prior, extra, softmax
+from hf_adapt.evaluation.arrays import Array, Floats, as_logits, as_prior, softmax
 from hf_adapt.evaluation.collapsed import collapse
+from hf_adapt.evaluation.contest import Contest, as_labels
 from hf_adapt.evaluation.neighborhoods import Neighborhoods
 from hf_adapt.evaluation.scores import TargetScores
 
@@ -28,10 +26,10 @@ MAX_SHIFT = 0.15
 """How far its predicted classes' shares may be from known frequencies (total variation)."""
 CREDIBLE = 2 / 3
 """In which share of bootstrap samples a candidate must beat the baseline: two to one."""
-LEAST_LABELS = 5
-"""Fewer labels do not decide, unless the candidates disagree on fewer items."""
-UNLIKELY = 0.001
-"""How improbable labels must be as a random sample not to be taken for one."""
+BY_LABELS = "labelled_accuracy"
+"""The name of what candidates are ranked by where labels decide."""
+WORTH = 0.01
+"""Labels are asked for as long as a candidate may be so much better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +170,7 @@ def choose(
     reference_features: Array | None = None,
     prior: Array | None = None,
     target_labels: Array | None = None,
+    labels_are_random: bool = False,
     max_source_loss: float = MAX_SOURCE_LOSS,
     max_shift: float = MAX_SHIFT,
 ) -> Choice:
@@ -189,10 +188,10 @@ def choose(
 
     Labels of a few target items decide better than either. Only items on which the candidates
     disagree tell them apart: [`Choice`] names these as `to_label`. With `target_labels` the
-    candidates are ranked by how many of them they have right. After a change of the candidates, ask
-    for labels of the new `to_label` too: those that were drawn for others decide nothing. Such
-    items are no random sample of the target: neither an accuracy nor class frequencies can be read
-    off their labels.
+    candidates are ranked by how many of them they have right. When candidates have changed, the
+    labels decide once the items that the new ones add are labelled too, with which the new
+    `to_label` begins. Such items are no random sample of the target: neither an accuracy nor class
+    frequencies can be read off their labels.
 
     Reference:
         Okanovic et al. 2025, "All models are wrong, some are useful: Model Selection with Limited
@@ -205,8 +204,10 @@ def choose(
         reference_features: Features of the target items before any training, in the order of the
             candidates' items.
         prior: The target's class frequencies, if they are known.
-        target_labels: The classes of some target items, -100 for all others. Take the items at
-            random, or from the start of `to_label`.
+        target_labels: The classes of target items, -100 for those without one: of the first of
+            `to_label`, leaving none out; -1 for what nobody could tell.
+        labels_are_random: Whether the labels are of items that were drawn at random from all the
+            target's in place of `to_label`.
         max_source_loss: How much accuracy on held-out source items a candidate may lose.
         max_shift: How far predicted shares may be from `prior` (total variation).
 
@@ -235,16 +236,12 @@ def choose(
             f"There is nothing to compare with: of {first} the outputs are not finite."
         )
     kept = [each for each in candidates if problems.get(each.name) is None]
-    labels = _as_labels(target_labels, base.target)
-    apart = _apart(kept, base.target.keys)
-    sample = _sample(kept, apart, labels)
-    by_labels = len(sample) >= min(LEAST_LABELS, max(1, len(apart)))
-    if by_labels:
-        criterion = "labelled_accuracy"
-        evidence = {
-            name: (classes[sample] == labels[sample]).astype(float)
-            for name, classes in _classes(kept).items()
-        }
+    labels = as_labels(target_labels, len(base.target), classes)
+    given = {each.name: each.target.logits.argmax(1).numpy() for each in kept}
+    contest = Contest(given, base.target.keys, labels, labels_are_random)
+    if len(contest.sample):
+        criterion = BY_LABELS
+        evidence = {name: contest.right(name) for name in given}
     else:
         criterion = "ensv" if reference_features is None else "neighbors"
         evidence = _evidence(kept, reference_features)
@@ -256,21 +253,9 @@ def choose(
         for each in kept
     }
     order = sorted(found, key=lambda n: (found[n][criterion], n == first), reverse=True)
-    chosen, reason = _decide(order, first, evidence, criterion, (len(apart), len(labels)))
-    needs_labels = chosen != order[0]
-    if not by_labels and chosen != first:
-        given = _classes(kept)
-        differs = (given[chosen] != given[first]).mean()
-        reason += (
-            f" It gives {differs:.0%} of the items another class than {first}, and can neither win "
-            "nor lose more."
-        )
-    if not by_labels and (labels != IGNORED).any():
-        needs_labels = len(apart) > 0
-        reason += (
-            f" The {(labels != IGNORED).sum()} labels decide nothing: they are too few, or not of "
-            "items drawn from those on which these candidates disagree (to_label)."
-        )
+    chosen, reason, is_open = _decide(order, first, evidence, criterion, contest)
+    if contest.problem:
+        reason, is_open = f"{reason} {contest.problem}", True
     if flaw is not None:
         reason += f" Beware of {first}: {flaw.removeprefix('dropped: ')}."
     verdicts = [
@@ -282,115 +267,12 @@ def choose(
         )
         for each in names
     ]
-    to_label = tuple(apart[labels[apart] == IGNORED].tolist())
-    used = len(sample) * by_labels
+    to_label = contest.to_label
+    needs_labels = is_open and len(to_label) > 0
+    used = len(contest.sample)
     return Choice(chosen, first, reason, tuple(verdicts), used, needs_labels, to_label)
 
 
-# ---------------------------------------------------------------- labels
-def label_order(count: int) -> NDArray[np.int64]:
-    """The order in which so many target items are labelled, whoever the candidates are.
-
-    The items on which some candidates disagree are a random sample as far as all of them are
-    labelled, in this order, and stay one for any others once what these add is labelled too.
-    """
-    return np.random.default_rng(0).permutation(count)
-
-
-def agreed_labels(labels: Iterable[tuple[int, int]]) -> tuple[dict[int, int], set[int]]:
-    """The labels of keys by the keys, and the keys that have been given several.
-
-    Example:
-        >>> agreed_labels([(7, 0), (8, 1), (7, 0), (8, 0)])
-        ({7: 0}, {8})
-    """
-    known: dict[int, int] = {}
-    disputed = set()
-    for key, label in labels:
-        if known.setdefault(key, label) != label:
-            disputed.add(key)
-    return {key: label for key, label in known.items() if key not in disputed}, disputed
-
-
-def aligned_labels(known: Mapping[int, int], keys: torch.Tensor) -> NDArray[np.int64]:
-    """Labels in the order of items with these keys, -100 where there is none."""
-    return np.array([known.get(key, IGNORED) for key in keys.tolist()], dtype=np.int64)
-
-
-def _as_labels(given: Array | None, items: ItemOutputs) -> NDArray[np.int64]:
-    """The labels of target items that may decide; -100 for all where none are given."""
-    count, classes = items.logits.shape
-    if given is None:
-        return np.full(count, IGNORED)
-    labels = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
-    whole = np.full(0, IGNORED)
-    if labels.ndim == 1 and labels.dtype.kind in "iufb" and np.isfinite(labels).all():
-        whole = labels.astype(np.int64)
-    fits = len(whole) == count and ((whole == labels) & (whole < classes)).all()
-    if not (fits and ((whole >= 0) | (whole == IGNORED)).all()):
-        raise ValueError(
-            f"Expected target_labels from 0 to {classes - 1} for the candidates' {count} target "
-            f"items, in their order, and {IGNORED} where there is none; got an array of shape "
-            f"{labels.shape}, {str(labels.ravel()[:5])[:80]} …"
-        )
-    return whole
-
-
-def _classes(kept: Sequence[Candidate]) -> dict[str, NDArray[np.int64]]:
-    return {each.name: each.target.logits.argmax(1).numpy() for each in kept}
-
-
-def _apart(kept: Sequence[Candidate], keys: torch.Tensor) -> NDArray[np.int64]:
-    """The numbers of the items on which candidates disagree, equal ones once, to be labelled."""
-    classes = np.stack([*_classes(kept).values()])
-    is_first = np.zeros(len(keys), dtype=bool)
-    is_first[np.unique(keys.numpy(), return_index=True)[1]] = True
-    order = label_order(len(keys))
-    return np.asarray(order[(is_first & (classes != classes[0]).any(0))[order]])
-
-
-def _sample(
-    kept: Sequence[Candidate], apart: NDArray[np.int64], labels: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """The labelled items that are a random sample of those on which candidates disagree.
-
-    Labels that were asked for other candidates are none: where two disagree each is often wrong,
-    and a third would seem better than both.
-    """
-    known: NDArray[np.bool_] = labels[apart] != IGNORED
-    if not known.any():
-        return apart[:0]
-    stats = extra("scipy.stats")
-    first, *others = (classes[apart] for classes in _classes(kept).values())
-    for other in others:
-        differs = other != first
-        share = stats.hypergeom(len(apart), differs.sum(), known.sum())
-        hits = (differs & known).sum()
-        if 2 * min(share.cdf(hits), share.sf(hits - 1)) < UNLIKELY / len(others):
-            whole = len(known) if known.all() else int(known.argmin())
-            return apart[:whole]
-    return apart[known]
-
-
-def _gain(differences: Floats, apart: int, others: int) -> tuple[float, float]:
-    """An interval of 95 % for the mean of all differences where candidates disagree.
-
-    That of Agresti & Min 2005 for matched pairs, "Simple improved confidence intervals for
-    comparing matched proportions", with the correction for a finite population, and Bonferroni's
-    for the best of several.
-    """
-    count = len(differences)
-    if count == apart:
-        return float(differences.mean()), float(differences.mean())
-    wins, losses = ((sign * differences > 0).sum() + 0.5 for sign in (1, -1))
-    size = count + 2
-    middle = (wins - losses) / size
-    error = math.sqrt((wins + losses - (wins - losses) ** 2 / size) * (1 - count / apart)) / size
-    z = NormalDist().inv_cdf(1 - 0.025 / others)
-    return max(-1.0, middle - z * error), min(1.0, middle + z * error)
-
-
-# ---------------------------------------------------------------- deciding
 def _evidence(kept: Sequence[Candidate], reference: Array | None) -> dict[str, Floats]:
     """What speaks for each candidate, item by item."""
     logits = {each.name: each.target.logits for each in kept}
@@ -412,45 +294,49 @@ def _decide(
     first: str,
     evidence: Mapping[str, Floats],
     criterion: str,
-    counts: tuple[int, int] = (1, 1),
-) -> tuple[str, str]:
-    """The name of what is taken, and why.
-
-    Args:
-        order: The candidates' names, from best to worst.
-        first: That of the baseline.
-        evidence: What speaks for each, item by item.
-        criterion: What that is.
-        counts: On how many items the candidates disagree, and how many there are.
-    """
+    contest: Contest,
+) -> tuple[str, str, bool]:
+    """The name of what is taken, why, and whether labels may show that another is better."""
     best = order[0]
     if best == first:
         why = "No adapted model ranks higher." if len(order) > 1 else "Nothing else is left."
-        return first, why
+        return first, why, False
     differences = evidence[best] - evidence[first]
     share = float((_resampled(differences) > 0).mean())
-    what = {
-        "neighbors": "neighbour agreement",
-        "ensv": "agreement with all candidates",
-        "labelled_accuracy": f"accuracy on {len(differences)} labelled items where candidates "
-        "disagree",
-    }[criterion]
-    text = (
-        f"{what} {differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap "
-        "samples"
-    )
-    number = "fifty"
-    if criterion == "labelled_accuracy":
-        number = "more"
-        apart, items = counts
-        ends = (100 * apart / items * e for e in _gain(differences, apart, len(order) - 1))
-        low, high = (f"{end:+.1f}" for end in ends)
-        text += f"; on all {items} items {low if low == high else f'{low} to {high}'} points"
+    text = f"{differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap samples"
+    high = 1.0
+    if criterion == BY_LABELS:
+        low, high = contest.gain(best, first)
+        if low == high:
+            share = 1.0
+        ends = f"{100 * low:+.1f}" + f" to {100 * high:+.1f}" * (low < high)
+        text = (
+            f"accuracy on {len(differences)} labelled items where candidates disagree {text}; on "
+            f"all {contest.total} items {ends} points"
+        )
+    elif criterion == "neighbors":
+        text = f"neighbour agreement {text}"
+    else:
+        text = f"agreement with all candidates {text}"
     if share >= CREDIBLE:
-        return best, f"It ranks highest: {text}."
-    return first, (
-        f"Nothing is credibly better: {best} ranks highest, with {text}. To decide, label {number} "
-        f"target rows on which {best} and {first} disagree."
+        return best, f"It ranks highest: {text}." + _stake(contest, best, first, criterion), False
+    asks = " To decide, label {} of the items on which the candidates disagree (to_label)."
+    return (
+        first,
+        f"Nothing is credibly better: {best} ranks highest, with {text}."
+        + asks.format("more" if criterion == BY_LABELS else "fifty") * (high >= WORTH),
+        high >= WORTH,
+    )
+
+
+def _stake(contest: Contest, best: str, first: str, criterion: str) -> str:
+    """What is at stake, where no label says more."""
+    if criterion == BY_LABELS:
+        return ""
+    differs = (contest.classes[best] != contest.classes[first]).mean()
+    return (
+        f" It gives {differs:.0%} of the items another class than {first}, and can neither win nor "
+        "lose more."
     )
 
 

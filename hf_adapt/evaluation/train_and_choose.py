@@ -24,14 +24,14 @@ from hf_adapt.alignment.recommended import candidates as recommended_candidates
 from hf_adapt.engine.adaptation import Adaptation
 from hf_adapt.engine.callback import adapt, collect_items, keys_of_rows, load_weights
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items, some_rows
+from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.streams import Stream
+from hf_adapt.evaluation.contest import UNTOLD, agreed_labels, aligned_labels
 from hf_adapt.evaluation.selection import (
     Candidate,
     Choice,
     Verdict,
-    agreed_labels,
-    aligned_labels,
     choose,
 )
 from hf_adapt.models.state import preserved_random_state
@@ -95,6 +95,7 @@ def train_and_choose(
     *,
     target_priors: Any = None,
     labelled_target: Any = None,
+    labels_are_random: bool = False,
 ) -> Chosen:
     """Train without adaptation and with each of several, and choose without target labels.
 
@@ -111,8 +112,10 @@ def train_and_choose(
             [`hf_adapt.alignment.candidates`] by default. Source only is always among them.
         target_priors: The target's class frequencies, as `AdaptationCallback` takes them.
         labelled_target: A few of the target's rows, prepared like `train_dataset`, whose labels
-            decide (see [`choose`]); they change no training. Call it once without, label the rows
-            that are [`Chosen`]'s `to_label`, and call it again: what is trained is kept.
+            decide (see [`choose`]); they change no training. Call it once without, label the first
+            rows of [`Chosen`]'s `to_label` (-100 for what nobody could tell), and call it again:
+            what is trained is kept.
+        labels_are_random: Whether these rows were drawn at random from all the target's instead.
 
     Raises:
         TypeError: If a candidate is no function.
@@ -164,7 +167,12 @@ def train_and_choose(
                 failed.append(Verdict(name, False, f"dropped: it failed: {error}", {}))
     reference = untrained["target"].features
     choice = choose(
-        found, BASELINE, prior=prior, reference_features=reference, target_labels=labels
+        found,
+        BASELINE,
+        prior=prior,
+        reference_features=reference,
+        target_labels=labels,
+        labels_are_random=labels_are_random,
     )
     choice = replace(choice, candidates=(*choice.candidates, *failed))
     logger.warning("%s", choice)
@@ -245,16 +253,15 @@ def _labels(trainer: Trainer, rows: Any, keys: torch.Tensor) -> NDArray[np.int64
             "labelled_target decides among classifiers of rows. This model classifies tokens, and "
             "those of one row are no random sample. Leave it out."
         )
-    found = found.labelled
-    if not len(found):
+    if not len(found.labelled):
         raise ValueError("The rows of labelled_target have no labels. Leave it out, or add them.")
     if strange := int((~torch.isin(found.keys, keys)).sum()):
         raise ValueError(
             f"{strange} of the {len(found)} rows of labelled_target are not among those of "
             "target_dataset. Prepare its rows in the same way, and leave them among the target's."
         )
-    labels = zip(found.keys.tolist(), found.labels.tolist(), strict=True)
-    known, disputed = agreed_labels(labels)
+    labels = [UNTOLD if label == IGNORED else label for label in found.labels.tolist()]
+    known, disputed = agreed_labels(zip(found.keys.tolist(), labels, strict=True))
     if disputed:
         raise ValueError(
             f"labelled_target has {len(disputed)} rows with two labels each: to the model they are "

@@ -12,7 +12,8 @@ from typing import Any
 from hf_adapt.alignment.neighbours import NeighbourObjective
 from hf_adapt.alignment.priors import resolved_priors
 from hf_adapt.engine.item_outputs import ItemOutputs, load_items, save_items
-from hf_adapt.evaluation.selection import Candidate, Choice, choose, label_order
+from hf_adapt.evaluation.contest import label_order
+from hf_adapt.evaluation.selection import Candidate, Choice, choose
 from hf_adapt.experiments.cell import Cell, cell_folder, reference_file
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import named_frequencies
@@ -152,10 +153,10 @@ def write_to_label(
     for pair in dict.fromkeys(key[:2] for key in found):
         made = [choice for key, choice in found.items() if key[:2] == pair]
         keys = reference_items(experiment, *pair).keys
-        asked = {number for choice in made for number in choice.to_label}
         try:
-            if files[pair].known and not any(choice.needs_labels for choice in made):
-                continue
+            if files[pair].known:
+                made = [choice for choice in made if choice.needs_labels]
+            asked = {number for choice in made for number in choice.to_label}
             file = files[pair].write(keys[[n for n in label_order(len(keys)) if n in asked]])
         except OSError as error:  # open in a spreadsheet
             tell(f"No texts to label are written for {' → '.join(pair)}: {error}")

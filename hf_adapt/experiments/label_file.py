@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from hf_adapt.evaluation.selection import agreed_labels, aligned_labels
+from hf_adapt.evaluation.contest import UNTOLD, agreed_labels, aligned_labels
 from hf_adapt.experiments.cell import reference_file
 from hf_adapt.experiments.config import Experiment
 from hf_adapt.experiments.data import cached_pair, label_name
@@ -32,18 +32,22 @@ FORMULA = ("=", "+", "-", "@")
 
 
 class Row(NamedTuple):
-    """A row of a file: the key of its item, its text and its label, if there are any."""
+    """A row of a file: the key of its item, its text and its label, if there are any.
+
+    `has_more` where the file has columns of somebody's own.
+    """
 
     key: int | None
     text: str
     label: str | None
+    has_more: bool
 
 
 class LabelFile:
     """Files beside the runs of a pair with texts on which its candidates disagree.
 
-    The first is `to_label.csv`. A file with a label is not written again: further texts are asked
-    for in `to_label_2.csv`, and so on.
+    The first is `to_label.csv`. A file with a label, or of another form, is not written again:
+    further texts are asked for in `to_label_2.csv`, and so on.
 
     Args:
         experiment: What was run.
@@ -59,6 +63,8 @@ class LabelFile:
         self.task = experiment.task_of(source)
         self.pair = cached_pair(experiment, source, target)
         self.folder = Path(reference_file(experiment, source, target)).parent
+        self._waiting: dict[Path, int] = {}
+        self._is_faulty = False
 
     @property
     def is_possible(self) -> bool:
@@ -67,72 +73,86 @@ class LabelFile:
 
     @cached_property
     def known(self) -> Mapping[int, int]:
-        """The classes of the texts that have a label, by the keys of their items."""
-        known, disputed = agreed_labels(self._labelled())
+        """The classes of the texts that have a label, by the keys of their items.
+
+        -1 for a text that was left out, with a label further down.
+        """
+        found = [label for path, rows in self._files.items() for label in self._read(path, rows)]
+        known, disputed = agreed_labels(found)
         if disputed:
             self.tell(
                 f"{self.folder}: {len(disputed)} texts have two labels each (to the model they are "
                 "equal), which are left out."
             )
-        return known
+        return {**known, **dict.fromkeys(disputed, UNTOLD)}
 
     def labels(self, keys: torch.Tensor) -> NDArray[np.int64] | None:
         """The classes of items with these keys, -100 where there is none; None without any."""
         return aligned_labels(self.known, keys) if self.known else None
 
     def write(self, keys: torch.Tensor) -> Path | None:
-        """Ask for the labels of the first fifty texts with these keys that are not asked for yet.
+        """Ask for the labels of the first fifty texts with these keys.
+
+        Nothing is asked while texts of an earlier file wait for a label, or it has a fault.
 
         Returns:
             The file, or None if nothing is asked.
         """
-        if not self.is_possible:
+        wanted, known = keys.tolist()[:MOST], self.known
+        if not self.is_possible or not wanted or self._is_faulty:
             return None
-        numbers = itertools.count(2)
-        path = self.folder / f"{STEM}.csv"
-        asked: set[int | None] = set()
-        while (rows := self._files.get(path, [])) is None or any(row.label for row in rows):
-            asked |= {row.key for row in rows or ()}
-            path = self.folder / f"{STEM}_{next(numbers)}.csv"
-        wanted = [key for key in keys.tolist() if key not in asked][:MOST]
-        if not wanted:
+        if known and self._waiting:
+            for path, count in self._waiting.items():
+                self.tell(f"{count} texts in {path} wait for a label, with which it may decide.")
             return None
+        for number in itertools.count(1):
+            path = self.folder / f"{STEM}{f'_{number}' * (number > 1)}.csv"
+            if (rows := self._files.get(path, [])) is not None and _is_open(rows):
+                break
+        if [row.key for row in self._files.get(path) or ()] == wanted:
+            return path
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["key", self.task.input_column, self.task.label_column])
+        writer.writerow(self._columns)
         for key in wanted:
             shown = self._texts[key][:MOST_CHARACTERS]
             writer.writerow([_name(key), "'" * shown.startswith(FORMULA) + shown, ""])
         write_text(path, "\ufeff" + text.getvalue())  # a spreadsheet wants the mark
         return path
 
-    def _labelled(self) -> Iterator[tuple[int, int]]:
-        """The keys and classes of all rows with a label; the others are told."""
-        for path, rows in self._files.items():
-            strange: list[str] = []
-            wrong: set[str] = set()
-            for row in rows or ():
-                if row.label is None:
-                    continue
-                key = row.key
-                if key not in self._texts:
-                    key = self._keys_of_texts.get(row.text.removeprefix("'"))
-                if key is None:
-                    strange.append(row.text)
-                elif row.label not in self.pair.labels:
-                    wrong.add(row.label)
-                else:
-                    yield key, self.pair.labels.index(row.label)
-            if strange:
-                self.tell(
-                    f"{path}: {len(strange)} of its texts are not among the target's and are left "
-                    f"out, the first is {strange[0][:60]!r}."
-                )
-            if wrong:
-                self.tell(
-                    f"{path}: the labels {', '.join(map(repr, sorted(wrong)))} are left out. "
-                    f"Expected {' or '.join(map(repr, self.pair.labels))}, or nothing."
-                )
+    @property
+    def _columns(self) -> list[str]:
+        return ["key", self.task.input_column, self.task.label_column]
+
+    def _read(self, path: Path, rows: list[Row] | None) -> Iterator[tuple[int, int]]:
+        """The keys and classes of a file's rows up to the last label; what is odd is told."""
+        names = {name.casefold(): name for name in self.pair.labels}
+        names |= {name: name for name in self.pair.labels}
+        strange: list[str] = []
+        wrong: set[str] = set()
+        last = max((n for n, row in enumerate(rows or ()) if row.label), default=-1)
+        for row in (rows or [])[: last + 1]:
+            key = row.key if row.key in self._texts else self._keys_of_texts.get(row.text)
+            name = None if row.label is None else names.get(row.label, names.get(row.label.lower()))
+            if row.label is not None and name is None:
+                wrong.add(row.label)
+            elif key is not None:
+                yield key, UNTOLD if name is None else self.pair.labels.index(name)
+            elif name is not None:
+                strange.append(row.text)
+        if 0 <= last < len(rows or ()) - 1:
+            self._waiting[path] = len(rows or ()) - 1 - last
+        if strange:
+            self.tell(
+                f"{path}: {len(strange)} of its texts are not among the target's and are left out, "
+                f"the first is {strange[0][:60]!r}."
+            )
+        if wrong:
+            self._is_faulty = True
+            self.tell(
+                f"{path}: the labels {', '.join(map(repr, sorted(wrong)))} are left out. Expected "
+                f"{' or '.join(map(repr, self.pair.labels))}, or nothing."
+            )
 
     @cached_property
     def _texts(self) -> dict[int, str]:
@@ -142,7 +162,7 @@ class LabelFile:
 
     @cached_property
     def _keys_of_texts(self) -> dict[str, int]:
-        return {text.removeprefix("'"): key for key, text in self._texts.items()}
+        return {_plain(text): key for key, text in self._texts.items()}
 
     def keys(self, texts: Sequence[str]) -> torch.Tensor:
         """The keys that items of these texts have, (N,)."""
@@ -168,25 +188,44 @@ class LabelFile:
         except UnicodeDecodeError:
             is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
             text = data.decode("utf-16" if is_wide else "cp1252", "replace")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        head, _, rest = text.partition("\n")
+        if head.strip().lower().startswith("sep="):  # a spreadsheet's own
+            text = rest
         head = text.partition("\n")[0]
+        _, content, label = self._columns
         try:
             lines = list(csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count)))
         except csv.Error as error:
             self.tell(f"{path} cannot be read: {error}. Its labels are not used.")
             return None
         names = [name.strip().lower() for name in lines[0]] if lines else []
-        label, content = self.task.label_column, self.task.input_column
         if lines and (label not in names or not {"key", content} & {*names}):
             self.tell(
                 f"{path}: expected the columns key, {content} and {label}, got {', '.join(names)}. "
                 "Its labels are not used."
             )
             return None
-        cells = [dict(zip(names, line, strict=False)) for line in lines[1:]]
+        cells = [dict(zip(names, line, strict=False)) for line in lines[1:] if any(line)]
         return [
-            Row(_number(row.get("key", "")), row.get(content, ""), label_name(row.get(label)))
+            Row(
+                _number(row.get("key", "")),
+                _plain(row.get(content, "")),
+                label_name(row.get(label)),
+                bool({*names} - {*self._columns}),
+            )
             for row in cells
         ]
+
+
+def _is_open(rows: list[Row]) -> bool:
+    """Whether a file may be written again: nothing of a person is in it."""
+    return not any(row.label or row.has_more for row in rows)
+
+
+def _plain(text: str) -> str:
+    """A text as it is recognised after a file has held it."""
+    return text.removeprefix("'")[: MOST_CHARACTERS - 1]
 
 
 def _name(key: int) -> str:

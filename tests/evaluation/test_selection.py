@@ -18,7 +18,8 @@ from hf_adapt.engine.callback import collect_items
 from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.progress import linear_ramp
 from hf_adapt.evaluation import Candidate, Neighborhoods, choose, neighbor_agreement
-from hf_adapt.evaluation.selection import _decide, _gain, aligned_labels
+from hf_adapt.evaluation.contest import Contest, aligned_labels, interval
+from hf_adapt.evaluation.selection import Choice, _decide
 from hf_adapt.evaluation.train_and_choose import Chosen, train_and_choose
 from hf_adapt.models.hashing import row_keys
 from hf_adapt.storage.checkpoints import last_whole_checkpoint
@@ -124,12 +125,19 @@ def test_source_only_is_kept_where_nothing_is_credibly_better() -> None:
 
 def test_one_that_is_not_credibly_above_is_refused() -> None:
     order, base = ["other", "source only"], np.tile([0.0, 1.0], 50)
+    contest = Contest(
+        {"source only": np.zeros(100, int), "other": np.arange(100) % 2},
+        torch.arange(100),
+        np.full(100, IGNORED),
+    )
     found = {"source only": base, "other": np.tile([1.0, 0.0], 50)}
     found["other"][0] = 1.4  # more on average, but not in two of three samples
-    chosen, reason = _decide(order, "source only", found, "neighbors")
-    assert chosen == "source only" and "label fifty target rows on which other and" in reason
+    chosen, reason, is_open = _decide(order, "source only", found, "neighbors", contest)
+    assert chosen == "source only" and is_open
+    assert "label fifty of the items on which the candidates disagree" in reason
     found["other"] = base + 0.01
-    assert _decide(order, "source only", found, "neighbors")[0] == "other"
+    chosen, reason, is_open = _decide(order, "source only", found, "neighbors", contest)
+    assert chosen == "other" and not is_open and "It gives 50% of the items another" in reason
 
 
 def test_known_frequencies_rule_models_out() -> None:
@@ -196,7 +204,7 @@ def test_labels_of_items_on_which_all_agree_decide_nothing() -> None:
     again = choose(given, **options, target_labels=some_labels(world, agreed))
     assert (again.chosen, again.to_label, again.labels_used) == (plain.chosen, plain.to_label, 0)
     few = choose(given, **options, target_labels=some_labels(world, list(plain.to_label[:4])))
-    assert few.labels_used == 0 and "The 4 labels decide nothing" in few.reason
+    assert few.labels_used == 0 and "The 4 labels decide nothing: 4 of them are" in few.reason
     assert few.needs_labels and not plain.needs_labels
 
 
@@ -204,37 +212,44 @@ def test_labels_of_any_items_decide_as_well() -> None:
     world, candidates, accuracy = grid(1)
     given = [candidates[n] for n in ("source only", "good", "worse")]
     anything = world.random.permutation(ROWS)[:120]
-    choice = choose(given, target_labels=some_labels(world, anything))
+    options = {"target_labels": some_labels(world, anything)}
+    choice = choose(given, **options, labels_are_random=True)
     assert choice.chosen == "good" and accuracy["good"] > accuracy["source only"] + 0.1
     assert choice.labels_used == len(set(anything) & set(choose(given).to_label))
+    assert not choose(given, **options).labels_used  # unless it is said
 
 
-def test_labels_that_were_asked_for_other_candidates_decide_nothing() -> None:
+@pytest.mark.parametrize("change", ["added", "in the place of another", "taken away"])
+def test_labels_decide_when_candidates_have_changed_once_theirs_are_there(change: str) -> None:
     """Where two are apart each is often wrong, and a newcomer would be taken for the best."""
-    newcomers = 0
     for seed in range(10):
         world = World(seed)
-        made = [world.candidate(n, 0.9) for n in ("source only", "other")]
-        new, accuracy = world.candidate("new", 0.6)
-        assert accuracy < min(each for _, each in made)
-        given = [each for each, _ in made]
-        asked = list(choose(given).to_label[:60])
-        options = {"reference_features": world.reference}
-        with_new = choose([*given, new], **options, target_labels=some_labels(world, asked))
-        assert with_new.labels_used < 30
-        if not with_new.labels_used:
-            assert "not of items drawn from those" in with_new.reason and with_new.needs_labels
-        newcomers += with_new.chosen == "new"
+        first, other = (world.candidate(n, 0.9)[0] for n in ("source only", "other"))
+        new, _ = world.candidate("new", 0.5)
+        before, after = {
+            "added": ([first, other], [new, first, other]),
+            "in the place of another": ([first, other], [first, new]),
+            "taken away": ([first, other, new], [first, other]),
+        }[change]
+        asked = list(choose(before).to_label[:60])
+        options = {"baseline": "source only", "reference_features": world.reference}
+        labels = some_labels(world, asked)
+        choice = choose(after, **options, target_labels=labels)
+        if change == "taken away":
+            assert choice.labels_used == len(set(asked) & set(choose(after).to_label)) > 5
+            continue
+        assert not choice.labels_used and choice.needs_labels
+        assert "they leave out items on which these candidates disagree" in choice.reason
 
         # What the newcomer adds, up to there, makes a random sample of it again.
-        order = choose([*given, new]).to_label
-        upto = order.index(asked[-1])
-        added = [number for number in order[:upto] if number not in asked]
-        assert list(with_new.to_label[: len(added)]) == added
-        all_of_them = some_labels(world, [*asked, *added])
-        again = choose([*given, new], **options, target_labels=all_of_them)
-        assert again.labels_used == len(asked) + len(added) and again.chosen != "new"
-    assert newcomers <= 1
+        order = choose(after, "source only").to_label
+        inside = [number for number in order if number in asked]
+        added = [n for n in order[: order.index(inside[-1])] if n not in asked]
+        assert list(choice.to_label[: len(added)]) == added
+        labels[added[0]] = -1  # nobody could tell
+        labels[added[1:]] = world.labels[added[1:]]
+        again = choose(after, **options, target_labels=labels)
+        assert again.labels_used == len(inside) + len(added) - 1 and again.chosen != "new"
 
 
 def test_the_interval_of_the_gain_holds_it() -> None:
@@ -243,7 +258,7 @@ def test_the_interval_of_the_gain_holds_it() -> None:
         inside = 0
         for _ in range(400):
             all_of_them = random.choice([1.0, -1.0], size=200, p=[wins, losses])
-            low, high = _gain(random.permutation(all_of_them)[:count], 200, 1)
+            low, high = interval(random.permutation(all_of_them)[:count], 200, 1.0, 1)
             inside += low <= all_of_them.mean() <= high
             assert -1 <= low < high <= 1
         assert inside >= 0.93 * 400, (wins, count, inside)
@@ -253,8 +268,8 @@ def test_the_interval_of_the_gain_holds_it() -> None:
         eight = random.choice([1.0, -1.0], size=(8, 200))
         found = eight[:, random.permutation(200)[:50]]
         best = found.mean(1).argmax()
-        low, high = _gain(found[best], 200, 8)
-        inside += low <= eight[best].mean() <= high
+        low, high = interval(found[best], 200, 0.5, 8)
+        inside += low <= eight[best].mean() / 2 <= high
     assert inside >= 0.93 * 300, inside
 
 
@@ -277,11 +292,35 @@ def test_labels_may_leave_source_only_in_place() -> None:
     base, other = world.candidate("source only", 1.0)[0], world.candidate("other", 0.4)[0]
     labels = some_labels(world, list(choose([base, other]).to_label[:40]))
     assert choose([base, other], target_labels=labels).chosen == "source only"
-    found = {"source only": np.tile([0.0, 1.0], 50), "other": np.tile([1.0, 0.0], 50)}
-    found["other"][1] = 1.0  # one item more
-    names = ["other", "source only"]
-    chosen, reason = _decide(names, "source only", found, "labelled_accuracy", (200, 400))
-    assert chosen == "source only" and "label more target rows on which other and" in reason
+
+
+def test_labels_are_asked_for_as_long_as_something_may_be_won() -> None:
+    """Two models, of which each is right where the other is wrong, on 100 of 1,000 items."""
+    truth = np.zeros(1000, dtype=int)
+    first = np.repeat([0, 1, 0], [50, 50, 900])
+    other = np.repeat([1, 0, 0], [50, 50, 900])
+
+    def choice(wins: int, labelled: int) -> Choice:
+        truth[:100] = np.repeat([1, 0], [wins, 100 - wins]) ^ (np.arange(100) >= 50)
+        given = [
+            Candidate.of(n, np.eye(2)[truth], truth, np.eye(2)[classes])
+            for n, classes in (("source only", first), ("other", other))
+        ]
+        asked = choose(given).to_label
+        assert sorted(asked) == list(range(100))
+        order = sorted(asked[:labelled])
+        labels = np.full(1000, IGNORED)
+        right = {number: rank < wins * labelled // 100 for rank, number in enumerate(order)}
+        for number, is_other in right.items():
+            labels[number] = other[number] if is_other else first[number]
+        return choose(given, target_labels=labels)
+
+    even = choice(52, 50)
+    assert even.chosen == "source only" and even.needs_labels
+    assert "label more of the items on which the candidates disagree" in even.reason
+    known = choice(52, 100)
+    assert known.chosen == "other" and not known.needs_labels and not known.to_label
+    assert "on all 1000 items +0.4 points" in known.reason
 
 
 def test_candidates_need_no_features() -> None:
@@ -330,7 +369,7 @@ def test_outputs_that_are_not_finite_are_dropped() -> None:
         ("no labels", "source only has no held-out source items with labels"),
         ("reference", "Expected reference_features of the candidates' 600 target items"),
         ("labels", "Expected target_labels from 0 to 1 for the candidates' 600 target items"),
-        ("classes", r"and -100 where there is none; got an array of shape \(600,\), \[2"),
+        ("classes", r"and -1 where nobody could tell; got an array of shape \(600,\), \[2"),
         ("names", r"got an array of shape \(600,\), \['good'"),
         ("unknown", r"got an array of shape \(600,\), \[nan"),
     ],

@@ -515,6 +515,7 @@ def test_labels_that_a_person_fills_in_decide(
     config = write_config(methods={"source only": [], "MMD": ["MMD"]})
     run(config)
     folder = tmp_path / "out" / "films-phones"
+    dev = None
     for each in folder.glob("*-seed42-*"):  # as if these models had not collapsed
         outputs = RunOutputs.load(each)
         assert outputs.target_unlabelled is not None and outputs.source_dev is not None
@@ -523,8 +524,9 @@ def test_labels_that_a_person_fills_in_decide(
         if each.name.startswith("mmd"):
             classes[::3] = 1 - classes[::3]
         logits = torch.nn.functional.one_hot(classes, 2).float()
+        dev = dev or outputs.source_dev
         RunOutputs(
-            source_dev=outputs.source_dev,
+            source_dev=dev,
             target_unlabelled=replace(outputs.target_unlabelled, logits=logits),
         ).save(each)
     count = len(trained)
@@ -547,37 +549,61 @@ def test_labels_that_a_person_fills_in_decide(
     assert choice["labels_used"] == len(asked)
     assert choice["candidates"][1]["scores"]["labelled_accuracy"] == 1
 
-    # As a spreadsheet may have saved it, with a label that is none, a text that is no row's, and
-    # one that has lost its key.
-    odd = [("", right[0][1], right[0][2]), ("k1", "=2", "pos"), (*right[1][:2], "Pos"), *right[2:]]
-    text = "\r\n".join(";".join(line) for line in [("Key", "Text", "Label"), *odd])
+    # As a spreadsheet may have saved it: one row has lost its key, one is no row of the target, and
+    # for one nobody could tell.
+    odd = [("", right[0][1], right[0][2].upper()), ("k1", "=2", "pos"), (*right[1][:2], "")]
+    lines = [("Key", "Text", "Label"), *odd, *right[2:]]
+    text = "\r".join(["sep=;", *(";".join(line) for line in lines)])
     file.write_bytes(text.encode("utf-16"))
     printed = run(config, "--choose")
     assert f"Chosen by {len(asked) - 1} labels of target items: MMD." in printed
     assert (
         "1 of its texts are not among the target's and are left out, the first is '=2'" in printed
     )
-    assert "the labels 'Pos' are left out. Expected 'neg' or 'pos', or nothing." in printed
     assert file.read_bytes() == text.encode("utf-16")
 
-    # A few labels do not decide, and the others are asked for in a file of their own.
-    write_csv(file, right[:3], "key,text,label")
+    # Labels that are none are to be mended before others are asked for, and so is a file.
+    write_csv(file, [(*right[0][:2], "good"), *right[1:]], "key,text,label")
     printed = run(config, "--choose")
-    assert "The 3 labels decide nothing" in printed and "Chosen without target labels" in printed
+    assert "the labels 'good' are left out. Expected 'neg' or 'pos', or nothing." in printed
+    assert "Chosen without target labels" in printed and "they leave out items" in printed
+    assert "to_label_2.csv" not in printed
+
+    # The rest of a file is to be filled in first.
+    blank = [(*row[:2], "") for row in right]
+    write_csv(file, [*right[:3], *blank[3:]], "key,text,label")
+    printed = run(config, "--choose")
+    assert "The 3 labels decide nothing: 3 of them are" in printed
+    assert f"{len(asked) - 3} texts in {file} wait for a label" in printed
+
+    # Where that is not possible they are asked for in a file of their own.
+    write_csv(file, right[:3], "key,text,label")
     more = folder / "to_label_2.csv"
+    printed = run(config, "--choose")
     assert f"wrote {more}" in printed and f"wrote {file}" not in printed
     with more.open(newline="", encoding="utf-8-sig") as opened:
         assert [row["key"] for row in csv.DictReader(opened)] == [row["key"] for row in asked[3:]]
     write_csv(more, right[3:], "key,text,label")
-    both = [*right[:3], (*right[3][:2], "neg" if right[3][2] == "pos" else "pos")]
-    write_csv(file, both, "key,text,label")
+    other = {"pos": "neg", "neg": "pos"}[right[3][2]]
+    write_csv(file, [*right[:3], (*right[3][:2], other)], "key,text,label")
     printed = run(config, "--choose")
     assert f"Chosen by {len(asked) - 1} labels" in printed
     assert "1 texts have two labels each" in printed
-    write_csv(file, both, "key,words,label")
-    shown = "expected the columns key, text and label, got words"
-    write_csv(file, [row[1:] for row in both], "words,label")
-    assert shown in run(config, "--choose") and file.read_text().startswith("words")
+
+    # Nothing that a person has written is written over.
+    more.unlink()
+    for lines, header, said in (
+        (
+            [row[1:] for row in blank],
+            "words,label",
+            "expected the columns key, text and label, got",
+        ),
+        ([(*row, "mine") for row in blank], "key,text,label,note", "wrote"),
+    ):
+        write_csv(file, lines, header)
+        before = file.read_text()
+        printed = run(config, "--choose")
+        assert said in printed and f"wrote {more}" in printed and file.read_text() == before
     assert len(trained) == count
 
 
