@@ -99,7 +99,9 @@ class AFN(Objective):
 
     Args:
         weight: Factor of the term, or a schedule of it. The authors take 0.05 for images; a
-            fine-tuned text classifier lost by that on one of two pairs, and gained with 0.005.
+            fine-tuned text classifier lost by that on one of two pairs, and gained with 0.005. The
+            norms grow for as long as it runs: a network with new weights, trained at 3e-3, learnt
+            nothing with it. Give a `radius` there.
         delta: By how much each norm shall grow (the stepwise form, a sum over rows).
         radius: The mean norm that each domain shall have (the hard form) instead; it couples the
             rows of a micro-batch. The authors take 25.
