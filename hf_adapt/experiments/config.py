@@ -218,7 +218,7 @@ class Experiment:
             raise settings.error(
                 ("choose",),
                 "a choice needs a method without adaptation to compare with: add "
-                "'source only: []' to methods.",
+                "'source only: []' to methods, or --method 'source only'.",
             )
         if values.get("choose") and CHOSEN in values["methods"]:
             raise settings.error(
