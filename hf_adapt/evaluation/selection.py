@@ -302,50 +302,42 @@ def _decide(
         why = "No adapted model ranks higher." if len(order) > 1 else "Nothing else is left."
         return first, why, False
     differences = evidence[best] - evidence[first]
-    share = float((_resampled(differences) > 0).mean())
+    share = _share_above(differences)
     text = f"{differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap samples"
-    high = 1.0
     if criterion == BY_LABELS:
         low, high = contest.gain(best, first)
-        if low == high:
-            share = 1.0
+        share = 1.0 if low == high else share  # every item that matters has a label
         ends = f"{100 * low:+.1f}" + f" to {100 * high:+.1f}" * (low < high)
         text = (
             f"accuracy on {len(differences)} labelled items where candidates disagree {text}; on "
             f"all {contest.total} items {ends} points"
         )
-    elif criterion == "neighbors":
-        text = f"neighbour agreement {text}"
+        number, stake = "more", ""
     else:
-        text = f"agreement with all candidates {text}"
+        what = {"neighbors": "neighbour agreement", "ensv": "agreement with all candidates"}
+        text = f"{what[criterion]} {text}"
+        differs = (contest.classes[best] != contest.classes[first]).mean()
+        number, high = "fifty", 1.0
+        stake = (
+            f" It gives {differs:.0%} of the items another class than {first}, and can neither win "
+            "nor lose more."
+        )
     if share >= CREDIBLE:
-        return best, f"It ranks highest: {text}." + _stake(contest, best, first, criterion), False
-    asks = " To decide, label {} of the items on which the candidates disagree (to_label)."
-    return (
-        first,
-        f"Nothing is credibly better: {best} ranks highest, with {text}."
-        + asks.format("more" if criterion == BY_LABELS else "fifty") * (high >= WORTH),
-        high >= WORTH,
-    )
+        return best, f"It ranks highest: {text}.{stake}", False
+    reason = f"Nothing is credibly better: {best} ranks highest, with {text}."
+    if high >= WORTH:
+        reason += (
+            f" To decide, label {number} of the items on which the candidates disagree (to_label)."
+        )
+    return first, reason, high >= WORTH
 
 
-def _stake(contest: Contest, best: str, first: str, criterion: str) -> str:
-    """What is at stake, where no label says more."""
-    if criterion == BY_LABELS:
-        return ""
-    differs = (contest.classes[best] != contest.classes[first]).mean()
-    return (
-        f" It gives {differs:.0%} of the items another class than {first}, and can neither win nor "
-        "lose more."
-    )
-
-
-def _resampled(differences: Floats, resamples: int = 1000) -> Floats:
-    """The means of bootstrap samples."""
+def _share_above(differences: Floats, resamples: int = 1000) -> float:
+    """In which share of bootstrap samples the mean is above 0."""
     random = np.random.default_rng(0)
     size = len(differences)
     means = [differences[random.integers(size, size=size)].mean() for _ in range(resamples)]
-    return np.array(means)
+    return float(np.mean(np.array(means) > 0))
 
 
 def _standing(rank: int, scores: Mapping[str, float]) -> str:

@@ -98,8 +98,8 @@ class LabelFile:
         Returns:
             The file, or None if nothing is asked.
         """
-        wanted, known = keys.tolist()[:MOST], self.known
-        if not self.is_possible or not wanted or self._is_faulty:
+        known = self.known
+        if not self.is_possible or not len(keys) or self._is_faulty:
             return None
         if known and self._waiting:
             for path, count in self._waiting.items():
@@ -109,8 +109,9 @@ class LabelFile:
             path = self.folder / f"{STEM}{f'_{number}' * (number > 1)}.csv"
             if (rows := self._files.get(path, [])) is not None and _is_open(rows):
                 break
-        if [row.key for row in self._files.get(path) or ()] == wanted:
-            return path
+        wanted = [key for key in keys.tolist() if key in self._texts][:MOST]
+        if not wanted or [row.key for row in self._files.get(path) or ()] == wanted:
+            return path if wanted else None
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self._columns)
@@ -133,7 +134,9 @@ class LabelFile:
         last = max((n for n, row in enumerate(rows or ()) if row.label), default=-1)
         for row in (rows or [])[: last + 1]:
             key = row.key if row.key in self._texts else self._keys_of_texts.get(row.text)
-            name = None if row.label is None else names.get(row.label, names.get(row.label.lower()))
+            name = (
+                None if row.label is None else names.get(row.label, names.get(row.label.casefold()))
+            )
             if row.label is not None and name is None:
                 wrong.add(row.label)
             elif key is not None:
