@@ -30,7 +30,7 @@ from hf_adapt.evaluation.influence import source_influence
 from hf_adapt.evaluation.layers import LayerDistance, layer_distances
 from hf_adapt.evaluation.neighborhoods import Neighborhoods, neighbor_agreement
 from hf_adapt.evaluation.selection import Candidate, Choice, choose
-from hf_adapt.evaluation.train_and_choose import train_and_choose
+from hf_adapt.evaluation.train_and_choose import Chosen, train_and_choose
 from hf_adapt.evaluation.validation import LabelFreeValidation
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "CalibrationError",
     "Candidate",
     "Choice",
+    "Chosen",
     "GroupAccuracy",
     "LabelFreeValidation",
     "LayerDistance",
