@@ -246,8 +246,14 @@ def _labels(trainer: Trainer, rows: Any, keys: torch.Tensor) -> NDArray[np.int64
     """The labels of the items with these keys, -100 where there is none; None without rows."""
     if rows is None or (is_map_style(rows) and not len(rows)):
         return None
-    with preserved_random_state():
-        found = collect_items(trainer, rows)
+    try:
+        with preserved_random_state():
+            found = collect_items(trainer, rows)
+    except IndexError as error:  # of the loss
+        raise ValueError(
+            f"A label of labelled_target is none of the model's classes: {error} Number them as in "
+            "train_dataset, and give -100 to rows without one."
+        ) from error
     if is_map_style(rows) and len(found) > len(rows):
         raise ValueError(
             "labelled_target decides among classifiers of rows. This model classifies tokens, and "

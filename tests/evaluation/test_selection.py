@@ -497,6 +497,10 @@ def test_labels_of_some_rows_decide_among_what_is_trained(tmp_path: Path) -> Non
         (rows(7, 9, None).add_column("labels", [0] * 7), "7 of the 7 rows of labelled_target are"),
         (target.select(asked), "rows of labelled_target have no labels"),
         (
+            target.select(asked).add_column("labels", [7] * len(asked)),
+            "is none of the model's classes: Target 7",
+        ),
+        (
             datasets.concatenate_datasets(
                 [
                     labelled,
