@@ -85,9 +85,7 @@ def collect_items(
         collector: Says what is kept; by default an [`OutputCollector`] with these options.
         **options: Those of [`OutputCollector`].
     """
-    trainer.__class__ = adapted_class(type(trainer))
-    assert isinstance(trainer, AdaptationMixin)
-    return trainer.collect(dataset, collector or OutputCollector(**options))
+    return _adaptable(trainer).collect(dataset, collector or OutputCollector(**options))
 
 
 def keys_of_rows(trainer: Trainer, dataset: Any) -> torch.Tensor:
@@ -100,9 +98,7 @@ def keys_of_rows(trainer: Trainer, dataset: Any) -> torch.Tensor:
     Shape:
         - output: (N,) long.
     """
-    trainer.__class__ = adapted_class(type(trainer))
-    assert isinstance(trainer, AdaptationMixin)
-    return trainer.row_keys(dataset)
+    return _adaptable(trainer).row_keys(dataset)
 
 
 def load_weights(trainer: Trainer, folder: str) -> None:
@@ -113,9 +109,14 @@ def load_weights(trainer: Trainer, folder: str) -> None:
 def _attach(trainer: Trainer, plan: Plan) -> None:
     if not isinstance(trainer, Trainer):
         raise TypeError(f"Expected a transformers Trainer, got {type(trainer).__name__}.")
+    _adaptable(trainer).add_adaptation_plan(plan)
+
+
+def _adaptable(trainer: Trainer) -> AdaptationMixin:
+    """The same Trainer, of a class with the mixin from now on."""
     trainer.__class__ = adapted_class(type(trainer))
     assert isinstance(trainer, AdaptationMixin)
-    trainer.add_adaptation_plan(plan)
+    return trainer
 
 
 def _wrap_trainer() -> None:

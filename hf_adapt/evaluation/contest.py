@@ -85,8 +85,11 @@ class Contest:
         found = self.classes[name][self.sample] == self.labels[self.sample]
         return np.asarray(found, dtype=np.float64)
 
-    def gain(self, best: str, first: str) -> tuple[float, float]:
+    def gain(self, differences: Floats) -> tuple[float, float]:
         """An interval of 95 % for what one candidate is better than another on all items.
+
+        Args:
+            differences: What it is better on each item of the sample: 1, 0 or -1.
 
         Reference:
             Agresti & Min 2005, "Simple improved confidence intervals for comparing matched
@@ -94,7 +97,6 @@ class Contest:
             Deviation: with the correction for a finite population, and Bonferroni's for the best of
             several.
         """
-        differences = self.right(best) - self.right(first)
         share = len(self.items) / self.total
         return interval(differences, len(self.items), share, len(self.classes) - 1)
 

@@ -305,7 +305,7 @@ def _decide(
     share = _share_above(differences)
     text = f"{differences.mean():+.3f} against {first}, above 0 in {share:.0%} of bootstrap samples"
     if criterion == BY_LABELS:
-        low, high = contest.gain(best, first)
+        low, high = contest.gain(differences)
         share = 1.0 if low == high else share  # every item that matters has a label
         ends = f"{100 * low:+.1f}" + f" to {100 * high:+.1f}" * (low < high)
         text = (

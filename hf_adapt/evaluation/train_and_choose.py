@@ -28,12 +28,7 @@ from hf_adapt.engine.labels import IGNORED
 from hf_adapt.engine.pairing import is_map_style
 from hf_adapt.engine.streams import Stream
 from hf_adapt.evaluation.contest import UNTOLD, agreed_labels, aligned_labels
-from hf_adapt.evaluation.selection import (
-    Candidate,
-    Choice,
-    Verdict,
-    choose,
-)
+from hf_adapt.evaluation.selection import Candidate, Choice, Verdict, choose
 from hf_adapt.models.state import preserved_random_state
 from hf_adapt.storage.checkpoints import last_whole_checkpoint
 from hf_adapt.storage.text_file import write_text
@@ -333,6 +328,7 @@ def _refuse_other_settings(
 
 def _described(trainer: Trainer, adaptations: Sequence[Adaptation], priors: Any) -> str:
     """A hash of how a candidate is trained, as far as it can be told from outside."""
+    # transformers annotates neither the arguments nor what this returns.
     given = trainer.args.to_dict()  # type: ignore[no-untyped-call]
     arguments = {key: value for key, value in given.items() if not UNRELATED.fullmatch(key)}
     methods = [

@@ -63,8 +63,6 @@ class LabelFile:
         self.task = experiment.task_of(source)
         self.pair = cached_pair(experiment, source, target)
         self.folder = Path(reference_file(experiment, source, target)).parent
-        self._waiting: dict[Path, int] = {}
-        self._is_faulty = False
 
     @property
     def is_possible(self) -> bool:
@@ -98,11 +96,14 @@ class LabelFile:
         Returns:
             The file, or None if nothing is asked.
         """
-        known = self.known
-        if not self.is_possible or not len(keys) or self._is_faulty:
+        given = {path: rows for path, rows in self._files.items() if rows}
+        labels = [row.label for rows in given.values() for row in rows if row.label]
+        if not self.is_possible or not len(keys) or None in map(self._class, labels):
             return None
-        if known and self._waiting:
-            for path, count in self._waiting.items():
+        left = {path: len(rows) - _answered(rows) for path, rows in given.items()}
+        waiting = {path: n for path, n in left.items() if 0 < n < len(given[path])}
+        if self.known and waiting:
+            for path, count in waiting.items():
                 self.tell(f"{count} texts in {path} wait for a label, with which it may decide.")
             return None
         for number in itertools.count(1):
@@ -127,35 +128,35 @@ class LabelFile:
 
     def _read(self, path: Path, rows: list[Row] | None) -> Iterator[tuple[int, int]]:
         """The keys and classes of a file's rows up to the last label; what is odd is told."""
-        names = {name.casefold(): name for name in self.pair.labels}
-        names |= {name: name for name in self.pair.labels}
         strange: list[str] = []
         wrong: set[str] = set()
-        last = max((n for n, row in enumerate(rows or ()) if row.label), default=-1)
-        for row in (rows or [])[: last + 1]:
+        for row in (rows or [])[: _answered(rows or [])]:
             key = row.key if row.key in self._texts else self._keys_of_texts.get(row.text)
-            name = (
-                None if row.label is None else names.get(row.label, names.get(row.label.casefold()))
-            )
-            if row.label is not None and name is None:
-                wrong.add(row.label)
+            number = UNTOLD if row.label is None else self._class(row.label)
+            if number is None:
+                wrong.add(str(row.label))
             elif key is not None:
-                yield key, UNTOLD if name is None else self.pair.labels.index(name)
-            elif name is not None:
+                yield key, number
+            elif number != UNTOLD:
                 strange.append(row.text)
-        if 0 <= last < len(rows or ()) - 1:
-            self._waiting[path] = len(rows or ()) - 1 - last
         if strange:
             self.tell(
                 f"{path}: {len(strange)} of its texts are not among the target's and are left out, "
                 f"the first is {strange[0][:60]!r}."
             )
         if wrong:
-            self._is_faulty = True
             self.tell(
                 f"{path}: the labels {', '.join(map(repr, sorted(wrong)))} are left out. Expected "
                 f"{' or '.join(map(repr, self.pair.labels))}, or nothing."
             )
+
+    def _class(self, label: str) -> int | None:
+        """The number of a class, whatever case a spreadsheet has made of its name."""
+        names = self.pair.labels
+        folded = [name.casefold() for name in names]
+        if label in names:
+            return names.index(label)
+        return folded.index(label.casefold()) if label.casefold() in folded else None
 
     @cached_property
     def _texts(self) -> dict[int, str]:
@@ -219,6 +220,11 @@ class LabelFile:
             )
             for row in cells
         ]
+
+
+def _answered(rows: list[Row]) -> int:
+    """How many rows there are up to the last with a label: a person has seen them."""
+    return max((number for number, row in enumerate(rows, start=1) if row.label), default=0)
 
 
 def _is_open(rows: list[Row]) -> bool:

@@ -111,17 +111,15 @@ def execute(
         found = choices(experiment, results, files, tell)
         for (source, target, seed), choice in found.items():
             console.print(escape(f"\n{source} → {target}, seed {seed}"), highlight=False)
-            console.print(escape(str(choice)), soft_wrap=True, highlight=False)
-        for file in write_choices(experiment, found):
-            console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
-        if asked := write_to_label(experiment, found, files, tell):
-            for file in asked:
-                console.print(escape(f"wrote {file}"), soft_wrap=True, highlight=False)
-            console.print(
+            tell(str(choice))
+        written = write_choices(experiment, found)
+        asked = write_to_label(experiment, found, files, tell)
+        for file in (*written, *asked):
+            tell(f"wrote {file}")
+        if asked:
+            tell(
                 "The candidates disagree on these rows. Fill in their labels, from the top, and "
-                "the same command chooses by them.",
-                soft_wrap=True,
-                highlight=False,
+                "the same command chooses by them."
             )
         shown, rows = with_chosen(experiment, results, found)
     publish(shown, rows, console)
